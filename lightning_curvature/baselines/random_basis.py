@@ -1,0 +1,40 @@
+"""Dropping coefficients in a basis that means nothing."""
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.basis import CurvatureBasis, project_weight
+from lightning_curvature.editor import DEFAULT_ENERGY, Projection, WeightEditor
+from lightning_curvature.factors import LayerFactors
+
+
+class RandomBasisEditor(WeightEditor):
+    """Keeps a random share of the coefficients of a weight in random orthonormal bases.
+
+    In such a basis no coefficient differs from another, so ``energy`` is the share of coefficients that are kept.
+
+    Args:
+        energy: Share of coefficients to keep, in (0, 1], or a dict as in :class:`CurvatureEditor`.
+        layers: As in :class:`CurvatureEditor`.
+        seed: Seed of the bases and of the choice; the global random state is not touched.
+    """
+
+    method = "random"
+
+    def __init__(
+        self, energy: float | dict[str, float] = DEFAULT_ENERGY, layers: list[str] | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(energy, layers)
+        self.seed = seed
+
+    def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Return a weight with all but ``energy`` of its coefficients in random bases removed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        U_G, U_A = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))[0]
+                    for d in weight.shape)  # fmt: skip
+        kept = max(round(energy * weight.numel()), 1)
+        keep = torch.zeros(weight.numel(), dtype=torch.float64)
+        keep[torch.randperm(weight.numel(), generator=generator)[:kept]] = 1.0
+        basis = CurvatureBasis(U_G, torch.ones(len(U_G)), U_A, torch.ones(len(U_A)))
+        edited = project_weight(weight.cpu(), basis, keep.view(weight.shape)).to(weight.device)
+        return Projection(edited, kept, kept / weight.numel())

@@ -1,0 +1,170 @@
+r"""The curvature basis: decomposition, selection of coefficients, projection. Pure functions on tensors.
+
+With ``G = U_G diag(lam) U_G^T`` and ``A = U_A diag(mu) U_A^T`` the K-FAC curvature of the direction ``u_i v_j^T`` is
+the product ``lam_i mu_j``, the *mass* of the pair (i, j). Both spectra are sorted, so the pairs above a threshold form
+a staircase: row i keeps a prefix of ``k_i`` columns, and ``k_i`` does not increase. One number, the threshold, decides
+the whole selection, and it is found by bisection without forming the ``d_out x d_in`` products.
+
+Source: arXiv:2510.24256, sections 3 and 5.
+"""
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_curvature._checks import check_energy
+
+TIE = 1e-9
+"""Relative difference below which two masses count as equal (an eigensolver splits equal eigenvalues by rounding)."""
+
+
+class CurvatureBasis(NamedTuple):
+    """Eigenvectors (columns) and eigenvalues (descending, none negative) of ``G`` and ``A``, all float64."""
+
+    U_G: Tensor
+    lam: Tensor
+    U_A: Tensor
+    mu: Tensor
+
+
+class Staircase(NamedTuple):
+    """Selected pairs: row i keeps its first ``columns[i]`` columns (int64 ``[d_out]``)."""
+
+    columns: Tensor
+    energy_kept: float
+
+    @property
+    def kept(self) -> int:
+        """Number of kept pairs."""
+        return int(self.columns.sum())
+
+
+def decompose(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Return eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, eigenvalues descending.
+
+    Args:
+        factor: ``[d, d]``, any floating dtype; decomposed in float64 on its device.
+        what: Name for errors, such as ``"factor A of layer 'fc1'"``.
+
+    Returns:
+        Eigenvectors ``[d, d]`` (columns) and eigenvalues ``[d]``; eigenvalues below the rounding error
+        ``d * eps * largest`` are set to zero, and so are negative ones.
+
+    Raises:
+        ValueError: If the matrix is not finite, or its trace is zero.
+    """
+    if not bool(torch.isfinite(factor).all()):
+        raise ValueError(f"{what} holds NaN or infinite values. Collect it again; a batch probably overflowed.")
+    values, vectors = torch.linalg.eigh(factor.double())
+    values, vectors = values.flip(0), vectors.flip(1)
+    floor = values[0] * len(values) * torch.finfo(torch.float64).eps
+    values = torch.where(values > floor, values, 0.0)
+    if not float(values.sum()) > 0.0:
+        raise ValueError(f"{what} is zero: no signal reached the layer, so no direction can be told from another.")
+    return vectors, values
+
+
+def curvature_basis(A: Tensor, G: Tensor, layer: str = "") -> CurvatureBasis:
+    """Return the curvature basis of a layer from its factors ``A: [d_in, d_in]`` and ``G: [d_out, d_out]``."""
+    U_G, lam = decompose(G, f"Factor G of layer {layer!r}")
+    U_A, mu = decompose(A, f"Factor A of layer {layer!r}")
+    return CurvatureBasis(U_G, lam, U_A, mu)
+
+
+def select_staircase(lam: Tensor, mu: Tensor, energy: float) -> Staircase:
+    """Select the pairs of largest mass ``lam_i * mu_j`` until they hold the share ``energy`` of the total.
+
+    Pairs tied with the last selected one are selected too, so that the result does not depend on the basis chosen
+    inside an eigenspace. Pairs of zero mass are selected only at ``energy=1.0``.
+
+    Args:
+        lam: Eigenvalues of G, ``[d_out]``, descending, not negative.
+        mu: Eigenvalues of A, ``[d_in]``, descending, not negative.
+        energy: Share of the total mass ``lam.sum() * mu.sum()`` to keep, in (0, 1].
+
+    Returns:
+        The kept columns of each row, and the share that was reached.
+
+    Example:
+        >>> lam, mu = torch.tensor([2.0, 1.0]), torch.tensor([3.0, 1.0, 0.0])
+        >>> select_staircase(lam, mu, 0.7)
+        Staircase(columns=tensor([1, 1]), energy_kept=0.75)
+    """
+    energy = check_energy(energy)
+    lam, mu = lam.double(), mu.double()
+    if energy == 1.0:
+        return Staircase(torch.full_like(lam, len(mu), dtype=torch.int64), 1.0)
+    sums = torch.cat([mu.new_zeros(1), mu.cumsum(0)])
+    total = float(lam.sum() * mu.sum())
+    wanted = energy * total * (1 - 1e-12)
+
+    def kept(threshold: float) -> tuple[Tensor, float]:
+        columns = _columns_above(lam, mu, threshold)
+        return columns, float((lam * sums[columns]).sum())
+
+    # Positive doubles are ordered like their bit patterns: bisect those, and the largest threshold that keeps enough
+    # is found exactly, in at most 63 steps.
+    low, high = 1, _bits(float(lam[0] * mu[0]))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if kept(_float(middle))[1] >= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    columns, mass = kept(_float(low) * (1 - TIE))
+    return Staircase(columns, mass / total)
+
+
+def _columns_above(lam: Tensor, mu: Tensor, threshold: float) -> Tensor:
+    """For each i, count the j with ``lam_i * mu_j >= threshold``: a bisection over j, for all rows at once."""
+    low = torch.zeros_like(lam, dtype=torch.int64)
+    high = torch.full_like(low, len(mu))
+    for _ in range(len(mu).bit_length()):
+        middle = (low + high) // 2
+        above = (lam * mu[middle.clamp(max=len(mu) - 1)] >= threshold) & (middle < high)
+        low, high = torch.where(above, middle + 1, low), torch.where(above, high, middle)
+    return low
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def _float(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
+def coefficients(weight: Tensor, basis: CurvatureBasis) -> Tensor:
+    r"""Return ``C = U_G^T W U_A``, float64 ``[d_out, d_in]``."""
+    return basis.U_G.T @ weight.to(basis.U_G) @ basis.U_A
+
+
+def project_weight(weight: Tensor, basis: CurvatureBasis, keep: Tensor) -> Tensor:
+    r"""Keep the selected coefficients of a weight in the curvature basis.
+
+    .. math:: W' = U_G \left(K \odot (U_G^\top W U_A)\right) U_A^\top
+
+    Source: arXiv:2510.24256, section 5.
+
+    Args:
+        weight: Layer weight, ``[d_out, d_in]``, any floating dtype.
+        basis: Orthonormal ``U_G`` ``[d_out, d_out]`` and ``U_A`` ``[d_in, d_in]``.
+        keep: Factor of each coefficient, ``[d_out, d_in]``, or kept columns per row, int64 ``[d_out]``.
+
+    Returns:
+        A new tensor with the shape, dtype and device of ``weight``.
+
+    Raises:
+        ValueError: If a shape disagrees.
+    """
+    shape = (basis.U_G.shape[0], basis.U_A.shape[0])
+    if tuple(weight.shape) != shape or tuple(keep.shape) not in (shape, shape[:1]):
+        raise ValueError(
+            f"The basis is for a weight {list(shape)}; found weight {list(weight.shape)}, keep {list(keep.shape)}."
+        )
+    if keep.dim() == 1:
+        keep = torch.arange(shape[1], device=keep.device) < keep[:, None]
+    kept = coefficients(weight, basis) * keep
+    return (basis.U_G @ kept @ basis.U_A.T).to(weight)

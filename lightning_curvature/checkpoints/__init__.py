@@ -1,0 +1,1 @@
+"""Checkpoint files: atomic writes, and one module per format."""

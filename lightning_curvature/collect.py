@@ -1,0 +1,290 @@
+"""Collection: from one step of a model to sums of its K-FAC factors.
+
+A :class:`Collector` is opened around a forward pass, told when the backward pass is about to start, and closed. It
+knows nothing of trainers; :func:`collect` runs it over a frozen model, ``KFACEditCallback`` inside a training loop.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature import fisher
+from lightning_curvature._checks import check_count, check_option, listing
+from lightning_curvature.factors import KroneckerFactors, LayerFactors
+from lightning_curvature.fisher import FISHER_KINDS, Gradients
+from lightning_curvature.layers import gradient_rows, input_rows, is_conv1d
+from lightning_curvature.moments import SecondMoment
+from lightning_curvature.selection import LayerChoice, choose_layers
+from lightning_curvature.taps import LayerCall, SoftmaxLoss, Taps
+
+POSITIONS = ("contributing", "all", "first")
+
+log = logging.getLogger(__name__)
+Batch = TypeVar("Batch")
+
+
+class LayerSums:
+    """Running sums of one layer's factors."""
+
+    def __init__(self, d_in: int, d_out: int, device: torch.device, transposed: bool) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+        self.inputs = SecondMoment(d_in, device)
+        self.gradients = SecondMoment(d_out, device)
+        self.num_seen = 0
+        self.transposed = transposed
+
+    def factors(self) -> LayerFactors:
+        """Return the normalised factors."""
+        return LayerFactors(
+            A=self.inputs.mean(),
+            G=self.gradients.mean(),
+            num_inputs=self.inputs.count,
+            num_gradients=self.gradients.count,
+            num_seen=self.num_seen,
+            transposed=self.transposed,
+        )
+
+
+class Collector:
+    """Collects K-FAC factors from the steps of a model.
+
+    Args:
+        module: The network; layer names are relative to it.
+        layers: Presets or name patterns, see :mod:`lightning_curvature.selection`.
+        fisher: Kind of Fisher, see :mod:`lightning_curvature.fisher`.
+        draws: Random vectors (labels) per loss position, for ``"sketched"`` (``"sampled"``).
+        positions: Which positions of a linear layer count: ``"contributing"`` (those whose output gradient is not
+            exactly zero), ``"all"``, ``"first"`` (of ``[batch, position, feature]``), or ``"mask:KEY"``, a
+            ``[batch, position]`` mask that the batch holds under ``KEY``. A convolution counts every position.
+        seed: Seed of the collector's own random generator.
+        logits: Name of a submodule or method that returns the logits, for models that hide their cross-entropy.
+
+    Raises:
+        ValueError: If an argument is none of its options, or ``layers`` matches nothing.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: str | Sequence[str] = "last-mlp",
+        *,
+        fisher: str = "sketched",
+        draws: int = 1,
+        positions: str = "contributing",
+        seed: int = 0,
+        logits: str | None = None,
+    ) -> None:
+        self.module = module
+        self.fisher = check_option(fisher, FISHER_KINDS, "fisher")
+        self.draws = check_count(draws, "draws")
+        self.positions = positions if positions.startswith("mask:") else check_option(positions, POSITIONS, "positions")
+        self.choice: LayerChoice = choose_layers(module, layers)
+        self.chosen: list[str] | None = None
+        self.sums: dict[str, LayerSums] = {}
+        self.num_batches = 0
+        self.num_skipped = 0
+        self.seed = seed
+        self.logits = logits
+        self._generator: torch.Generator | None = None
+        self._taps: Taps | None = None
+        self._mask: Tensor | None = None
+        self._pending: tuple[SoftmaxLoss, list[LayerCall]] | None = None
+
+    def open(self, batch: Any = None) -> None:
+        """Start to record; call before the forward pass.
+
+        Args:
+            batch: The batch, needed for ``positions="mask:KEY"`` alone.
+        """
+        self.abort()
+        if self.positions.startswith("mask:"):
+            self._mask = _batch_mask(batch, self.positions.removeprefix("mask:"))
+        names = self.choice.modules if self.chosen is None else self.chosen
+        self._taps = Taps(
+            self.module,
+            {name: self.choice.modules[name] for name in names},
+            logits=self.logits,
+            watch_gradients=self.fisher == "empirical",
+            on_backward=self.before_backward,
+        )
+        self._taps.__enter__()
+
+    def before_backward(self, objective: Tensor) -> None:
+        """Take the gradients of this batch; call when the forward pass is done and its graph is alive.
+
+        Only the first call after :meth:`open` counts.
+
+        Args:
+            objective: The scalar that the training is about to backpropagate.
+
+        Raises:
+            RuntimeError: If the logits cannot be told, a chosen layer did not run or has no graph, or ``exact`` is too
+                expensive.
+        """
+        taps = self._taps
+        if taps is None or not taps.recording:
+            return
+        taps.recording = False  # recomputed forward passes (activation checkpointing) are not counted twice
+        loss = fisher.find_loss(taps, objective)
+        if self.chosen is None:
+            self.chosen = self.choice.resolve((call.name for call in taps.calls), fisher.output_heads(loss, taps.calls))
+        calls = [call for call in taps.calls if call.name in self.chosen]
+        dead = sorted({call.name for call in calls if call.edge is None})
+        if dead:
+            raise RuntimeError(
+                f"Outputs of layers {listing(dead)} need no gradient: everything up to them is frozen (or runs under "
+                "no_grad, or reentrant checkpointing). Unfreeze something below them, or leave them out of layers=."
+            )
+        if self.fisher == "empirical":
+            fisher.check_single_path(loss, calls, objective)
+            self._pending = loss, calls
+            return
+        passes = fisher.count_passes(self.fisher, loss, calls, self.draws)
+        if passes > fisher.EXACT_LIMIT:
+            raise RuntimeError(
+                f"fisher='exact' needs {passes} backward passes for this batch, the limit is {fisher.EXACT_LIMIT}. "
+                "Use fisher='sketched', whose expectation is the same, with as many draws as you can afford."
+            )
+        if self.fisher == "exact" and self.num_batches == 0:
+            log.info("fisher='exact' takes %d backward passes per batch.", passes)
+        gradients = fisher.gradient_passes(self.fisher, loss, calls, self.draws, self._random(loss.logits.device))
+        self._add(calls, list(gradients), passes if self.fisher != "exact" else 1)
+        taps.calls, taps.losses = [], []  # the graph must not outlive its batch
+
+    def backward(self, objective: Tensor) -> None:
+        """Take the gradients where no training backward follows: weights and ``.grad`` are left alone."""
+        self.before_backward(objective)
+        if self._pending is not None:
+            edges = [call.edge for call in self._pending[1] if call.edge is not None]
+            torch.autograd.grad(objective, edges, allow_unused=True)  # the tensor hooks keep what passes
+
+    def close(self) -> None:
+        """Finish the batch; call after the backward pass."""
+        if self._pending is not None:
+            loss, calls = self._pending
+            if all(call.gradient is None for call in calls):
+                self.abort()
+                raise RuntimeError("The training's backward sent no gradient to the chosen layers; use another fisher=.")
+            self._add(calls, [fisher.empirical_gradients(loss, calls)], 1)
+        self.abort()
+
+    def abort(self) -> None:
+        """Drop whatever is recorded of the current batch, and every hook."""
+        self._pending = None
+        self._mask = None
+        if self._taps is not None:
+            self._taps.__exit__(None, None, None)
+            self._taps = None
+
+    def factors(self) -> KroneckerFactors:
+        """Return the factors of all batches since the sums were last reset."""
+        provenance = {
+            "fisher": self.fisher,
+            "draws": self.draws,
+            "positions": self.positions,
+            "model": type(self.module).__name__,
+            "batches_skipped": self.num_skipped,
+        }
+        return KroneckerFactors({name: sums.factors() for name, sums in self.sums.items()}, provenance)
+
+    def _random(self, device: torch.device) -> torch.Generator:
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+        return self._generator
+
+    @torch.no_grad()
+    def _add(self, calls: list[LayerCall], passes: list[Gradients], draws: int) -> None:
+        for call in calls:
+            call.check_input()
+        values = [call.inputs for call in calls] + [g for gradients in passes for g in gradients if g is not None]
+        if not torch.stack([torch.isfinite(value).all() for value in values]).all():
+            self.num_skipped += 1
+            if self.num_skipped == 1:
+                warnings.warn(
+                    "A batch with NaN or infinite activations or gradients was left out of the K-FAC factors; further "
+                    "ones are counted (batches_skipped) without a warning.",
+                    stacklevel=2,
+                )
+            return
+        for index, call in enumerate(calls):
+            self._add_call(call, [gradients[index] for gradients in passes], draws)
+        self.num_batches += 1
+
+    def _add_call(self, call: LayerCall, gradients: Gradients, draws: int) -> None:
+        inputs = input_rows(call.module, call.inputs)
+        rows = [gradient_rows(call.module, g) for g in gradients if g is not None]
+        counted = self._counted(call, rows, inputs)
+        sums = self.sums.get(call.name)
+        if sums is None:
+            d_out = call.output_shape[-1 if not isinstance(call.module, nn.Conv2d) else -3]
+            sums = LayerSums(inputs.shape[1], d_out, inputs.device, is_conv1d(call.module))
+            self.sums[call.name] = sums
+        sums.inputs.add(inputs[counted])
+        for gradient in rows:
+            sums.gradients.add(gradient[counted] / draws**0.5, count=0)
+        sums.gradients.count += int(counted.sum())
+        sums.num_seen += len(inputs)
+
+    def _counted(self, call: LayerCall, rows: list[Tensor], inputs: Tensor) -> Tensor:
+        everything = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+        if self.positions == "all" or isinstance(call.module, nn.Conv2d):
+            return everything
+        if self.positions == "contributing":
+            return torch.stack([row.any(1) for row in rows]).any(0) if rows else ~everything
+        shape = call.output_shape[:-1]
+        if self.positions == "first":
+            if len(shape) > 2:
+                raise RuntimeError(
+                    f"positions='first': layer {call.name!r} has outputs {list(call.output_shape)}, expected "
+                    "[batch, position, feature] or [batch, feature]."
+                )
+            return everything if len(shape) == 1 else torch.arange(len(inputs), device=inputs.device) % shape[1] == 0
+        if self._mask is None or self._mask.shape != shape:
+            found = None if self._mask is None else list(self._mask.shape)
+            raise RuntimeError(
+                f"positions={self.positions!r}: layer {call.name!r} has positions {list(shape)}, the mask is {found}."
+            )
+        return self._mask.to(inputs.device).flatten().bool()
+
+
+def _batch_mask(batch: Any, key: str) -> Tensor:
+    try:
+        return torch.as_tensor(batch[key])
+    except (KeyError, TypeError, IndexError):
+        keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise RuntimeError(f"positions='mask:{key}': the batch has no {key!r}, found {keys}.") from None
+
+
+def collect(
+    module: nn.Module, batches: Iterable[Batch], step: Callable[[Batch], Tensor], **options: Any
+) -> KroneckerFactors:
+    """Collect factors of a frozen model in one pass over data, the setting of arXiv:2510.24256.
+
+    Args:
+        module: The network. Its mode (train or eval) is yours to set; weights, ``.grad`` and random state stay.
+        batches: Data.
+        step: Computes the loss of a batch, as a training step would.
+        **options: Arguments of :class:`Collector`.
+
+    Returns:
+        The factors, by layer name.
+
+    Raises:
+        RuntimeError: If no batch could be used.
+    """
+    collector = Collector(module, **options)
+    for batch in batches:
+        collector.open(batch)
+        try:
+            with torch.enable_grad():
+                collector.backward(step(batch))
+            collector.close()
+        finally:
+            collector.abort()
+    if not collector.sums:
+        raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
+    return collector.factors()

@@ -1,0 +1,178 @@
+"""K-FAC factors of the layers of one model, and their file format."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_curvature._checks import did_you_mean
+from lightning_curvature.basis import CurvatureBasis, curvature_basis
+from lightning_curvature.checkpoints.atomic import replacing
+
+_HEADER = "lightning_curvature.factors"
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """K-FAC factors of one layer: normalised second moments and the counts behind them.
+
+    Args:
+        A: ``E[a a^T]`` of the layer's inputs, ``[d_in, d_in]``, floating.
+        G: ``E[g g^T]`` of the gradients of the summed loss with respect to its outputs, ``[d_out, d_out]``, floating.
+        num_inputs: Positions behind ``A``.
+        num_gradients: Positions behind ``G`` (positions, not draws).
+        num_seen: Positions that went through the layer, counted or not; by default ``num_inputs``.
+        transposed: Whether the layer stores its weight as ``[d_in, d_out]`` (transformers ``Conv1D``).
+
+    Raises:
+        ValueError: If a factor is not a square floating matrix, or a count is negative.
+    """
+
+    A: Tensor
+    G: Tensor
+    num_inputs: int
+    num_gradients: int
+    num_seen: int = -1
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        for name, factor in (("A", self.A), ("G", self.G)):
+            if factor.dim() != 2 or factor.shape[0] != factor.shape[1] or not factor.is_floating_point():
+                raise ValueError(
+                    f"Factor {name} must be a square floating matrix, found {list(factor.shape)} {factor.dtype}."
+                )
+        if self.num_inputs < 0 or self.num_gradients < 0:
+            raise ValueError(f"Counts must not be negative, found {self.num_inputs} and {self.num_gradients}.")
+        if self.num_seen < 0:
+            object.__setattr__(self, "num_seen", self.num_inputs)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(d_out, d_in)`` of the weight matrix that these factors describe."""
+        return self.G.shape[0], self.A.shape[0]
+
+    @cached_property
+    def basis(self) -> CurvatureBasis:
+        """The curvature basis, decomposed once and kept as long as these factors."""
+        return curvature_basis(self.A, self.G)
+
+
+class KroneckerFactors(Mapping[str, LayerFactors]):
+    """K-FAC factors by module name, such as ``"blocks.0.mlp.fc1"`` (without ``.weight``).
+
+    Args:
+        layers: Factors of each layer.
+        provenance: JSON-serializable facts about where they come from (Fisher kind, step, ...).
+
+    Example:
+        >>> eye = torch.eye(2)
+        >>> factors = KroneckerFactors({"fc": LayerFactors(A=eye, G=eye, num_inputs=8, num_gradients=8)})
+        >>> factors.merge(factors)["fc"].num_inputs
+        16
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LayerFactors] | None = None, provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        self._layers = dict(layers or {})
+        for name, layer in self._layers.items():
+            if not isinstance(layer, LayerFactors):
+                raise TypeError(f"Layer {name!r}: expected LayerFactors, found {type(layer).__name__}.")
+        self.provenance = dict(provenance or {})
+
+    def __getitem__(self, name: str) -> LayerFactors:
+        try:
+            return self._layers[name]
+        except KeyError:
+            raise KeyError(f"No factors of layer {name!r}.{did_you_mean(name, self._layers)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name!r}: {list(layer.shape)}" for name, layer in self.items())
+        return f"{type(self).__name__}({{{shapes}}})"
+
+    def merge(self, other: "KroneckerFactors") -> "KroneckerFactors":
+        """Return the factors of both streams of positions together, weighted by their counts.
+
+        Raises:
+            ValueError: If the two do not have the same layers, of the same shapes.
+        """
+        if set(self) != set(other):
+            raise ValueError(f"Cannot merge factors of other layers: only in one are {sorted(set(self) ^ set(other))}.")
+        merged = {}
+        for name, one in self.items():
+            two = other[name]
+            if one.shape != two.shape or one.transposed != two.transposed:
+                raise ValueError(f"Layer {name!r}: cannot merge factors of a {one.shape} and a {two.shape} weight.")
+            merged[name] = LayerFactors(
+                A=_weighted_mean(one.A, one.num_inputs, two.A, two.num_inputs),
+                G=_weighted_mean(one.G, one.num_gradients, two.G, two.num_gradients),
+                num_inputs=one.num_inputs + two.num_inputs,
+                num_gradients=one.num_gradients + two.num_gradients,
+                num_seen=one.num_seen + two.num_seen,
+                transposed=one.transposed,
+            )
+        return KroneckerFactors(merged, self.provenance)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically: tensors ``<layer>.A`` and ``<layer>.G``, the rest as JSON metadata."""
+        tensors = {f"{name}.{factor}": getattr(layer, factor).cpu().contiguous().clone()
+                   for name, layer in self.items() for factor in "AG"}  # fmt: skip
+        layers = {
+            name: {
+                "num_inputs": layer.num_inputs,
+                "num_gradients": layer.num_gradients,
+                "num_seen": layer.num_seen,
+                "transposed": layer.transposed,
+            }
+            for name, layer in self.items()
+        }
+        header = {"version": _VERSION, "layers": layers, "provenance": self.provenance}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "KroneckerFactors":
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a complete factor file of a version that this package reads.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})[_HEADER])
+                if header["version"] != _VERSION:
+                    raise ValueError(f"{path}: factor file of version {header['version']}, this package reads {_VERSION}.")
+                layers = {
+                    name: LayerFactors(A=file.get_tensor(f"{name}.A"), G=file.get_tensor(f"{name}.G"), **counts)
+                    for name, counts in header["layers"].items()
+                }
+                return cls(layers, header["provenance"])
+        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path}: not a complete factor file ({type(error).__name__}: {error}). "
+                "Factor files are written by KroneckerFactors.save."
+            ) from error
+
+
+def _weighted_mean(one: Tensor, count_one: int, two: Tensor, count_two: int) -> Tensor:
+    total = max(count_one + count_two, 1)
+    mean = (one.double() * count_one + two.to(one.device).double() * count_two) / total
+    return mean.to(torch.promote_types(one.dtype, two.dtype))

@@ -1,0 +1,231 @@
+r"""Which gradients the factor G is made of.
+
+For a softmax cross-entropy over logits ``z`` with ``p = softmax(z)`` the Fisher information of one loss position with
+respect to its logits is ``H = diag(p) - p p^T``. Each kind of Fisher is a way to draw vectors ``v`` with
+``E[v v^T] = H`` (or, for ``empirical``, another matrix) and to backpropagate them to the layers' outputs:
+
+============  =========================================  ===========================================
+kind          v                                          backward passes per batch
+============  =========================================  ===========================================
+sketched      ``sqrt(p) * e - p (sqrt(p) . e)``,         one per draw
+              ``e`` random signs
+sampled       ``p - onehot(y)``, ``y ~ p``               one per draw
+exact         ``sqrt(p_c) (p - onehot(c))``, each c      classes (x loss positions per sequence)
+empirical     ``p - onehot(label of the data)``          none: the training's own
+============  =========================================  ===========================================
+
+For the sketch, with ``s = sqrt(p)`` (so ``s . s = 1``) and ``v = (diag(s) - p s^T) e``::
+
+    E[v v^T] = (diag(s) - p s^T)(diag(s) - s p^T) = diag(p) - p p^T - p p^T + p p^T = H
+
+exactly, and the size of ``v`` does not depend on rare events: on a saturated model a sampled label almost always gives
+a gradient near zero and once in a while a huge one. The first three kinds describe the model's own distribution:
+class weights and label smoothing do not enter.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_curvature._checks import listing
+from lightning_curvature.taps import LayerCall, SoftmaxLoss, Taps, reaches
+
+FISHER_KINDS = ("sketched", "sampled", "exact", "empirical")
+EXACT_LIMIT = 4096
+"""Backward passes per batch above which ``exact`` is refused."""
+
+Gradients = list[Tensor | None]
+"""The gradient at the output of each call; None where the logits do not depend on it."""
+
+
+def find_loss(taps: Taps, objective: Tensor) -> SoftmaxLoss:
+    """Return the one softmax loss whose logits count.
+
+    Args:
+        taps: What the step recorded.
+        objective: The scalar that the training is about to backpropagate.
+
+    Raises:
+        RuntimeError: If no softmax loss was seen, if several reach the objective, or if ``nll_loss`` received something
+            else than log-probabilities.
+    """
+    losses = [loss for loss in taps.losses
+              if loss.output is None or reaches(objective.grad_fn, {_node(loss.output)})]  # fmt: skip
+    if len(losses) == 1:
+        loss = losses[0]
+        rows = loss.logits.detach().movedim(loss.class_dim, -1)[loss.counted]
+        if loss.log_probabilities and not bool((rows.float().logsumexp(-1).abs() < 0.05).all()):
+            raise RuntimeError(
+                "F.nll_loss received values that are not log-probabilities (their exponentials do not sum to 1). "
+                "Apply log_softmax first, use F.cross_entropy, or name the logits with logits='...'."
+            )
+        return loss
+    if losses:
+        shapes = [list(loss.logits.shape) for loss in losses]
+        raise RuntimeError(
+            f"{len(losses)} softmax losses reach the training loss (logits of shapes {shapes}); the curvature of one "
+            "model output is meant. Name the submodule or method that returns its logits: logits='...'."
+        )
+    seen = f" It computes {listing(sorted(set(taps.other_losses)))}." if taps.other_losses else ""
+    raise RuntimeError(
+        f"No softmax cross-entropy reaches the training loss.{seen} The curvature is defined here for "
+        "F.cross_entropy, nn.CrossEntropyLoss, and F.nll_loss after log_softmax; a model that hides it (a fused or "
+        "compiled loss) names the submodule or method that returns its logits: logits='...'."
+    )
+
+
+def count_passes(kind: str, loss: SoftmaxLoss, calls: Sequence[LayerCall], draws: int) -> int:
+    """Return the number of backward passes that a batch costs."""
+    if kind == "empirical":
+        return 0
+    if kind != "exact":
+        return draws
+    return loss.logits.shape[loss.class_dim] * (int(_groups(loss, calls).max()) + 1)
+
+
+def gradient_passes(
+    kind: str, loss: SoftmaxLoss, calls: Sequence[LayerCall], draws: int, generator: torch.Generator
+) -> Iterator[Gradients]:
+    """Yield, for each backward pass, the gradients at the outputs of the calls, at unit scale.
+
+    The sum over passes of ``g g^T`` (divided by ``draws`` for the random kinds) is the Fisher's.
+
+    Args:
+        kind: ``"sketched"``, ``"sampled"`` or ``"exact"``.
+        loss: The softmax loss.
+        calls: The layer calls; each has an edge.
+        draws: Random vectors (or labels) per loss position.
+        generator: Source of randomness, on the device of the logits; the global random state is not touched.
+    """
+    logits = loss.logits.detach().movedim(loss.class_dim, -1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    p = logits.softmax(-1) * loss.counted[..., None]
+    for v in _seeds(kind, p, loss, calls, draws, generator):
+        yield _backward(loss, v.movedim(-1, loss.class_dim), calls)
+
+
+def _seeds(
+    kind: str, p: Tensor, loss: SoftmaxLoss, calls: Sequence[LayerCall], draws: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    counted = loss.counted[..., None]
+    if kind == "exact":
+        groups = _groups(loss, calls)
+        for group in range(int(groups.max()) + 1):
+            here = counted & (groups == group)[..., None]
+            for label in range(p.shape[-1]):
+                yield torch.where(here, p[..., label, None].sqrt() * _minus_onehot(p, label), 0.0)
+        return
+    for _ in range(draws):
+        if kind == "sketched":
+            signs = torch.empty_like(p).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+            weighted = p.sqrt() * signs
+            yield weighted - p * weighted.sum(-1, keepdim=True)
+        else:
+            rows = torch.where(counted, p, 1.0).reshape(-1, p.shape[-1])
+            labels = torch.multinomial(rows, 1, generator=generator).view(counted.shape)
+            yield torch.where(counted, p.scatter_add(-1, labels, torch.full_like(p, -1.0)), 0.0)
+
+
+def _minus_onehot(p: Tensor, label: int) -> Tensor:
+    moved = p.clone()
+    moved[..., label] -= 1.0
+    return moved
+
+
+def _groups(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Tensor:
+    """Number the loss positions so that those of one number belong to examples that do not see each other.
+
+    Examples lie along the first dimension of the layers' outputs. That they are independent is checked: the gradient
+    of one example's logits must stay in its own slice of every layer. Where it does not (tokens flattened into the
+    first dimension, batch normalisation), each loss position is a group of its own.
+    """
+    counted = loss.counted
+    sizes = {call.output_shape[0] for call in calls}
+    batch = sizes.pop() if len(sizes) == 1 else 0
+    if batch and counted.numel() % batch == 0:
+        example = torch.arange(counted.numel(), device=counted.device) // (counted.numel() // batch)
+        example = example.view(counted.shape)
+        if all(_stays_inside(loss, calls, example, index) for index in {0, batch - 1}):
+            position = torch.arange(counted.numel(), device=counted.device) % (counted.numel() // batch)
+            return position.view(counted.shape)
+    return torch.arange(counted.numel(), device=counted.device).view(counted.shape)
+
+
+def _stays_inside(loss: SoftmaxLoss, calls: Sequence[LayerCall], example: Tensor, index: int) -> bool:
+    classes = torch.arange(1.0, loss.logits.shape[loss.class_dim] + 1, device=example.device)
+    seed = (example == index)[..., None] * classes
+    for gradient in _backward(loss, seed.movedim(-1, loss.class_dim), calls):
+        if gradient is not None:
+            outside = torch.arange(gradient.shape[0], device=gradient.device) != index
+            if bool(gradient[outside].any()):
+                return False
+    return True
+
+
+def _backward(loss: SoftmaxLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradients:
+    """Backpropagate ``v`` from the logits to the calls, and to nothing else; the graph stays for the training."""
+    # float16 cannot hold the small gradients of a unit loss: the pass is scaled by a power of two, the largest that
+    # does not overflow, and divided by it again, which is exact.
+    half = any(call.output_dtype == torch.float16 for call in calls) or loss.logits.dtype == torch.float16
+    edges = [call.edge for call in calls if call.edge is not None]
+    for scale in (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0) if half else (1.0,):
+        found = torch.autograd.grad(
+            loss.logits, edges, grad_outputs=(v * scale).to(loss.logits.dtype), retain_graph=True, allow_unused=True
+        )
+        gradients = [None if g is None else g.float() / scale if half else g for g in found]
+        if not half or all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
+            break
+    return gradients
+
+
+def empirical_gradients(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Gradients:
+    """Return the gradients of the summed loss on the data's labels, from those that the training's backward left.
+
+    The factor that arrived at the loss (gradient accumulation, loss scaling, a user's own weight) and the reduction's
+    denominator are divided out.
+
+    Raises:
+        RuntimeError: If the loss reached the backward pass with a weight of its own for each position.
+    """
+    if loss.factor is None or loss.denominator is None:
+        raise RuntimeError("The training's backward never reached the loss; fisher='empirical' has nothing to read.")
+    factors = loss.factor[loss.factor != 0] if loss.factor.dim() else loss.factor
+    factor = factors.flatten()[0] if factors.numel() else loss.factor.sum()
+    if factors.numel() and bool((factors != factor).any()):
+        raise RuntimeError(
+            "fisher='empirical': the training weighs its loss positions differently, so gradients of the plain loss "
+            "cannot be told from them. Use fisher='sketched', which does not depend on the training loss."
+        )
+    unit = loss.denominator.double() / factor.double()
+    return [
+        None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) * unit.to(g.device)
+        for g in (call.gradient for call in calls)
+    ]
+
+
+def check_single_path(loss: SoftmaxLoss, calls: Sequence[LayerCall], objective: Tensor) -> None:
+    """Raise if the training loss reaches the layers on another path than through the softmax loss."""
+    goals = {call.edge.node for call in calls if call.edge is not None}
+    if loss.output is None:
+        raise RuntimeError("fisher='empirical' reads the training's own loss; it cannot be used with logits='...'.")
+    if reaches(objective.grad_fn, goals, barrier=_node(loss.output)):
+        raise RuntimeError(
+            "fisher='empirical': the training loss reaches the layers on other paths than through the cross-entropy (a "
+            "regularizer, an auxiliary loss), so their gradients are mixed. Use fisher='sketched' or 'sampled'."
+        )
+
+
+def output_heads(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> set[str]:
+    """Return the names of layers whose output is the logits, up to views, casts and elementwise operations."""
+    nodes = {call.edge.node: call.name for call in calls if call.edge is not None}
+    node = _node(loss.logits)
+    while node is not None and node not in nodes:
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        parents = [parent for parent in parents if parent.name() != "torch::autograd::AccumulateGrad"]
+        node = parents[0] if len(parents) == 1 else None
+    return {nodes[node]} if node in nodes else set()
+
+
+def _node(tensor: Tensor) -> torch.autograd.graph.Node:
+    return torch.autograd.graph.get_gradient_edge(tensor).node

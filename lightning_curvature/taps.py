@@ -1,0 +1,310 @@
+"""Every hook of the package: layer inputs, layer output gradients, and the logits of the loss.
+
+All hooks live inside :class:`Taps`, a context manager: none outlives it, whatever happens inside. While it is open it
+records
+
+- each call of a watched layer: the input, and the place of the output in the autograd graph (a gradient edge, taken
+  before a later in-place operation can move it, so that ``relu_`` after a layer does not change what is measured);
+- each softmax cross-entropy: ``F.cross_entropy`` (and ``nn.CrossEntropyLoss``), and ``F.nll_loss`` of log-softmax
+  outputs, seen by a :class:`torch.overrides.TorchFunctionMode`.
+
+It changes nothing that it sees.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from lightning_curvature._checks import did_you_mean
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a watched layer.
+
+    Args:
+        name: Module name of the layer.
+        module: The layer.
+        inputs: What it read, detached.
+        version: Version counter of the input at the time of the call.
+        edge: Its output in the autograd graph; None if the output needs no gradient.
+        output_shape: Shape of its output.
+        output_dtype: Dtype of its output.
+        gradient: Gradient of the training loss that arrived at the output (only if the tap watches them).
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Tensor
+    version: int
+    edge: GradientEdge | None
+    output_shape: torch.Size
+    output_dtype: torch.dtype
+    gradient: Tensor | None = None
+
+    def check_input(self) -> None:
+        """Raise if the input was overwritten after the layer read it."""
+        if _version(self.inputs) != self.version:
+            raise RuntimeError(
+                f"Layer {self.name!r}: its input was changed in place after the layer read it, so it can no longer be "
+                "measured. Replace the in-place operation (x += y becomes x = x + y)."
+            )
+
+
+@dataclass(eq=False)
+class SoftmaxLoss:
+    """Logits of one softmax loss, and what the loss does with them.
+
+    Args:
+        logits: As the loss received them, with their graph.
+        class_dim: Dimension of the classes.
+        counted: Which loss positions count (not ``ignore_index``): bool, the logits' shape without the classes.
+        denominator: What ``reduction="mean"`` divided by; 1 for sums; None if the loss is not known.
+        output: The loss; its graph node identifies it. None for logits named by the user.
+        log_probabilities: Whether ``logits`` must be normalised, as ``nll_loss`` wants them.
+        factor: Gradient of the training objective that arrived at the loss, once its backward has run.
+    """
+
+    logits: Tensor
+    class_dim: int
+    counted: Tensor
+    denominator: Tensor | None = None
+    output: Tensor | None = None
+    log_probabilities: bool = False
+    factor: Tensor | None = None
+
+
+_OTHER_LOSSES: dict[Callable[..., Any], str] = {
+    function: function.__name__
+    for function in (
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.mse_loss,
+        F.l1_loss,
+        F.smooth_l1_loss,
+        F.huber_loss,
+        F.kl_div,
+        F.ctc_loss,
+        F.gaussian_nll_loss,
+        F.poisson_nll_loss,
+        F.multi_margin_loss,
+        F.multilabel_soft_margin_loss,
+        F.margin_ranking_loss,
+        F.triplet_margin_loss,
+        F.cosine_embedding_loss,
+        F.hinge_embedding_loss,
+    )
+}
+
+
+class Taps:
+    """Context manager that records layer calls and softmax losses of whatever runs inside.
+
+    Args:
+        root: The network.
+        modules: Layers to watch, by name.
+        logits: Name of a submodule or method of ``root`` whose return value is the logits; None to find the loss.
+        watch_gradients: Also record the gradients that the training backward sends to the watched outputs.
+        on_backward: Called with the loss just before ``Tensor.backward`` runs.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        modules: Mapping[str, nn.Module],
+        *,
+        logits: str | None = None,
+        watch_gradients: bool = False,
+        on_backward: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.calls: list[LayerCall] = []
+        self.losses: list[SoftmaxLoss] = []
+        self.other_losses: list[str] = []
+        self.recording = True
+        self._root = root
+        self._modules = modules
+        self._logits = logits
+        self._watch_gradients = watch_gradients
+        self._on_backward = on_backward
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Taps":
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                hook = self._layer_hook(name)
+                handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
+            if self._logits is not None:
+                self._tap_named_logits(self._logits, stack)
+            stack.enter_context(_FunctionTap(self))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self.calls, self.losses = [], []
+
+    def _layer_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if not (self.recording and torch.is_grad_enabled()):
+                return
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            call = LayerCall(
+                name=name,
+                module=module,
+                inputs=inputs.detach(),
+                version=_version(inputs),
+                edge=get_gradient_edge(output) if output.requires_grad else None,
+                output_shape=output.shape,
+                output_dtype=output.dtype,
+            )
+            self.calls.append(call)
+            if self._watch_gradients and output.requires_grad:
+                output.register_hook(_gradient_hook(call))
+
+        return hook
+
+    def _tap_named_logits(self, name: str, stack: ExitStack) -> None:
+        target: Any = self._root
+        for part in name.split("."):
+            target = getattr(target, part, None)
+        if isinstance(target, nn.Module):
+            handle = target.register_forward_hook(lambda _module, _args, output: self.add_named_logits(output))
+            stack.callback(handle.remove)
+            return
+        if not callable(target):
+            options = [*(n for n, _ in self._root.named_modules() if n), *_own_methods(self._root)]
+            raise ValueError(
+                f"logits={name!r} is neither a submodule nor a method of {type(self._root).__name__}."
+                f"{did_you_mean(name, options)}"
+            )
+        parent_name, _, attribute = name.rpartition(".")
+        parent = self._root.get_submodule(parent_name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            output = target(*args, **kwargs)
+            self.add_named_logits(output)
+            return output
+
+        own = parent.__dict__.get(attribute)
+        parent.__dict__[attribute] = wrapper
+        if own is None:
+            stack.callback(parent.__dict__.pop, attribute)
+        else:
+            stack.callback(parent.__dict__.__setitem__, attribute, own)
+
+    def add_named_logits(self, output: Any) -> None:
+        """Record what the submodule or method named by the user returned."""
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"logits={self._logits!r} returned {type(output).__name__}, expected a tensor of logits.")
+        if self.recording and logits.requires_grad:
+            counted = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+            self.losses.append(SoftmaxLoss(logits, logits.dim() - 1, counted))
+
+    def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Look at one finished torch function."""
+        if not self.recording or self._logits is not None:
+            return
+        if function in (F.cross_entropy, F.nll_loss):
+            loss = _read_loss(function, args, kwargs, output)
+            if loss is not None:
+                self.losses.append(loss)
+                if self._watch_gradients:
+                    output.register_hook(_factor_hook(loss))
+        elif function in _OTHER_LOSSES:
+            self.other_losses.append(_OTHER_LOSSES[function])
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Tell the owner that ``Tensor.backward`` is about to run."""
+        if self.recording and self._on_backward is not None:
+            self._on_backward(loss)
+
+
+class _FunctionTap(TorchFunctionMode):
+    def __init__(self, taps: Taps) -> None:
+        super().__init__()
+        self._taps = taps
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            self._taps.before_backward(args[0])
+        output = func(*args, **kwargs)
+        self._taps.see(func, args, kwargs, output)
+        return output
+
+
+_SIGNATURES = {function: inspect.signature(function) for function in (F.cross_entropy, F.nll_loss)}
+
+
+def _read_loss(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> SoftmaxLoss | None:
+    bound = _SIGNATURES[function].bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    logits, target, weight = given["input"], given["target"], given["weight"]
+    if not (logits.requires_grad and output.requires_grad):
+        return None  # a metric, not the training loss
+    class_dim = 1 if logits.dim() > 1 else 0
+    if target.is_floating_point():  # class probabilities: every position counts
+        rows = logits.detach().movedim(class_dim, -1)
+        counted = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+        denominator = counted.sum()
+    else:
+        counted = target != given["ignore_index"]
+        denominator = counted.sum() if weight is None else weight[target[counted]].sum()
+    if given["reduction"] != "mean":
+        denominator = torch.ones_like(denominator)
+    # The softmax of a log-softmax is the same softmax: the log-probabilities that nll_loss receives serve as logits.
+    return SoftmaxLoss(logits, class_dim, counted, denominator, output, log_probabilities=function is F.nll_loss)
+
+
+def _gradient_hook(call: LayerCall) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        call.gradient = gradient.detach().clone() if call.gradient is None else call.gradient + gradient.detach()
+
+    return hook
+
+
+def _factor_hook(loss: SoftmaxLoss) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        loss.factor = gradient.detach() if loss.factor is None else loss.factor + gradient.detach()
+
+    return hook
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _own_methods(root: nn.Module) -> list[str]:
+    return [name for name, value in vars(type(root)).items() if callable(value) and not name.startswith("_")]
+
+
+def reaches(start: Node | None, goals: set[Node], barrier: Node | None = None) -> bool:
+    """Tell whether a walk down the autograd graph from ``start`` meets a goal without passing ``barrier``."""
+    stack, seen = [start], {barrier}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in goals:
+            return True
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
