@@ -37,6 +37,11 @@ class LayerSums:
         self.num_seen = 0
         self.transposed = transposed
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(d_out, d_in)`` of the weight matrix."""
+        return len(self.gradients.total), len(self.inputs.total)
+
     def factors(self) -> LayerFactors:
         """Return the normalised factors."""
         return LayerFactors(
@@ -85,6 +90,12 @@ class Collector:
         self.choice: LayerChoice = choose_layers(module, layers)
         self.chosen: list[str] | None = None
         self.sums: dict[str, LayerSums] = {}
+        self.provenance: dict[str, Any] = {
+            "model": type(module).__name__,
+            "fisher": fisher,
+            "draws": draws,
+            "positions": positions,
+        }
         self.num_batches = 0
         self.num_skipped = 0
         self.seed = seed
@@ -182,13 +193,7 @@ class Collector:
 
     def factors(self) -> KroneckerFactors:
         """Return the factors of all batches since the sums were last reset."""
-        provenance = {
-            "fisher": self.fisher,
-            "draws": self.draws,
-            "positions": self.positions,
-            "model": type(self.module).__name__,
-            "batches_skipped": self.num_skipped,
-        }
+        provenance = {**self.provenance, "batches_skipped": self.num_skipped}
         return KroneckerFactors({name: sums.factors() for name, sums in self.sums.items()}, provenance)
 
     def _random(self, device: torch.device) -> torch.Generator:
