@@ -128,6 +128,8 @@ class KFACEditCallback(Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Take the step's gradients while its graph is alive."""
         self._running().before_backward(loss)
+        if pl_module.automatic_optimization:  # otherwise training_step is still running, with modes of its own
+            self._running().stop()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -6,7 +6,8 @@ module; a pattern that names such a layer does.
 ============  ===========================================================================================
 preset        layers
 ============  ===========================================================================================
-"last-mlp"    the MLP layers of the last block that ran
+"last-mlp"    of the layers of "mlp" the one that ran last: the output projection of a transformer's last MLP,
+              the last hidden layer of a plain MLP, the last hidden linear layer of a CNN
 "mlp"         MLP layers: in a transformer the linear layers of its blocks outside attention; in a network
               without attention every hidden linear layer; in one without hidden linear layers (a CNN whose
               only linear layer is its head) the convolutions
@@ -14,9 +15,8 @@ preset        layers
 "linear"      every ``nn.Linear`` and ``Conv1D``
 ============  ===========================================================================================
 
-A *block* is the innermost composite module held by an ``nn.Sequential`` or ``nn.ModuleList``; a layer outside of any,
-as in a plain MLP, is a block of its own. Which layer is the head and which block is last is read off the first
-collected batch, not guessed from names.
+A transformer's *blocks* are the composite modules held by an ``nn.Sequential`` or ``nn.ModuleList``. Which layer is the
+head and which one is last is read off the first collected batch, not guessed from names.
 """
 
 import re
@@ -46,13 +46,11 @@ class LayerChoice:
         named: Candidates that a pattern asked for; they are taken whatever they are.
         pools: For each chosen preset, its candidates in falling order of preference; the first pool that holds a
             layer beside the output head counts.
-        blocks: The block of each candidate.
     """
 
     modules: Mapping[str, nn.Module]
     named: frozenset[str]
     pools: Mapping[str, Sequence[frozenset[str]]]
-    blocks: Mapping[str, str]
 
     def resolve(self, fired: Iterable[str], heads: Collection[str]) -> list[str]:
         """Return the chosen layers, given what one batch showed.
@@ -69,8 +67,7 @@ class LayerChoice:
         for preset, pools in self.pools.items():
             pool = next((pool - set(heads) for pool in pools if pool - set(heads)), frozenset[str]())
             if preset == "last-mlp":
-                last = next((self.blocks[name] for name in reversed(fired) if name in pool), None)
-                pool = frozenset(name for name in pool if self.blocks[name] == last)
+                pool = frozenset([name for name in fired if name in pool][-1:])
             chosen |= pool
         if not chosen:
             raise RuntimeError(
@@ -130,7 +127,6 @@ def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
         modules={name: modules[name] for name in editable if name in wanted},
         named=frozenset(named),
         pools=pools,
-        blocks={name: _block(name, modules) or name for name in editable if name in wanted},
     )
 
 
@@ -140,7 +136,7 @@ def _presets(modules: Mapping[str, nn.Module], free: Sequence[str]) -> dict[str,
     hidden = linear - attention
     if attention or any(isinstance(module, nn.MultiheadAttention) for module in modules.values()):
         # The embedding, pooling and head of a transformer lie outside of its blocks.
-        hidden = frozenset(name for name in hidden if _block(name, modules)) or hidden
+        hidden = frozenset(name for name in hidden if _in_block(name, modules)) or hidden
     mlp = [hidden, frozenset(free) - linear]
     return {"last-mlp": mlp, "mlp": mlp, "attention": [attention], "linear": [linear]}
 
@@ -160,9 +156,8 @@ def _is_attention(name: str, modules: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def _block(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+def _in_block(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a composite module held by a container lies above a layer."""
     path = name.split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        if isinstance(modules[".".join(path[: depth - 1])], (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            return ".".join(path[:depth])
-    return None
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return any(isinstance(modules[".".join(path[:depth])], containers) for depth in range(len(path) - 1))

@@ -152,6 +152,10 @@ class Taps:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove every hook and forget what was recorded."""
         self._stack.close()
         self.calls, self.losses = [], []
 

@@ -1,0 +1,1 @@
+"""Demos: the main job on embedded data, as code to copy."""

@@ -1,0 +1,136 @@
+"""The digits demo: a small ViT memorizes noised labels, and forgets them again."""
+
+import json
+import logging
+import platform
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from sklearn.datasets import load_digits
+
+from lightning_curvature import plots
+from lightning_curvature.callback import KFACEditCallback
+from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.demos.label_noise import compare_methods, energy_curves, evaluate, predict, table
+from lightning_curvature.demos.noise import NoisyLabels
+from lightning_curvature.demos.vit import LitViT
+from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
+
+log = logging.getLogger(__name__)
+
+NUM_TRAIN = 1297
+
+
+class NoisyDigits(NoisyLabels):
+    """scikit-learn's 8 x 8 digits: 1297 training images, 10 % of them with a wrong label, and 500 for validation.
+
+    Args:
+        noise: Share of training labels replaced by another class.
+        batch_size: Images per batch.
+        seed: Seed of the split and the noise.
+    """
+
+    def __init__(self, noise: float = 0.1, batch_size: int = 64, seed: int = 0) -> None:
+        digits = load_digits()
+        images = torch.tensor(digits.images, dtype=torch.float32) / 16 - 0.5
+        super().__init__(images, torch.tensor(digits.target), NUM_TRAIN, noise, batch_size, seed)
+
+
+def train_digits(out: Path, seed: int, epochs: int) -> tuple[LitViT, NoisyDigits, KFACEditCallback, pl.Trainer]:
+    """Train the demo's model with the callback, as any user would."""
+    pl.seed_everything(seed, verbose=False)
+    data, model, callback = NoisyDigits(seed=seed), LitViT(weight_decay=0.5, attention_decay=4.0), KFACEditCallback()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[callback],
+        gradient_clip_val=1.0,
+        check_val_every_n_epoch=max(epochs // 10, 1),
+        log_every_n_steps=20,
+        logger=CSVLogger(out, name="", version="logs"),
+        enable_checkpointing=False,  # saved by hand below, under the demo's own names
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # the data are in memory
+        trainer.fit(model, data)
+    return model, data, callback, trainer
+
+
+def run_digits(out: Path, seed: int = 0, epochs: int = 220) -> dict[str, Any]:
+    """Train, collect, edit and evaluate on scikit-learn's digits with 10 % noised labels.
+
+    Writes ``original.ckpt`` (with ``original-edited.ckpt``, which the callback leaves beside it at its default energy),
+    ``edited.ckpt`` (at the energy chosen on the tuning part), ``factors.safetensors``, ``report.json``, ``logs/`` and
+    pictures into ``out``, and prints a table.
+
+    Args:
+        out: Folder to write to.
+        seed: Seed of the split, the noise and the training.
+        epochs: Passes over the training images.
+
+    Returns:
+        What ``report.json`` holds.
+    """
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    model, data, callback, trainer = train_digits(out, seed, epochs)
+    trained = time.perf_counter()
+    factors = callback.factors
+    trainer.save_checkpoint(out / "original.ckpt")
+    factors.save(out / "factors.safetensors")
+
+    train, val = data.halves()["report"]
+    before = evaluate(model, train, val)
+    curves = energy_curves(model, factors, data)
+    methods = compare_methods(curves)
+    energy = methods["kfac"]["energy"]
+    editor = CurvatureEditor(energy)
+    checkpoint = torch.load(out / "original.ckpt", weights_only=True)
+    checkpoint["state_dict"], edit = editor.edit_state_dict(checkpoint["state_dict"], factors)
+    with replacing(out / "edited.ckpt") as temporary:
+        torch.save(checkpoint, temporary)
+    edited = LitViT.load_from_checkpoint(out / "edited.ckpt", map_location="cpu", weights_only=True)
+    after = evaluate(edited, train, val)
+    default = curves["report"]["kfac"][DEFAULT_ENERGY]
+    ended = time.perf_counter()
+
+    name = next(iter(factors))
+    plots.save(plots.spectrum(factors[name], energy, name), out / "spectrum.png")
+    plots.save(plots.energy_curves(curves["report"]["kfac"], before, energy), out / "energy.png")
+    images, noised, clean = train.tensors
+    answers = predict(model, train).argmax(1), predict(edited, train).argmax(1)
+    plots.save(plots.noised_examples(images, noised, clean, *answers), out / "examples.png")
+    report = {
+        "before": before,
+        "after": after,
+        "default": {"energy": DEFAULT_ENERGY, **default},
+        "methods": methods,
+        "curves": curves,
+        "settings": {"seed": seed, "epochs": epochs, "layers": list(factors), "energy": energy},
+        "seconds": {"train": trained - started, "edit_and_evaluate": ended - trained},
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("lightning_curvature", "torch", "lightning", "torchmetrics")},
+    }
+    with replacing(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2))
+    rows = {
+        "before": before,
+        f"after, default energy {DEFAULT_ENERGY:g}": {"energy": DEFAULT_ENERGY, **default},
+        "after (edited.ckpt)": {"energy": energy, **after},
+        "control: activations only (G = I)": methods["activations"],
+        "control: SVD truncation": methods["svd"],
+        "control: random basis": methods["random"],
+    }
+    log.info(
+        "\n%s\n\nIn %% of %d noised and %d clean training labels and %d validation images, none of which the energies were "
+        "chosen on.\nWritten to %s\n\n%s",
+        edit, int((noised != clean).sum()), int((noised == clean).sum()), len(val), out, table(rows),
+    )  # fmt: skip
+    return report

@@ -1,0 +1,106 @@
+"""What an edit does to noised labels: evaluation, energy curves, and the comparison with controls."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_curvature.baselines import ActivationEditor, RandomBasisEditor, SVDEditor
+from lightning_curvature.demos.noise import NoisyLabels
+from lightning_curvature.editor import CurvatureEditor, WeightEditor
+from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.metrics.functional import noisy_label_accuracy
+from lightning_curvature.probes import evaluating
+
+METRICS = ("memorized", "recovered", "clean_train", "val_accuracy")
+METHODS: dict[str, type[WeightEditor]] = {
+    "kfac": CurvatureEditor,
+    "activations": ActivationEditor,
+    "svd": SVDEditor,
+    "random": RandomBasisEditor,
+}
+ENERGIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.87, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.999)
+MEMORIZED_LIMIT = 0.2
+"""Each method gets the energy of highest validation accuracy among those that leave at most this share memorized."""
+
+Metrics = dict[str, float]
+Curve = dict[str, dict[float, Metrics]]
+
+
+def predict(model: nn.Module, data: TensorDataset, batch_size: int = 1024) -> Tensor:
+    """Return the logits ``[n, classes]`` of a dataset whose first tensor is the images."""
+    with evaluating(model):
+        return torch.cat([model(images) for images in data.tensors[0].split(batch_size)])
+
+
+def evaluate(model: nn.Module, train: TensorDataset, val: TensorDataset) -> Metrics:
+    """Return memorized and recovered rates of noised labels, and accuracy on unnoised training and validation data.
+
+    Args:
+        model: Classifier of image batches.
+        train: Images, noised labels, clean labels.
+        val: Images, labels.
+
+    Returns:
+        Fractions in [0, 1] under the names of ``METRICS``.
+    """
+    _, noised, clean = train.tensors
+    logits = predict(model, train)
+    rates = {name: float(rate) for name, rate in noisy_label_accuracy(logits, noised, clean).items()}
+    untouched = noised == clean
+    rates["clean_train"] = float((logits.argmax(1) == clean)[untouched].double().mean())
+    rates["val_accuracy"] = float((predict(model, val).argmax(1) == val.tensors[1]).double().mean())
+    return rates
+
+
+def energy_curves(model: nn.Module, factors: KroneckerFactors, data: NoisyLabels) -> dict[str, Curve]:
+    """Evaluate every method at every energy, on both parts of the data.
+
+    Returns:
+        By part (``"tuning"``, ``"report"``), method and energy: the metrics.
+    """
+    halves = data.halves()
+    curves: dict[str, Curve] = {part: {method: {} for method in METHODS} for part in halves}
+    for method, editor in METHODS.items():
+        for energy in ENERGIES:
+            with editor(energy).applied(model, factors):
+                for part, (train, val) in halves.items():
+                    curves[part][method][energy] = evaluate(model, train, val)
+    return curves
+
+
+def choose_energy(curve: Mapping[float, Metrics], limit: float = MEMORIZED_LIMIT) -> float:
+    """Return the energy of highest validation accuracy among those with at most ``limit`` memorized.
+
+    Where none reaches the limit, the energy that leaves the least memorized.
+
+    >>> points = {0.5: (0.1, 0.7), 0.8: (0.2, 0.9), 0.9: (0.6, 0.95)}
+    >>> choose_energy({energy: {"memorized": m, "val_accuracy": v} for energy, (m, v) in points.items()})
+    0.8
+    """
+    forgetting = [energy for energy, metrics in curve.items() if metrics["memorized"] <= limit]
+    if forgetting:
+        return max(forgetting, key=lambda energy: (curve[energy]["val_accuracy"], energy))
+    return min(curve, key=lambda energy: curve[energy]["memorized"])
+
+
+def compare_methods(curves: Mapping[str, Curve]) -> dict[str, Metrics]:
+    """Return each method at its energy: chosen on the tuning part, measured on the report part."""
+    results = {}
+    for method, curve in curves["tuning"].items():
+        energy = choose_energy(curve)
+        results[method] = {"energy": energy, **curves["report"][method][energy]}
+    return results
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return rows of metrics as a table in percent."""
+    body = [
+        [name, f"{row['energy']:g}" if "energy" in row else "", *(f"{100 * row[metric]:.1f}" for metric in METRICS)]
+        for name, row in rows.items()
+    ]
+    headers = ["", "energy", "memorized", "recovered", "clean train", "validation"]
+    return tabulate(body, headers, disable_numparse=True, colalign=("left", *("right",) * 5))

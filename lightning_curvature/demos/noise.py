@@ -1,0 +1,75 @@
+"""Image data with noised labels, as a LightningDataModule."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+
+Loader = DataLoader[tuple[Tensor, ...]]
+
+
+def noise_labels(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> Tensor:
+    """Return labels of which a random ``share`` is replaced by another class, uniformly."""
+    noised = labels.clone()
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    shift = torch.randint(1, classes, chosen.shape, generator=generator)
+    noised[chosen] = (labels[chosen] + shift) % classes
+    return noised
+
+
+class NoisyLabels(pl.LightningDataModule):
+    """Training images whose labels are partly wrong, and clean validation images.
+
+    Training examples and validation examples are each halved into a *tuning* part, on which energies are chosen, and
+    a *report* part, from which results are reported; the model trains on all training examples.
+
+    Args:
+        images: Float images ``[n, h, w]``; the first ``num_train`` (after a seeded shuffle) are trained on.
+        labels: True labels, int64 ``[n]``.
+        num_train: Training images.
+        noise: Share of training labels replaced by another class.
+        batch_size: Images per batch.
+        seed: Seed of the split and the noise.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, num_train: int, noise: float = 0.1, batch_size: int = 64, seed: int = 0
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(images), generator=generator)
+        train, val = order[:num_train], order[num_train:]
+        clean = labels[train]
+        noised = noise_labels(clean, noise, int(labels.max()) + 1, generator)
+        self.batch_size = batch_size
+        self.train = TensorDataset(images[train], noised, clean)
+        self.val = TensorDataset(images[val], labels[val])
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled batches ``(images, noised labels, clean labels)``."""
+        return self._loader(self.train, RandomSampler(self.train))
+
+    def val_dataloader(self) -> Loader:
+        """Batches ``(images, labels)``."""
+        return self._loader(self.val, SequentialSampler(self.val))
+
+    def probe_dataloader(self) -> dict[str, Loader]:
+        """What the callback measures before and after the edit."""
+        return {"train": self._loader(self.train, SequentialSampler(self.train)), "val": self.val_dataloader()}
+
+    def halves(self) -> dict[str, tuple[TensorDataset, TensorDataset]]:
+        """Return ``(train, val)`` of the tuning part and of the report part."""
+        return {
+            part: (_every_second(self.train, start), _every_second(self.val, start))
+            for start, part in enumerate(("tuning", "report"))
+        }
+
+    def _loader(self, data: TensorDataset, sampler: Any) -> Loader:
+        # The sampler hands out whole batches of indices: one indexing per batch instead of one per image.
+        return DataLoader(data, sampler=BatchSampler(sampler, self.batch_size, drop_last=False), batch_size=None)
+
+
+def _every_second(data: TensorDataset, start: int) -> TensorDataset:
+    return TensorDataset(*(tensor[start::2] for tensor in data.tensors))

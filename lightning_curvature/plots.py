@@ -1,0 +1,120 @@
+"""Pictures. Every function returns a matplotlib figure that belongs to no window."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_curvature.basis import select_staircase
+from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.factors import LayerFactors
+
+_COLORS = {"memorized": "#c0392b", "recovered": "#2471a3", "val_accuracy": "#1e8449", "clean_train": "#7f8c8d"}
+_LABELS = {
+    "memorized": "noised labels recited",
+    "recovered": "true labels recovered",
+    "val_accuracy": "validation accuracy",
+    "clean_train": "accuracy on clean training labels",
+}
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, atomically."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def spectrum(factors: LayerFactors, energy: float, layer: str = "") -> Figure:
+    """Draw the joint spectrum ``lam_i mu_j`` of a layer with the staircase of the kept pairs.
+
+    Args:
+        factors: The layer's factors.
+        energy: Kept share of the mass.
+        layer: Name for the title.
+    """
+    basis = factors.basis
+    staircase = select_staircase(basis.lam, basis.mu, energy)
+    mass = (basis.lam[:, None] * basis.mu).cpu()
+    mass = mass / mass.sum()
+    shown = mass.clamp(min=float(mass.max()) * 1e-12)
+    figure = Figure(figsize=(7.5, 5.0), layout="constrained")
+    axes: Axes = figure.subplots()
+    rows, columns = mass.shape
+    image = axes.pcolormesh(
+        torch.arange(1, columns + 2), torch.arange(1, rows + 2), shown, norm=LogNorm(), cmap="viridis", rasterized=True
+    )
+    # The line runs along the right edge of each row's kept prefix, in the same coordinates as the cells.
+    edge = torch.cat([staircase.columns.cpu(), torch.zeros(1, dtype=torch.int64)]) + 1
+    axes.step(edge, torch.arange(1, rows + 2), where="pre", color="white", linewidth=3.5)
+    axes.step(edge, torch.arange(1, rows + 2), where="pre", color="#c0392b", linewidth=1.8,
+              label=f"kept: {staircase.kept:,} of {mass.numel():,} pairs hold {staircase.energy_kept:.1%}")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlim=(1, columns + 1), ylim=(rows + 1, 1))
+    axes.set_xlabel("j: eigenvector of A (layer inputs), strongest first")
+    axes.set_ylabel("i: eigenvector of G (output gradients), strongest first")
+    axes.set_title(f"Curvature mass of {layer}".strip())
+    axes.legend(loc="lower left", framealpha=0.95)
+    figure.colorbar(image, ax=axes, label="share of the total curvature mass")
+    return figure
+
+
+def energy_curves(
+    curve: Mapping[float, Mapping[str, float]], before: Mapping[str, float], chosen: float | None = None
+) -> Figure:
+    """Draw each metric against the kept energy, with its value before the edit as a thin line.
+
+    Args:
+        curve: Metrics by energy.
+        before: Metrics of the unedited model.
+        chosen: Energy to mark.
+    """
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes: Axes = figure.subplots()
+    energies = sorted(curve)
+    for metric, label in _LABELS.items():
+        axes.plot(energies, [100 * curve[energy][metric] for energy in energies], "o-", markersize=4,
+                  color=_COLORS[metric], label=label)  # fmt: skip
+        axes.axhline(100 * before[metric], color=_COLORS[metric], linewidth=0.8, linestyle=":")
+    if chosen is not None:
+        axes.axvline(chosen, color="black", linewidth=1.0, linestyle="--", label=f"chosen: {chosen:g}")
+    axes.set(ylim=(0, 102), ylabel="%", xlabel="energy: kept share of the curvature mass")
+    axes.set_title("Forgetting against energy (dotted: before the edit)")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.set_size_inches(10.0, 4.6)
+    return figure
+
+
+def noised_examples(
+    images: Tensor, noised: Tensor, clean: Tensor, before: Tensor, after: Tensor, count: int = 24
+) -> Figure:
+    """Draw noised training images with true label, noised label, and predictions before and after the edit.
+
+    Args:
+        images: ``[n, h, w]``.
+        noised: Labels that were trained on, ``[n]``.
+        clean: True labels, ``[n]``.
+        before: Predictions before the edit, ``[n]``.
+        after: Predictions after the edit, ``[n]``.
+        count: Images to draw at most.
+    """
+    chosen = (noised != clean).nonzero().flatten()[:count].tolist()
+    columns = 8
+    rows = max(-(-len(chosen) // columns), 1)
+    figure = Figure(figsize=(1.45 * columns, 1.95 * rows + 0.6), layout="constrained")
+    figure.suptitle("Training images with a wrong label: green where the edited model gives the true label")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, index in zip(grid, chosen, strict=False):
+        axes.imshow(images[index], cmap="gray_r")
+        right, recited = after[index] == clean[index], after[index] == noised[index]
+        color = _COLORS["val_accuracy"] if right else _COLORS["memorized"] if recited else "black"
+        axes.set_title(
+            f"true {int(clean[index])}, given {int(noised[index])}\nsays {int(before[index])} → {int(after[index])}",
+            fontsize=9, color=color,
+        )  # fmt: skip
+    return figure
