@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 
-def digits(out: Path, seed: int = 0, epochs: int = 220) -> None:
+def digits(out: Path, seed: int = 0, epochs: int = 140) -> None:
     """Train a small ViT on digits with 10 % wrong labels, edit it, and show what it forgot.
 
     Args:

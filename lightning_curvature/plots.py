@@ -105,7 +105,7 @@ def noised_examples(
     columns = 8
     rows = max(-(-len(chosen) // columns), 1)
     figure = Figure(figsize=(1.45 * columns, 1.95 * rows + 0.6), layout="constrained")
-    figure.suptitle("Training images with a wrong label: green where the edited model gives the true label")
+    figure.suptitle("Training images with a wrong label: after the edit, green: true label, red: still the wrong one")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid:
         axes.set_axis_off()

@@ -25,6 +25,7 @@ from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
 log = logging.getLogger(__name__)
 
 NUM_TRAIN = 1297
+EPOCHS = 140
 
 
 class NoisyDigits(NoisyLabels):
@@ -42,10 +43,15 @@ class NoisyDigits(NoisyLabels):
         super().__init__(images, torch.tensor(digits.target), NUM_TRAIN, noise, batch_size, seed)
 
 
+def build_model() -> LitViT:
+    """Return a model that memorizes the noised digits, most of all in the MLP of its last block."""
+    return LitViT(weight_decay=0.5, attention_decay=4.0)
+
+
 def train_digits(out: Path, seed: int, epochs: int) -> tuple[LitViT, NoisyDigits, KFACEditCallback, pl.Trainer]:
     """Train the demo's model with the callback, as any user would."""
     pl.seed_everything(seed, verbose=False)
-    data, model, callback = NoisyDigits(seed=seed), LitViT(weight_decay=0.5, attention_decay=4.0), KFACEditCallback()
+    data, model, callback = NoisyDigits(seed=seed), build_model(), KFACEditCallback()
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -63,7 +69,7 @@ def train_digits(out: Path, seed: int, epochs: int) -> tuple[LitViT, NoisyDigits
     return model, data, callback, trainer
 
 
-def run_digits(out: Path, seed: int = 0, epochs: int = 220) -> dict[str, Any]:
+def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
     """Train, collect, edit and evaluate on scikit-learn's digits with 10 % noised labels.
 
     Writes ``original.ckpt`` (with ``original-edited.ckpt``, which the callback leaves beside it at its default energy),
