@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from numbers import Real
 from typing import Any
 
 
@@ -13,7 +12,7 @@ def check_energy(energy: Any, what: str = "energy") -> float:
         TypeError: If it is not a number.
         ValueError: If it lies outside ``(0, 1]``.
     """
-    if isinstance(energy, bool) or not isinstance(energy, Real):
+    if isinstance(energy, bool) or not isinstance(energy, (int, float)):
         raise TypeError(f"{what} must be a number in (0, 1], found {energy!r}.")
     if not 0.0 < energy <= 1.0:
         raise ValueError(

@@ -5,10 +5,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 from tabulate import tabulate
 
 from lightning_curvature._checks import check_count
@@ -16,7 +16,7 @@ from lightning_curvature.checkpoints.lightning import Checkpoint, SiblingCheckpo
 from lightning_curvature.collect import Collector
 from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor, EditReport
 from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.probes import Probes, evaluating, run_probes
+from lightning_curvature.probes import evaluating, run_probes
 
 CHECKPOINT_KEY = "lightning_curvature"
 
@@ -97,12 +97,13 @@ class KFACEditCallback(Callback):
         if not isinstance(trainer, pl.Trainer) or not isinstance(pl_module, pl.LightningModule):
             raise MisconfigurationException(
                 "KFACEditCallback works with the `lightning` package; this Trainer or LightningModule comes from "
-                "`pytorch_lightning`, whose classes are different ones. Use `import lightning as L; L.Trainer(...)` and "
-                "`class Model(L.LightningModule)`."
+                "`pytorch_lightning`, whose classes are different ones. Use `import lightning as L; L.Trainer(...)` "
+                "and `class Model(L.LightningModule)`."
             )
         if stage != "fit":
             return
-        if sum(isinstance(callback, KFACEditCallback) for callback in trainer.callbacks) > 1:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, KFACEditCallback) for callback in callbacks) > 1:
             raise MisconfigurationException(
                 "The Trainer has several KFACEditCallbacks; they would write the same edited checkpoints. Give one, "
                 "with a list of layers and a dict of energies if layers need different treatment."
@@ -211,7 +212,7 @@ class KFACEditCallback(Callback):
     def _run_probes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""
         probes: dict[str, Any] = {}
-        for source in (pl_module, trainer.datamodule):
+        for source in (pl_module, getattr(trainer, "datamodule", None)):
             probes |= getattr(source, "probe_dataloader", dict)()
         if not probes:
             return {}

@@ -25,4 +25,4 @@ def digits(out: Path, seed: int = 0, epochs: int = 140) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    auto_cli({"demo": {"_help": "Run the main job on embedded data.", "digits": digits}}, args=args, as_positional=False)
+    auto_cli({"demo": {"digits": digits}}, args=args, as_positional=False)

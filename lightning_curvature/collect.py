@@ -184,7 +184,9 @@ class Collector:
             loss, calls = self._pending
             if all(call.gradient is None for call in calls):
                 self.abort()
-                raise RuntimeError("The training's backward sent no gradient to the chosen layers; use another fisher=.")
+                raise RuntimeError(
+                    "The training's backward sent no gradient to the chosen layers; use another fisher=."
+                )
             self._add(calls, [fisher.empirical_gradients(loss, calls)], 1)
         self.abort()
 

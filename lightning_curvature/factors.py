@@ -131,7 +131,7 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         return KroneckerFactors(merged, self.provenance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically: tensors ``<layer>.A`` and ``<layer>.G``, the rest as JSON metadata."""
+        """Write one safetensors file, atomically: tensors ``<layer>.A`` and ``<layer>.G``, the rest as JSON."""
         tensors = {f"{name}.{factor}": getattr(layer, factor).cpu().contiguous().clone()
                    for name, layer in self.items() for factor in "AG"}  # fmt: skip
         layers = {
@@ -159,7 +159,7 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[_HEADER])
                 if header["version"] != _VERSION:
-                    raise ValueError(f"{path}: factor file of version {header['version']}, this package reads {_VERSION}.")
+                    raise ValueError(f"{path}: factor file version {header['version']}, this package reads {_VERSION}.")
                 layers = {
                     name: LayerFactors(A=file.get_tensor(f"{name}.A"), G=file.get_tensor(f"{name}.G"), **counts)
                     for name, counts in header["layers"].items()

@@ -173,7 +173,7 @@ def _backward(loss: SoftmaxLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradi
         found = torch.autograd.grad(
             loss.logits, edges, grad_outputs=(v * scale).to(loss.logits.dtype), retain_graph=True, allow_unused=True
         )
-        gradients = [None if g is None else g.float() / scale if half else g for g in found]
+        gradients: Gradients = [None if g is None else g.float() / scale if half else g for g in found]
         if not half or all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
             break
     return gradients
@@ -219,7 +219,7 @@ def check_single_path(loss: SoftmaxLoss, calls: Sequence[LayerCall], objective: 
 def output_heads(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> set[str]:
     """Return the names of layers whose output is the logits, up to views, casts and elementwise operations."""
     nodes = {call.edge.node: call.name for call in calls if call.edge is not None}
-    node = _node(loss.logits)
+    node: torch.autograd.graph.Node | None = _node(loss.logits)
     while node is not None and node not in nodes:
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         parents = [parent for parent in parents if parent.name() != "torch::autograd::AccumulateGrad"]

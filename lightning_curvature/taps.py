@@ -14,7 +14,7 @@ It changes nothing that it sees.
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -175,7 +175,7 @@ class Taps:
             )
             self.calls.append(call)
             if self._watch_gradients and output.requires_grad:
-                output.register_hook(_gradient_hook(call))
+                output.register_hook(_gradient_hook(call))  # type: ignore[no-untyped-call]
 
         return hook
 

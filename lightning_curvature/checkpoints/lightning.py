@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
@@ -10,14 +11,15 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 Checkpoint = dict[str, Any]
 
 
-def sibling(path: str | os.PathLike[str], mark: str) -> str:
+def sibling(path: str | Path, mark: str) -> str:
     """Return the path of a checkpoint's sibling.
 
     >>> sibling("runs/last.ckpt", "-edited")
     'runs/last-edited.ckpt'
     """
-    stem, suffix = os.path.splitext(os.fspath(path))  # noqa: PTH122 - the path may be a URL
-    return f"{stem}{mark}{suffix}"
+    folder, slash, name = os.fspath(path).rpartition("/")  # the path may be a URL
+    stem, suffix = (name.removesuffix(Path(name).suffix), Path(name).suffix)
+    return f"{folder}{slash}{stem}{mark}{suffix}"
 
 
 class SiblingCheckpointIO(CheckpointIO):
@@ -36,20 +38,18 @@ class SiblingCheckpointIO(CheckpointIO):
         self.inner = inner
         self.edit = edit
 
-    def save_checkpoint(
-        self, checkpoint: Checkpoint, path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: Any | None = None) -> None:
         """Save a checkpoint as it is, then its edited sibling."""
         self.inner.save_checkpoint(checkpoint, path, storage_options)
         edited = self.edit(checkpoint)
         if edited is not None:
             self.inner.save_checkpoint(edited, sibling(path, self.MARK), storage_options)
 
-    def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Checkpoint:
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> Checkpoint:
         """Load a checkpoint."""
         return self.inner.load_checkpoint(path, *args, **kwargs)
 
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint and its edited sibling."""
         self.inner.remove_checkpoint(path)
         edited = sibling(path, self.MARK)

@@ -135,8 +135,8 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
         "control: random basis": methods["random"],
     }
     log.info(
-        "\n%s\n\nIn %% of %d noised and %d clean training labels and %d validation images, none of which the energies were "
-        "chosen on.\nWritten to %s\n\n%s",
+        "\n%s\n\nIn %% of %d noised and %d clean training labels and %d validation images, none of which the energies "
+        "were chosen on.\nWritten to %s\n\n%s",
         edit, int((noised != clean).sum()), int((noised == clean).sum()), len(val), out, table(rows),
     )  # fmt: skip
     return report

@@ -33,7 +33,7 @@ Curve = dict[str, dict[float, Metrics]]
 def predict(model: nn.Module, data: TensorDataset, batch_size: int = 1024) -> Tensor:
     """Return the logits ``[n, classes]`` of a dataset whose first tensor is the images."""
     with evaluating(model):
-        return torch.cat([model(images) for images in data.tensors[0].split(batch_size)])
+        return torch.cat([model(images) for images in torch.split(data.tensors[0], batch_size)])
 
 
 def evaluate(model: nn.Module, train: TensorDataset, val: TensorDataset) -> Metrics:

@@ -21,7 +21,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend over tokens ``[b, t, width]``."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
+        mixed: Tensor = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
+        return mixed
 
 
 class Block(nn.Module):
@@ -38,7 +39,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens ``[b, t, width]``."""
         x = x + self.attention(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        update: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + update
 
 
 class ViT(nn.Module):
@@ -61,7 +63,8 @@ class ViT(nn.Module):
         patches = rearrange(images, "b (h p) (w q) -> b (h w) (p q)", p=self.patch, q=self.patch)
         cls = repeat(self.cls, "d -> b 1 d", b=len(images))
         x = torch.cat([cls, self.embed(patches)], 1) + self.position
-        return self.head(self.norm(self.blocks(x))[:, 0])
+        logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return logits
 
 
 class LitViT(pl.LightningModule):

@@ -1,6 +1,5 @@
 """Memorized and recovered rates under label noise, as a torchmetrics metric."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from lightning_curvature.metrics.functional.noisy_labels import (
 
 
 class NoisyLabelAccuracy(Metric):
-    """How many noised training labels are predicted as noised (memorized), and how many as their true label (recovered).
+    """Shares of the noised labels that are predicted as noised (memorized) and as their true label (recovered).
 
     Only examples with ``noised != clean`` count. Source: arXiv:2510.24256, section 5.
 
-    - ``update(logits, noised, clean)``: logits ``[n, k]``, labels the model was trained on and true labels, int64 ``[n]``.
+    - ``update(logits, noised, clean)``: logits ``[n, k]``, trained and true labels, int64 ``[n]``.
     - ``compute()``: ``{"memorized": ..., "recovered": ...}``, fractions in [0, 1]; NaN before a noised example.
 
     Example:
@@ -48,6 +47,6 @@ class NoisyLabelAccuracy(Metric):
         """Return both rates."""
         return _noisy_label_accuracy_compute(self.counts)
 
-    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Any = None) -> Any:
+    def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
         """Plot the rates; see :meth:`torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
