@@ -188,16 +188,17 @@ def empirical_gradients(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Gradie
     Raises:
         RuntimeError: If the loss reached the backward pass with a weight of its own for each position.
     """
-    if loss.factor is None or loss.denominator is None:
+    arrived, denominator = loss.factor, loss.denominator
+    if arrived is None or denominator is None:
         raise RuntimeError("The training's backward never reached the loss; fisher='empirical' has nothing to read.")
-    factors = loss.factor[loss.factor != 0] if loss.factor.dim() else loss.factor
-    factor = factors.flatten()[0] if factors.numel() else loss.factor.sum()
-    if factors.numel() and bool((factors != factor).any()):
+    factors = arrived[arrived != 0]  # with reduction="none" a weight of zero leaves a position out
+    factor = factors[0] if factors.numel() else arrived.new_ones(())
+    if bool((factors != factor).any()):
         raise RuntimeError(
             "fisher='empirical': the training weighs its loss positions differently, so gradients of the plain loss "
             "cannot be told from them. Use fisher='sketched', which does not depend on the training loss."
         )
-    unit = loss.denominator.double() / factor.double()
+    unit = denominator.double() / factor.double()
     return [
         None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) * unit.to(g.device)
         for g in (call.gradient for call in calls)

@@ -14,7 +14,7 @@ It changes nothing that it sees.
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -39,7 +39,7 @@ class LayerCall:
         edge: Its output in the autograd graph; None if the output needs no gradient.
         output_shape: Shape of its output.
         output_dtype: Dtype of its output.
-        gradient: Gradient of the training loss that arrived at the output (only if the tap watches them).
+        arrived: Gradients of the training loss that arrived at the output (only if the tap watches them).
     """
 
     name: str
@@ -49,7 +49,12 @@ class LayerCall:
     edge: GradientEdge | None
     output_shape: torch.Size
     output_dtype: torch.dtype
-    gradient: Tensor | None = None
+    arrived: list[Tensor] = field(default_factory=list)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient that the training's backward sent to the output, or None."""
+        return sum(self.arrived[1:], self.arrived[0]) if self.arrived else None
 
     def check_input(self) -> None:
         """Raise if the input was overwritten after the layer read it."""
@@ -71,7 +76,7 @@ class SoftmaxLoss:
         denominator: What ``reduction="mean"`` divided by; 1 for sums; None if the loss is not known.
         output: The loss; its graph node identifies it. None for logits named by the user.
         log_probabilities: Whether ``logits`` must be normalised, as ``nll_loss`` wants them.
-        factor: Gradient of the training objective that arrived at the loss, once its backward has run.
+        arrived: Gradients of the training objective that arrived at the loss, once its backward has run.
     """
 
     logits: Tensor
@@ -80,7 +85,12 @@ class SoftmaxLoss:
     denominator: Tensor | None = None
     output: Tensor | None = None
     log_probabilities: bool = False
-    factor: Tensor | None = None
+    arrived: list[Tensor] = field(default_factory=list)
+
+    @property
+    def factor(self) -> Tensor | None:
+        """Gradient of the training objective with respect to the loss, or None."""
+        return sum(self.arrived[1:], self.arrived[0]) if self.arrived else None
 
 
 _OTHER_LOSSES: dict[Callable[..., Any], str] = {
@@ -175,7 +185,7 @@ class Taps:
             )
             self.calls.append(call)
             if self._watch_gradients and output.requires_grad:
-                output.register_hook(_gradient_hook(call))  # type: ignore[no-untyped-call]
+                output.register_hook(_keep(call.arrived))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -226,7 +236,7 @@ class Taps:
             if loss is not None:
                 self.losses.append(loss)
                 if self._watch_gradients:
-                    output.register_hook(_factor_hook(loss))
+                    output.register_hook(_keep(loss.arrived))
         elif function in _OTHER_LOSSES:
             self.other_losses.append(_OTHER_LOSSES[function])
 
@@ -278,18 +288,9 @@ def _read_loss(
     return SoftmaxLoss(logits, class_dim, counted, denominator, output, log_probabilities=function is F.nll_loss)
 
 
-def _gradient_hook(call: LayerCall) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        call.gradient = gradient.detach().clone() if call.gradient is None else call.gradient + gradient.detach()
-
-    return hook
-
-
-def _factor_hook(loss: SoftmaxLoss) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        loss.factor = gradient.detach() if loss.factor is None else loss.factor + gradient.detach()
-
-    return hook
+def _keep(arrived: list[Tensor]) -> Callable[[Tensor], None]:
+    # The hook must not refer to the call or the loss: they hold its own graph node, and the cycle would keep it alive.
+    return lambda gradient: arrived.append(gradient.detach())
 
 
 def _version(tensor: Tensor) -> int:
