@@ -55,8 +55,8 @@ def mnist(seed: int, root: Path) -> tuple[NoisyLabels, LitViT, int]:
     # Some copies of the files are sorted by class: the first images are no sample of it.
     some = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(seed))[:6000]
     images, labels = data.data[some].float() / 255 - 0.5, data.targets[some]
-    model = LitViT(image_size=28, patch=7, weight_decay=0.01, attention_decay=8.0)
-    return NoisyLabels(images, labels, 4000, seed=seed), model, 60
+    model = LitViT(image_size=28, patch=7, weight_decay=0.5, attention_decay=5.0)
+    return NoisyLabels(images, labels, 4000, seed=seed), model, 80
 
 
 def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, dict[str, dict[str, float]]]:

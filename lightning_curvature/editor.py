@@ -16,7 +16,7 @@ from lightning_curvature.basis import project_weight, select_staircase
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.layers import as_matrix, from_matrix, is_conv1d, is_editable, refusal
 
-DEFAULT_ENERGY = 0.9
+DEFAULT_ENERGY = 0.85
 """Share of the curvature mass that is kept unless the user says otherwise; docs/decisions.md shows the evidence."""
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-import torch
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -44,13 +44,12 @@ def spectrum(factors: LayerFactors, energy: float, layer: str = "") -> Figure:
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
     axes: Axes = figure.subplots()
     rows, columns = mass.shape
-    image = axes.pcolormesh(
-        torch.arange(1, columns + 2), torch.arange(1, rows + 2), shown, norm=LogNorm(), cmap="viridis", rasterized=True
-    )
+    x, y = np.arange(1, columns + 2), np.arange(1, rows + 2)
+    image = axes.pcolormesh(x, y, shown.numpy(), norm=LogNorm(), cmap="viridis", rasterized=True)
     # The line runs along the right edge of each row's kept prefix, in the same coordinates as the cells.
-    edge = torch.cat([staircase.columns.cpu(), torch.zeros(1, dtype=torch.int64)]) + 1
-    axes.step(edge, torch.arange(1, rows + 2), where="pre", color="white", linewidth=3.5)
-    axes.step(edge, torch.arange(1, rows + 2), where="pre", color="#c0392b", linewidth=1.8,
+    edge = np.append(staircase.columns.cpu().numpy(), 0) + 1
+    axes.step(edge, y, where="pre", color="white", linewidth=3.5)
+    axes.step(edge, y, where="pre", color="#c0392b", linewidth=1.8,
               label=f"kept: {staircase.kept:,} of {mass.numel():,} pairs hold {staircase.energy_kept:.1%}")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(1, columns + 1), ylim=(rows + 1, 1))
     axes.set_xlabel("j: eigenvector of A (layer inputs), strongest first")
@@ -110,7 +109,7 @@ def noised_examples(
     for axes in grid:
         axes.set_axis_off()
     for axes, index in zip(grid, chosen, strict=False):
-        axes.imshow(images[index], cmap="gray_r")
+        axes.imshow(images[index].numpy(), cmap="gray_r")
         right, recited = after[index] == clean[index], after[index] == noised[index]
         color = _COLORS["val_accuracy"] if right else _COLORS["memorized"] if recited else "black"
         axes.set_title(

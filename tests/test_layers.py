@@ -28,6 +28,7 @@ CONVOLUTIONS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
 def test_patches_times_weight_is_the_convolution(options):
     torch.manual_seed(0)

@@ -1,0 +1,123 @@
+"""The demo and the command line, with a handful of epochs: files, names, and what they hold."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lightning_curvature import CurvatureEditor, KroneckerFactors
+from lightning_curvature.cli import main
+from lightning_curvature.demos import label_noise
+from lightning_curvature.demos.digits import NoisyDigits, run_digits
+from lightning_curvature.demos.noise import noise_labels
+from lightning_curvature.demos.vit import LitViT
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits")
+    command = [sys.executable, "-m", "lightning_curvature", "demo", "digits", "--out", str(out), "--epochs", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return out, done
+
+
+def test_the_demo_writes_what_it_says(run):
+    out, done = run
+    names = {"original.ckpt", "original-edited.ckpt", "edited.ckpt", "factors.safetensors", "report.json", "logs",
+             "spectrum.png", "energy.png", "examples.png"}  # fmt: skip
+    assert {path.name for path in out.iterdir()} == names
+    assert "model.blocks.1.fc2" in done.stderr
+    for row in ("before", "after (edited.ckpt)", "control: SVD truncation", "control: random basis"):
+        assert f"\n{row} " in done.stderr
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith(".png"))
+
+
+def test_the_report_holds_before_after_and_controls(run):
+    report = json.loads((run[0] / "report.json").read_text())
+    assert set(report["before"]) == set(report["after"]) == set(label_noise.METRICS)
+    assert set(report["methods"]) == {"kfac", "activations", "svd", "random"}
+    assert {"seconds", "versions"} <= set(report)
+    for method, row in report["methods"].items():
+        energy = row["energy"]
+        assert row == {"energy": energy} | report["curves"]["report"][method][str(energy)]
+        assert energy == label_noise.choose_energy({float(e): m for e, m in report["curves"]["tuning"][method].items()})
+    chosen = report["methods"]["kfac"]
+    assert report["after"] == {metric: chosen[metric] for metric in label_noise.METRICS}
+
+
+def test_the_checkpoints_are_what_the_report_measured(run):
+    out, _ = run
+    report = json.loads((out / "report.json").read_text())
+    data = NoisyDigits()
+    train, val = data.halves()["report"]
+    for name, expected in (("original", "before"), ("edited", "after")):
+        model = LitViT.load_from_checkpoint(out / f"{name}.ckpt", weights_only=True)
+        assert label_noise.evaluate(model, train, val) == pytest.approx(report[expected])
+    model = LitViT.load_from_checkpoint(out / "original.ckpt", weights_only=True)
+    CurvatureEditor(report["settings"]["energy"]).edit(model, KroneckerFactors.load(out / "factors.safetensors"))
+    edited = torch.load(out / "edited.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, edited[key]) for key, value in model.state_dict().items())
+
+
+def test_evaluate_against_a_loop():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, noised, clean = torch.randn(40, 2, 2), torch.randint(3, (40,)), torch.randint(3, (40,))
+    answers = model(x).argmax(1)
+    wrong = [i for i in range(40) if noised[i] != clean[i]]
+    right = [i for i in range(40) if noised[i] == clean[i]]
+    expected = {
+        "memorized": sum(int(answers[i] == noised[i]) for i in wrong) / len(wrong),
+        "recovered": sum(int(answers[i] == clean[i]) for i in wrong) / len(wrong),
+        "clean_train": sum(int(answers[i] == clean[i]) for i in right) / len(right),
+        "val_accuracy": sum(int(answers[i] == clean[i]) for i in range(40)) / 40,
+    }
+    found = label_noise.evaluate(model, TensorDataset(x, noised, clean), TensorDataset(x, clean))
+    assert found == pytest.approx(expected)
+
+
+def test_energy_is_the_least_memorized_where_none_reaches_the_limit():
+    curve = {0.5: {"memorized": 0.4, "val_accuracy": 0.1}, 0.9: {"memorized": 0.5, "val_accuracy": 0.9}}
+    assert label_noise.choose_energy(curve) == 0.5
+
+
+def test_noise_and_halves():
+    labels = torch.arange(10).repeat(20)
+    noised = noise_labels(labels, 0.1, 10, torch.Generator().manual_seed(0))
+    assert int((noised != labels).sum()) == 20
+    assert noised.min() >= 0
+    assert noised.max() <= 9
+    data = NoisyDigits(seed=3)
+    assert (len(data.train), len(data.val)) == (1297, 500)
+    assert int((data.train.tensors[1] != data.train.tensors[2]).sum()) == 130
+    tuning, report = data.halves().values()
+    assert len(tuning[0]) + len(report[0]) == 1297
+    assert torch.equal(tuning[1].tensors[0], data.val.tensors[0][::2])
+
+
+def test_command_line_errors(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "digits"])
+    assert stop.value.code == 2
+    assert "out" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.delitem(sys.modules, "lightning_curvature.demos.digits")
+    with pytest.raises(SystemExit, match=r"pip install 'lightning_curvature\[demo\]'"):
+        main(["demo", "digits", "--out", str(tmp_path)])
+    assert callable(run_digits)
+
+
+def test_importing_the_package_imports_no_extra():
+    code = """
+import sys, lightning.pytorch, torchmetrics, einops, safetensors.torch, tabulate
+before = set(sys.modules)
+import lightning_curvature
+heavy = {"transformers", "torchvision", "matplotlib", "sklearn", "jsonargparse"}
+print(sorted(heavy & ({name.partition(".")[0] for name in set(sys.modules) - before})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
