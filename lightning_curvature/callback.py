@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from lightning_curvature._checks import check_count
 from lightning_curvature.checkpoints.lightning import Checkpoint, SiblingCheckpointIO
-from lightning_curvature.collect import Collector
+from lightning_curvature.collect import Collector, check_options
 from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor, EditReport
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.probes import evaluating, run_probes
@@ -79,7 +79,7 @@ class KFACEditCallback(Callback):
             "logits": logits,
             "seed": seed,
         }
-        Collector(torch.nn.Linear(1, 1), "*", **{k: v for k, v in self._options.items() if k != "layers"})
+        check_options(fisher, draws, positions)
         self.report: EditReport | None = None
         self.probe_results: dict[str, float] = {}
         self._collector: Collector | None = None
@@ -172,8 +172,10 @@ class KFACEditCallback(Callback):
                     "weight: the spectrum looks steeper than it is, and the edit removes more than it should. Train "
                     "longer, or choose a smaller layer."
                 )
-        weights = {f"{name}.weight": pl_module.get_submodule(name).weight for name in factors}
-        self.report = self.editor.edit_state_dict(weights, factors)[1]  # type: ignore[arg-type]
+        weights: dict[str, torch.Tensor] = {
+            key: pl_module.get_parameter(key) for key in map("{}.weight".format, factors)
+        }
+        self.report = self.editor.edit_state_dict(weights, factors)[1]
         rank_zero_info(f"\n{self.report}")
         results = self._run_probes(trainer, pl_module)
         for logger in trainer.loggers:

@@ -27,6 +27,14 @@ log = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 
 
+def check_options(fisher: str, draws: int, positions: str) -> None:
+    """Raise ``ValueError`` if an argument of :class:`Collector` that needs no network is none of its options."""
+    check_option(fisher, FISHER_KINDS, "fisher")
+    check_count(draws, "draws")
+    if not str(positions).startswith("mask:"):
+        check_option(positions, POSITIONS, "positions")
+
+
 class LayerSums:
     """Running sums of one layer's factors."""
 
@@ -83,10 +91,11 @@ class Collector:
         seed: int = 0,
         logits: str | None = None,
     ) -> None:
+        check_options(fisher, draws, positions)
         self.module = module
-        self.fisher = check_option(fisher, FISHER_KINDS, "fisher")
-        self.draws = check_count(draws, "draws")
-        self.positions = positions if positions.startswith("mask:") else check_option(positions, POSITIONS, "positions")
+        self.fisher = fisher
+        self.draws = draws
+        self.positions = positions
         self.choice: LayerChoice = choose_layers(module, layers)
         self.chosen: list[str] | None = None
         self.sums: dict[str, LayerSums] = {}
@@ -104,6 +113,7 @@ class Collector:
         self._taps: Taps | None = None
         self._mask: Tensor | None = None
         self._pending: tuple[SoftmaxLoss, list[LayerCall]] | None = None
+        self._objective: Tensor | None = None
 
     def open(self, batch: Any = None) -> None:
         """Start to record; call before the forward pass.
@@ -127,7 +137,8 @@ class Collector:
     def before_backward(self, objective: Tensor) -> None:
         """Take the gradients of this batch; call when the forward pass is done and its graph is alive.
 
-        Only the first call after :meth:`open` counts.
+        Only the first call after :meth:`open` counts; for ``empirical``, a second one whose gradients would mix with
+        the first's is an error.
 
         Args:
             objective: The scalar that the training is about to backpropagate.
@@ -137,7 +148,11 @@ class Collector:
                 expensive.
         """
         taps = self._taps
-        if taps is None or not taps.recording:
+        if taps is None:
+            return
+        if not taps.recording:
+            if self._pending is not None and objective is not self._objective:
+                fisher.check_unreached(self._pending[1], objective)
             return
         taps.recording = False  # recomputed forward passes (activation checkpointing) are not counted twice
         loss = fisher.find_loss(taps, objective)
@@ -152,7 +167,7 @@ class Collector:
             )
         if self.fisher == "empirical":
             fisher.check_single_path(loss, calls, objective)
-            self._pending = loss, calls
+            self._pending, self._objective = (loss, calls), objective
             return
         passes = fisher.count_passes(self.fisher, loss, calls, self.draws)
         if passes > fisher.EXACT_LIMIT:
@@ -192,8 +207,7 @@ class Collector:
 
     def abort(self) -> None:
         """Drop whatever is recorded of the current batch, and every hook."""
-        self._pending = None
-        self._mask = None
+        self._pending = self._objective = self._mask = None
         if self._taps is not None:
             self._taps.close()
             self._taps = None

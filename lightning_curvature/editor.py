@@ -128,7 +128,7 @@ class WeightEditor(ABC):
         weights, report = self._edited_weights(module, factors)
         with torch.no_grad():
             for name, weight in weights.items():
-                _weight(module, name).copy_(weight)
+                module.get_parameter(f"{name}.weight").copy_(weight)
         return report
 
     @contextmanager
@@ -139,16 +139,16 @@ class WeightEditor(ABC):
             ValueError: As :meth:`edit`.
         """
         weights, report = self._edited_weights(module, factors)
-        originals = {name: _weight(module, name).detach().clone() for name in weights}
+        originals = {name: module.get_parameter(f"{name}.weight").detach().clone() for name in weights}
         try:
             with torch.no_grad():
                 for name, weight in weights.items():
-                    _weight(module, name).copy_(weight)
+                    module.get_parameter(f"{name}.weight").copy_(weight)
             yield report
         finally:
             with torch.no_grad():
                 for name, original in originals.items():
-                    _weight(module, name).copy_(original)
+                    module.get_parameter(f"{name}.weight").copy_(original)
 
     def edit_state_dict(
         self, state_dict: Mapping[str, Tensor], factors: KroneckerFactors
@@ -290,11 +290,6 @@ def _layer(module: nn.Module, name: str) -> Any:
         reason = refusal(layer) or f"it is a {type(layer).__name__}"
         raise ValueError(f"Layer {name!r} cannot be edited: {reason}.")
     return layer
-
-
-def _weight(module: nn.Module, name: str) -> Tensor:
-    weight: Tensor = module.get_submodule(name).weight  # type: ignore[assignment]
-    return weight
 
 
 def _same_memory(one: Any, two: Tensor) -> bool:

@@ -217,6 +217,15 @@ def check_single_path(loss: SoftmaxLoss, calls: Sequence[LayerCall], objective: 
         )
 
 
+def check_unreached(calls: Sequence[LayerCall], objective: Tensor) -> None:
+    """Raise if a second backward pass of the same step would reach the layers too."""
+    if reaches(objective.grad_fn, {call.edge.node for call in calls if call.edge is not None}):
+        raise RuntimeError(
+            "fisher='empirical': a second backward pass through the same forward pass reaches the layers, and its "
+            "gradients would mix with the first's. Use fisher='sketched' or 'sampled'."
+        )
+
+
 def output_heads(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> set[str]:
     """Return the names of layers whose output is the logits, up to views, casts and elementwise operations."""
     nodes = {call.edge.node: call.name for call in calls if call.edge is not None}

@@ -402,6 +402,17 @@ def test_no_backward_no_gradient():
     assert collector.num_batches == 0
 
 
+def test_a_second_backward_through_the_same_graph_is_refused():
+    model, (x, y) = network(), data()
+    collector = Collector(model, ["2"], fisher="empirical")
+    collector.open()
+    logits = model(x)
+    F.cross_entropy(logits, y).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward pass through the same forward pass"):
+        logits.square().mean().backward()
+    collector.abort()
+
+
 def test_a_raw_backward_is_seen():
     """Manual loops call loss.backward() themselves; only the first of a batch counts."""
     model, (x, y) = network(), data()
