@@ -19,6 +19,8 @@ from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.probes import evaluating, run_probes
 
 CHECKPOINT_KEY = "lightning_curvature"
+MIN_WINDOW = 4096
+"""Positions of the shortest default window; docs/decisions.md shows why."""
 
 
 class KFACEditCallback(Callback):
@@ -45,7 +47,8 @@ class KFACEditCallback(Callback):
             the batch.
         window: Positions of each layer that make a window. Weights move during fit, so the factors are those of the
             latest complete window; until there is one, those of all steps so far. None means eight times the layer's
-            larger dimension.
+            larger dimension, and at least 4096: a confident model has large gradients at few positions only, and a
+            short window sees too few of them.
         logits: Submodule or method of the module that returns the logits, if its cross-entropy cannot be found.
         seed: Seed of the callback's own random generator.
 
@@ -139,7 +142,7 @@ class KFACEditCallback(Callback):
         collector = self._running()
         collector.close()
         sums = collector.sums
-        if sums and all(s.inputs.count >= (self.window or 8 * max(s.shape)) for s in sums.values()):
+        if sums and all(s.inputs.count >= (self.window or max(8 * max(s.shape), MIN_WINDOW)) for s in sums.values()):
             collector.provenance["step"] = trainer.global_step
             self._window_factors = collector.factors()
             collector.sums = {}

@@ -242,7 +242,7 @@ class Taps:
 
     def before_backward(self, loss: Tensor) -> None:
         """Tell the owner that ``Tensor.backward`` is about to run."""
-        if self.recording and self._on_backward is not None:
+        if self._on_backward is not None:
             self._on_backward(loss)
 
 

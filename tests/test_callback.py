@@ -281,7 +281,7 @@ def test_no_data_and_few_data(tmp_path):
         models.trainer(tmp_path, KFACEditCallback()).fit(NoStep(), models.loader(models.images(32)))
     assert not list(tmp_path.rglob("*-edited.ckpt"))
     with pytest.warns(UserWarning, match=r"'net.3' rest on 16 positions for a \[24, 32\] weight"):
-        models.trainer(tmp_path, KFACEditCallback(), max_epochs=1).fit(
+        models.trainer(tmp_path / "few", KFACEditCallback(), max_epochs=1).fit(
             models.Classifier(), models.loader(models.images(16))
         )
     with pytest.raises(RuntimeError, match="setup was not called"):
