@@ -1,8 +1,8 @@
 """Does the default edit harm a small network that has nothing to forget? Window and energy.
 
 Protocol: the networks of the tests are trained for 12 epochs on 512 separable images without label noise, and edited at
-several energies with factors of windows of several lengths. Accuracy in % on 2000 held-out images: mean over seeds, and the
-worst seed.
+several energies with factors of windows of several lengths. Accuracy in % on 2000 held-out images: mean over seeds,
+and the worst seed.
 
     PYTHONPATH=. python benchmarks/bench_defaults.py
 """
