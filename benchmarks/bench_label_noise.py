@@ -9,7 +9,8 @@ Protocol, for each seed: a small ViT is trained on images of which 10 % carry a 
 2. *freshness*: the same edit with factors of one pass (4 draws) over the frozen final model, at the same energies;
    measured on all training and validation examples, since here nothing is chosen;
 3. *kinds of Fisher*, all on the frozen model and the training set: relative Frobenius error of G against ``exact``,
-   and the edit at the default energy.
+   and the edit at the default energy;
+4. *layers*: the edit of other layers at the default energy, with factors of a frozen pass over all MLP layers.
 
 Mean and sample standard deviation over seeds.
 
@@ -47,7 +48,7 @@ def digits(seed: int) -> tuple[NoisyLabels, LitViT, int]:
     return NoisyDigits(seed=seed), build_model(), EPOCHS
 
 
-def mnist(seed: int, root: Path) -> tuple[NoisyLabels, LitViT, int]:
+def mnist(seed: int, root: Path, decay: float, attention: float) -> tuple[NoisyLabels, LitViT, int]:
     """Return 4000 training and 2000 validation images of MNIST, a model for them, and epochs."""
     from torchvision.datasets import MNIST
 
@@ -55,7 +56,7 @@ def mnist(seed: int, root: Path) -> tuple[NoisyLabels, LitViT, int]:
     # Some copies of the files are sorted by class: the first images are no sample of it.
     some = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(seed))[:6000]
     images, labels = data.data[some].float() / 255 - 0.5, data.targets[some]
-    model = LitViT(image_size=28, patch=7, weight_decay=0.5, attention_decay=5.0)
+    model = LitViT(image_size=28, patch=7, weight_decay=decay, attention_decay=attention)
     return NoisyLabels(images, labels, 4000, seed=seed), model, 80
 
 
@@ -97,6 +98,13 @@ def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, d
         error = float((factors[name].G - exact[name].G).norm() / exact[name].G.norm())
         passes = 0 if kind == "empirical" else draws
         kinds[f"{kind}, {draws}"] = {"passes": passes, "error": error, **edited(factors, DEFAULT_ENERGY)}
+    every = frozen(layers="mlp")
+    choices = {"fc2 of the last block": ["*.1.fc2"], "fc1 of the last block": ["*.1.fc1"],
+               "both of the last block": ["*.1.fc?"], "fc2 of both blocks": ["*.fc2"], "all MLP layers": None}  # fmt: skip
+    layers = {}
+    for label, patterns in choices.items():
+        with CurvatureEditor(DEFAULT_ENERGY, patterns).applied(model, every):
+            layers[label] = evaluate(model, train, val)
     default = edited(callback.factors, DEFAULT_ENERGY)
     curve = {f"kfac {e:g}": {"energy": e, **row} for e, row in curves["report"]["kfac"].items() if e >= 0.6}
     return {
@@ -104,6 +112,7 @@ def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, d
         "energies": {"before": before, **curve},
         "freshness": freshness,
         "fisher": kinds,
+        "layers": {"before": before, **layers},
     }
 
 
@@ -127,16 +136,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=["digits", "mnist"])
     parser.add_argument("--root", type=Path, help="folder that holds MNIST/raw")
+    parser.add_argument("--weight-decay", type=float, default=0.5, help="of MNIST's model")
+    parser.add_argument("--attention-decay", type=float, default=5.0, help="of MNIST's model, times --weight-decay")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     started = time.perf_counter()
+    decays = args.weight_decay, args.attention_decay
     runs = []
     for seed in range(args.seeds):
         pl.seed_everything(seed, verbose=False)
-        data, model, epochs = digits(seed) if args.data == "digits" else mnist(seed, args.root)
+        data, model, epochs = digits(seed) if args.data == "digits" else mnist(seed, args.root, *decays)
         runs.append(run(seed, data, model, epochs))
         print(f"seed {seed} done after {time.perf_counter() - started:.0f} s", flush=True)
     for title, columns in (
@@ -144,6 +156,7 @@ def main() -> None:
         ("energies", []),
         ("freshness", ["energy"]),
         ("fisher", ["passes", "error"]),
+        ("layers", []),
     ):
         print(f"\n{args.data}: {title}, {args.seeds} seeds\n")
         print(summary([results[title] for results in runs], [*columns, *METRICS]))
