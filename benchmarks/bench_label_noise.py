@@ -99,8 +99,13 @@ def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, d
         passes = 0 if kind == "empirical" else draws
         kinds[f"{kind}, {draws}"] = {"passes": passes, "error": error, **edited(factors, DEFAULT_ENERGY)}
     every = frozen(layers="mlp")
-    choices = {"fc2 of the last block": ["*.1.fc2"], "fc1 of the last block": ["*.1.fc1"],
-               "both of the last block": ["*.1.fc?"], "fc2 of both blocks": ["*.fc2"], "all MLP layers": None}  # fmt: skip
+    choices = {
+        "fc2 of the last block": ["*.1.fc2"],
+        "fc1 of the last block": ["*.1.fc1"],
+        "both of the last block": ["*.1.fc?"],
+        "fc2 of both blocks": ["*.fc2"],
+        "all MLP layers": None,
+    }
     layers = {}
     for label, patterns in choices.items():
         with CurvatureEditor(DEFAULT_ENERGY, patterns).applied(model, every):
