@@ -16,10 +16,10 @@ def digits(out: Path, seed: int = 0, epochs: int = 140) -> None:
         epochs: Passes over the training images.
     """
     try:
-        from lightning_curvature.demos.digits import run_digits
+        from lightning_curvature.demos.digits import run_digits, summary
     except ModuleNotFoundError as error:
         sys.exit(f"The demo needs {error.name}: pip install 'lightning_curvature[demo]'")
-    run_digits(out, seed, epochs)
+    print(f"\n{summary(run_digits(out, seed, epochs))}\nWritten to {out}")
 
 
 def main(args: list[str] | None = None) -> None:
