@@ -19,6 +19,7 @@ from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.probes import evaluating, run_probes
 
 CHECKPOINT_KEY = "lightning_curvature"
+_AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}  # by name: older releases do not have the first
 MIN_WINDOW = 4096
 """Positions of the shortest default window; docs/decisions.md shows why."""
 
@@ -110,6 +111,13 @@ class KFACEditCallback(Callback):
             raise MisconfigurationException(
                 "The Trainer has several KFACEditCallbacks; they would write the same edited checkpoints. Give one, "
                 "with a list of layers and a dict of energies if layers need different treatment."
+            )
+        averaging = [type(c).__name__ for c in callbacks if any(k.__name__ in _AVERAGING for k in type(c).__mro__)]
+        if averaging:
+            raise MisconfigurationException(
+                f"KFACEditCallback collects the factors of the live weights, and {averaging[0]} saves averaged ones: "
+                "the edit would not belong to them. Train without it, or collect over the averaged model afterwards "
+                "(lightning_curvature.collect.collect)."
             )
         if trainer.world_size > 1:
             raise MisconfigurationException(

@@ -8,7 +8,7 @@ import pytorch_lightning
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
@@ -244,6 +244,12 @@ def test_two_callbacks_are_an_error(tmp_path):
         models.trainer(tmp_path, KFACEditCallback(), KFACEditCallback(energy=0.5)).fit(
             models.Classifier(), models.loader(models.images(32))
         )
+
+
+def test_averaged_weights_are_refused(tmp_path):
+    trainer = models.trainer(tmp_path, KFACEditCallback(), StochasticWeightAveraging(swa_lrs=0.01))
+    with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging saves averaged ones"):
+        trainer.fit(models.Classifier(), models.loader(models.images(32)))
 
 
 def test_the_other_lightning_package_is_an_error(tmp_path):
