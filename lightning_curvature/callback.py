@@ -1,7 +1,9 @@
 """The Lightning callback: when to collect, when to edit, what to save and log."""
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,22 +15,21 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tabulate import tabulate
 
 from lightning_curvature._checks import check_count, check_option
+from lightning_curvature.checkpoints import archive
+from lightning_curvature.checkpoints.formats import content_hash
 from lightning_curvature.checkpoints.lightning import Checkpoint, SiblingCheckpointIO
 from lightning_curvature.collect import Collector, check_options
+from lightning_curvature.collection import Collection
 from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor, EditReport
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.probes import check_probes, evaluating, run_probes
-from lightning_curvature.validation import collecting
+from lightning_curvature.validation import collected_from
 
-CHECKPOINT_KEY = "lightning_curvature"
-_AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}  # by name: older releases do not have the first
 _NO_DATA = (
     "KFACEditCallback collected no data: no {}, or every batch held NaN or infinite values. "
     "There is no edited checkpoint."
 )
 LOOPS = ("train", "validation")
-MIN_WINDOW = 4096
-"""Positions of the shortest default window; docs/decisions.md shows why."""
 
 
 class KFACEditCallback(Callback):
@@ -49,6 +50,9 @@ class KFACEditCallback(Callback):
     dict of dataloaders. Their batches are ``(inputs, labels)`` or ``(inputs, noised, clean)``, for which the module's
     ``forward(inputs)`` gives the logits; or dicts with ``input_ids``, which a transformers causal LM inside the module
     reads, for perplexity.
+
+    Beside every checkpoint there is also a factor file, ``NAME-edited-factors.safetensors``, from which
+    ``fit(ckpt_path=...)`` goes on collecting, and which ``lightning-curvature edit`` takes.
 
     Source: arXiv:2510.24256. The defaults follow from ``benchmarks/``; see ``docs/decisions.md``.
 
@@ -71,6 +75,8 @@ class KFACEditCallback(Callback):
             of the module or the datamodule). See :class:`lightning_curvature.text.probes.JsonlProbe`.
         accumulate_on: Where the factors are summed: ``"model"``, on the device of each layer, or ``"cpu"``.
         save_factors: File to save the factors to, at the end of fit or of ``Trainer.validate``.
+        name: Mark of the files beside a checkpoint, ``NAME-{name}.ckpt``. Several callbacks in one Trainer need
+            different ones; results of probes are logged under ``curvature-{name}/`` unless it is ``"edited"``.
         seed: Seed of the callback's own random generator.
 
     Raises:
@@ -95,8 +101,12 @@ class KFACEditCallback(Callback):
         probes: dict[str, Any] | None = None,
         accumulate_on: str = "model",
         save_factors: str | None = None,
+        name: str = "edited",
         seed: int = 0,
     ) -> None:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"name must be a part of a file name (letters, digits, '_', '-', '.'), found {name!r}.")
+        self.name = name
         self.editor = CurvatureEditor(energy)
         self.window = None if window is None else check_count(window, "window")
         self.loop = check_option(loop, LOOPS, "loop")
@@ -115,18 +125,27 @@ class KFACEditCallback(Callback):
         check_options(fisher, draws, positions, accumulate_on)
         self.report: EditReport | None = None
         self.probe_results: dict[str, float] = {}
-        self._collector: Collector | None = None
+        self._collection: Collection | None = None
         self._validates = False
         self._fitted = False
-        self._window_factors = KroneckerFactors()
+        self._io: SiblingCheckpointIO | None = None
         self._watch, self._stack = ExitStack(), ExitStack()
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint; it differs where any setting does."""
+        return self._generate_state_key(name=self.name, energy=self.editor.energy, **self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a run that goes on with the factors of another one must have in common with it."""
+        kept = {key: value for key, value in self._options.items() if key not in ("accumulate_on", "seed")}
+        return {**kept, "loop": self.loop, "window": self.window}
 
     @property
     def factors(self) -> KroneckerFactors:
         """The factors of the latest complete window, or of all steps so far; empty before the first batch."""
-        if self._window_factors or self._collector is None:
-            return self._window_factors
-        return self._collector.factors()
+        return KroneckerFactors() if self._collection is None else self._collection.factors
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that this Trainer can be used, choose layers, and watch its checkpoints."""
@@ -139,33 +158,29 @@ class KFACEditCallback(Callback):
         if stage not in ("fit", "validate"):
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, KFACEditCallback) for callback in callbacks) > 1:
+        others = [c for c in callbacks if isinstance(c, KFACEditCallback) and c is not self]
+        if self.name in (callback.name for callback in others):
             raise MisconfigurationException(
-                "The Trainer has several KFACEditCallbacks; they would write the same edited checkpoints. Give one, "
-                "with a list of layers and a dict of energies if layers need different treatment."
+                f"Several KFACEditCallbacks have the name {self.name!r}; they would write the same edited checkpoints. "
+                "Give each a name=, which becomes NAME-{name}.ckpt."
             )
-        averaging = [type(c).__name__ for c in callbacks if any(k.__name__ in _AVERAGING for k in type(c).__mro__)]
-        if averaging:
-            raise MisconfigurationException(
-                f"KFACEditCallback collects the factors of the live weights, and {averaging[0]} saves averaged ones: "
-                "the edit would not belong to them. Train without it, or collect over the averaged model afterwards "
-                "(lightning_curvature.collect.collect)."
-            )
+        if stage == "fit":
+            self._check_averaging(callbacks)
         if trainer.world_size > 1:
             raise MisconfigurationException(
                 f"KFACEditCallback collects in one process so far, this Trainer has {trainer.world_size}. Train "
                 "distributed without it, then run one epoch with devices=1 and a learning rate of 0 to collect."
             )
-        if isinstance(io := trainer.strategy.checkpoint_io, SiblingCheckpointIO):
-            trainer.strategy.checkpoint_io = io.inner
-        trainer.strategy.checkpoint_io = SiblingCheckpointIO(trainer.strategy.checkpoint_io, self._edited_checkpoint)
+        io = trainer.strategy.checkpoint_io
+        self._io = io if isinstance(io, SiblingCheckpointIO) else SiblingCheckpointIO(io)
+        self._io.siblings[self.name] = self
+        trainer.strategy.checkpoint_io = self._io
         check_probes(self.probes)
         self._validates = self.loop == "validation" or (stage == "validate" and not self._fitted)
         if stage == "validate" and not self._validates:
             return  # the factors of the fit stay
         self._fitted = False
-        self._collector = Collector(pl_module, **self._options)
-        self._window_factors = KroneckerFactors()
+        self._collection = Collection(Collector(pl_module, **self._options), self.window, self._settings)
         self.report = None
         if self._validates:
             # Inference tensors can never enter a graph, and the mode is entered before any hook of a callback runs.
@@ -178,45 +193,32 @@ class KFACEditCallback(Callback):
     ) -> None:
         """Start to record the step."""
         if self.loop == "train":
-            self._running().open(batch)
+            self._running().collector.open(batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Take the step's gradients while its graph is alive."""
-        self._running().before_backward(loss)
+        collector = self._running().collector
+        collector.before_backward(loss)
         if pl_module.automatic_optimization:  # otherwise training_step is still running, with modes of its own
-            self._running().stop()
+            collector.stop()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Finish the batch, and the window if it is full."""
-        if self.loop != "train":
-            return
-        collector = self._running()
-        collector.close()
-        sums = collector.sums
-        if sums and all(s.inputs.count >= (self.window or max(8 * max(s.shape), MIN_WINDOW)) for s in sums.values()):
-            collector.provenance["step"] = trainer.global_step
-            self._window_factors = collector.factors()
-            collector.sums = {}
+        if self.loop == "train":
+            self._running().end_step(trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop a step that was cut short."""
-        self._running().abort()
+        self._running().collector.abort()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the validation step, if this is where to collect."""
         if trainer.sanity_checking or not self._validates:
             return
-        collector = self._running()
-        collector.sums = {}
-        step = pl_module.validation_step
-        own = vars(pl_module).get("validation_step")
-        vars(pl_module)["validation_step"] = collecting(step, collector, pl_module)
-        if own is None:
-            self._watch.callback(vars(pl_module).pop, "validation_step")
-        else:
-            self._watch.callback(vars(pl_module).__setitem__, "validation_step", own)
+        self._running().start(complete=False)
+        self._watch.enter_context(collected_from(pl_module, self._running().collector))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the factors of this validation; measure the probes before and after the edit, next to what is logged.
@@ -228,18 +230,19 @@ class KFACEditCallback(Callback):
             return
         if self._validates:
             self._watch.close()
-            collector = self._running()
-            if not collector.sums:
+            collection = self._running()
+            if not collection.collector.sums:
                 raise RuntimeError(_NO_DATA.format("validation step computed a loss"))
-            collector.provenance |= {"loop": "validation", "step": trainer.global_step}
-            self._window_factors = collector.factors()
-            collector.sums = {}
+            collection.collector.provenance |= {"loop": "validation", "step": trainer.global_step}
+            collection.start(complete=True)
         if self.factors:
             results = self._run_probes(trainer, pl_module)
             if results:
                 pl_module.log_dict(results)
-            if trainer.state.fn == "validate" and self._validates:
-                self._report(pl_module)
+        if self._validates:
+            self._edit_copy(pl_module)
+            if trainer.state.fn == "validate":
+                self._show()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Edit a last time, for the table of what was edited, and measure the probes.
@@ -251,15 +254,23 @@ class KFACEditCallback(Callback):
             source = "training step ran a backward pass" if self.loop == "train" else "validation ran"
             raise RuntimeError(_NO_DATA.format(source))
         self._fitted = True
-        self._report(pl_module)
-        results = self._run_probes(trainer, pl_module)
-        for logger in trainer.loggers:
-            logger.log_metrics(results, trainer.global_step)
-        if results:
-            rank_zero_info(f"\n{_before_after(results)}")
+        if self.loop == "train":
+            self._edit_copy(pl_module)
+            results = self._run_probes(trainer, pl_module)
+            for logger in trainer.loggers:
+                logger.log_metrics(results, trainer.global_step)
+        self._show()
 
-    def _report(self, pl_module: pl.LightningModule) -> None:
+    def _edit_copy(self, pl_module: pl.LightningModule) -> None:
         """Edit a copy of the weights, for the table of what an edit does."""
+        factors = self.factors
+        weights: dict[str, torch.Tensor] = {
+            key: pl_module.get_parameter(key) for key in map("{}.weight".format, factors)
+        }
+        self.report = self.editor.edit_state_dict(weights, factors)[1]
+
+    def _show(self) -> None:
+        """Show what an edit does and what the probes say, warn of factors that rest on little, and save them."""
         factors = self.factors
         for name, layer in factors.items():
             if layer.num_inputs < max(layer.shape):
@@ -268,11 +279,9 @@ class KFACEditCallback(Callback):
                     "weight: the spectrum looks steeper than it is, and the edit removes more than it should. Train "
                     "longer, or choose a smaller layer."
                 )
-        weights: dict[str, torch.Tensor] = {
-            key: pl_module.get_parameter(key) for key in map("{}.weight".format, factors)
-        }
-        self.report = self.editor.edit_state_dict(weights, factors)[1]
         rank_zero_info(f"\n{self.report}")
+        if self.probe_results:
+            rank_zero_info(f"\n{_before_after(self.probe_results)}")
         if self.save_factors is not None:
             factors.save(self.save_factors)
 
@@ -285,17 +294,60 @@ class KFACEditCallback(Callback):
         self._clean_up()
 
     def _clean_up(self) -> None:
-        if self._collector is not None:
-            self._collector.abort()
+        if self._collection is not None:
+            self._collection.collector.abort()
         self._watch.close()
         self._stack.close()
 
-    def _running(self) -> Collector:
-        if self._collector is None:
+    def _running(self) -> Collection:
+        if self._collection is None:
             raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
-        return self._collector
+        return self._collection
 
-    def _edited_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint | None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what tells a resumed run that the factor file beside the checkpoint belongs to it; primitives."""
+        state = {} if self._collection is None else self._collection.state_dict()
+        return {"name": self.name, **state} if state else {}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on collecting where the run that saved the checkpoint was."""
+        # By name: the state key changes with every setting, also with those that the factors do not depend on.
+        kind = type(self).__qualname__
+        states = [s for key, s in checkpoint.get("callbacks", {}).items() if str(key).startswith(kind)]
+        state = next((state for state in states if state.get("name") == self.name), None)
+        if trainer.state.fn != "fit" or not state or self._io is None or self._collection is None:
+            return
+        with self._io.loaded_factors(self.name) as file:
+            reason = self._collection.resume(state, file)
+        if reason is not None:
+            rank_zero_warn(
+                f"KFACEditCallback does not go on where {trainer.ckpt_path} was saved, it starts anew: {reason}."
+            )
+
+    def save_factors_beside(self, path: Path) -> bool:
+        """Write the factors to a file beside a checkpoint; tell whether there were any."""
+        return self._collection is not None and self._collection.save(path)
+
+    def _check_averaging(self, callbacks: list[Callback]) -> None:
+        """Refuse callbacks that save other weights than those that are collected."""
+        for callback in list(callbacks):
+            kinds = {kind.__name__ for kind in type(callback).__mro__}
+            if "StochasticWeightAveraging" in kinds or ("WeightAveraging" in kinds and self.loop == "train"):
+                raise MisconfigurationException(
+                    f"KFACEditCallback collects the factors of the live weights, and {type(callback).__name__} leaves "
+                    "averaged ones: the edit would not belong to them. Use WeightAveraging with "
+                    "KFACEditCallback(loop='validation'), since validation runs on its averaged weights, or collect "
+                    "over the averaged model afterwards (Trainer.validate)."
+                )
+            if "WeightAveraging" in kinds and callbacks.index(callback) < callbacks.index(self):
+                # It takes the averaged weights out of the module when validation ends; the probes come before that.
+                callbacks.remove(self)
+                callbacks.insert(callbacks.index(callback), self)
+
+    def edited(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """Return the edited copy of a checkpoint, or None if there is nothing to edit with yet."""
         factors = self.factors
         step, measured = checkpoint["global_step"], factors.provenance.get("step")
         if self._validates and measured != step:
@@ -307,14 +359,10 @@ class KFACEditCallback(Callback):
             )  # fmt: skip
         if not factors:
             return None
-        state_dict, report = self.editor.edit_state_dict(checkpoint["state_dict"], factors)
-        facts = {
-            "method": report.method,
-            "layers": {name: {"energy": edit.energy, "energy_kept": edit.energy_kept, "kept": edit.kept,
-                              "num_inputs": edit.num_inputs} for name, edit in report.layers.items()},
-            "factors": report.provenance,
-        }  # fmt: skip
-        return {**checkpoint, "state_dict": state_dict, CHECKPOINT_KEY: facts}
+        weights = checkpoint["state_dict"]
+        state_dict, _ = self.editor.edit_state_dict(weights, factors)
+        facts = self.editor.facts(factors, content_hash(weights, weights.__getitem__))
+        return {**checkpoint, "state_dict": state_dict, archive.KEY: facts}
 
     def _run_probes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""
@@ -345,8 +393,9 @@ class KFACEditCallback(Callback):
             before = measure()
             with self.editor.applied(pl_module, self.factors):
                 after = measure()
+        group = "curvature" if self.name == "edited" else f"curvature-{self.name}"
         self.probe_results = {
-            f"curvature/{name}/{when}": value
+            f"{group}/{name}/{when}": value
             for when, values in (("before", before), ("after", after))
             for name, value in values.items()
         }
@@ -355,5 +404,5 @@ class KFACEditCallback(Callback):
 
 def _before_after(results: Mapping[str, float]) -> str:
     names = [name.removesuffix("/before") for name in results if name.endswith("/before")]
-    rows = [[name.removeprefix("curvature/"), results[f"{name}/before"], results[f"{name}/after"]] for name in names]
+    rows = [[name.partition("/")[2], results[f"{name}/before"], results[f"{name}/after"]] for name in names]
     return tabulate(rows, ["probe", "before", "after"], floatfmt=".3f")

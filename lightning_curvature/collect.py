@@ -92,6 +92,7 @@ class Collector:
         self.accumulate_on = accumulate_on
         self.group = group
         self._generator: torch.Generator | None = None
+        self._saved_random: tuple[str | None, Tensor | None] = (None, None)
         self._taps: Taps | None = None
         self._mask: Tensor | None = None
         self._pending: tuple[SoftmaxLoss, list[LayerCall]] | None = None
@@ -155,16 +156,18 @@ class Collector:
             self._pending, self._objective = (loss, calls), objective
             fisher.check_single_path(loss, calls, objective)
             return
-        passes = fisher.count_passes(self.fisher, loss, calls, self.draws)
-        if passes > fisher.EXACT_LIMIT:
-            raise RuntimeError(
-                f"fisher='exact' needs {passes} backward passes for this batch, the limit is {fisher.EXACT_LIMIT}. "
-                "Use fisher='sketched', whose expectation is the same, with as many draws as you can afford."
-            )
-        if self.fisher == "exact" and self.num_batches == 0:
-            rank_zero_info(f"fisher='exact' takes {passes} backward passes per batch.")
-        gradients = fisher.gradient_passes(self.fisher, loss, calls, self.draws, self._random(loss.logits.device))
-        self._add(calls, list(gradients), passes if self.fisher != "exact" else 1)
+        with taps.own_pass():
+            passes = fisher.count_passes(self.fisher, loss, calls, self.draws)
+            if passes > fisher.EXACT_LIMIT:
+                raise RuntimeError(
+                    f"fisher='exact' needs {passes} backward passes for this batch, the limit is {fisher.EXACT_LIMIT}. "
+                    "Use fisher='sketched', whose expectation is the same, with as many draws as you can afford."
+                )
+            if self.fisher == "exact" and self.num_batches == 0:
+                rank_zero_info(f"fisher='exact' takes {passes} backward passes per batch.")
+            random = self._random(loss.logits.device)
+            gradients = list(fisher.gradient_passes(self.fisher, loss, calls, self.draws, random))
+        self._add(calls, gradients, passes if self.fisher != "exact" else 1)
         taps.calls, taps.losses = [], []  # the graph must not outlive its batch
 
     def stop(self) -> None:
@@ -175,10 +178,11 @@ class Collector:
     def backward(self, objective: Tensor | None) -> None:
         """Take the gradients where no training backward follows: weights and ``.grad`` are left alone."""
         self.before_backward(objective)
-        if self._pending is not None and self._objective is not None:
+        if self._pending is not None and self._objective is not None and self._taps is not None:
             edges = [call.edge for call in self._pending[1] if call.edge is not None]
-            with torch.autocast(self._objective.device.type, enabled=False):
-                torch.autograd.grad(self._objective, edges, allow_unused=True)  # the tensor hooks keep what passes
+            with torch.autocast(self._objective.device.type, enabled=False), self._taps.own_pass():
+                # The tensor hooks keep what passes; another collector may need the graph, too.
+                torch.autograd.grad(self._objective, edges, retain_graph=True, allow_unused=True)
 
     def close(self) -> None:
         """Finish the batch; call after the backward pass."""
@@ -210,17 +214,21 @@ class Collector:
             "chosen": self.chosen,
             "num_batches": self.num_batches,
             "num_skipped": self.num_skipped,
-            "random": None if self._generator is None else self._generator.get_state(),
+            "random": self._random_state,
+            "random_device": self._saved_random[0] if self._generator is None else self._generator.device.type,
             "sums": {name: sums.state_dict() for name, sums in self.sums.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on where :meth:`state_dict` was taken; random numbers are drawn on ``device``."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; the sums move to their layers' device with the next batch."""
         self.chosen = state["chosen"]
         self.num_batches, self.num_skipped = state["num_batches"], state["num_skipped"]
-        if state["random"] is not None:
-            self._random(device).set_state(state["random"])
+        self._saved_random = (state["random_device"], state["random"])
         self.sums = {name: LayerSums.from_state_dict(sums) for name, sums in state["sums"].items()}
+
+    @property
+    def _random_state(self) -> Tensor | None:
+        return self._saved_random[1] if self._generator is None else self._generator.get_state()
 
     def _plan(self, chosen: list[str]) -> list[str]:
         """Return the layers of this collector's group, having checked that their factors fit into memory."""
@@ -248,6 +256,10 @@ class Collector:
     def _random(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self.seed)
+            kind, state = self._saved_random
+            if state is not None and kind == device.type:  # another kind of device has another generator
+                self._generator.set_state(state)
+            self._saved_random = (None, None)
         return self._generator
 
     @torch.no_grad()
@@ -277,6 +289,7 @@ class Collector:
             d_out = call.output_shape[-1 if not isinstance(call.module, nn.Conv2d) else -3]
             sums = LayerSums(inputs.shape[1], d_out, self._home(inputs.device), is_conv1d(call.module))
             self.sums[call.name] = sums
+        sums.move(self._home(inputs.device))
         sums.inputs.add(inputs[counted])
         for gradient in rows:
             sums.gradients.add(gradient[counted] / draws**0.5, count=0)

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_curvature._checks import check_energy, did_you_mean, listing
+from lightning_curvature._version import __version__
 from lightning_curvature.basis import project_weight, select_staircase
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.layers import as_matrix, from_matrix, is_conv1d, is_editable, refusal
@@ -185,6 +186,23 @@ class WeightEditor(ABC):
         from lightning_curvature.files import edit_checkpoint
 
         return edit_checkpoint(self, src, factors, dst, **options)
+
+    def facts(self, factors: KroneckerFactors, source: str) -> dict[str, Any]:
+        """Return what an edited checkpoint says about itself, as JSON values.
+
+        Args:
+            factors: The factors.
+            source: Hash of the unedited weights, see :func:`lightning_curvature.checkpoints.formats.content_hash`.
+        """
+        return {
+            "method": self.method,
+            "package": f"lightning_curvature {__version__}",
+            "source": source,
+            "factors": factors.digest(),
+            "provenance": factors.provenance,
+            "layers": {name: {"energy": energy, "positions": factors[name].num_inputs}
+                       for name, energy in self.plan(factors).items()},
+        }  # fmt: skip
 
     def _edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         """Compute everything before anything is written."""

@@ -19,8 +19,10 @@ from lightning_curvature._checks import did_you_mean
 from lightning_curvature.basis import CurvatureBasis, curvature_basis
 from lightning_curvature.checkpoints.archive import read_archive
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.tree import put_together, take_apart
 
 _HEADER = "lightning_curvature.factors"
+_STATE = "state"
 _VERSION = 1
 
 
@@ -143,8 +145,13 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
             )
         return KroneckerFactors(merged, self.provenance)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically: tensors ``<layer>.A`` and ``<layer>.G``, the rest as JSON."""
+    def save(self, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None) -> None:
+        """Write one safetensors file, atomically: tensors ``<layer>.A`` and ``<layer>.G``, the rest as JSON.
+
+        Args:
+            path: File.
+            state: State of a collection that is going on, tensors and primitives; :func:`load_state` reads it.
+        """
         tensors = {f"{name}.{factor}": getattr(layer, factor).cpu().contiguous().clone()
                    for name, layer in self.items() for factor in "AG"}  # fmt: skip
         layers = {
@@ -157,6 +164,8 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
             for name, layer in self.items()
         }
         header = {"version": _VERSION, "layers": layers, "provenance": self.provenance}
+        if state is not None:
+            header["state"] = take_apart(dict(state), tensors, _STATE)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
 
@@ -208,6 +217,13 @@ def _read_paper_factors(path: str | os.PathLike[str], names: str) -> dict[str, L
             "example 'model.layers.{block}.mlp.{projection}_proj'."
         )
     return layers
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the ``state`` with which a factor file was saved, or None; tensors are on the CPU."""
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()[_HEADER]).get("state")
+        return None if state is None else dict(put_together(state, file.get_tensor))
 
 
 def is_factor_file(path: str | os.PathLike[str]) -> bool:

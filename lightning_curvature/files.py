@@ -17,7 +17,6 @@ from tabulate import tabulate
 from torch import Tensor
 
 from lightning_curvature._checks import listing
-from lightning_curvature._version import __version__
 from lightning_curvature.basis import select_staircase
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.formats import content_hash, open_checkpoint
@@ -111,14 +110,7 @@ def edit_checkpoint(
 
         return edited
 
-    facts = {
-        "method": editor.method,
-        "package": f"lightning_curvature {__version__}",
-        "source": content_hash(checkpoint),
-        "factors": factors.digest(),
-        "provenance": factors.provenance,
-        "layers": {layer: {"energy": energies[layer], "positions": factors[layer].num_inputs} for layer in energies},
-    }
+    facts = editor.facts(factors, content_hash(checkpoint.shapes(), checkpoint.read))
     if all(energy == 1.0 for energy in energies.values()):
         raise ValueError("The edit would change nothing: every layer keeps all of its energy. Choose one below 1.")
     checkpoint.copy(target, {names[layer]: edit(layer) for layer in energies}, facts)

@@ -40,11 +40,16 @@ class LayerSums:
             transposed=self.transposed,
         )
 
+    def move(self, device: torch.device) -> None:
+        """Move the sums to a device."""
+        for moment in (self.inputs, self.gradients):
+            moment.total = moment.total.to(device)
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that :meth:`from_state_dict` needs, as tensors and primitives."""
         moments = {"inputs": self.inputs, "gradients": self.gradients}
         return {
-            **{key: {"total": m.total, "count": m.count, "dtype": m.dtype} for key, m in moments.items()},
+            **{key: {"total": m.total, "count": m.count, "dtype": str(m.dtype)} for key, m in moments.items()},
             "num_seen": self.num_seen,
             "transposed": self.transposed,
         }
@@ -55,6 +60,7 @@ class LayerSums:
         total = state["inputs"]["total"]
         sums = cls(len(total), len(state["gradients"]["total"]), total.device, state["transposed"])
         for key, moment in (("inputs", sums.inputs), ("gradients", sums.gradients)):
-            moment.total, moment.count, moment.dtype = (state[key][part] for part in ("total", "count", "dtype"))
+            moment.total, moment.count = state[key]["total"], state[key]["count"]
+            moment.dtype = getattr(torch, state[key]["dtype"].removeprefix("torch."))
         sums.num_seen = state["num_seen"]
         return sums

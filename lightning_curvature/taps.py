@@ -12,8 +12,8 @@ It changes nothing that it sees.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -116,6 +116,9 @@ _OTHER_LOSSES: dict[Callable[..., Any], str] = {
 }
 
 
+_passes: list[object] = []  # tokens of the recorders whose own backward pass is running
+
+
 class Taps:
     """Context manager that records layer calls and softmax losses of whatever runs inside.
 
@@ -147,6 +150,7 @@ class Taps:
         self._watch_gradients = watch_gradients
         self._on_backward = on_backward
         self._stack = ExitStack()
+        self._token = object()
 
     def __enter__(self) -> "Taps":
         with ExitStack() as stack:
@@ -170,6 +174,15 @@ class Taps:
         self._stack.close()
         self.calls, self.losses = [], []
 
+    @contextmanager
+    def own_pass(self) -> Iterator[None]:
+        """Run backward passes of this recorder's own, which the hooks of other ones do not take for the training's."""
+        _passes.append(self._token)
+        try:
+            yield
+        finally:
+            _passes.remove(self._token)
+
     def _layer_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if not (self.recording and torch.is_grad_enabled()):
@@ -186,7 +199,7 @@ class Taps:
             )
             self.calls.append(call)
             if self._watch_gradients and output.requires_grad:
-                output.register_hook(_keep(call.arrived))  # type: ignore[no-untyped-call]
+                output.register_hook(_keep(call.arrived, self._token))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -239,7 +252,7 @@ class Taps:
             else:
                 self.losses.append(loss)
                 if self._watch_gradients:
-                    output.register_hook(_keep(loss.arrived))
+                    output.register_hook(_keep(loss.arrived, self._token))
         elif function in _OTHER_LOSSES:
             self.other_losses.append(_OTHER_LOSSES[function])
 
@@ -291,9 +304,13 @@ def _read_loss(
     return SoftmaxLoss(logits, class_dim, counted, denominator, output, log_probabilities=function is F.nll_loss)
 
 
-def _keep(arrived: list[Tensor]) -> Callable[[Tensor], None]:
+def _keep(arrived: list[Tensor], token: object) -> Callable[[Tensor], None]:
     # The hook must not refer to the call or the loss: they hold its own graph node, and the cycle would keep it alive.
-    return lambda gradient: arrived.append(gradient.detach())
+    def hook(gradient: Tensor) -> None:
+        if not _passes or _passes[-1] is token:
+            arrived.append(gradient.detach())
+
+    return hook
 
 
 def _version(tensor: Tensor) -> int:

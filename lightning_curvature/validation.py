@@ -8,7 +8,8 @@ that refuse tensors with gradients (``tensor.numpy()``) see detached ones.
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,32 +22,61 @@ from lightning_curvature.collect import Collector
 _INTERNAL = frozenset(vars(nn.Module())) - {"_buffers"}
 
 
-def collecting(step: Callable[..., Any], collector: Collector, module: nn.Module) -> Callable[..., Any]:
-    """Return a validation step that is also collected from.
+class CollectedStep:
+    """A validation step that is also collected from.
 
     Args:
         step: Validation step; its first argument is the batch. It computes one softmax cross-entropy, or returns its
             loss (or a dict with ``"loss"``).
-        collector: Takes the gradients.
         module: Owner of the step; graphs that it stores on itself or on a submodule are dropped.
+
+    Attributes:
+        collectors: They take the gradients.
     """
 
-    @functools.wraps(step)  # Lightning reads its signature
-    def collected(*args: Any, **kwargs: Any) -> Any:
-        kept = graphs(module)
-        collector.open(args[0] if args else kwargs.get("batch"))
+    def __init__(self, step: Callable[..., Any], module: nn.Module) -> None:
+        functools.update_wrapper(self, step)  # Lightning reads its signature
+        self.step = step
+        self.module = module
+        self.was_attribute = "validation_step" in vars(module)
+        self.collectors: list[Collector] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step once, with gradients enabled."""
+        kept = graphs(self.module)
         try:
+            for collector in self.collectors:
+                collector.open(args[0] if args else kwargs.get("batch"))
             with torch.enable_grad():
                 with _Detaching():
-                    output = step(*args, **kwargs)
-                collector.backward(_objective(output))
-            collector.close()
+                    output = self.step(*args, **kwargs)
+                for collector in self.collectors:
+                    collector.backward(_objective(output))
+            for collector in reversed(self.collectors):
+                collector.close()
         finally:
-            collector.abort()
-            drop_graphs(module, kept)
+            for collector in reversed(self.collectors):
+                collector.abort()
+            drop_graphs(self.module, kept)
         return _Graphs([]).detached(output)
 
-    return collected
+
+@contextmanager
+def collected_from(module: nn.Module, collector: Collector) -> Iterator[None]:
+    """Collect from every validation step that a module runs inside; several collectors share its steps."""
+    attributes = vars(module)
+    own = attributes.get("validation_step")
+    step = own if isinstance(own, CollectedStep) else CollectedStep(module.validation_step, module)  # type: ignore[arg-type]
+    step.collectors.append(collector)
+    attributes["validation_step"] = step
+    try:
+        yield
+    finally:
+        step.collectors.remove(collector)
+        if not step.collectors:
+            del attributes["validation_step"]
+            if step.was_attribute:
+                attributes["validation_step"] = step.step
 
 
 def graphs(module: nn.Module) -> list[Tensor]:

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from torch import Tensor
 
 from lightning_curvature.checkpoints.archive import ArchiveFile
 from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
@@ -34,15 +36,19 @@ def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] =
     return ArchiveFile(path, allow_globals)
 
 
-def content_hash(checkpoint: Checkpoint) -> str:
-    """Return a SHA-256 over names, dtypes, shapes and hashes of all tensors, with one tensor per core in memory.
+def content_hash(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """Return a SHA-256 over names, dtypes, shapes and hashes of tensors, with one tensor per core in memory.
 
     It does not depend on the file's name, format or layout, which the hash of a file of ``torch.save`` does.
+
+    Args:
+        names: Names of the tensors.
+        read: Returns a tensor by its name; called from several threads.
     """
 
     def describe(name: str) -> str:
-        tensor = checkpoint.read(name)
+        tensor = read(name)
         return f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0{hashlib.sha256(as_bytes(tensor)).hexdigest()}\0"
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
-        return hashlib.sha256("".join(threads.map(describe, sorted(checkpoint.shapes()))).encode()).hexdigest()
+        return hashlib.sha256("".join(threads.map(describe, sorted(names))).encode()).hexdigest()

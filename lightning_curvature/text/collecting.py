@@ -80,7 +80,7 @@ def collect_text(
     for index in range(state["pass"], passes):
         collector = Collector(model, group=(index, passes), **options)
         if state["collector"] is not None:
-            collector.load_state_dict(state["collector"], device)
+            collector.load_state_dict(state["collector"])
         windows = token_windows(corpus, tokenizer, context, tokens)
         total = None if tokens is None else tokens // context * context
         with tqdm(total=total, unit="token", desc=f"Collecting, pass {index + 1} of {passes}") as progress:
