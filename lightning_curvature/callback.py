@@ -1,7 +1,6 @@
 """The Lightning callback: when to collect, when to edit, what to save and log."""
 
 import re
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
-from tabulate import tabulate
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.checkpoints import archive
@@ -22,7 +19,7 @@ from lightning_curvature.collect import Collector, check_options
 from lightning_curvature.collection import Collection
 from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor, EditReport
 from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.probes import check_probes, evaluating, run_probes
+from lightning_curvature.probes import Probes, before_after
 from lightning_curvature.validation import collected_from
 
 _NO_DATA = (
@@ -110,9 +107,8 @@ class KFACEditCallback(Callback):
         self.editor = CurvatureEditor(energy)
         self.window = None if window is None else check_count(window, "window")
         self.loop = check_option(loop, LOOPS, "loop")
-        self.probes = dict(probes or {})
+        self.probes = Probes(probes or {})
         self.save_factors = save_factors
-        self._files: dict[str, Any] = {}
         self._options: dict[str, Any] = {
             "layers": layers,
             "fisher": fisher,
@@ -175,7 +171,7 @@ class KFACEditCallback(Callback):
         self._io = io if isinstance(io, SiblingCheckpointIO) else SiblingCheckpointIO(io)
         self._io.siblings[self.name] = self
         trainer.strategy.checkpoint_io = self._io
-        check_probes(self.probes)
+        self.probes.check()
         self._validates = self.loop == "validation" or (stage == "validate" and not self._fitted)
         if stage == "validate" and not self._validates:
             return  # the factors of the fit stay
@@ -281,7 +277,7 @@ class KFACEditCallback(Callback):
                 )
         rank_zero_info(f"\n{self.report}")
         if self.probe_results:
-            rank_zero_info(f"\n{_before_after(self.probe_results)}")
+            rank_zero_info(f"\n{before_after(self.probe_results)}")
         if self.save_factors is not None:
             factors.save(self.save_factors)
 
@@ -366,43 +362,7 @@ class KFACEditCallback(Callback):
 
     def _run_probes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""
-        loaders: dict[str, Any] = {}
-        sources = (pl_module, getattr(trainer, "datamodule", None))
-        for source in sources:
-            loaders |= getattr(source, "probe_dataloader", dict)()
-        if not loaders and not self.probes:
-            return {}
-        if self.probes and not self._files:
-            from lightning_curvature.text.probes import make_probes  # transformers is imported by those who need it
-
-            tokenizers = [found for source in sources if (found := getattr(source, "tokenizer", None)) is not None]
-            self._files = make_probes(self.probes, tokenizers[0] if tokenizers else None)
-
-        precision, layers = trainer.precision_plugin, list(self.factors)
-
-        def to_device(batch: Any) -> Any:
-            return trainer.strategy.batch_to_device(precision.convert_input(batch))
-
-        def measure() -> dict[str, float]:
-            results = run_probes(pl_module, loaders, to_device, precision.val_step_context, layers)
-            for name, probe in self._files.items():
-                results |= {f"{name}/{metric}": value for metric, value in probe.measure(pl_module, layers).items()}
-            return results
-
-        with isolate_rng(), evaluating(pl_module):
-            before = measure()
-            with self.editor.applied(pl_module, self.factors):
-                after = measure()
+        results = self.probes.measure(trainer, pl_module, self.editor, self.factors)
         group = "curvature" if self.name == "edited" else f"curvature-{self.name}"
-        self.probe_results = {
-            f"{group}/{name}/{when}": value
-            for when, values in (("before", before), ("after", after))
-            for name, value in values.items()
-        }
+        self.probe_results = {f"{group}/{name}": value for name, value in results.items()}
         return self.probe_results
-
-
-def _before_after(results: Mapping[str, float]) -> str:
-    names = [name.removesuffix("/before") for name in results if name.endswith("/before")]
-    rows = [[name.partition("/")[2], results[f"{name}/before"], results[f"{name}/after"]] for name in names]
-    return tabulate(rows, ["probe", "before", "after"], floatfmt=".3f")

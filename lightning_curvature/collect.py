@@ -17,12 +17,13 @@ from lightning_curvature._checks import check_count, check_option, listing
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.fisher import FISHER_KINDS, Gradients
 from lightning_curvature.layers import as_matrix, gradient_rows, input_rows, is_conv1d
+from lightning_curvature.losses import SoftmaxLoss
 from lightning_curvature.plan import MemoryPlan
+from lightning_curvature.positions import batch_mask, check_positions, counted_positions
 from lightning_curvature.selection import LayerChoice, choose_layers
 from lightning_curvature.sums import LayerSums
-from lightning_curvature.taps import LayerCall, SoftmaxLoss, Taps
+from lightning_curvature.taps import LayerCall, Taps
 
-POSITIONS = ("contributing", "all", "first")
 ACCUMULATE_ON = ("model", "cpu")
 
 Batch = TypeVar("Batch")
@@ -32,8 +33,7 @@ def check_options(fisher: str, draws: int, positions: str, accumulate_on: str) -
     """Raise ``ValueError`` if an argument of :class:`Collector` that needs no network is none of its options."""
     check_option(fisher, FISHER_KINDS, "fisher")
     check_count(draws, "draws")
-    if not str(positions).startswith("mask:"):
-        check_option(positions, POSITIONS, "positions")
+    check_positions(positions)
     check_option(accumulate_on, ACCUMULATE_ON, "accumulate_on")
 
 
@@ -45,9 +45,7 @@ class Collector:
         layers: Presets or name patterns, see :mod:`lightning_curvature.selection`.
         fisher: Kind of Fisher, see :mod:`lightning_curvature.fisher`.
         draws: Random vectors (labels) per loss position, for ``"sketched"`` (``"sampled"``).
-        positions: Which positions of a linear layer count: ``"contributing"`` (those whose output gradient is not
-            exactly zero), ``"all"``, ``"first"`` (of ``[batch, position, feature]``), or ``"mask:KEY"``, a
-            ``[batch, position]`` mask that the batch holds under ``KEY``. A convolution counts every position.
+        positions: Which positions count, see :mod:`lightning_curvature.positions`.
         seed: Seed of the collector's own random generator.
         logits: Name of a submodule or method that returns the logits, for models that hide their cross-entropy.
         accumulate_on: Where the sums live: ``"model"``, on the device of each layer, or ``"cpu"``.
@@ -106,7 +104,7 @@ class Collector:
         """
         self.abort()
         if self.positions.startswith("mask:"):
-            self._mask = _batch_mask(batch, self.positions.removeprefix("mask:"))
+            self._mask = batch_mask(batch, self.positions.removeprefix("mask:"))
         names = self.choice.modules if self.chosen is None else self.chosen
         self._taps = Taps(
             self.module,
@@ -283,7 +281,7 @@ class Collector:
     def _add_call(self, call: LayerCall, gradients: Gradients, draws: int) -> None:
         inputs = input_rows(call.module, call.inputs)
         rows = [gradient_rows(call.module, g) for g in gradients if g is not None]
-        counted = self._counted(call, rows, inputs)
+        counted = counted_positions(self.positions, call, rows, len(inputs), self._mask)
         sums = self.sums.get(call.name)
         if sums is None:
             d_out = call.output_shape[-1 if not isinstance(call.module, nn.Conv2d) else -3]
@@ -296,39 +294,10 @@ class Collector:
         sums.gradients.count += int(counted.sum())
         sums.num_seen += len(inputs)
 
-    def _counted(self, call: LayerCall, rows: list[Tensor], inputs: Tensor) -> Tensor:
-        everything = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
-        if self.positions == "all" or isinstance(call.module, nn.Conv2d):
-            return everything
-        if self.positions == "contributing":
-            return torch.stack([row.any(1) for row in rows]).any(0) if rows else ~everything
-        shape = call.output_shape[:-1]
-        if self.positions == "first":
-            if len(shape) > 2:
-                raise RuntimeError(
-                    f"positions='first': layer {call.name!r} has outputs {list(call.output_shape)}, expected "
-                    "[batch, position, feature] or [batch, feature]."
-                )
-            return everything if len(shape) == 1 else torch.arange(len(inputs), device=inputs.device) % shape[1] == 0
-        if self._mask is None or self._mask.shape != shape:
-            found = None if self._mask is None else list(self._mask.shape)
-            raise RuntimeError(
-                f"positions={self.positions!r}: layer {call.name!r} has positions {list(shape)}, the mask is {found}."
-            )
-        return self._mask.to(inputs.device).flatten().bool()
-
 
 def _is_finite(values: Tensor) -> bool:
     """Tell whether no value is NaN or infinite; a sum keeps either, and is several times faster than isfinite."""
     return bool(torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32))))
-
-
-def _batch_mask(batch: Any, key: str) -> Tensor:
-    try:
-        return torch.as_tensor(batch[key])
-    except (KeyError, TypeError, IndexError):
-        keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise RuntimeError(f"positions='mask:{key}': the batch has no {key!r}, found {keys}.") from None
 
 
 def collect(

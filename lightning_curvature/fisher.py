@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from lightning_curvature._checks import listing
-from lightning_curvature.taps import LayerCall, SoftmaxLoss, Taps, reaches
+from lightning_curvature.losses import SoftmaxLoss
+from lightning_curvature.taps import LayerCall, Taps, reaches
 
 FISHER_KINDS = ("sketched", "sampled", "exact", "empirical")
 EXACT_LIMIT = 4096

@@ -6,33 +6,84 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_curvature._checks import check_option
+from lightning_curvature.editor import WeightEditor
+from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.metrics import NoisyLabelAccuracy, Perplexity
 
-Probes = Mapping[str, Iterable[Any]]
 
-
-def check_probes(probes: Mapping[str, Any]) -> None:
-    """Check the files of probes before a run starts, not after its first epoch.
+class Probes:
+    """The probes of a run: files, and dataloaders of the module or the datamodule.
 
     Args:
-        probes: By name, a path, or a dict with ``path`` and optionally ``metrics`` and ``tokenizer``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a dict has no ``path``, or an entry that means nothing.
+        files: By name, a path, or a dict with ``path`` and optionally ``metrics`` and ``tokenizer``.
     """
-    for name, spec in probes.items():
-        options = {"path": spec} if isinstance(spec, (str, PathLike)) else dict(spec)
-        for key in options:
-            check_option(key, ("path", "metrics", "tokenizer"), f"An entry of probe {name!r}")
-        if "path" not in options:
-            raise ValueError(f"Probe {name!r} has no 'path'; found {options}.")
-        if not Path(options["path"]).is_file():
-            raise FileNotFoundError(f"Probe {name!r}: there is no file {options['path']}.")
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        self.files = dict(files)
+        self._readers: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Check the files before a run starts, not after its first epoch.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If a dict has no ``path``, or an entry that means nothing.
+        """
+        for name, spec in self.files.items():
+            options = {"path": spec} if isinstance(spec, (str, PathLike)) else dict(spec)
+            for key in options:
+                check_option(key, ("path", "metrics", "tokenizer"), f"An entry of probe {name!r}")
+            if "path" not in options:
+                raise ValueError(f"Probe {name!r} has no 'path'; found {options}.")
+            if not Path(options["path"]).is_file():
+                raise FileNotFoundError(f"Probe {name!r}: there is no file {options['path']}.")
+
+    def measure(
+        self, trainer: pl.Trainer, module: pl.LightningModule, editor: WeightEditor, factors: KroneckerFactors
+    ) -> dict[str, float]:
+        """Return ``{probe}/{metric}/before`` and ``.../after`` an edit, which is taken back."""
+        sources = (module, getattr(trainer, "datamodule", None))
+        loaders: dict[str, Any] = {}
+        for source in sources:
+            loaders |= getattr(source, "probe_dataloader", dict)()
+        if not loaders and not self.files:
+            return {}
+        if self.files and not self._readers:
+            from lightning_curvature.text.probes import make_probes  # transformers is imported by those who need it
+
+            tokenizers = [found for source in sources if (found := getattr(source, "tokenizer", None)) is not None]
+            self._readers = make_probes(self.files, tokenizers[0] if tokenizers else None)
+        precision, layers = trainer.precision_plugin, list(factors)
+
+        def to_device(batch: Any) -> Any:
+            return trainer.strategy.batch_to_device(precision.convert_input(batch))
+
+        def run() -> dict[str, float]:
+            results = run_probes(module, loaders, to_device, precision.val_step_context, layers)
+            for name, reader in self._readers.items():
+                results |= {f"{name}/{metric}": value for metric, value in reader.measure(module, layers).items()}
+            return results
+
+        with isolate_rng(), evaluating(module):
+            before = run()
+            with editor.applied(module, factors):
+                after = run()
+        columns = (("before", before), ("after", after))
+        return {f"{name}/{when}": value for when, column in columns for name, value in column.items()}
+
+
+def before_after(results: Mapping[str, float]) -> str:
+    """Return results that end in ``/before`` and ``/after`` as a table."""
+    names = [name.removesuffix("/before") for name in results if name.endswith("/before")]
+    rows = [[name.partition("/")[2], results[f"{name}/before"], results[f"{name}/after"]] for name in names]
+    return tabulate(rows, ["probe", "before", "after"], floatfmt=".3f")
 
 
 @contextmanager
@@ -50,7 +101,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def run_probes(
     module: nn.Module,
-    probes: Probes,
+    probes: Mapping[str, Iterable[Any]],
     to_device: Callable[[Any], Any] = lambda batch: batch,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     layers: Collection[str] = (),

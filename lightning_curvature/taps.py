@@ -11,7 +11,6 @@ records
 It changes nothing that it sees.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_curvature._checks import did_you_mean
+from lightning_curvature.losses import OTHER_LOSSES, SOFTMAX_LOSSES, SoftmaxLoss, read_loss
 
 
 @dataclass(eq=False)
@@ -63,57 +62,6 @@ class LayerCall:
                 f"Layer {self.name!r}: its input was changed in place after the layer read it, so it can no longer be "
                 "measured. Replace the in-place operation (x += y becomes x = x + y)."
             )
-
-
-@dataclass(eq=False)
-class SoftmaxLoss:
-    """Logits of one softmax loss, and what the loss does with them.
-
-    Args:
-        logits: As the loss received them, with their graph.
-        class_dim: Dimension of the classes.
-        counted: Which loss positions count (not ``ignore_index``): bool, the logits' shape without the classes.
-        denominator: What ``reduction="mean"`` divided by; 1 for sums; None if the loss is not known.
-        output: The loss; its graph node identifies it. None for logits named by the user.
-        log_probabilities: Whether ``logits`` must be normalised, as ``nll_loss`` wants them.
-        arrived: Gradients of the training objective that arrived at the loss, once its backward has run.
-    """
-
-    logits: Tensor
-    class_dim: int
-    counted: Tensor
-    denominator: Tensor | None = None
-    output: Tensor | None = None
-    log_probabilities: bool = False
-    arrived: list[Tensor] = field(default_factory=list)
-
-    @property
-    def factor(self) -> Tensor | None:
-        """Gradient of the training objective with respect to the loss, or None."""
-        return sum(self.arrived[1:], self.arrived[0]) if self.arrived else None
-
-
-_OTHER_LOSSES: dict[Callable[..., Any], str] = {
-    function: function.__name__
-    for function in (
-        F.binary_cross_entropy,
-        F.binary_cross_entropy_with_logits,
-        F.mse_loss,
-        F.l1_loss,
-        F.smooth_l1_loss,
-        F.huber_loss,
-        F.kl_div,
-        F.ctc_loss,
-        F.gaussian_nll_loss,
-        F.poisson_nll_loss,
-        F.multi_margin_loss,
-        F.multilabel_soft_margin_loss,
-        F.margin_ranking_loss,
-        F.triplet_margin_loss,
-        F.cosine_embedding_loss,
-        F.hinge_embedding_loss,
-    )
-}
 
 
 _passes: list[object] = []  # tokens of the recorders whose own backward pass is running
@@ -245,16 +193,16 @@ class Taps:
         """Look at one finished torch function."""
         if not self.recording or self._logits is not None:
             return
-        if function in (F.cross_entropy, F.nll_loss):
-            loss = _read_loss(function, args, kwargs, output)
+        if function in SOFTMAX_LOSSES:
+            loss = read_loss(function, args, kwargs, output)
             if loss is None:
                 self.without_gradients = True
             else:
                 self.losses.append(loss)
                 if self._watch_gradients:
                     output.register_hook(_keep(loss.arrived, self._token))
-        elif function in _OTHER_LOSSES:
-            self.other_losses.append(_OTHER_LOSSES[function])
+        elif function in OTHER_LOSSES:
+            self.other_losses.append(OTHER_LOSSES[function])
 
     def before_backward(self, loss: Tensor) -> None:
         """Tell the owner that ``Tensor.backward`` is about to run."""
@@ -276,32 +224,6 @@ class _FunctionTap(TorchFunctionMode):
         output = func(*args, **kwargs)
         self._taps.see(func, args, kwargs, output)
         return output
-
-
-_SIGNATURES = {function: inspect.signature(function) for function in (F.cross_entropy, F.nll_loss)}
-
-
-def _read_loss(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> SoftmaxLoss | None:
-    bound = _SIGNATURES[function].bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
-    logits, target, weight = given["input"], given["target"], given["weight"]
-    if not (logits.requires_grad and output.requires_grad):
-        return None  # a metric, not the training loss
-    class_dim = 1 if logits.dim() > 1 else 0
-    if target.is_floating_point():  # class probabilities: every position counts
-        rows = logits.detach().movedim(class_dim, -1)
-        counted = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
-        denominator = counted.sum()
-    else:
-        counted = target != given["ignore_index"]
-        denominator = counted.sum() if weight is None else weight[target[counted]].sum()
-    if given["reduction"] != "mean":
-        denominator = torch.ones_like(denominator)
-    # The softmax of a log-softmax is the same softmax: the log-probabilities that nll_loss receives serve as logits.
-    return SoftmaxLoss(logits, class_dim, counted, denominator, output, log_probabilities=function is F.nll_loss)
 
 
 def _keep(arrived: list[Tensor], token: object) -> Callable[[Tensor], None]:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.collect import POSITIONS, Collector
+from lightning_curvature.collect import Collector
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.positions import POSITIONS
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
 from lightning_curvature.text.models import check_vocabulary

@@ -1,0 +1,96 @@
+"""Softmax losses: what one call says about its logits, and which functions are other losses."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class SoftmaxLoss:
+    """Logits of one softmax loss, and what the loss does with them.
+
+    Args:
+        logits: As the loss received them, with their graph.
+        class_dim: Dimension of the classes.
+        counted: Which loss positions count (not ``ignore_index``): bool, the logits' shape without the classes.
+        denominator: What ``reduction="mean"`` divided by; 1 for sums; None if the loss is not known.
+        output: The loss; its graph node identifies it. None for logits named by the user.
+        log_probabilities: Whether ``logits`` must be normalised, as ``nll_loss`` wants them.
+        arrived: Gradients of the training objective that arrived at the loss, once its backward has run.
+    """
+
+    logits: Tensor
+    class_dim: int
+    counted: Tensor
+    denominator: Tensor | None = None
+    output: Tensor | None = None
+    log_probabilities: bool = False
+    arrived: list[Tensor] = field(default_factory=list)
+
+    @property
+    def factor(self) -> Tensor | None:
+        """Gradient of the training objective with respect to the loss, or None."""
+        return sum(self.arrived[1:], self.arrived[0]) if self.arrived else None
+
+
+OTHER_LOSSES: dict[Callable[..., Any], str] = {
+    function: function.__name__
+    for function in (
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.mse_loss,
+        F.l1_loss,
+        F.smooth_l1_loss,
+        F.huber_loss,
+        F.kl_div,
+        F.ctc_loss,
+        F.gaussian_nll_loss,
+        F.poisson_nll_loss,
+        F.multi_margin_loss,
+        F.multilabel_soft_margin_loss,
+        F.margin_ranking_loss,
+        F.triplet_margin_loss,
+        F.cosine_embedding_loss,
+        F.hinge_embedding_loss,
+    )
+}
+
+
+SOFTMAX_LOSSES = (F.cross_entropy, F.nll_loss)
+_SIGNATURES = {function: inspect.signature(function) for function in SOFTMAX_LOSSES}
+
+
+def read_loss(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> SoftmaxLoss | None:
+    """Return what one call of a softmax loss says about its logits; None if no gradient passes it (a metric).
+
+    Args:
+        function: ``F.cross_entropy`` or ``F.nll_loss``.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        output: What it returned.
+    """
+    bound = _SIGNATURES[function].bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    logits, target, weight = given["input"], given["target"], given["weight"]
+    if not (logits.requires_grad and output.requires_grad):
+        return None
+    class_dim = 1 if logits.dim() > 1 else 0
+    if target.is_floating_point():  # class probabilities: every position counts
+        rows = logits.detach().movedim(class_dim, -1)
+        counted = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+        denominator = counted.sum()
+    else:
+        counted = target != given["ignore_index"]
+        denominator = counted.sum() if weight is None else weight[target[counted]].sum()
+    if given["reduction"] != "mean":
+        denominator = torch.ones_like(denominator)
+    # The softmax of a log-softmax is the same softmax: the log-probabilities that nll_loss receives serve as logits.
+    return SoftmaxLoss(logits, class_dim, counted, denominator, output, log_probabilities=function is F.nll_loss)

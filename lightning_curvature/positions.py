@@ -1,0 +1,81 @@
+"""Which positions of a layer count.
+
+==================  ================================================================================
+positions           those that count, of a linear layer
+==================  ================================================================================
+``"contributing"``  those whose output gradient is not exactly zero: without any mask it leaves out padding, the last
+                    position of a language model, and the patches in the last block of a ViT
+``"all"``           all
+``"first"``         the first one of ``[batch, position, feature]``
+``"mask:KEY"``      those of a ``[batch, position]`` mask that the batch holds under ``KEY``
+==================  ================================================================================
+
+A convolution counts every position: dead ReLUs and max-pooling make true zeros there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature._checks import check_option
+from lightning_curvature.taps import LayerCall
+
+POSITIONS = ("contributing", "all", "first")
+
+
+def check_positions(positions: str) -> None:
+    """Raise ``ValueError`` if ``positions`` is neither one of ``POSITIONS`` nor the name of a mask."""
+    if not str(positions).startswith("mask:"):
+        check_option(positions, POSITIONS, "positions")
+
+
+def counted_positions(
+    positions: str, call: LayerCall, rows: Sequence[Tensor], count: int, mask: Tensor | None
+) -> Tensor:
+    """Return which positions of a call count, bool ``[n]``.
+
+    Args:
+        positions: The rule.
+        call: Call of the layer.
+        rows: Gradients at its output, ``[n, d_out]``, of each backward pass that reached it.
+        count: Number n of its positions.
+        mask: Mask of the batch, ``[batch, position]``.
+
+    Raises:
+        RuntimeError: If the layer's outputs, or the mask, do not have the shape that the rule needs.
+    """
+    device = call.inputs.device
+    everything = torch.ones(count, dtype=torch.bool, device=device)
+    if positions == "all" or isinstance(call.module, nn.Conv2d):
+        return everything
+    if positions == "contributing":
+        return torch.stack([row.any(1) for row in rows]).any(0) if rows else ~everything
+    shape = call.output_shape[:-1]
+    if positions == "first":
+        if len(shape) > 2:
+            raise RuntimeError(
+                f"positions='first': layer {call.name!r} has outputs {list(call.output_shape)}, expected "
+                "[batch, position, feature] or [batch, feature]."
+            )
+        return everything if len(shape) == 1 else torch.arange(count, device=device) % shape[1] == 0
+    if mask is None or mask.shape != shape:
+        found = None if mask is None else list(mask.shape)
+        raise RuntimeError(
+            f"positions={positions!r}: layer {call.name!r} has positions {list(shape)}, the mask is {found}."
+        )
+    return mask.to(device).flatten().bool()
+
+
+def batch_mask(batch: Any, key: str) -> Tensor:
+    """Return the mask that a batch holds.
+
+    Raises:
+        RuntimeError: If it holds none under this key.
+    """
+    try:
+        return torch.as_tensor(batch[key])
+    except (KeyError, TypeError, IndexError):
+        keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise RuntimeError(f"positions='mask:{key}': the batch has no {key!r}, found {keys}.") from None
