@@ -151,7 +151,7 @@ def project_weight(weight: Tensor, basis: CurvatureBasis, keep: Tensor) -> Tenso
     Args:
         weight: Layer weight, ``[d_out, d_in]``, any floating dtype.
         basis: Orthonormal ``U_G`` ``[d_out, d_out]`` and ``U_A`` ``[d_in, d_in]``.
-        keep: Factor of each coefficient, ``[d_out, d_in]``, or kept columns per row, int64 ``[d_out]``.
+        keep: Factor of each coefficient, ``[d_out, d_in]``, or kept columns per row, int64 ``[d_out]``, not increasing.
 
     Returns:
         A new tensor with the shape, dtype and device of ``weight``.
@@ -165,6 +165,9 @@ def project_weight(weight: Tensor, basis: CurvatureBasis, keep: Tensor) -> Tenso
             f"The basis is for a weight {list(shape)}; found weight {list(weight.shape)}, keep {list(keep.shape)}."
         )
     if keep.dim() == 1:
-        keep = torch.arange(shape[1], device=keep.device) < keep[:, None]
+        # Nothing outside of the staircase's bounding box is computed.
+        rows, columns = int((keep > 0).sum()), int(keep.max())
+        basis = basis._replace(U_G=basis.U_G[:, :rows], U_A=basis.U_A[:, :columns])
+        keep = torch.arange(columns, device=keep.device) < keep[:rows, None]
     kept = coefficients(weight, basis) * keep
     return (basis.U_G @ kept @ basis.U_A.T).to(weight)

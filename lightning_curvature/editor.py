@@ -32,6 +32,8 @@ class LayerEdit:
         kept: Kept coefficients.
         total: All coefficients, ``d_out * d_in``.
         relative_change: ``||W' - W|| / ||W||`` (Frobenius).
+        changed: Entries of the stored weight that are not what they were, after rounding to its dtype.
+        tensor: Name of the weight.
         num_inputs: Positions behind the layer's factors.
         dropped: Share of the positions seen that did not count.
     """
@@ -41,6 +43,8 @@ class LayerEdit:
     kept: int
     total: int
     relative_change: float
+    changed: int
+    tensor: str
     num_inputs: int
     dropped: float
 
@@ -60,7 +64,18 @@ class EditReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        headers = ["layer", "energy", "reached", "kept", "of", "share", "||W'-W||/||W||", "positions", "not counted"]
+        headers = [
+            "layer",
+            "energy",
+            "reached",
+            "kept",
+            "of",
+            "share",
+            "changed",
+            "||W'-W||/||W||",
+            "positions",
+            "not counted",
+        ]
         rows = [
             [
                 name,
@@ -69,6 +84,7 @@ class EditReport:
                 edit.kept,
                 edit.total,
                 f"{edit.kept / edit.total:.1%}",
+                f"{edit.changed / edit.total:.1%}",
                 f"{edit.relative_change:.3f}",
                 edit.num_inputs,
                 f"{edit.dropped:.1%}",
@@ -229,6 +245,11 @@ class WeightEditor(ABC):
             ValueError: If the factors are for a weight of another shape.
         """
         stored = weight.detach()
+        if not stored.is_floating_point() or stored.dtype.itemsize < 2:
+            raise ValueError(
+                f"Layer {name!r}: its weight is packed or quantized ({stored.dtype}, {list(stored.shape)}), and its "
+                "entries cannot be edited. Edit the model in full precision, and quantize it afterwards."
+            )
         matrix = as_matrix(stored, transposed)
         if tuple(matrix.shape) != factors.shape:
             raise ValueError(
@@ -243,16 +264,19 @@ class WeightEditor(ABC):
             except ValueError as error:
                 raise ValueError(f"Layer {name!r}: {error}") from error
         change = torch.linalg.vector_norm((result.weight - matrix).double()) / torch.linalg.vector_norm(matrix.double())
+        new = from_matrix(result.weight, stored, transposed)
         edit = LayerEdit(
             energy=energy,
             energy_kept=result.energy_kept,
             kept=result.kept,
             total=matrix.numel(),
             relative_change=float(change.nan_to_num()),
+            changed=int((new != stored).sum()),
+            tensor=f"{name}.weight",
             num_inputs=factors.num_inputs,
             dropped=1.0 - factors.num_inputs / factors.num_seen if factors.num_seen else 0.0,
         )
-        return from_matrix(result.weight, stored, transposed), edit
+        return new, edit
 
     def plan(self, factors: KroneckerFactors) -> dict[str, float]:
         """Return the energy of each layer to edit.

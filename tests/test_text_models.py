@@ -98,7 +98,7 @@ def test_what_cannot_be_loaded(folder, tmp_path):
     with pytest.raises(ValueError, match=r"holds several models that fit, under 'student.', 'teacher.'. Save the one"):
         text_models.load_model(folder / "model", tmp_path / "two.pt")
     torch.save({"state_dict": other_state(), "path": tmp_path}, tmp_path / "path.ckpt")
-    with pytest.raises(ValueError, match=r"path.ckpt holds an object of pathlib.*, and unpickling"):
+    with pytest.raises(ValueError, match=r"path.ckpt holds objects of pathlib.*, and unpickling"):
         text_models.load_model(folder / "model", tmp_path / "path.ckpt")
     with pytest.raises(FileNotFoundError, match="is no file; a checkpoint is"):
         text_models.load_model(folder / "model", tmp_path)

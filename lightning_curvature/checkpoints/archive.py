@@ -48,9 +48,10 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
             raise ValueError(_BROKEN.format(path, str(error).splitlines()[0])) from error
+        needed = sorted({*torch.serialization.get_unsafe_globals_in_checkpoint(path), found[1]} - set(allow_globals))
         raise ValueError(
-            f"{path} holds an object of {found[1]}, and unpickling it could run any code. Nothing was loaded. If you "
-            f"trust the file, add --allow-global {found[1]} (allow_globals=[{found[1]!r}])."
+            f"{path} holds objects of {', '.join(needed)}, and unpickling them could run any code. Nothing was loaded. "
+            f"If you trust the file, add --allow-global {' '.join(needed)} (allow_globals={needed!r})."
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
         raise ValueError(_BROKEN.format(path, str(error).splitlines()[0])) from error
@@ -88,6 +89,10 @@ class ArchiveFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor."""
         return {name: tuple(value.shape) for name, value in self.state_dict.items() if isinstance(value, Tensor)}
+
+    def module_names(self) -> dict[str, str]:
+        """Return nothing: no library renames these tensors when it loads them."""
+        return {}
 
     def num_bytes(self, name: str) -> int:
         """Return the bytes of a tensor."""

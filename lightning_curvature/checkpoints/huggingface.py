@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replace_folder, sync
@@ -16,6 +20,27 @@ from lightning_curvature.checkpoints.safetensors import Edits, SafetensorsFile
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOTE = "curvature_edit.json"
 """File of a folder that says what was edited."""
+CARD = "README.md"
+_AS_IT_IS = ("utf-8", "surrogateescape")  # bytes that are no UTF-8 survive
+_BEGIN, _END = "<!-- lightning_curvature: begin -->", "<!-- lightning_curvature: end -->"
+_SECTION = re.compile(rf"\n\n{_BEGIN}.*?{_END}\n", re.DOTALL)
+
+
+def card_section(provenance: Mapping[str, Any]) -> str:
+    """Return the section of a model card that says what was edited, as Markdown."""
+    facts = provenance["provenance"]
+    rows = [[name, layer["energy"], layer["positions"]] for name, layer in provenance["layers"].items()]
+    table = tabulate(rows, ["layer", "energy", "positions"], tablefmt="github", disable_numparse=True)
+    return (
+        f"\n\n{_BEGIN}\n## Edited weights\n\n"
+        f"Weights of this model were edited with {provenance['package']} (method {provenance['method']}, "
+        "arXiv:2510.24256), so that it recites less of its training data. Facts that it knows by heart can suffer, "
+        "too.\n\n"
+        f"{table}\n\n"
+        f"- Fisher: {facts.get('fisher', 'not known')}\n"
+        f"- SHA-256 of the unedited weights: `{provenance['source']}`\n"
+        f"- SHA-256 of the K-FAC factors: `{provenance['factors']}`\n{_END}\n"
+    )
 
 
 class HuggingFaceFolder:
@@ -59,6 +84,26 @@ class HuggingFaceFolder:
         shapes = {file: shard.shapes() for file, shard in self.shards.items()}
         return {name: shapes[file][name] for name, file in self.where.items()}
 
+    def module_names(self) -> dict[str, str]:
+        """Return the tensor of each module's weight where transformers loads it under another name."""
+        try:
+            import transformers
+            from transformers.core_model_loading import revert_weight_conversion
+        except ImportError:  # there are no such names without transformers, or in old releases of it
+            return {}
+        config = transformers.AutoConfig.from_pretrained(self.path)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        if kind is None:
+            return {}
+        with torch.device("meta"):
+            model = kind(config)
+        stored = {}
+        for name, parameter in model.named_parameters():
+            found = revert_weight_conversion(model, {name: parameter})
+            if len(found) == 1 and next(iter(found.values())).shape == parameter.shape:
+                stored[name] = next(iter(found))
+        return {name: file_name for name, file_name in stored.items() if file_name in self.where}
+
     def num_bytes(self, name: str) -> int:
         """Return the bytes of a tensor."""
         return self.shards[self.where[name]].num_bytes(name)
@@ -68,8 +113,11 @@ class HuggingFaceFolder:
         return self.shards[self.where[name]].read(name)
 
     def headers(self) -> dict[str, str]:
-        """Return the header of every shard as it stands in the file."""
-        return {file: shard.raw_header.decode() for file, shard in self.shards.items()}
+        """Return the header of every shard, and the files in which an edit is described, as they stand."""
+        notes = {file: (self.path / file).read_bytes() for file in (NOTE, CARD) if (self.path / file).exists()}
+        return {file: shard.raw_header.decode() for file, shard in self.shards.items()} | {
+            file: content.decode(*_AS_IT_IS) for file, content in notes.items()
+        }
 
     def copy(
         self,
@@ -91,28 +139,45 @@ class HuggingFaceFolder:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         try:
             new = scratch / "new"
-            shutil.copytree(self.path, new, ignore=self._shards_and_note)
-            for file, shard in self.shards.items():
-                own = {name: edit for name, edit in edits.items() if self.where[name] == file}
-                if own:
-                    shard.copy(new / file, own, provenance, None if headers is None else {"": headers[file]})
-                else:
-                    shutil.copy2(shard.path, new / file)
-            if provenance is not None:
-                (new / NOTE).write_text(json.dumps(provenance, indent=2), encoding="utf-8")
+            shutil.copytree(self.path, new, ignore=self._not_copied)
+            self._write_notes(new, provenance, headers)
+            own = {file: {name: edit for name, edit in edits.items() if self.where[name] == file}
+                   for file in self.shards}  # fmt: skip
+            with ThreadPoolExecutor(1) as thread:  # the disk is busy while edits are computed
+                copies = [thread.submit(_copy_and_sync, shard.path, new / file)
+                          for file, shard in self.shards.items() if not own[file]]  # fmt: skip
+                for file, shard in self.shards.items():
+                    if own[file]:
+                        shard.copy(new / file, own[file], provenance, None if headers is None else {"": headers[file]})
+                for copied in copies:
+                    copied.result()
             for path in new.rglob("*"):
-                if path.is_file():
+                if path.is_file() and path.name not in self.shards:
                     sync(path)
             replace_folder(new, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _shards_and_note(self, folder: str, names: list[str]) -> set[str]:
+    def _write_notes(self, new: Path, provenance: Mapping[str, Any] | None, headers: Mapping[str, str] | None) -> None:
+        """Write what the folder says about its edit: a note for programs, a section of the model card for people."""
+        if headers is not None:
+            for file in (NOTE, CARD):
+                if file in headers:
+                    (new / file).write_bytes(headers[file].encode(*_AS_IT_IS))
+        elif provenance is not None:
+            card = self.path / CARD
+            before = _SECTION.sub("", card.read_bytes().decode(*_AS_IT_IS)) if card.exists() else ""
+            (new / CARD).write_bytes((before + card_section(provenance)).encode(*_AS_IT_IS))
+            (new / NOTE).write_text(json.dumps(provenance, indent=2), encoding="utf-8")
+        elif (self.path / CARD).exists():
+            shutil.copy2(self.path / CARD, new / CARD)
+
+    def _not_copied(self, folder: str, names: list[str]) -> set[str]:
         for name in names:
             self._check_inside(Path(folder, name).relative_to(self.path).as_posix())
         if Path(folder) != self.path:
             return set()
-        return {name for name in names if name in self.shards or name == NOTE}
+        return {name for name in names if name in self.shards or name in (NOTE, CARD)}
 
     def _check_inside(self, file: str) -> None:
         """Raise if a file lies outside the folder, by its name or through a link."""
@@ -123,3 +188,8 @@ class HuggingFaceFolder:
             )
         if not resolved.exists():
             raise ValueError(f"{self.path}: {file!r} is named in the index, but there is no such file.")
+
+
+def _copy_and_sync(source: Path, target: Path) -> None:
+    shutil.copy2(source, target)
+    sync(target)

@@ -1,15 +1,16 @@
 """Which tensor of a checkpoint belongs to which layer of a factor file.
 
 Names differ by what wraps the model: ``model.`` of a LightningModule, ``module.`` of a data-parallel wrapper,
-``_orig_mod.`` of ``torch.compile``. Marks of wrappers are dropped; of what is left, one name must be the other one
-behind a prefix, and the prefix must be the same for all layers.
+``_orig_mod.`` of ``torch.compile``, ``base_layer`` of a LoRA adapter. Marks of wrappers are dropped; of what is left,
+one name must be the other one behind a prefix, and the prefix must be the same for all layers. Where a library renames
+tensors when it loads them (transformers does), its names count, too.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from lightning_curvature._checks import did_you_mean
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
 
 
 def plain(name: str) -> str:
@@ -21,17 +22,46 @@ def plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def match_layers(layers: Iterable[str], tensors: Iterable[str]) -> dict[str, str]:
+def match_layers(
+    layers: Iterable[str], tensors: Iterable[str], renamed: Callable[[], Mapping[str, str]] = dict
+) -> dict[str, str]:
     """Return the name of the weight of each layer.
 
     Args:
         layers: Module names of a factor file, without ``.weight``.
         tensors: Tensor names of a checkpoint.
+        renamed: Returns tensors by the name that a library gives them when it loads them; asked if the names in the
+            checkpoint do not fit.
 
     Raises:
         ValueError: If a layer has no weight, or several may be meant; lists all of them with the closest names.
     """
     layers, tensors = list(layers), list(tensors)
+    try:
+        return _match(layers, tensors)
+    except LookupError as error:
+        found: Mapping[str, str] = error.args[0]
+    loaded = renamed()
+    try:
+        return {layer: loaded[name] for layer, name in _match(layers, list(loaded)).items()}
+    except LookupError as error:
+        found = max(found, error.args[0], key=len)
+    lost = [layer for layer in layers if layer not in found]
+    options = [*tensors, *loaded]
+    lines = [f"  {layer!r}.{did_you_mean(f'{plain(layer)}.weight', options)}" for layer in lost]
+    raise ValueError(
+        "\n".join(
+            [
+                f"{len(lines)} of {len(layers)} layers of the factors have no weight in the checkpoint:",
+                *lines[:20],
+                "Were the factors collected on another model?",
+            ]
+        )
+    )
+
+
+def _match(layers: list[str], tensors: list[str]) -> dict[str, str]:
+    """Match names behind one common prefix; raise ``LookupError`` with the best incomplete match."""
     weights = {plain(name).removesuffix(".weight"): name for name in tensors if name.endswith(".weight")}
     found: dict[tuple[str, str], dict[str, str]] = {}  # by the prefix to cut off a layer, and the one to put before it
     for layer in layers:
@@ -52,15 +82,4 @@ def match_layers(layers: Iterable[str], tensors: Iterable[str]) -> dict[str, str
             f"Layer {layers[0]!r} may be any of {options}: the checkpoint holds several models with such layers. Save "
             "the one that is meant on its own."
         )
-    best: Mapping[str, str] = max(found.values(), key=len, default={})
-    lost = [layer for layer in layers if layer not in best]
-    lines = [f"  {layer!r}.{did_you_mean(f'{plain(layer)}.weight', tensors)}" for layer in lost]
-    raise ValueError(
-        "\n".join(
-            [
-                f"{len(lines)} of {len(layers)} layers of the factors have no weight in the checkpoint:",
-                *lines[:20],
-                "Were the factors collected on another model?",
-            ]
-        )
-    )
+    raise LookupError(max(found.values(), key=len, default={}))

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +59,10 @@ class SafetensorsFile:
         """Return the shape of every tensor."""
         return {name: tuple(entry["shape"]) for name, entry in self.header.items()}
 
+    def module_names(self) -> dict[str, str]:
+        """Return nothing: no library renames these tensors when it loads them."""
+        return {}
+
     def num_bytes(self, name: str) -> int:
         """Return the bytes of a tensor."""
         begin, end = self.header[name]["data_offsets"]
@@ -101,16 +106,27 @@ class SafetensorsFile:
         header += b" " * (-len(header) % 8)
         if headers is not None:
             header = headers[""].encode()
-        with replacing(target) as temporary, temporary.open("r+b") as out, self.path.open("rb") as source:
+
+        def copy_all(out: BinaryIO) -> None:
             out.write(len(header).to_bytes(8, "little") + header)
-            source.seek(self.start)
-            shutil.copyfileobj(source, out, _CHUNK)
+            with self.path.open("rb") as source:
+                source.seek(self.start)
+                shutil.copyfileobj(source, out, _CHUNK)
+
+        with (
+            replacing(target) as temporary,
+            temporary.open("r+b") as out,
+            ThreadPoolExecutor(1) as thread,  # the disk is busy while the first edit is computed
+        ):
+            copied = thread.submit(copy_all, out)
             for name, edit in edits.items():
                 old = self.read(name)
                 new = edit(old)
                 check_same(name, old, new)
+                copied.result()
                 out.seek(8 + len(header) + int(self.header[name]["data_offsets"][0]))
                 out.write(as_bytes(new))
+            copied.result()
             out.flush()
 
 

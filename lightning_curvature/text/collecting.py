@@ -84,7 +84,9 @@ def collect_text(
             collector.load_state_dict(state["collector"])
         windows = token_windows(corpus, tokenizer, context, tokens)
         total = None if tokens is None else tokens // context * context
-        with tqdm(total=total, unit="token", desc=f"Collecting, pass {index + 1} of {passes}") as progress:
+        with tqdm(
+            total=total, unit="token", desc=f"Collecting, pass {index + 1} of {passes}", disable=None
+        ) as progress:
             seen = 0
             for number, batch in enumerate(_batches(windows, batch_size, device), 1):
                 seen += batch.numel()

@@ -68,7 +68,7 @@ def mine(
         for n, i in sample
     ]
     recited: list[PromptedSequence] = []
-    with tqdm(total=len(candidates), unit="window", desc="Testing for recitation") as progress:
+    with tqdm(total=len(candidates), unit="window", desc="Testing for recitation", disable=None) as progress:
         for said in continuations(model, candidates, batch_size, strict_only=True):
             matches = (said.greedy == said.target).all(1).tolist()
             recited += [candidates[i] for i, match in zip(said.indices, matches, strict=True) if match]

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from lightning_curvature._checks import listing
-from lightning_curvature.checkpoints.archive import read_archive
+from lightning_curvature.checkpoints.weights import load_weights, read_weights
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -33,49 +32,9 @@ def load_model(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str
     """
     model: Any = AutoModelForCausalLM.from_pretrained(_existing(folder), dtype="auto")
     if checkpoint is not None:
-        load_weights(model, checkpoint)
+        load_weights(model, read_weights(Path(checkpoint)), checkpoint)
     model.eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    """Put the weights of a checkpoint file into a model; names may carry a prefix, such as ``model.``.
-
-    Raises:
-        ValueError: If the file does not hold exactly this model's weights.
-    """
-    weights = _read_weights(Path(checkpoint))
-    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
-    own = set(model.state_dict())
-    # Of two tied names a file may hold either one; the prefix is what stands before a name that it must hold.
-    anchor = next(key for key in model.state_dict() if key not in {*ties, *ties.values()})
-    prefixes = sorted(key.removesuffix(anchor) for key in weights if key == anchor or key.endswith(f".{anchor}"))
-    if not prefixes:
-        raise ValueError(
-            f"{checkpoint} holds no weights of a {type(model).__name__}: none of its names ends with {anchor!r}; it "
-            f"has {listing(weights, 4)}."
-        )
-    fits = {}
-    for prefix in prefixes:
-        found = {key.removeprefix(prefix) for key in weights if key.startswith(prefix)}
-        complete = found | {a for pair in ties.items() for a, b in (pair, pair[::-1]) if b in found}
-        fits[prefix] = (sorted(own - complete), sorted(found - own))
-    fitting = [prefix for prefix, (missing, unexpected) in fits.items() if not missing and not unexpected]
-    if len(fitting) > 1:
-        raise ValueError(
-            f"{checkpoint} holds several models that fit, under {listing(fitting)}. Save the one that is meant on its "
-            "own."
-        )
-    if not fitting:
-        missing, unexpected = min(fits.values(), key=lambda fit: len(fit[0]) + len(fit[1]))
-        raise ValueError(
-            f"{checkpoint} does not fit a {type(model).__name__}: missing {listing(missing) or 'nothing'}, "
-            f"unexpected {listing(unexpected) or 'nothing'}."
-        )
-    prefix = fitting[0]
-    model.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}, strict=False
-    )
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -142,13 +101,3 @@ def _existing(folder: str | os.PathLike[str]) -> str:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder; expected one written by save_pretrained.")
     return os.fspath(folder)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; a checkpoint is a .ckpt, .pt or .safetensors file.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    content = read_archive(path)
-    weights = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}

@@ -1,0 +1,49 @@
+"""From a Lightning checkpoint to a Hugging Face folder."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+
+from lightning_curvature.checkpoints.archive import ArchiveFile
+from lightning_curvature.checkpoints.formats import Checkpoint
+from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
+from lightning_curvature.checkpoints.weights import load_weights
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json")
+
+
+def to_folder(checkpoint: Checkpoint, template: str | os.PathLike[str], out: Path) -> HuggingFaceFolder:
+    """Write the Hugging Face model inside a Lightning checkpoint as a folder, with the dtypes of the checkpoint.
+
+    Args:
+        checkpoint: A file of ``torch.save``; the model's names carry one prefix, such as ``model.``.
+        template: Folder with the model's ``config.json``; everything else in it but weights is copied, too.
+        out: Folder to write.
+
+    Raises:
+        ValueError: If it is another kind of checkpoint, the configuration names no model of transformers, or the
+            checkpoint does not hold exactly this model's weights.
+    """
+    if not isinstance(checkpoint, ArchiveFile):
+        raise ValueError(f"{checkpoint.path} is no file of torch.save (.ckpt, .pt): only those become a folder.")
+    if not (Path(template) / "config.json").is_file():
+        raise ValueError(
+            f"{template} has no config.json; name the folder of the model that the checkpoint was made from."
+        )
+    config = transformers.AutoConfig.from_pretrained(template)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        raise ValueError(
+            f"{template}/config.json names the architectures {config.architectures}, none of transformers'."
+        )
+    with torch.device("meta"):
+        model = kind(config)
+    weights = {name: value for name, value in checkpoint.state_dict.items() if isinstance(value, torch.Tensor)}
+    load_weights(model, weights, checkpoint.path, assign=True)
+    model.tie_weights()
+    model.save_pretrained(out)
+    shutil.copytree(template, out, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
+    return HuggingFaceFolder(out)
