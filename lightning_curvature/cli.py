@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from docstring_parser import parse
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from lightning_curvature import commands
 from lightning_curvature.commands import Output
@@ -40,6 +40,7 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
 
 def make_parser() -> ArgumentParser:
     """Return the parser of all commands but LightningCLI's."""
+    set_parsing_settings(add_print_completion_argument=True)
     parser = ArgumentParser(
         prog="lightning-curvature",
         formatter_class=_HelpFormatter,

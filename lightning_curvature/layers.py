@@ -39,6 +39,12 @@ def fused_experts(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether a layer's weight is packed or quantized, so that its entries are no floating-point numbers."""
+    weight = module.weight
+    return not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1)
+
+
 def refusal(module: nn.Module) -> str | None:
     """Return why a layer cannot be edited although its kind suggests it, or None."""
     if isinstance(module, nn.Conv2d) and module.groups != 1:
@@ -51,9 +57,8 @@ def refusal(module: nn.Module) -> str | None:
         return None
     if parametrize.is_parametrized(module, "weight"):
         return "its weight is computed by a parametrization; remove it with parametrize.remove_parametrizations first"
-    weight = module.weight
-    if not (isinstance(weight, Tensor) and weight.is_floating_point()):
-        return f"its weight is packed or quantized ({getattr(weight, 'dtype', type(weight).__name__)})"
+    if is_packed(module):
+        return f"its weight is packed or quantized ({getattr(module.weight, 'dtype', type(module.weight).__name__)})"
     return None
 
 

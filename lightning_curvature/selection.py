@@ -1,7 +1,8 @@
 """Which layers are chosen: presets and name patterns.
 
-Presets never take the output head (the layer whose output *is* the logits) nor a weight that is shared with another
-module; a pattern that names such a layer does.
+Presets never take the output head (the layer whose output *is* the logits), a weight that is shared with another
+module, or the small matrices of an adapter (LoRA); a pattern that names such a layer does. A preset that would have to
+leave out layers whose weights are packed (quantized), or fused experts, is an error.
 
 ============  ===========================================================================================
 preset        layers
@@ -28,7 +29,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_curvature._checks import did_you_mean, listing
-from lightning_curvature.layers import fused_experts, is_editable, is_matmul, refusal
+from lightning_curvature.layers import fused_experts, is_editable, is_matmul, is_packed, refusal
 
 PRESETS = ("last-mlp", "mlp", "attention", "linear")
 
@@ -102,7 +103,9 @@ def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
     tied = _tied(modules)
     editable = [name for name, module in modules.items() if is_editable(module)]
     free = [name for name in editable if name not in tied]
-    presets = _presets(modules, free)
+    presets = _presets(modules, [name for name in free if not _is_adapter(name, modules)])
+    packed = [name for name, module in modules.items() if is_matmul(module) and is_packed(module)]
+    complete = _presets(modules, [name for name in [*free, *packed] if not _is_adapter(name, modules)])
     named: set[str] = set()
     for entry in entries:
         if entry in PRESETS:
@@ -112,6 +115,12 @@ def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
                     f"Preset {entry!r} would leave out the experts of this {type(root).__name__}: "
                     f"{listing(experts, 3)} keep them in fused 3-D parameters, which cannot be edited. Name the layers "
                     "that you want instead, for example layers='attention'."
+                )
+            left_out = sorted(complete[entry][0] & set(packed))
+            if left_out:
+                raise ValueError(
+                    f"Preset {entry!r} would leave out layers whose weights are packed (quantized): "
+                    f"{listing(left_out, 3)}. Load the model in full precision, edit it, and quantize it afterwards."
                 )
             if not any(presets[entry]):
                 raise ValueError(f"Preset {entry!r} matches no layer of this {type(root).__name__}; "
@@ -151,6 +160,15 @@ def _presets(modules: Mapping[str, nn.Module], free: Sequence[str]) -> dict[str,
 def _tied(modules: Mapping[str, nn.Module]) -> set[str]:
     owners = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
     return {name for name, module in modules.items() if owners[id(getattr(module, "weight", None))] > 1}
+
+
+def _is_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a layer belongs to an adapter around another layer, which peft keeps as ``base_layer``."""
+    path = name.split(".")
+    for depth in range(len(path)):
+        if path[depth] != "base_layer" and f"{'.'.join(path[:depth])}.base_layer".lstrip(".") in modules:
+            return True
+    return False
 
 
 def _is_attention(name: str, modules: Mapping[str, nn.Module]) -> bool:

@@ -31,7 +31,8 @@ def run(tmp_path_factory):
 
 def test_the_demo_writes_what_it_says(run):
     out, done = run
-    names = {"original.ckpt", "original-edited.ckpt", "original-edited-factors.safetensors", "edited.ckpt", "factors.safetensors", "report.json", "logs",
+    names = {"original.ckpt", "original-edited.ckpt", "original-edited-factors.safetensors", "edited.ckpt",
+             "factors.safetensors", "report.json", "logs",
              "spectrum.png", "energy.png", "examples.png"}  # fmt: skip
     assert {path.name for path in out.iterdir()} == names
     assert "model.blocks.1.fc2" in done.stderr
@@ -94,7 +95,8 @@ def text_run(tmp_path_factory):
 def test_the_text_demo_writes_what_it_says(text_run):
     out, done = text_run
     data = {f"{name}.jsonl" for name in ("memorized", "unseen", "train", "source", "clean", "domain")}
-    names = data | {"original.ckpt", "original-edited.ckpt", "original-edited-factors.safetensors", "edited.ckpt", "factors.safetensors", "report.json",
+    names = data | {"original.ckpt", "original-edited.ckpt", "original-edited-factors.safetensors", "edited.ckpt",
+             "factors.safetensors", "report.json",
                     "logs", "spectrum.png", "energy.png", "continuations.md", "model"}  # fmt: skip
     assert {path.name for path in out.iterdir()} == names
     for row in ("before", "after (edited.ckpt)", "control: activations only", "control: SVD truncation",

@@ -1,0 +1,103 @@
+"""The command line's own manners: exit codes, errors, help, JSON, completion."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_curvature import KroneckerFactors, LayerFactors
+from lightning_curvature.cli import COMMANDS, main
+
+
+@pytest.fixture
+def files(tmp_path):
+    A, G = torch.diag(torch.arange(6.0) + 1), torch.diag(torch.arange(4.0) + 1)
+    layers = {"fc": LayerFactors(A=A, G=G, num_inputs=50, num_gradients=50)}
+    KroneckerFactors(layers, {"fisher": "sketched"}).save(tmp_path / "f.safetensors")
+    save_file({"fc.weight": torch.ones(4, 6)}, tmp_path / "a.safetensors")
+    return tmp_path
+
+
+def edit(folder, *more):
+    return ["edit", "--checkpoint", str(folder / "a.safetensors"), "--factors", str(folder / "f.safetensors"),
+            "--out", str(folder / "b.safetensors"), *more]  # fmt: skip
+
+
+def process(*args):
+    command = [sys.executable, "-m", "lightning_curvature", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_exit_codes_and_tracebacks(files):
+    done = process(*edit(files))
+    assert (done.returncode, done.stderr) == (0, "")  # not even a progress bar: it is no terminal
+    assert "fc -> fc.weight" in done.stdout
+    failed = process(*edit(files))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("Error: ")
+    assert "b.safetensors exists" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.stdout == ""
+    traced = process(*edit(files, "--debug"))
+    assert traced.returncode == 1
+    assert "Traceback" in traced.stderr
+    wrong = process("edit", "--checkpoint", files / "a.safetensors")
+    assert wrong.returncode == 2
+    assert "required: edit.factors, edit.out" in wrong.stderr
+    assert process("edit", "--dry-runs").returncode == 2
+    config = files / "c.yaml"
+    config.write_text("model: {class_path: nothing.Model}\n")
+    assert process("fit", "--config", config).returncode == 2
+
+
+def test_an_unexpected_error_says_its_kind(files, monkeypatch):
+    def broken(*args):
+        raise KeyError("x")
+
+    monkeypatch.setattr("lightning_curvature.files.describe", broken)
+    with pytest.raises(SystemExit, match="Error: KeyError: 'x'"):
+        main(["inspect", str(files / "f.safetensors")])
+    with pytest.raises(KeyError):
+        main(["inspect", str(files / "f.safetensors"), "--debug"])
+
+
+def test_json(files, capsys):
+    def run(*args):
+        main([*map(str, args), "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    plan = run(*edit(files, "--dry-run", "--energy", "0.5"))
+    assert plan["report"]["layers"]["fc"]["energy"] == 0.5
+    assert plan["bytes_written"] == plan["bytes_read"] == 96
+    done = run(*edit(files, "--energy", '{"f*": 0.7}', "--save-delta", str(files / "d.safetensors")))
+    assert done["layers"]["fc"]["energy"] == 0.7
+    assert done["layers"]["fc"]["tensor"] == "fc.weight"
+    assert done["layers"]["fc"]["changed"] == 14
+    found = run("inspect", files / "b.safetensors")
+    assert found["edit"]["layers"] == {"fc": {"energy": 0.7, "positions": 50}}
+    assert run("inspect", files / "f.safetensors")["layers"]["fc"]["shape"] == [4, 6]
+    out = files / "back.safetensors"
+    revert = ("--checkpoint", files / "b.safetensors", "--delta", files / "d.safetensors", "--out", out)
+    assert run("revert", *revert) == {"out": str(out)}
+    assert out.read_bytes() == (files / "a.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_text_has_an_example_that_parses(command, capsys):
+    from lightning_curvature.cli import make_parser
+
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    example = capsys.readouterr().out.partition("example:\n")[2].strip()
+    assert example.startswith(f"lightning-curvature {command} ")
+    make_parser().parse_args(example.split()[1:])
+
+
+def test_completion_as_jsonargparse_offers_it():
+    done = process("--print_completion", "shtab-bash")
+    assert done.returncode == 0
+    assert "--save-delta" in done.stdout
