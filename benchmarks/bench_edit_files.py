@@ -4,7 +4,8 @@ Protocol: a random folder of 2 GB in Hugging Face's format is written, bfloat16,
 random factors of a falling spectrum for some of its layers. In turn, three times each, separate processes (1) only
 import the package, (2) copy the folder with ``shutil.copytree`` and sync it, (3) edit it, and (4) only decompose the
 same factors. Peak memory is what Linux reports for the process (``VmHWM``; ``ru_maxrss`` would inherit the parent's),
-beyond that of the process that only imports. Medians.
+beyond that of the process that only imports. Medians. Then single layers of growing width are edited, each in a process
+of its own, and the memory that this takes is compared with what ``edit --dry-run`` states.
 
     python benchmarks/bench_edit_files.py --layers 4
 """
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 
 from lightning_curvature import KroneckerFactors, LayerFactors
+from lightning_curvature.files import edit_bytes
 
 DIM, SHARDS, PER_SHARD = 2048, 8, 30
 REPEATS = 3
@@ -32,8 +34,22 @@ PROGRAMS = {
     "import": "",
     "copy": "import shutil, os; shutil.copytree(source, target); os.sync()",
     "edit": "CurvatureEditor(0.8).edit_checkpoint(source, KroneckerFactors.load(factors), target)",
-    "decompose": "[dataclasses.replace(f).basis for f in KroneckerFactors.load(factors).values()]",
+    "decompose": "for f in KroneckerFactors.load(factors).values(): dataclasses.replace(f).basis",
 }
+SHAPES = ((2048, 2048), (4096, 1024), (1024, 4096), (4096, 4096))
+SINGLE = """
+import sys, torch
+from lightning_curvature import CurvatureEditor, KroneckerFactors
+
+def peak():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+layer = KroneckerFactors.load(sys.argv[1])["fc"]
+weight = torch.ones(layer.shape) + layer.A.sum() + layer.G.sum()  # the factors are read before the measurement
+before = peak()
+CurvatureEditor(0.8).edit_weight("fc", weight, layer, 0.8, False)
+print((peak() - before) / 1024)
+"""
 HEADER = """
 import dataclasses, sys
 from lightning_curvature import CurvatureEditor, KroneckerFactors
@@ -57,13 +73,29 @@ def make(folder: Path, layers: int) -> None:
         where |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": len(where) * DIM * DIM * 2}, "weight_map": where}
     (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    spectrum = torch.arange(1, DIM + 1) ** -1.0
-    found = {}
-    for layer in range(layers):
-        A, G = ((rows * spectrum) @ rows.T / DIM for rows in torch.randn(2, DIM, DIM, generator=generator))
-        name = f"model.layers.{layer * SHARDS * PER_SHARD // layers}.mlp.fc"
-        found[name] = LayerFactors(A=A, G=G, num_inputs=10**5, num_gradients=10**5)
+    found = {
+        f"model.layers.{layer * SHARDS * PER_SHARD // layers}.mlp.fc": factors(DIM, DIM, generator)
+        for layer in range(layers)
+    }
     KroneckerFactors(found).save(folder / "factors.safetensors")
+
+
+def factors(d_out: int, d_in: int, generator: torch.Generator) -> LayerFactors:
+    """Return random factors whose eigenvalues fall roughly like 1/i."""
+    A, G = (
+        (rows * torch.arange(1, len(rows) + 1) ** -1.0) @ rows.T / len(rows)
+        for rows in (torch.randn(d, d, generator=generator) for d in (d_in, d_out))
+    )
+    return LayerFactors(A=A, G=G, num_inputs=10**5, num_gradients=10**5)
+
+
+def single(shape: tuple[int, int]) -> float:
+    """Return the MB that editing one layer takes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "factors.safetensors")
+        KroneckerFactors({"fc": factors(*shape, torch.Generator().manual_seed(0))}).save(file)
+        done = subprocess.run([sys.executable, "-c", SINGLE, file], capture_output=True, text=True, check=True)
+        return float(done.stdout)
 
 
 def measure(program: str, folder: Path) -> tuple[float, float]:
@@ -96,11 +128,16 @@ def main() -> None:
     print(tabulate(rows, ["", "seconds beyond imports", "peak MB beyond imports"], tablefmt="github", floatfmt=".1f"))
     own = seconds["edit"] - seconds["decompose"]
     print(f"\nEdit without its decompositions: {own / (seconds['copy'] - seconds['import']):.2f} times the copy.")
+    memory = {shape: single(shape) for shape in SHAPES}
+    rows = [[f"{d_out} x {d_in}", memory[d_out, d_in], edit_bytes(d_out, d_in) / 2**20] for d_out, d_in in SHAPES]
+    print("\nOne layer:\n" + tabulate(rows, ["weight", "measured MB", "planned MB"], tablefmt="github", floatfmt=".0f"))
     if args.out:
         environment = {
             "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
         }  # fmt: skip
-        args.out.write_text(json.dumps({"environment": environment, "layers": args.layers, "runs": runs}, indent=1))
+        content = {"environment": environment, "layers": args.layers, "runs": runs,
+                   "single": {str(shape): mb for shape, mb in memory.items()}}  # fmt: skip
+        args.out.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,26 +17,19 @@ from tests import language, models
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
 
 
-@pytest.mark.filterwarnings("ignore:.*wandb.*")
+@pytest.mark.filterwarnings("ignore:.*wandb.*", "ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has")
 def test_digits_from_yaml_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(
-        [
-            "fit",
-            "--config",
-            "digits.yaml",
-            "--trainer.max_epochs",
-            "2",
-            "--trainer.check_val_every_n_epoch",
-            "1",
-            *QUIET,
-        ]
-    )
+    fit = ["fit", "--config", "digits.yaml", "--trainer.check_val_every_n_epoch", "1", *QUIET]
+    main([*fit, "--trainer.max_epochs", "2"])
     assert list(KroneckerFactors.load("factors.safetensors")) == ["model.blocks.1.fc2"]
     (edited,) = tmp_path.rglob("*-edited.ckpt")
     assert torch.load(edited, weights_only=True)["lightning_curvature"]["method"] == "kfac"
     (config,) = tmp_path.rglob("config.yaml")
     assert yaml.safe_load(config.read_text())["trainer"]["callbacks"][0]["init_args"]["energy"] == 0.85
+    first = KroneckerFactors.load("factors.safetensors")["model.blocks.1.fc2"].num_inputs
+    main([*fit, "--trainer.max_epochs", "3", "--ckpt_path", str(edited).replace("-edited", "")])
+    assert KroneckerFactors.load("factors.safetensors")["model.blocks.1.fc2"].num_inputs == first * 3 // 2
 
 
 def test_validate_collects_over_text(tmp_path, monkeypatch):
