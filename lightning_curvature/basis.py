@@ -8,6 +8,7 @@ the whole selection, and it is found by bisection without forming the ``d_out x 
 Source: arXiv:2510.24256, sections 3 and 5.
 """
 
+import math
 import struct
 from typing import NamedTuple
 
@@ -115,6 +116,71 @@ def select_staircase(lam: Tensor, mu: Tensor, energy: float) -> Staircase:
             high = middle - 1
     columns, mass = kept(_float(low) * (1 - TIE))
     return Staircase(columns, mass / total)
+
+
+def select_largest(scores: Tensor, energy: float) -> tuple[Tensor, float]:
+    """Select the entries of the largest scores until they hold the share ``energy`` of the total.
+
+    Entries tied with the last selected one are selected too; those of zero score are not.
+
+    Args:
+        scores: ``[d_out, d_in]``, none negative.
+        energy: Share of their sum to keep, in (0, 1).
+
+    Returns:
+        Which entries are kept, bool ``[d_out, d_in]``, and the share that was reached.
+
+    Raises:
+        ValueError: If the scores are not finite, or all of them are zero.
+
+    Example:
+        >>> select_largest(torch.tensor([[3.0, 1.0], [0.0, 4.0]]), 0.8)
+        (tensor([[ True, False],
+                [False,  True]]), 0.875)
+    """
+    scores = scores.double()
+    ordered = scores.flatten().sort(descending=True).values
+    sums = ordered.cumsum(0)
+    total = float(sums[-1])
+    if not 0.0 < total < float("inf"):
+        raise ValueError("The scores of the coefficients are zero or not finite, so none can be told from another.")
+    last = min(int((sums < energy * total * (1 - 1e-12)).sum()), len(ordered) - 1)
+    keep = (scores >= ordered[last] * (1 - TIE)) & (scores > 0)
+    return keep, float(scores[keep].sum()) / total
+
+
+def shrink(scores: Tensor, energy: float) -> tuple[Tensor, float]:
+    """Return factors ``s / (s + t)`` that shrink entries smoothly, and the share of the scores that they keep.
+
+    The threshold ``t`` is such that ``sum(s * factor)`` is the share ``energy`` of ``sum(s)``.
+
+    Args:
+        scores: ``[d_out, d_in]``, none negative.
+        energy: Share to keep, in (0, 1).
+
+    Raises:
+        ValueError: If the scores are not finite, or all of them are zero.
+
+    Example:
+        >>> factors, kept = shrink(torch.tensor([[4.0, 4.0]]), 0.8)
+        >>> [round(float(factor), 6) for factor in factors[0]], round(kept, 6)
+        ([0.8, 0.8], 0.8)
+    """
+    scores = scores.double()
+    total = float(scores.sum())
+    if not 0.0 < total < float("inf"):
+        raise ValueError("The scores of the coefficients are zero or not finite, so none can be told from another.")
+
+    def kept(logarithm: float) -> tuple[Tensor, float]:
+        factors = scores / (scores + math.exp(logarithm))
+        return factors, float((scores * factors).sum()) / total
+
+    largest = math.log(float(scores.max()))
+    low, high = largest - 60, largest + 60
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(middle)[1] > energy else (low, middle)
+    return kept(high)
 
 
 def _columns_above(lam: Tensor, mu: Tensor, threshold: float) -> Tensor:

@@ -17,9 +17,10 @@ from lightning_curvature.checkpoints.formats import content_hash
 from lightning_curvature.checkpoints.lightning import Checkpoint, SiblingCheckpointIO
 from lightning_curvature.collect import Collector, check_options
 from lightning_curvature.collection import Collection
-from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor, EditReport
+from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.probes import Probes, before_after
+from lightning_curvature.report import EditReport
 from lightning_curvature.validation import collected_from
 
 _NO_DATA = (

@@ -49,6 +49,8 @@ class Collector:
         seed: Seed of the collector's own random generator.
         logits: Name of a submodule or method that returns the logits, for models that hide their cross-entropy.
         accumulate_on: Where the sums live: ``"model"``, on the device of each layer, or ``"cpu"``.
+        coupled: Also sum the norm-weighted moments that the score ``"coupled"`` needs, see
+            :mod:`lightning_curvature.scores`: twice the memory and the products.
         group: ``(i, n)``: cut the chosen layers into n groups and collect the i-th (from 0) alone, where all of them
             together do not fit into memory.
 
@@ -67,6 +69,7 @@ class Collector:
         seed: int = 0,
         logits: str | None = None,
         accumulate_on: str = "model",
+        coupled: bool = False,
         group: tuple[int, int] = (0, 1),
     ) -> None:
         check_options(fisher, draws, positions, accumulate_on)
@@ -88,6 +91,7 @@ class Collector:
         self.seed = seed
         self.logits = logits
         self.accumulate_on = accumulate_on
+        self.coupled = coupled
         self.group = group
         self._generator: torch.Generator | None = None
         self._saved_random: tuple[str | None, Tensor | None] = (None, None)
@@ -285,14 +289,13 @@ class Collector:
         sums = self.sums.get(call.name)
         if sums is None:
             d_out = call.output_shape[-1 if not isinstance(call.module, nn.Conv2d) else -3]
-            sums = LayerSums(inputs.shape[1], d_out, self._home(inputs.device), is_conv1d(call.module))
+            sums = self._new_sums(call, inputs.shape[1], d_out)
             self.sums[call.name] = sums
         sums.move(self._home(inputs.device))
-        sums.inputs.add(inputs[counted])
-        for gradient in rows:
-            sums.gradients.add(gradient[counted] / draws**0.5, count=0)
-        sums.gradients.count += int(counted.sum())
-        sums.num_seen += len(inputs)
+        sums.add(inputs[counted], [gradient[counted] for gradient in rows], draws, len(inputs))
+
+    def _new_sums(self, call: LayerCall, d_in: int, d_out: int) -> LayerSums:
+        return LayerSums(d_in, d_out, self._home(call.inputs.device), is_conv1d(call.module), self.coupled)
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -317,7 +320,11 @@ def collect(
     Raises:
         RuntimeError: If no batch could be used.
     """
-    collector = Collector(module, **options)
+    return run_collector(Collector(module, **options), batches, step)
+
+
+def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable[[Batch], Tensor]) -> KroneckerFactors:
+    """Run a collector over data; arguments and errors as :func:`collect`."""
     for batch in batches:
         collector.open(batch)
         try:

@@ -4,97 +4,23 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
-from lightning_curvature._checks import check_energy, did_you_mean, listing
+from lightning_curvature._checks import check_energy, check_option, did_you_mean, listing
 from lightning_curvature._version import __version__
-from lightning_curvature.basis import project_weight, select_staircase
+from lightning_curvature.basis import coefficients, project_weight, select_largest, select_staircase, shrink
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.layers import as_matrix, from_matrix, is_conv1d, is_editable, refusal
+from lightning_curvature.report import EditReport, LayerEdit
+from lightning_curvature.scores import SCORES, score_coefficients
 
 DEFAULT_ENERGY = 0.85
 """Share of the curvature mass that is kept unless the user says otherwise; docs/decisions.md shows the evidence."""
-
-
-@dataclass(frozen=True)
-class LayerEdit:
-    """What an edit did to one layer.
-
-    Args:
-        energy: Asked share of the method's mass.
-        energy_kept: Reached share.
-        kept: Kept coefficients.
-        total: All coefficients, ``d_out * d_in``.
-        relative_change: ``||W' - W|| / ||W||`` (Frobenius).
-        changed: Entries of the stored weight that are not what they were, after rounding to its dtype.
-        tensor: Name of the weight.
-        num_inputs: Positions behind the layer's factors.
-        dropped: Share of the positions seen that did not count.
-    """
-
-    energy: float
-    energy_kept: float
-    kept: int
-    total: int
-    relative_change: float
-    changed: int
-    tensor: str
-    num_inputs: int
-    dropped: float
-
-
-@dataclass(frozen=True)
-class EditReport:
-    """What an edit did; ``print(report)`` shows a table.
-
-    Args:
-        layers: By module name.
-        method: Name of the editing method.
-        provenance: Where the factors come from.
-    """
-
-    layers: Mapping[str, LayerEdit]
-    method: str = "kfac"
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        headers = [
-            "layer",
-            "energy",
-            "reached",
-            "kept",
-            "of",
-            "share",
-            "changed",
-            "||W'-W||/||W||",
-            "positions",
-            "not counted",
-        ]
-        rows = [
-            [
-                name,
-                f"{edit.energy:.3g}",
-                f"{edit.energy_kept:.4f}",
-                edit.kept,
-                edit.total,
-                f"{edit.kept / edit.total:.1%}",
-                f"{edit.changed / edit.total:.1%}",
-                f"{edit.relative_change:.3f}",
-                edit.num_inputs,
-                f"{edit.dropped:.1%}",
-            ]
-            for name, edit in self.layers.items()
-        ]
-        source = ", ".join(f"{key}={value}" for key, value in self.provenance.items())
-        title = f"Edited layers (method {self.method}; {source})" if source else f"Edited layers (method {self.method})"
-        table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * (len(headers) - 1)))
-        return f"{title}\n{table}"
 
 
 @dataclass(frozen=True)
@@ -106,8 +32,8 @@ class Projection:
     energy_kept: float
 
 
-class WeightEditor(ABC):
-    """An edit that replaces weight matrices one by one; the methods differ in :meth:`project` alone.
+class Editor(ABC):
+    """Changes weights of the layers of some factors; methods differ in what they need to know for it.
 
     Args:
         energy: Share to keep, in (0, 1]; or a dict of fnmatch patterns on layer names to shares, of which the first
@@ -133,8 +59,12 @@ class WeightEditor(ABC):
         self.layers = None if layers is None else list(layers)
 
     @abstractmethod
-    def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        """Return the edited ``[d_out, d_in]`` weight; ``energy`` is below 1."""
+    def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
+        """Return new weights by layer, and what was done; nothing is written.
+
+        Raises:
+            ValueError: As :meth:`edit`.
+        """
 
     def edit(self, module: nn.Module, factors: KroneckerFactors) -> EditReport:
         """Edit the weights of a module in place.
@@ -143,7 +73,7 @@ class WeightEditor(ABC):
             ValueError: If the factors do not fit the module; names the layer, both shapes and the remedy. Nothing is
                 edited then.
         """
-        weights, report = self._edited_weights(module, factors)
+        weights, report = self.edited_weights(module, factors)
         with torch.no_grad():
             for name, weight in weights.items():
                 module.get_parameter(f"{name}.weight").copy_(weight)
@@ -156,7 +86,7 @@ class WeightEditor(ABC):
         Raises:
             ValueError: As :meth:`edit`.
         """
-        weights, report = self._edited_weights(module, factors)
+        weights, report = self.edited_weights(module, factors)
         originals = {name: module.get_parameter(f"{name}.weight").detach().clone() for name in weights}
         try:
             with torch.no_grad():
@@ -167,6 +97,48 @@ class WeightEditor(ABC):
             with torch.no_grad():
                 for name, original in originals.items():
                     module.get_parameter(f"{name}.weight").copy_(original)
+
+    def plan(self, factors: KroneckerFactors) -> dict[str, float]:
+        """Return the energy of each layer to edit.
+
+        Raises:
+            ValueError: If there are no factors, or a pattern matches none of their layers.
+        """
+        if not factors:
+            raise ValueError("There are no factors: nothing was collected yet, so there is nothing to edit with.")
+        names = list(factors)
+        for pattern in [*(self.layers or []), *(self.energy if isinstance(self.energy, dict) else [])]:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"Pattern {pattern!r} matches no layer of the factors.{did_you_mean(pattern, names)} "
+                    f"They hold {listing(names)}."
+                )
+        if self.layers is not None:
+            names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.layers)]
+        if not isinstance(self.energy, dict):
+            return dict.fromkeys(names, self.energy)
+        plan = {}
+        for name in names:
+            matching = [energy for pattern, energy in self.energy.items() if fnmatchcase(name, pattern)]
+            if matching:
+                plan[name] = matching[0]
+        if not plan:
+            raise ValueError(f"energy={self.energy!r} and layers={self.layers!r} have no layer in common.")
+        return plan
+
+
+class WeightEditor(Editor):
+    """An edit that replaces weight matrices one by one; the methods differ in :meth:`project` alone.
+
+    Arguments as :class:`Editor`.
+    """
+
+    keeps_at_full_energy = True
+    """Whether an energy of 1 leaves a weight as it is."""
+
+    @abstractmethod
+    def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Return the edited ``[d_out, d_in]`` weight; ``energy`` is below 1."""
 
     def edit_state_dict(
         self, state_dict: Mapping[str, Tensor], factors: KroneckerFactors
@@ -220,11 +192,11 @@ class WeightEditor(ABC):
                        for name, energy in self.plan(factors).items()},
         }  # fmt: skip
 
-    def _edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
-        """Compute everything before anything is written."""
+    def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
+        """Return new weights by layer, and what was done, computed from the factors alone."""
         weights, reports = {}, {}
         for name, energy in self.plan(factors).items():
-            layer = _layer(module, name)
+            layer = find_layer(module, name)
             transposed = is_conv1d(layer)
             weights[name], reports[name] = self.edit_weight(name, layer.weight, factors[name], energy, transposed)
         return weights, EditReport(reports, self.method, factors.provenance)
@@ -256,7 +228,7 @@ class WeightEditor(ABC):
                 f"Layer {name!r}: factors are for a {list(factors.shape)} weight, the module has "
                 f"{list(matrix.shape)}. Were they collected on another model?"
             )
-        if energy == 1.0:
+        if energy == 1.0 and self.keeps_at_full_energy:
             result = Projection(matrix, matrix.numel(), 1.0)
         else:
             try:
@@ -278,34 +250,6 @@ class WeightEditor(ABC):
         )
         return new, edit
 
-    def plan(self, factors: KroneckerFactors) -> dict[str, float]:
-        """Return the energy of each layer to edit.
-
-        Raises:
-            ValueError: If there are no factors, or a pattern matches none of their layers.
-        """
-        if not factors:
-            raise ValueError("There are no factors: nothing was collected yet, so there is nothing to edit with.")
-        names = list(factors)
-        for pattern in [*(self.layers or []), *(self.energy if isinstance(self.energy, dict) else [])]:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"Pattern {pattern!r} matches no layer of the factors.{did_you_mean(pattern, names)} "
-                    f"They hold {listing(names)}."
-                )
-        if self.layers is not None:
-            names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.layers)]
-        if not isinstance(self.energy, dict):
-            return dict.fromkeys(names, self.energy)
-        plan = {}
-        for name in names:
-            matching = [energy for pattern, energy in self.energy.items() if fnmatchcase(name, pattern)]
-            if matching:
-                plan[name] = matching[0]
-        if not plan:
-            raise ValueError(f"energy={self.energy!r} and layers={self.layers!r} have no layer in common.")
-        return plan
-
 
 class CurvatureEditor(WeightEditor):
     """Keeps the high-curvature part of weight matrices in their K-FAC eigenbasis.
@@ -320,6 +264,9 @@ class CurvatureEditor(WeightEditor):
         energy: Kept share of the curvature mass, in (0, 1]; or a dict of fnmatch patterns on layer names to shares, of
             which the first that matches counts and layers without a match stay as they are. 1.0 changes nothing.
         layers: fnmatch patterns on layer names; None for all layers of the factors.
+        score: What a direction is worth, see :mod:`lightning_curvature.scores`.
+        soft: Shrink coefficients smoothly, by ``s / (s + t)``, instead of keeping some and dropping others; ``t`` is
+            such that the share ``energy`` of the scores is kept.
 
     Example:
         >>> layer = nn.Sequential(nn.Linear(2, 2, bias=False))
@@ -332,20 +279,40 @@ class CurvatureEditor(WeightEditor):
         False
     """
 
-    method = "kfac"
+    def __init__(
+        self,
+        energy: float | Mapping[str, float] = DEFAULT_ENERGY,
+        layers: list[str] | None = None,
+        score: str = "kfac",
+        soft: bool = False,
+    ) -> None:
+        super().__init__(energy, layers)
+        self.score = check_option(score, SCORES, "score")
+        self.soft = soft
+        self.method = f"{score}, soft" if soft else score
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        """Return the part of a weight in its high-curvature directions."""
-        basis = factors.basis
-        staircase = select_staircase(basis.lam, basis.mu, energy)
-        device = weight.device
+        """Return the part of a weight in its directions of highest score."""
+        basis, device = factors.basis, weight.device
         if device.type != basis.U_A.device.type:
             weight = weight.to(basis.U_A.device)
-        edited = project_weight(weight, basis, staircase.columns)
-        return Projection(edited.to(device), staircase.kept, staircase.energy_kept)
+        if self.score in ("kfac", "activations") and not self.soft:
+            lam = basis.lam if self.score == "kfac" else torch.ones_like(basis.lam)
+            staircase = select_staircase(lam, basis.mu, energy)
+            edited = project_weight(weight, basis, staircase.columns)
+            return Projection(edited.to(device), staircase.kept, staircase.energy_kept)
+        scores = score_coefficients(self.score, coefficients(weight, basis), factors)
+        keep, kept = (shrink if self.soft else select_largest)(scores, energy)
+        edited = project_weight(weight, basis, keep.to(basis.U_A.dtype)).to(device)
+        return Projection(edited, keep.numel() if self.soft else int(keep.sum()), kept)
 
 
-def _layer(module: nn.Module, name: str) -> Any:
+def find_layer(module: nn.Module, name: str) -> Any:
+    """Return a layer by its name.
+
+    Raises:
+        ValueError: If there is no such layer, or it cannot be edited.
+    """
     layer = dict(module.named_modules()).get(name)
     if layer is None:
         names = [found for found, candidate in module.named_modules() if is_editable(candidate)]

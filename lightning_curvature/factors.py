@@ -23,6 +23,7 @@ from lightning_curvature.checkpoints.tree import put_together, take_apart
 
 _HEADER = "lightning_curvature.factors"
 _STATE = "state"
+_OPTIONAL = ("A_coupled", "G_coupled", "eigenvalues", "margins")
 _VERSION = 1
 
 
@@ -37,9 +38,15 @@ class LayerFactors:
         num_gradients: Positions behind ``G`` (positions, not draws).
         num_seen: Positions that went through the layer, counted or not; by default ``num_inputs``.
         transposed: Whether the layer stores its weight as ``[d_in, d_out]`` (transformers ``Conv1D``).
+        A_coupled: ``E[|g|^2 a a^T]``, ``[d_in, d_in]``, for the score ``"coupled"``.
+        G_coupled: ``E[|a|^2 g g^T]``, ``[d_out, d_out]``, for the score ``"coupled"``.
+        eigenvalues: ``E[(u_i^T g)^2 (v_j^T a)^2]`` in the curvature basis, ``[d_out, d_in]``, for ``"ekfac"``.
+        margins: Gradient of the summed logit margins of recited sequences with respect to the weight,
+            ``[d_out, d_in]``, for :class:`lightning_curvature.bulk.BulkStepEditor`.
 
     Raises:
-        ValueError: If a factor is not a square floating matrix, or a count is negative.
+        ValueError: If a factor is not a square floating matrix, an optional one does not have its shape, or a count is
+            negative.
     """
 
     A: Tensor
@@ -48,6 +55,10 @@ class LayerFactors:
     num_gradients: int
     num_seen: int = -1
     transposed: bool = False
+    A_coupled: Tensor | None = None
+    G_coupled: Tensor | None = None
+    eigenvalues: Tensor | None = None
+    margins: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, factor in (("A", self.A), ("G", self.G)):
@@ -57,6 +68,16 @@ class LayerFactors:
                 )
         if self.num_inputs < 0 or self.num_gradients < 0:
             raise ValueError(f"Counts must not be negative, found {self.num_inputs} and {self.num_gradients}.")
+        shapes = {
+            "A_coupled": self.A.shape,
+            "G_coupled": self.G.shape,
+            "eigenvalues": self.shape,
+            "margins": self.shape,
+        }
+        for name, shape in shapes.items():
+            extra = getattr(self, name)
+            if extra is not None and tuple(extra.shape) != tuple(shape):
+                raise ValueError(f"{name} must have the shape {list(shape)}, found {list(extra.shape)}.")
         if self.num_seen < 0:
             object.__setattr__(self, "num_seen", self.num_inputs)
 
@@ -64,6 +85,12 @@ class LayerFactors:
     def shape(self) -> tuple[int, int]:
         """Shape ``(d_out, d_in)`` of the weight matrix that these factors describe."""
         return self.G.shape[0], self.A.shape[0]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that are there, by name."""
+        found = {name: getattr(self, name) for name in ("A", "G", *_OPTIONAL)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @cached_property
     def basis(self) -> CurvatureBasis:
@@ -118,12 +145,14 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         digest = hashlib.sha256()
         for name, layer in self.items():
             digest.update(f"{name}\0{layer.num_inputs}\0{layer.num_gradients}\0{layer.shape}\0".encode())
-            for factor in (layer.A, layer.G):
+            for factor in layer.tensors.values():
                 digest.update(factor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def merge(self, other: "KroneckerFactors") -> "KroneckerFactors":
         """Return the factors of both streams of positions together, weighted by their counts.
+
+        Eigenvalues and margins belong to one set of factors, and are left out.
 
         Raises:
             ValueError: If the two do not have the same layers, of the same shapes.
@@ -142,6 +171,8 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
                 num_gradients=one.num_gradients + two.num_gradients,
                 num_seen=one.num_seen + two.num_seen,
                 transposed=one.transposed,
+                A_coupled=_merged_mean(one.A_coupled, one.num_inputs, two.A_coupled, two.num_inputs),
+                G_coupled=_merged_mean(one.G_coupled, one.num_inputs, two.G_coupled, two.num_inputs),
             )
         return KroneckerFactors(merged, self.provenance)
 
@@ -152,8 +183,8 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
             path: File.
             state: State of a collection that is going on, tensors and primitives; :func:`load_state` reads it.
         """
-        tensors = {f"{name}.{factor}": getattr(layer, factor).cpu().contiguous().clone()
-                   for name, layer in self.items() for factor in "AG"}  # fmt: skip
+        tensors = {f"{name}.{factor}": tensor.cpu().contiguous().clone()
+                   for name, layer in self.items() for factor, tensor in layer.tensors.items()}  # fmt: skip
         layers = {
             name: {
                 "num_inputs": layer.num_inputs,
@@ -189,8 +220,14 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
                 header = json.loads((file.metadata() or {})[_HEADER])
                 if header["version"] != _VERSION:
                     raise ValueError(f"{path}: factor file version {header['version']}, this package reads {_VERSION}.")
+                there = set(file.keys())
                 layers = {
-                    name: LayerFactors(A=file.get_tensor(f"{name}.A"), G=file.get_tensor(f"{name}.G"), **counts)
+                    name: LayerFactors(
+                        A=file.get_tensor(f"{name}.A"),
+                        G=file.get_tensor(f"{name}.G"),
+                        **{key: file.get_tensor(f"{name}.{key}") for key in _OPTIONAL if f"{name}.{key}" in there},
+                        **counts,
+                    )
                     for name, counts in header["layers"].items()
                 }
                 return cls(layers, header["provenance"])
@@ -233,6 +270,10 @@ def is_factor_file(path: str | os.PathLike[str]) -> bool:
             return _HEADER in (file.metadata() or {})
     except SafetensorError:
         return False
+
+
+def _merged_mean(one: Tensor | None, count_one: int, two: Tensor | None, count_two: int) -> Tensor | None:
+    return None if one is None or two is None else _weighted_mean(one, count_one, two, count_two)
 
 
 def _weighted_mean(one: Tensor, count_one: int, two: Tensor, count_two: int) -> Tensor:

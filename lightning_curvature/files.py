@@ -24,9 +24,10 @@ from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.formats import Checkpoint, content_hash, open_checkpoint
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.checkpoints.safetensors import as_bytes
-from lightning_curvature.editor import EditReport, LayerEdit, WeightEditor
+from lightning_curvature.editor import WeightEditor
 from lightning_curvature.factors import KroneckerFactors, LayerFactors, is_factor_file
 from lightning_curvature.plan import size
+from lightning_curvature.report import EditReport, LayerEdit
 
 DELTA = "lightning_curvature.delta"
 """Metadata entry of a delta file, JSON."""

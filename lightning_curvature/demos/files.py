@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.editor import EditReport, WeightEditor
+from lightning_curvature.editor import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.report import EditReport
 
 
 def write_edited(source: Path, editor: WeightEditor, factors: KroneckerFactors, target: Path) -> EditReport:

@@ -1,6 +1,7 @@
 """What an edit does to noised labels: evaluation, energy curves, and the comparison with controls."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_curvature.baselines import ActivationEditor, RandomBasisEditor, SVDEditor
+from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.editor import CurvatureEditor, WeightEditor
 from lightning_curvature.factors import KroneckerFactors
@@ -16,9 +17,9 @@ from lightning_curvature.metrics.functional import noisy_label_accuracy
 from lightning_curvature.probes import evaluating
 
 METRICS = ("memorized", "recovered", "clean_train", "val_accuracy")
-METHODS: dict[str, type[WeightEditor]] = {
+METHODS: dict[str, Callable[..., WeightEditor]] = {
     "kfac": CurvatureEditor,
-    "activations": ActivationEditor,
+    "activations": partial(CurvatureEditor, score="activations"),
     "svd": SVDEditor,
     "random": RandomBasisEditor,
 }

@@ -4,7 +4,8 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from lightning_curvature import plots
-from lightning_curvature.baselines import ActivationEditor, RandomBasisEditor, SVDEditor
+from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
 from lightning_curvature.callback import KFACEditCallback
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.demos.files import versions, write_edited, write_json
@@ -35,9 +36,9 @@ log = logging.getLogger(__name__)
 PERPLEXITY_LIMIT = 1.08
 """Each method may raise the perplexity of clean tuning text to this multiple."""
 ENERGIES = (0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.96, 0.98, 0.99)
-METHODS: dict[str, type[WeightEditor]] = {
+METHODS: dict[str, Callable[..., WeightEditor]] = {
     "kfac": CurvatureEditor,
-    "activations": ActivationEditor,
+    "activations": partial(CurvatureEditor, score="activations"),
     "svd": SVDEditor,
     "random": RandomBasisEditor,
 }

@@ -1,0 +1,125 @@
+r"""The supervised bulk step: for users who *have* a list of what a model recites.
+
+The margin of a recited token is its logit minus the largest other one. One gradient of the summed margins with respect
+to a weight is projected on the *bulk* of the curvature basis, its flattest directions, and the weight makes one step
+against it. The population hardly notices a step in flat directions; the margins fall.
+
+Source: the idea is github.com/smarter/memorization_kfac (theory).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature._checks import check_energy
+from lightning_curvature.basis import coefficients, project_weight, select_staircase
+from lightning_curvature.editor import Projection, WeightEditor, find_layer
+from lightning_curvature.factors import KroneckerFactors, LayerFactors
+from lightning_curvature.layers import as_matrix, is_conv1d
+
+Batch = TypeVar("Batch")
+
+
+def add_margins(
+    module: nn.Module, factors: KroneckerFactors, batches: Iterable[Batch], margins: Callable[[Batch], Tensor]
+) -> KroneckerFactors:
+    """Return factors with the gradient of the summed margins of some examples, which :class:`BulkStepEditor` needs.
+
+    Args:
+        module: The network, in eval mode; weights and ``.grad`` stay as they are.
+        factors: Its factors.
+        batches: What it recites.
+        margins: Returns the margins of a batch, with their graph: for each token (or image) that should be forgotten
+            the logit of what was memorized minus the largest other one.
+
+    Raises:
+        ValueError: If there is no batch, or the factors do not fit the module.
+    """
+    layers = {name: find_layer(module, name) for name in factors}
+    weights = [layer.weight for layer in layers.values()]
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    total: list[Tensor] | None = None
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        for batch in batches:
+            with torch.enable_grad():
+                found = torch.autograd.grad(margins(batch).sum(), weights)
+            total = [g.double() for g in found] if total is None else [t + g for t, g in zip(total, found, strict=True)]
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    if total is None:
+        raise ValueError("There is nothing to forget: no batch was given.")
+    with_margins = {
+        name: dataclasses.replace(
+            factors[name], margins=as_matrix(gradient, is_conv1d(layer)).to(factors[name].A.dtype)
+        )
+        for (name, layer), gradient in zip(layers.items(), total, strict=True)
+    }
+    return KroneckerFactors(with_margins, factors.provenance)
+
+
+class BulkStepEditor(WeightEditor):
+    """One step against the margins of recited examples, in the flattest directions of the curvature basis.
+
+    The factors must hold their gradient, see :func:`add_margins`.
+
+    Args:
+        strength: Norm of the step, relative to that of the weight.
+        energy: Share of the curvature mass that is kept of the result, as by :class:`CurvatureEditor`; 1.0, the
+            default, leaves that edit out.
+        layers: fnmatch patterns on layer names; None for all layers of the factors.
+        bulk: Share of the directions of each side, the flattest, in which the step is made.
+
+    Raises:
+        TypeError: If ``strength`` is no number.
+        ValueError: If ``strength`` is negative, or ``energy`` or ``bulk`` lies outside (0, 1].
+    """
+
+    method = "bulk step"
+    keeps_at_full_energy = False
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        energy: float | Mapping[str, float] = 1.0,
+        layers: list[str] | None = None,
+        bulk: float = 0.6,
+    ) -> None:
+        super().__init__(energy, layers)
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+            raise TypeError(f"strength must be a number, found {strength!r}.")
+        if not strength >= 0:
+            raise ValueError(f"strength must not be negative, found {strength!r}.")
+        self.strength = float(strength)
+        self.bulk = check_energy(bulk, "bulk")
+
+    def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Return the weight after the step, and its part in the high-curvature directions if ``energy`` is below 1."""
+        if factors.margins is None:
+            raise ValueError(
+                "a bulk step needs the gradient of margins, which the factors do not hold. Add it with "
+                "lightning_curvature.bulk.add_margins, over examples that the model recites."
+            )
+        basis, device = factors.basis, weight.device
+        matrix = weight.to(basis.U_A)
+        first = [round((1 - self.bulk) * side) for side in matrix.shape]
+        step = coefficients(factors.margins, basis)
+        step[: first[0]] = 0
+        step[:, : first[1]] = 0
+        if not float(step.norm()) > 0.0:
+            raise ValueError("the gradient of the margins has no part in the flat directions, so there is no step.")
+        after = matrix - self.strength * matrix.norm() / step.norm() * (basis.U_G @ step @ basis.U_A.T)
+        if energy == 1.0:
+            return Projection(after.to(weight), weight.numel(), 1.0)
+        staircase = select_staircase(basis.lam, basis.mu, energy)
+        edited = project_weight(after, basis, staircase.columns).to(weight)
+        return Projection(edited.to(device), staircase.kept, staircase.energy_kept)
+
+    def facts(self, factors: KroneckerFactors, source: str) -> dict[str, Any]:
+        """Return what an edited checkpoint says about itself, as JSON values."""
+        return {**super().facts(factors, source), "strength": self.strength, "bulk": self.bulk}
