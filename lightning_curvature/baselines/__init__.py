@@ -2,5 +2,6 @@
 
 from lightning_curvature.baselines.random_basis import RandomBasisEditor
 from lightning_curvature.baselines.svd import SVDEditor
+from lightning_curvature.baselines.trained import BalancedSubnet, GradientAscent, NegativePreference
 
-__all__ = ["RandomBasisEditor", "SVDEditor"]
+__all__ = ["BalancedSubnet", "GradientAscent", "NegativePreference", "RandomBasisEditor", "SVDEditor"]
