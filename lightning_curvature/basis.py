@@ -47,7 +47,7 @@ def decompose(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
     Args:
         factor: ``[d, d]``, any floating dtype; decomposed in float64 on its device.
-        what: Name for errors, such as ``"factor A of layer 'fc1'"``.
+        what: Name for errors, such as ``"Factor A"``.
 
     Returns:
         Eigenvectors ``[d, d]`` (columns) and eigenvalues ``[d]``; eigenvalues below the rounding error
@@ -67,10 +67,10 @@ def decompose(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
     return vectors, values
 
 
-def curvature_basis(A: Tensor, G: Tensor, layer: str = "") -> CurvatureBasis:
+def curvature_basis(A: Tensor, G: Tensor) -> CurvatureBasis:
     """Return the curvature basis of a layer from its factors ``A: [d_in, d_in]`` and ``G: [d_out, d_out]``."""
-    U_G, lam = decompose(G, f"Factor G of layer {layer!r}")
-    U_A, mu = decompose(A, f"Factor A of layer {layer!r}")
+    U_G, lam = decompose(G, "Factor G")
+    U_A, mu = decompose(A, "Factor A")
     return CurvatureBasis(U_G, lam, U_A, mu)
 
 

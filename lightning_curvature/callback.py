@@ -13,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.checkpoints import archive
-from lightning_curvature.checkpoints.formats import content_hash
+from lightning_curvature.checkpoints.formats import content_hash, tensor_hash, tensor_hashes
 from lightning_curvature.checkpoints.lightning import Checkpoint, SiblingCheckpointIO
+from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.collect import Collector, check_options
 from lightning_curvature.collection import Collection
 from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
@@ -126,6 +127,8 @@ class KFACEditCallback(Callback):
         self._validates = False
         self._fitted = False
         self._io: SiblingCheckpointIO | None = None
+        self._validated: dict[str, str] = {}
+        self._averages = False
         self._watch, self._stack = ExitStack(), ExitStack()
 
     @property
@@ -232,6 +235,7 @@ class KFACEditCallback(Callback):
                 raise RuntimeError(_NO_DATA.format("validation step computed a loss"))
             collection.collector.provenance |= {"loop": "validation", "step": trainer.global_step}
             collection.start(complete=True)
+            self._validated = {name: tensor_hash(pl_module.get_parameter(f"{name}.weight")) for name in self.factors}
         if self.factors:
             results = self._run_probes(trainer, pl_module)
             if results:
@@ -338,28 +342,50 @@ class KFACEditCallback(Callback):
                     "KFACEditCallback(loop='validation'), since validation runs on its averaged weights, or collect "
                     "over the averaged model afterwards (Trainer.validate)."
                 )
+            self._averages |= "WeightAveraging" in kinds
             if "WeightAveraging" in kinds and callbacks.index(callback) < callbacks.index(self):
                 # It takes the averaged weights out of the module when validation ends; the probes come before that.
                 callbacks.remove(self)
                 callbacks.insert(callbacks.index(callback), self)
 
     def edited(self, checkpoint: Checkpoint) -> Checkpoint | None:
-        """Return the edited copy of a checkpoint, or None if there is nothing to edit with yet."""
-        factors = self.factors
-        step, measured = checkpoint["global_step"], factors.provenance.get("step")
-        if self._validates and measured != step:
-            rank_zero_warn(
-                f"A checkpoint of step {step} was saved, and the factors are "
-                + (f"those of the validation at step {measured}: its edit rests on older weights. " if factors else
-                   "not collected yet, before the first validation: it has no edited sibling. ")
-                + "Save checkpoints after validation (ModelCheckpoint's default) to have exact ones."
-            )  # fmt: skip
+        """Return the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
+        factors, step = self.factors, checkpoint["global_step"]
         if not factors:
+            if self._validates:
+                rank_zero_warn(
+                    f"A checkpoint of step {step} was saved before the first validation: it has no edited copy."
+                )
             return None
-        weights = checkpoint["state_dict"]
-        state_dict, _ = self.editor.edit_state_dict(weights, factors)
-        facts = self.editor.facts(factors, content_hash(weights, weights.__getitem__))
+        weights = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
+        try:
+            names = match_layers(self.editor.plan(factors), weights)
+            if self._validates and not self._are_validated({n: weights[key] for n, key in names.items()}, step):
+                return None
+            # The edit goes by the module's names, and reaches whatever shares memory with a weight.
+            renamed = {f"{layer}.weight": weights[key] for layer, key in names.items()}
+            edited, _ = self.editor.edit_state_dict({**weights, **renamed}, factors)
+        except ValueError as error:
+            rank_zero_warn(f"The checkpoint of step {step} has no edited copy: {error}")
+            return None
+        state_dict = {key: edited.get(key, value) for key, value in checkpoint["state_dict"].items()}
+        facts = self.editor.facts(factors, content_hash(tensor_hashes(weights, weights.__getitem__)))
         return {**checkpoint, "state_dict": state_dict, archive.KEY: facts}
+
+    def _are_validated(self, weights: dict[str, torch.Tensor], step: int) -> bool:
+        """Tell whether to edit weights that may not be those that the factors were collected on; warn if not."""
+        if all(tensor_hash(weight) == self._validated.get(name) for name, weight in weights.items()):
+            return True
+        measured = self.factors.provenance.get("step")
+        rank_zero_warn(
+            f"A checkpoint of step {step} was saved, and the factors are those of the validation at step {measured}: "
+            + ("the weights were averaged further since, and it has no edited copy. Let WeightAveraging update them "
+               "by step, or save checkpoints when validation ends (save_on_train_epoch_end=False)."
+               if self._averages else
+               "its edit rests on older weights. Save checkpoints after validation (ModelCheckpoint's default) to have "
+               "exact ones.")
+        )  # fmt: skip
+        return not self._averages
 
     def _run_probes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""

@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -78,7 +79,7 @@ def _command_parser(function: Callable[..., Output]) -> ArgumentParser:
         if hints[name] is bool:
             options |= {"action": "store_true"}
         elif hints[name] == list[str] | None:
-            options |= {"type": str, "nargs": "+", "metavar": name.upper()}
+            options |= {"type": str, "nargs": "+", "action": "extend", "metavar": name.upper()}
         else:
             options["type"] = hints[name]
             if not required:
@@ -102,10 +103,17 @@ def _run(args: list[str]) -> None:
     name, options = given.command, given[given.command]
     if name == "demo":
         name, options = f"demo {options.demo}", options[options.demo]
-    values = {key: value for key, value in vars(options).items() if key not in ("json", "debug")}
+    values = {key: _words(value) for key, value in vars(options).items() if key not in ("json", "debug")}
     output = COMMANDS[name](**values)
     sys.stdout.write(json.dumps(output.data, indent=2, default=_jsonable) if options.json else output.text)
     sys.stdout.write("\n")
+
+
+def _words(value: Any) -> Any:
+    """Return a list of words, of which some may be JSON lists, as one list; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    return [word for given in value for word in (json.loads(given) if given.startswith('["') else [given])]
 
 
 def _jsonable(value: Any) -> Any:
@@ -120,10 +128,14 @@ def main(args: list[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = sys.argv[1:] if args is None else args
+    formatwarning = warnings.formatwarning
     try:
+        warnings.formatwarning = lambda message, *_: f"Warning: {message}\n"  # where it comes from helps nobody here
         _run(args)
     except Exception as error:
         if "--debug" in args:
             raise
         kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
         raise SystemExit(f"Error: {kind}{error}") from error
+    finally:
+        warnings.formatwarning = formatwarning

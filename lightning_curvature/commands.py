@@ -259,6 +259,8 @@ def edit(
         overwrite: Replace what is at out.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
+    inputs = [path for path in (checkpoint, factors, to_hf) if path is not None]
+    files.check_outputs([path for path in (out, save_delta) if path is not None], inputs, overwrite)
     editor, loaded = CurvatureEditor(energy, layers), KroneckerFactors.load(factors)
     if dry_run:
         plan = files.plan_edit(editor, checkpoint, loaded, allow_global or ())

@@ -222,6 +222,13 @@ class WeightEditor(Editor):
                 f"Layer {name!r}: its weight is packed or quantized ({stored.dtype}, {list(stored.shape)}), and its "
                 "entries cannot be edited. Edit the model in full precision, and quantize it afterwards."
             )
+        if stored.dim() < 2 or not bool(torch.isfinite(stored).all()):
+            what = (
+                "holds NaN or infinite values"
+                if stored.dim() > 1
+                else f"is no matrix, it has the shape {list(stored.shape)}"
+            )
+            raise ValueError(f"Layer {name!r}: its weight {what}.")
         matrix = as_matrix(stored, transposed)
         if tuple(matrix.shape) != factors.shape:
             raise ValueError(

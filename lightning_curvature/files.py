@@ -1,19 +1,19 @@
 """Edits of saved checkpoints, as a stream of tensors, and the deltas that take them back."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
@@ -21,9 +21,16 @@ from tqdm import tqdm
 from lightning_curvature._checks import listing
 from lightning_curvature.basis import select_staircase
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.checkpoints.formats import Checkpoint, content_hash, open_checkpoint
+from lightning_curvature.checkpoints.formats import (
+    Checkpoint,
+    content_hash,
+    open_checkpoint,
+    tensor_hash,
+    tensor_hashes,
+    values_hash,
+)  # fmt: skip
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.checkpoints.safetensors import as_bytes
+from lightning_curvature.checkpoints.safetensors import SafetensorsFile
 from lightning_curvature.editor import WeightEditor
 from lightning_curvature.factors import KroneckerFactors, LayerFactors, is_factor_file
 from lightning_curvature.plan import size
@@ -31,6 +38,9 @@ from lightning_curvature.report import EditReport, LayerEdit
 
 DELTA = "lightning_curvature.delta"
 """Metadata entry of a delta file, JSON."""
+_NOTHING = (
+    "The edit would change nothing: every weight, rounded to its dtype, stays what it is. Choose a smaller energy."
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class EditPlan:
 
     Args:
         report: Per layer, as after the edit.
-        bytes_read: Bytes of the tensors to edit.
+        bytes_read: Bytes to read: the whole checkpoint twice, for its hash and for the copy.
         bytes_written: Bytes of the whole checkpoint.
         peak_bytes: Memory that the largest layer needs, see :func:`edit_bytes`.
     """
@@ -51,7 +61,7 @@ class EditPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.report}\n{matches(self.report)}\nTo read for the edit: {size(self.bytes_read)}; to write: "
+            f"{self.report}\n{matches(self.report)}\nTo read: {size(self.bytes_read)}; to write: "
             f"{size(self.bytes_written)}; memory for the largest layer: {size(self.peak_bytes)}."
         )
 
@@ -92,24 +102,23 @@ def edit_checkpoint(
         FileExistsError: If the target is the source, or exists.
         ValueError: If a layer finds no tensor, a shape does not fit, or nothing would change.
     """
-    _check_target(source, target, overwrite)
-    checkpoint = open_checkpoint(source, allow_globals)
+    inputs = [source, *([] if to_hf is None else [to_hf])]
+    check_outputs([target, *([] if delta is None else [delta])], inputs, overwrite)
+    checkpoint = _open_to_edit(source, allow_globals)
+    hashes = tensor_hashes(checkpoint.shapes(), checkpoint.read)
+    facts = editor.facts(factors, content_hash(hashes))
     if checkpoint.provenance is not None:
-        warnings.warn(
-            f"{source} is edited already ({checkpoint.provenance.get('method')}, layers "
-            f"{listing(checkpoint.provenance.get('layers', []), 3)}); this edits the edited weights.",
-            stacklevel=2,
-        )
-    facts = editor.facts(factors, content_hash(checkpoint.shapes(), checkpoint.read))
+        facts["before"] = checkpoint.provenance
     if to_hf is None:
-        return _edit(editor, checkpoint, factors, target, facts, delta)
+        return _edit(editor, checkpoint, factors, target, facts, delta, hashes)
     from lightning_curvature.checkpoints.conversion import to_folder  # transformers is imported by those who need it
 
     parent = Path(target).parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".to_hf.", dir=parent) as scratch:
         folder = to_folder(checkpoint, to_hf, Path(scratch, "model"))
-        return _edit(editor, folder, factors, target, facts, delta)
+        hashes = tensor_hashes(folder.shapes(), folder.read)
+        return _edit(editor, folder, factors, target, facts, delta, hashes)
 
 
 def _edit(
@@ -119,40 +128,83 @@ def _edit(
     target: str | os.PathLike[str],
     facts: Mapping[str, Any],
     delta: str | os.PathLike[str] | None,
+    hashes: Mapping[str, str],
 ) -> EditReport:
     energies = editor.plan(factors)
     names = match_layers(energies, checkpoint.shapes(), checkpoint.module_names)
     reports: dict[str, LayerEdit] = {}
-    deltas: dict[str, Tensor] = {}
-    hashes: dict[str, dict[str, str]] = {}
     progress = tqdm(total=len(energies), unit="layer", desc="Editing", disable=None)
+    with ExitStack() as stack:
+        stack.enter_context(progress)
+        record = None if delta is None else stack.enter_context(_DeltaRecord(Path(delta), checkpoint, facts, hashes))
 
-    def edit(layer: str) -> Callable[[Tensor], Tensor]:
-        def edited(old: Tensor) -> Tensor:
-            # A copy of the factors: their cached basis goes when the layer is done.
-            new, report = _edit_layer(editor, layer, old, dataclasses.replace(factors[layer]), energies[layer])
-            reports[layer] = dataclasses.replace(report, tensor=names[layer])
-            if delta is not None:
-                deltas[names[layer]] = _bits(old) ^ _bits(new)
-                hashes[names[layer]] = {"original": _hash(old), "edited": _hash(new)}
-            progress.update()
-            if len(reports) == len(energies) and not any(report.changed for report in reports.values()):
-                raise ValueError(
-                    "The edit would change nothing: every weight, rounded to its dtype, stays what it is. Choose a "
-                    "smaller energy."
-                )
-            return new
+        def edit(layer: str) -> Callable[[Tensor], Tensor]:
+            def edited(old: Tensor) -> Tensor:
+                # A copy of the factors: their cached basis goes when the layer is done.
+                new, report = _edit_layer(editor, layer, old, dataclasses.replace(factors[layer]), energies[layer])
+                reports[layer] = dataclasses.replace(report, tensor=names[layer])
+                if record is not None:
+                    record.add(names[layer], old, new)
+                progress.update()
+                if len(reports) == len(energies):
+                    if not any(report.changed for report in reports.values()):
+                        raise ValueError(_NOTHING)
+                    if record is not None:
+                        record.write()  # before the target appears: there is never an edited copy without its delta
+                return new
 
-        return edited
+            return edited
 
-    with progress:
         checkpoint.copy(target, {names[layer]: edit(layer) for layer in energies}, facts)
-    if delta is not None:
-        header = {"version": 1, "tensors": hashes, "edit": facts, "before": checkpoint.provenance,
-                  "headers": checkpoint.headers()}  # fmt: skip
-        with replacing(delta) as temporary:
-            save_file(deltas, temporary, metadata={DELTA: json.dumps(header)})
+        if record is not None:
+            record.keep = True
     return EditReport({layer: reports[layer] for layer in energies}, editor.method, factors.provenance)
+
+
+class _DeltaRecord(AbstractContextManager["_DeltaRecord"]):
+    """Collects a delta in files, one tensor in memory at a time; it is taken back unless ``keep`` is set.
+
+    Args:
+        path: File to write.
+        checkpoint: The original.
+        facts: What the edited copy says about itself.
+        hashes: Hashes of all tensors of the original.
+    """
+
+    def __init__(self, path: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.checkpoint, self.facts = path, checkpoint, facts
+        self.scratch = tempfile.TemporaryDirectory(prefix=".delta.", dir=path.parent)
+        self.original, self.edited = dict(hashes), dict(hashes)
+        self.names: list[str] = []
+        self.written = self.keep = False
+
+    def add(self, name: str, old: Tensor, new: Tensor) -> None:
+        """Take the difference of the bits of one tensor."""
+        save_file({"delta": _bits(old) ^ _bits(new)}, Path(self.scratch.name, str(len(self.names))))
+        self.names.append(name)
+        self.edited[name] = tensor_hash(new)
+
+    def write(self) -> None:
+        """Write the file."""
+        tensors = {name: load_file(Path(self.scratch.name, str(i)))["delta"] for i, name in enumerate(self.names)}
+        header = {
+            "version": 1,
+            "tensors": {name: {"original": self.original[name], "edited": self.edited[name]} for name in self.names},
+            "values": {"original": values_hash(self.original), "edited": values_hash(self.edited)},
+            "edit": self.facts,
+            "before": self.checkpoint.provenance,
+            "headers": self.checkpoint.headers(),
+        }
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, metadata={DELTA: json.dumps(header)})
+        self.written = True
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove what is not needed."""
+        self.scratch.cleanup()
+        if self.written and not self.keep:
+            self.path.unlink()
 
 
 def _edit_layer(
@@ -186,7 +238,7 @@ def apply_delta(
         FileExistsError: If the target is the source, or exists.
         ValueError: If the delta belongs to another checkpoint.
     """
-    _check_target(source, target, overwrite)
+    check_outputs([target], [source, delta], overwrite)
     checkpoint = open_checkpoint(source, allow_globals)
     with safe_open(delta, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -196,18 +248,28 @@ def apply_delta(
         here, there = ("edited", "original") if revert else ("original", "edited")
         layers = [name.removesuffix(".weight") for name in header["tensors"]]
         names = match_layers(layers, checkpoint.shapes(), checkpoint.module_names)
+        hashes = tensor_hashes(checkpoint.shapes(), checkpoint.read)
         for layer, name in names.items():
-            if _hash(checkpoint.read(name)) != header["tensors"][f"{layer}.weight"][here]:
+            expected = header["tensors"][f"{layer}.weight"]
+            if hashes[name] != expected[here]:
                 raise ValueError(
                     f"{name!r} in {source} is not the {here} tensor that {delta} belongs to. "
                     f"{'Is it the checkpoint before the edit, or edited again?' if revert else 'Is it another model?'}"
                 )
+        replaced = {expected[here]: expected[there] for expected in header["tensors"].values()}
+        after = {name: replaced.get(value, value) for name, value in hashes.items()}
+        if values_hash(after) != header["values"][there]:
+            raise ValueError(
+                f"{source} differs from the {here} checkpoint that {delta} belongs to, also in tensors that the edit "
+                "left alone: it was changed or edited again since. "
+                + ("Take back the later edit first." if revert else "Is it another model?")
+            )
 
         def flip(layer: str) -> Callable[[Tensor], Tensor]:
             def flipped(old: Tensor) -> Tensor:
                 bits: Tensor = _bits(old) ^ file.get_tensor(f"{layer}.weight")
                 new = bits.view(old.dtype).view(old.shape)
-                if _hash(new) != header["tensors"][f"{layer}.weight"][there]:
+                if tensor_hash(new) != header["tensors"][f"{layer}.weight"][there]:
                     raise ValueError(f"{delta} is damaged: {layer!r} does not become the {there} tensor.")
                 return new
 
@@ -225,7 +287,7 @@ def plan_edit(
     allow_globals: Sequence[str] = (),
 ) -> EditPlan:
     """Work out what :func:`edit_checkpoint` would do; writes nothing."""
-    checkpoint = open_checkpoint(source, allow_globals)
+    checkpoint = _open_to_edit(source, allow_globals)
     energies = editor.plan(factors)
     names = match_layers(energies, checkpoint.shapes(), checkpoint.module_names)
     reports = {}
@@ -233,10 +295,13 @@ def plan_edit(
         own = dataclasses.replace(factors[layer])
         report = _edit_layer(editor, layer, checkpoint.read(names[layer]), own, energy)[1]
         reports[layer] = dataclasses.replace(report, tensor=names[layer])
+    if not any(report.changed for report in reports.values()):
+        raise ValueError(_NOTHING)
+    total = sum(checkpoint.num_bytes(name) for name in checkpoint.shapes())
     return EditPlan(
         EditReport(reports, editor.method, factors.provenance),
-        sum(checkpoint.num_bytes(name) for name in names.values()),
-        sum(checkpoint.num_bytes(name) for name in checkpoint.shapes()),
+        2 * total,
+        total,
         max(edit_bytes(*factors[layer].shape) for layer in energies),
     )
 
@@ -278,6 +343,9 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
                 "layers": layers}  # fmt: skip
     checkpoint = open_checkpoint(path, allow_globals)
     shapes = checkpoint.shapes()
+    if isinstance(checkpoint, SafetensorsFile) and DELTA in checkpoint.metadata:
+        header = json.loads(checkpoint.metadata[DELTA])
+        return {"path": str(path), "kind": "delta", "tensors": list(header["tensors"]), "edit": header["edit"]}
     return {
         "path": str(path),
         "kind": "checkpoint",
@@ -289,6 +357,9 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
 
 def description(found: Mapping[str, Any]) -> str:
     """Return what :func:`describe` returned, as text."""
+    if found["kind"] == "delta":
+        edit = json.dumps(found["edit"], indent=2)
+        return f"{found['path']}: a delta of {len(found['tensors'])} tensors, of the edit:\n{edit}"
     if found["kind"] == "checkpoint":
         total = f"{found['path']}: {found['tensors']} tensors, {size(found['bytes'])}"
         edit = found["edit"]
@@ -307,18 +378,43 @@ def description(found: Mapping[str, Any]) -> str:
     return f"K-FAC factors ({source})\nSHA-256 {found['sha256']}\n{tabulate(rows, headers)}"
 
 
-def _check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], overwrite: bool) -> None:
-    if Path(source).resolve() == Path(target).resolve():
-        raise FileExistsError(
-            f"{target} is the source itself. Write to another path; the original is what you can go back to."
+def check_outputs(
+    outputs: Sequence[str | os.PathLike[str]], inputs: Sequence[str | os.PathLike[str]], overwrite: bool
+) -> None:
+    """Raise ``FileExistsError`` if an output would replace or contain an input, another output, or an existing file.
+
+    Args:
+        outputs: Files and folders to write.
+        inputs: Files and folders that are read.
+        overwrite: Whether outputs may exist.
+    """
+    resolved = [Path(path).resolve() for path in outputs]
+    for output, path in zip(outputs, resolved, strict=True):
+        for other in inputs:
+            own = Path(other).resolve()
+            if path == own:
+                raise FileExistsError(
+                    f"{output} is the source itself, or another file that is read. Write to another path; the original "
+                    "is what you can go back to."
+                )
+            if path.is_relative_to(own) or own.is_relative_to(path):
+                raise FileExistsError(f"{output} and {other} lie one inside the other. Write to another path.")
+        if resolved.count(path) > 1:
+            raise FileExistsError(f"{output} is named twice among the files to write.")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{output} exists. Choose another path, or --overwrite it.")
+
+
+def _open_to_edit(source: str | os.PathLike[str], allow_globals: Sequence[str]) -> Checkpoint:
+    checkpoint = open_checkpoint(source, allow_globals)
+    if checkpoint.provenance is not None:
+        warnings.warn(
+            f"{source} is edited already ({checkpoint.provenance.get('method')}, layers "
+            f"{listing(checkpoint.provenance.get('layers', []), 3)}); this edits the edited weights.",
+            stacklevel=3,
         )
-    if Path(target).exists() and not overwrite:
-        raise FileExistsError(f"{target} exists. Choose another path, or --overwrite it.")
+    return checkpoint
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-
-
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(as_bytes(tensor)).hexdigest()

@@ -1,5 +1,6 @@
 """LightningCLI with this package's example configurations at hand: ``lightning-curvature fit --config digits.yaml``."""
 
+import sys
 import warnings
 from importlib.resources import files
 from pathlib import Path
@@ -33,12 +34,16 @@ def run(args: list[str]) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
+        trainer_defaults={"enable_progress_bar": sys.stdout.isatty()},
         args=[_example(before, argument) for before, argument in zip(["", *args], args, strict=False)],
     )
 
 
 def _example(before: str, argument: str) -> str:
     """Return the path of an example configuration for its name, and any other argument as it is."""
+    option, equals, value = argument.partition("=")
+    if equals and option in ("--config", "-c"):
+        return f"{option}={_example(option, value)}"
     packaged = files("lightning_curvature.configs") / argument
     if before in ("--config", "-c") and not Path(argument).exists() and "/" not in argument and packaged.is_file():
         return str(packaged)

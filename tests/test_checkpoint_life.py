@@ -9,7 +9,7 @@ from torch.optim.swa_utils import get_ema_avg_fn
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
 from lightning_curvature.checkpoints.archive import KEY
-from lightning_curvature.checkpoints.formats import content_hash, open_checkpoint
+from lightning_curvature.checkpoints.formats import content_hash, open_checkpoint, tensor_hashes
 from tests import models
 
 NO_WARNING = "ignore:Be aware that when using `ckpt_path`"
@@ -75,7 +75,7 @@ def assert_edit_of(edited_path, original_path, factors, energy=0.85):
     assert all(torch.equal(value, expected[key]) for key, value in edited["state_dict"].items())
     assert any(not torch.equal(value, original["state_dict"][key]) for key, value in edited["state_dict"].items())
     found = open_checkpoint(original_path)
-    assert edited[KEY]["source"] == content_hash(found.shapes(), found.read)
+    assert edited[KEY]["source"] == content_hash(tensor_hashes(found.shapes(), found.read))
     assert edited[KEY]["factors"] == factors.digest()
     assert edited[KEY]["package"].startswith("lightning_curvature ")
 
@@ -173,9 +173,10 @@ def test_a_failing_edit_does_not_cost_the_checkpoint(tmp_path):
     callback = KFACEditCallback()
     trainer = run(tmp_path, callback, enable_checkpointing=False)
     callback.editor.layers = ["nothing"]
-    with pytest.raises(ValueError, match="'nothing' matches no layer"):
+    with pytest.warns(UserWarning, match="has no edited copy: .*'nothing' matches no layer"):
         trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert "x.ckpt" in names(tmp_path)
+    assert "x-edited.ckpt" not in names(tmp_path)
 
 
 def test_siblings_of_an_older_run_do_not_stay(tmp_path):
@@ -266,6 +267,60 @@ def test_averaged_weights_are_refused_where_live_ones_are_collected(tmp_path):
         pl.utilities.exceptions.MisconfigurationException, match=r"Use WeightAveraging with .*validation"
     ):
         run(tmp_path, KFACEditCallback(), WeightAveraging())
+
+
+def test_weights_averaged_after_validation_have_no_edited_copy(tmp_path):
+    """They are not the ones that the factors describe."""
+
+    class ByEpoch(WeightAveraging):
+        def should_update(self, step_idx=None, epoch_idx=None):
+            return epoch_idx is not None
+
+    saver = ModelCheckpoint(tmp_path / "c", filename="x")
+    with pytest.warns(UserWarning, match="the weights were averaged further since, and it has no edited copy"):
+        run(tmp_path, KFACEditCallback(loop="validation"), ByEpoch(), saver)
+    assert names(tmp_path / "c") == ["x-edited-factors.safetensors", "x.ckpt"]
+
+
+class Renaming(Validated):
+    """Its checkpoints hold other names, and things that are no tensors."""
+
+    def get_extra_state(self):
+        return {"note": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {f"model.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+
+def test_checkpoints_with_other_names_are_edited(tmp_path):
+    callback = KFACEditCallback()
+    run(tmp_path, callback, ModelCheckpoint(tmp_path / "c", filename="x"), module=Renaming)
+    edited, original = (torch.load(tmp_path / "c" / f"x{mark}.ckpt", weights_only=True)["state_dict"]
+                        for mark in ("-edited", ""))  # fmt: skip
+    assert list(edited) == list(original)
+    changed = [
+        key
+        for key, value in edited.items()
+        if isinstance(value, torch.Tensor) and not torch.equal(value, original[key])
+    ]
+    assert changed == ["model.net.3.weight"]
+
+
+def test_factors_without_a_signal_do_not_stop_the_training(tmp_path):
+    """An output layer that begins with zeros sends none back in the first step."""
+
+    class Zero(Validated):
+        def __init__(self):
+            super().__init__()
+            torch.nn.init.zeros_(self.net[5].weight)
+
+    saver = ModelCheckpoint(tmp_path / "c", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    with pytest.warns(UserWarning, match="step 1 has no edited copy: Layer 'net.3': Factor G is zero"):
+        run(tmp_path, KFACEditCallback(), saver, module=Zero, max_epochs=1)
+    assert {"step=1.ckpt", "step=6.ckpt", "step=6-edited.ckpt"} <= set(names(tmp_path / "c"))
 
 
 # Several callbacks ----------------------------------------------------------------------------------------------------

@@ -48,6 +48,15 @@ def test_exit_codes_and_tracebacks(files):
     assert wrong.returncode == 2
     assert "required: edit.factors, edit.out" in wrong.stderr
     assert process("edit", "--dry-runs").returncode == 2
+    both = process(*edit(files, "--dry-run", "--overwrite", "--layers", "f*", "--layers", "fc"))
+    assert both.returncode == 0
+    assert process(*edit(files, "--dry-run", "--overwrite", "--layers", '["f*", "fc"]')).returncode == 0
+    assert "'g*' matches no layer" in process(*edit(files, "--overwrite", "--layers", "g*", "--layers", "fc")).stderr
+    again = process(
+        "edit", "--checkpoint", files / "b.safetensors", *edit(files)[3:5], "--out", files / "c.safetensors"
+    )
+    assert again.stderr.startswith("Warning: ")
+    assert "is edited already" in again.stderr
     config = files / "c.yaml"
     config.write_text("model: {class_path: nothing.Model}\n")
     assert process("fit", "--config", config).returncode == 2
@@ -71,7 +80,7 @@ def test_json(files, capsys):
 
     plan = run(*edit(files, "--dry-run", "--energy", "0.5"))
     assert plan["report"]["layers"]["fc"]["energy"] == 0.5
-    assert plan["bytes_written"] == plan["bytes_read"] == 96
+    assert (plan["bytes_read"], plan["bytes_written"]) == (192, 96)
     done = run(*edit(files, "--energy", '{"f*": 0.7}', "--save-delta", str(files / "d.safetensors")))
     assert done["layers"]["fc"]["energy"] == 0.7
     assert done["layers"]["fc"]["tensor"] == "fc.weight"

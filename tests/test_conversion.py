@@ -57,7 +57,7 @@ def test_a_lightning_checkpoint_becomes_a_folder(trained, tmp_path):
     assert len(transformers.AutoTokenizer.from_pretrained(out)) == 40
     assert "Edited weights" in (out / "README.md").read_text()
     checkpoint = formats.open_checkpoint(tmp_path / "a.ckpt")
-    source = formats.content_hash(checkpoint.shapes(), checkpoint.read)
+    source = formats.content_hash(formats.tensor_hashes(checkpoint.shapes(), checkpoint.read))
     assert formats.open_checkpoint(out).provenance["source"] == source
     files.apply_delta(out, delta, tmp_path / "back", revert=True)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
@@ -119,6 +119,21 @@ def test_a_compiled_and_wrapped_module(tmp_path):
     report = EDITOR.edit_checkpoint(tmp_path / "a.pt", factors, tmp_path / "b.pt")
     assert report.layers["0"].tensor == "model._orig_mod.0.weight"
     assert report.layers["0"].changed == 12
+
+
+def test_a_folder_with_code_of_its_own_never_runs_it(tmp_path, monkeypatch):
+    folder, trace = tmp_path / "remote", tmp_path / "trace"
+    language.model("llama").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(trace)!r})\n")
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    A, G = torch.eye(16), torch.eye(24)
+    factors = KroneckerFactors({"nothing.fc": LayerFactors(A=A, G=G, num_inputs=9, num_gradients=9)})
+    with pytest.raises(ValueError, match="1 of 1 layers of the factors have no weight"):
+        EDITOR.edit_checkpoint(folder, factors, tmp_path / "out")
+    assert not trace.exists()
 
 
 # LoRA and quantized weights -------------------------------------------------------------------------------------------

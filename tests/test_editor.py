@@ -181,7 +181,7 @@ def test_factors_that_do_not_fit_edit_nothing():
             "fc": layer(5, 7)
         },
         r"Layer 'convv': the module has no such layer. Did you mean 'conv'": {"convv": layer(4, 18)},
-        r"Layer 'sq': Factor A of layer '' is zero": {"sq": LayerFactors(torch.zeros(4, 4), torch.eye(4), 1, 1)},
+        r"Layer 'sq': Factor A is zero": {"sq": LayerFactors(torch.zeros(4, 4), torch.eye(4), 1, 1)},
         "There are no factors": None,
     }
     for message, bad in wrong.items():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -69,7 +70,7 @@ def weights(path):
 
 def content_hash(path):
     found = formats.open_checkpoint(path)
-    return formats.content_hash(found.shapes(), found.read)
+    return formats.content_hash(formats.tensor_hashes(found.shapes(), found.read))
 
 
 def hashes(path):
@@ -189,6 +190,66 @@ def test_a_damaged_delta_is_refused(saved, tmp_path):
     assert not (tmp_path / "b.pt").exists()
 
 
+def rewritten(path, out, change=lambda tensors: tensors):
+    """The same tensors, written by another program."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(change(load_file(path)), out, metadata=metadata)
+
+
+def test_revert_of_a_file_with_another_layout(saved, tmp_path):
+    """Its tensors lie elsewhere; the header of the original does not describe them."""
+    delta, out, other = tmp_path / "d.safetensors", tmp_path / "o.safetensors", tmp_path / "p.safetensors"
+    EDITOR.edit_checkpoint(saved / "model.safetensors", factors(saved), out, delta=delta)
+    plain = formats.open_checkpoint(out)
+    data, header, offset = b"", {"__metadata__": plain.metadata}, 0
+    for name in reversed(list(plain.header)):
+        content = bytes(plain.read(name).view(torch.uint8).numpy().tobytes())
+        header[name] = {**plain.header[name], "data_offsets": [offset, offset + len(content)]}
+        data, offset = data + content, offset + len(content)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    other.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    files.apply_delta(other, delta, tmp_path / "back.safetensors", revert=True)
+    back = weights(tmp_path / "back.safetensors")
+    assert all(torch.equal(value, back[name]) for name, value in weights(saved / "model.safetensors").items())
+    rewritten(out, other, lambda tensors: {**tensors, "extra": torch.ones(2)})
+    with pytest.raises(ValueError, match="also in tensors that the edit left alone"):
+        files.apply_delta(other, delta, tmp_path / "x.safetensors", revert=True)
+
+
+def test_deltas_work_across_formats(saved, tmp_path):
+    """Names carry another prefix there, and tied weights stand once or twice."""
+    delta = tmp_path / "d.safetensors"
+    EDITOR.edit_checkpoint(saved / "model.ckpt", factors(saved), tmp_path / "o.ckpt", delta=delta)
+    for kind in ("safetensors", "folder", "sharded", "pt"):
+        out, back = target(tmp_path / "a", kind), target(tmp_path / "b", kind)
+        files.apply_delta(source(saved, kind), delta, out, revert=False, overwrite=True)
+        files.apply_delta(out, delta, back, revert=True, overwrite=True)
+        assert all(torch.equal(value, weights(back)[name]) for name, value in weights(source(saved, kind)).items())
+        if kind in ("folder", "sharded"):
+            assert (back / "README.md").read_text() == "card"
+
+
+def test_edits_are_taken_back_in_their_order(saved, tmp_path):
+    one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    first = CurvatureEditor(0.8, ["*.0.mlp.up_proj"])
+    first.edit_checkpoint(saved / "model.pt", factors(saved), one.with_suffix(".pt"), delta=one)
+    with pytest.warns(UserWarning, match="edited already"):
+        CurvatureEditor(0.8, ["*.1.mlp.up_proj"]).edit_checkpoint(one.with_suffix(".pt"), factors(saved),
+                                                                  two.with_suffix(".pt"), delta=two)  # fmt: skip
+    before = formats.open_checkpoint(two.with_suffix(".pt")).provenance["before"]
+    assert list(before["layers"]) == ["model.layers.0.mlp.up_proj"]
+    with pytest.raises(ValueError, match="Take back the later edit first"):
+        files.apply_delta(two.with_suffix(".pt"), one, tmp_path / "x.pt", revert=True)
+    files.apply_delta(two.with_suffix(".pt"), two, tmp_path / "y.pt", revert=True)
+    files.apply_delta(tmp_path / "y.pt", one, tmp_path / "z.pt", revert=True)
+    assert content_hash(tmp_path / "z.pt") == content_hash(saved / "model.pt")
+    found = files.describe(one)
+    assert found["tensors"] == ["model.layers.0.mlp.up_proj.weight"]
+    assert "a delta of 1 tensors" in files.description(found)
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +275,81 @@ def test_targets(saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "o.pt", "p.pt"]
 
 
+def test_outputs_never_replace_what_is_read(saved, tmp_path):
+    folder = tmp_path / "runs" / "model"
+    shutil.copytree(saved / "folder", folder)
+    old = hashes(folder)
+    for out, delta, message in [
+        (tmp_path / "runs", None, "lie one inside the other"),
+        (folder / "edited", None, "lie one inside the other"),
+        (tmp_path / "o", folder, "is the source itself"),
+        (tmp_path / "o", tmp_path / "o", "is named twice"),
+        (tmp_path / "o", folder / "d.safetensors", "lie one inside the other"),
+    ]:
+        with pytest.raises(FileExistsError, match=message):
+            EDITOR.edit_checkpoint(folder, factors(saved), out, delta=delta, overwrite=True)
+    delta = tmp_path / "d.safetensors"
+    delta.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"d.safetensors exists"):
+        EDITOR.edit_checkpoint(folder, factors(saved), tmp_path / "o", delta=delta)
+    assert delta.read_text() == "precious"
+    assert hashes(folder) == old
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.safetensors", "runs"]
+
+
+def test_there_is_no_edited_copy_without_its_delta(saved, tmp_path, monkeypatch):
+    """The delta is written first, and taken back if the copy fails."""
+    out, delta = tmp_path / "o.pt", tmp_path / "d.safetensors"
+    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        EDITOR.edit_checkpoint(saved / "model.pt", factors(saved), out, delta=delta)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_models_in_one_folder_are_refused(saved, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(saved / "sharded", folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.warns(UserWarning, match="'pytorch_model.bin': weights in other formats, which are not edited"):
+        EDITOR.edit_checkpoint(folder, factors(saved), tmp_path / "o")
+    shutil.copy(saved / "folder" / "model.safetensors", folder)
+    with pytest.raises(ValueError, match=r"holds both model.safetensors and model.safetensors.index.json: two models"):
+        EDITOR.edit_checkpoint(folder, factors(saved), tmp_path / "p")
+
+
+def test_other_nestings_and_old_files(saved, tmp_path):
+    state = torch.load(saved / "model.pt", weights_only=True)
+    torch.save({"model_state_dict": state, "epoch": 1}, tmp_path / "a.pt")
+    torch.save(dict(state), tmp_path / "b.pt", _use_new_zipfile_serialization=False)
+    for name in ("a.pt", "b.pt"):
+        EDITOR.edit_checkpoint(tmp_path / name, factors(saved), tmp_path / f"o{name}")
+    edited = torch.load(tmp_path / "oa.pt", weights_only=True)
+    assert edited["epoch"] == 1
+    other = torch.load(tmp_path / "ob.pt", weights_only=True)
+    assert all(torch.equal(value, other[key]) for key, value in edited["model_state_dict"].items())
+    numbers = {"state_dict": state, "lr": np.float64(0.1)}
+    torch.save(numbers, tmp_path / "n.ckpt")
+    allowed = []
+    for _ in range(3):  # torch names one after the other
+        try:
+            EDITOR.edit_checkpoint(tmp_path / "n.ckpt", factors(saved), tmp_path / "on.ckpt", allow_globals=allowed)
+        except ValueError as error:
+            allowed += str(error).partition("--allow-global ")[2].partition(" (")[0].split()
+    assert (tmp_path / "on.ckpt").exists()
+
+
+def test_ties_that_an_edit_cannot_keep_are_refused(saved, tmp_path):
+    state = torch.load(saved / "model.pt", weights_only=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.save({**state, "transposed": state[name].t()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"'transposed' shares a part of its memory \(tied weights\)"):
+        EDITOR.edit_checkpoint(tmp_path / "a.pt", factors(saved), tmp_path / "o.pt")
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    torch.save({**state, gate: state[name]}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"is the same tensor \(tied weights\)"):
+        EDITOR.edit_checkpoint(tmp_path / "b.pt", factors(saved), tmp_path / "o.pt")
+
+
 class Payload:
     def __init__(self, path):
         self.path = path
@@ -227,7 +363,7 @@ def test_a_malicious_file_is_refused_and_does_not_run(saved, tmp_path, suffix):
     path, trace = tmp_path / f"evil.{suffix}", tmp_path / "trace"
     state = torch.load(saved / "model.pt", weights_only=True)
     torch.save({"state_dict": state, "x": Payload(trace)} if suffix == "ckpt" else {**state, "x": Payload(trace)}, path)
-    with pytest.raises(ValueError, match=r"holds objects of (posix|nt).mkdir, and unpickling them could run any code"):
+    with pytest.raises(ValueError, match=r"calls (posix|nt).mkdir when it is unpickled.*Do not trust this file"):
         EDITOR.edit_checkpoint(path, factors(saved), tmp_path / "out.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
 
@@ -310,6 +446,23 @@ def test_names_match_by_rule():
         names.match_layers(layers, ["layers.0.fc.weight", "layers.1.fd.weight"])
     with pytest.raises(ValueError, match="2 of 2 layers of the factors have no weight"):
         names.match_layers(layers, ["x.bias"])
+    packed = ["layers.0.fc.weight", "layers.1.fc.qweight"]
+    with pytest.raises(ValueError, match=r"'layers.1.fc'. Its weight is packed \(quantized\): 'layers.1.fc.qweight'"):
+        names.match_layers(layers, packed)
+
+
+def test_names_never_lead_to_another_layer():
+    """Exact names first, no other block, no tensor twice."""
+    exact = ["net.base_layer.fc.weight", "net.fc.weight"]
+    assert names.match_layers(["net.base_layer.fc"], exact) == {"net.base_layer.fc": exact[0]}
+    assert names.match_layers(["net.base_layer.fc", "net.fc"], exact)["net.fc"] == exact[1]
+    for layer, tensor in (("model.layers.15.mlp.down_proj", "down_proj.weight"), ("fc", "layers.3.fc.weight")):
+        with pytest.raises(ValueError, match="1 of 1 layers"):
+            names.match_layers([layer], [tensor])
+    with pytest.raises(ValueError, match=r"may be any of 'm.a._orig_mod.fc.weight', 'm.a.base_layer.fc.weight'"):
+        names.match_layers(["a.fc"], ["m.a._orig_mod.fc.weight", "m.a.base_layer.fc.weight"])
+    with pytest.raises(ValueError, match="would be one tensor"):
+        names.match_layers(["a._orig_mod.fc", "a.fc"], ["m.a.fc.weight"])
 
 
 # Crashes -------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_a_saved_model_is_trained_further_and_edited(tmp_path, monkeypatch):
 
 
 def test_print_config_shows_every_argument_with_its_help():
-    command = [sys.executable, "-m", "lightning_curvature", "fit", "--config", "digits.yaml"]
+    command = [sys.executable, "-m", "lightning_curvature", "fit", "--config=digits.yaml"]
     shown = subprocess.run([*command, "--print_config"], capture_output=True, text=True, check=True).stdout
     callback = yaml.safe_load(shown)["trainer"]["callbacks"][0]["init_args"]
     assert callback["fisher"] == "sketched"

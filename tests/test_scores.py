@@ -127,9 +127,9 @@ def test_every_score_edits_by_its_own_mask(score, soft):
             low, high = (middle, high) if share > energy else (low, middle)
         keep = scores / (scores + high)
     else:
-        keep, mass = torch.zeros_like(C), 0.0
+        keep, mass, last = torch.zeros_like(C), 0.0, -1.0
         for index in scores.flatten().argsort(descending=True).tolist():
-            tied = abs(float(scores.flatten()[index]) - (last if mass else 0.0)) < 1e-12
+            tied = abs(float(scores.flatten()[index]) - last) < 1e-12
             if mass >= energy * float(scores.sum()) and not tied:
                 break
             last = float(scores.flatten()[index])

@@ -148,11 +148,9 @@ def test_a_bulk_step_forgets(reciting):
 def test_trained_baselines_forget_and_change_what_they_may(kind, reciting):
     model, factors, sequences, other = reciting
     forget = list(suffix_batches(model, sequences))
-    retain = [
-        batch for batch in suffix_batches(model, [PromptedSequence((r[0],), tuple(r[1:])) for r in other.tolist()])
-    ]
-    options = {BalancedSubnet: {"ratio": 0.1, "epochs": 60, "lr": 0.05}, GradientAscent: {"epochs": 10},
-               NegativePreference: {"epochs": 20, "lr": 3e-3}}[kind]  # fmt: skip
+    retain = list(suffix_batches(model, [PromptedSequence((r[0],), tuple(r[1:])) for r in other.tolist()]))
+    options = {BalancedSubnet: {"ratio": 0.1, "epochs": 60, "lr": 0.05}, GradientAscent: {"epochs": 40, "lr": 0.01},
+               NegativePreference: {"epochs": 60, "lr": 0.01}}[kind]  # fmt: skip
     editor = kind(forget, retain, suffix_nll, layers=["model.layers.1.*"], **options)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()

@@ -293,7 +293,7 @@ def test_checkpoints_between_validations_are_warned_about(tmp_path):
     with pytest.warns(UserWarning, match="A checkpoint of step") as caught:
         trainer.fit(Validated(), models.loader(models.images(96)), models.loader(models.images(32)))
     messages = "".join(str(warning.message) for warning in caught)
-    assert "A checkpoint of step 2 was saved, and the factors are not collected yet" in messages
+    assert "A checkpoint of step 2 was saved before the first validation" in messages
     assert "A checkpoint of step 4 was saved, and the factors are those of the validation at step 3" in messages
     assert "of step 6" not in messages or "validation at step 3" in messages
 
@@ -370,7 +370,7 @@ def test_two_losses_need_the_one_that_counts(tmp_path):
     assert len(validate(0)) == 1
 
 
-@pytest.mark.filterwarnings("ignore:A checkpoint of step 1 was saved, and the factors are not collected yet")
+@pytest.mark.filterwarnings("ignore:A checkpoint of step 1 was saved before the first validation")
 @pytest.mark.parametrize("stage", ["validate", "fit"])
 def test_no_batch_is_an_error(stage, tmp_path):
     empty = models.loader(models.images(0))

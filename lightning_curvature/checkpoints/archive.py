@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import tempfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,10 @@ from lightning_curvature.checkpoints.safetensors import Edits, check_same
 KEY = "lightning_curvature"
 """Entry of a Lightning checkpoint that says what was edited."""
 _BROKEN = "{}: not a file of torch.save, or a broken one ({})."
+_HARMFUL = re.compile(
+    r"(os|posix|nt|sys|subprocess|shutil|io|runpy|socket|pty)\..*|builtins\.(eval|exec|open|getattr|compile|__import__)"
+)
+_NESTED = ("state_dict", "model_state_dict", "model", "module")
 _ATTRIBUTE = "_lightning_curvature"  # of a state dict, whose entries must all be weights
 
 
@@ -43,18 +48,28 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
             raise ValueError(f"allow_globals: there is no class {name!r} ({error}).") from error
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # The format of torch before 1.6 is no archive, and cannot stay on the disk.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error))
         if found is None:
-            raise ValueError(_BROKEN.format(path, str(error).splitlines()[0])) from error
-        needed = sorted({*torch.serialization.get_unsafe_globals_in_checkpoint(path), found[1]} - set(allow_globals))
+            raise ValueError(_BROKEN.format(path, " ".join(str(error).split())[:300])) from error
+        globals_ = {found[1] or found[2]}
+        if zipfile.is_zipfile(path):
+            globals_ |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        needed = sorted(globals_ - set(allow_globals))
+        harmful = [name for name in needed if _HARMFUL.fullmatch(name)]
+        if harmful:
+            raise ValueError(
+                f"{path} calls {', '.join(harmful)} when it is unpickled, which no checkpoint needs. Nothing was "
+                "loaded. Do not trust this file."
+            ) from error
         raise ValueError(
             f"{path} holds objects of {', '.join(needed)}, and unpickling them could run any code. Nothing was loaded. "
             f"If you trust the file, add --allow-global {' '.join(needed)} (allow_globals={needed!r})."
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(_BROKEN.format(path, str(error).splitlines()[0])) from error
+        raise ValueError(_BROKEN.format(path, " ".join(str(error).split())[:300])) from error
 
 
 class ArchiveFile:
@@ -71,19 +86,19 @@ class ArchiveFile:
     def __init__(self, path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> None:
         self.path = Path(path)
         self.content = read_archive(path, allow_globals)
-        nested = isinstance(self.content, dict) and isinstance(self.content.get("state_dict"), dict)
-        self.state_dict: dict[str, Any] = self.content["state_dict"] if nested else self.content
-        self.nested = nested
+        content = self.content if isinstance(self.content, dict) else {}
+        self.nested = next((key for key in _NESTED if isinstance(content.get(key), dict)), None)
+        self.state_dict: dict[str, Any] = self.content if self.nested is None else self.content[self.nested]
         if not isinstance(self.state_dict, dict) or not any(isinstance(v, Tensor) for v in self.state_dict.values()):
             raise ValueError(
-                f"{path} holds a {type(self.content).__name__}; expected a state dict, or a checkpoint with "
-                "'state_dict'."
+                f"{path} holds a {type(self.content).__name__}; expected a state dict, or a checkpoint with one under "
+                f"{', '.join(map(repr, _NESTED))}."
             )
 
     @property
     def provenance(self) -> dict[str, Any] | None:
         """What an earlier edit wrote, or None."""
-        found = self.content.get(KEY) if self.nested else getattr(self.state_dict, _ATTRIBUTE, None)
+        found = self.content.get(KEY) if self.nested is not None else getattr(self.state_dict, _ATTRIBUTE, None)
         return found if isinstance(found, dict) else None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,8 +134,8 @@ class ArchiveFile:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".edit.", dir=folder) as scratch:
             state_dict = self._edited(edits, Path(scratch))
-            if self.nested:
-                content = {**self.content, "state_dict": state_dict, KEY: provenance}
+            if self.nested is not None:
+                content = {**self.content, self.nested: state_dict, KEY: provenance}
                 if provenance is None:
                     del content[KEY]
             else:
@@ -128,8 +143,20 @@ class ArchiveFile:
                 vars(content)[_ATTRIBUTE] = provenance
                 if provenance is None:
                     del vars(content)[_ATTRIBUTE]
-            with replacing(target) as temporary:
+            with replacing(target, like=self.path) as temporary:
                 torch.save(content, temporary)
+
+    def _check_ties(self, name: str, edits: Edits) -> None:
+        """Raise if a tensor is tied to others in a way that an edit cannot keep."""
+        own = self.state_dict[name]
+        for other, tensor in self.state_dict.items():
+            if other == name or not isinstance(tensor, Tensor) or not _overlap(own, tensor):
+                continue
+            if other in edits or not _same_view(own, tensor):
+                how = "is the same tensor" if other in edits else "shares a part of its memory"
+                raise ValueError(
+                    f"{name!r} cannot be edited: {other!r} {how} (tied weights). Leave one of them out of layers=."
+                )
 
     def _edited(self, edits: Edits, scratch: Path) -> "OrderedDict[str, Any]":
         """Return the state dict with new tensors, which lie in files until they are written."""
@@ -137,6 +164,7 @@ class ArchiveFile:
         vars(state_dict).update(getattr(self.state_dict, "__dict__", {}))
         for number, (name, edit) in enumerate(edits.items()):
             old = self.state_dict[name]
+            self._check_ties(name, edits)
             new = edit(old.detach().clone())
             check_same(name, old, new)
             save_file({"weight": new.contiguous()}, scratch / str(number))
@@ -145,6 +173,18 @@ class ArchiveFile:
                 if isinstance(tensor, Tensor) and _same_view(tensor, old):
                     state_dict[other] = torch.nn.Parameter(new, old.requires_grad) if _is_parameter(tensor) else new
         return state_dict
+
+
+def _overlap(one: Tensor, two: Tensor) -> bool:
+    """Tell whether two tensors share memory."""
+    (start, end), (begin, stop) = ((t.data_ptr(), t.data_ptr() + t.element_size() * _extent(t)) for t in (one, two))
+    return max(start, begin) < min(end, stop)
+
+
+def _extent(tensor: Tensor) -> int:
+    return (
+        1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    )
 
 
 def _same_view(one: Tensor, two: Tensor) -> bool:

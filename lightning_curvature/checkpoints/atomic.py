@@ -9,10 +9,11 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], like: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path in the target's folder; on success it is synced and renamed onto the target.
 
-    If the body raises, the temporary file is removed and the target is as it was.
+    If the body raises, the temporary file is removed and the target is as it was. The target gets the permissions of
+    the file ``like``, or the usual ones.
 
     >>> target = Path(tempfile.mkdtemp(), "note.txt")
     >>> with replacing(target) as temporary:
@@ -30,17 +31,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(temporary)
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; the target gets the usual permissions
+        temporary.chmod(0o666 & ~umask if like is None else like.stat().st_mode & 0o777)  # mkstemp makes private files
         temporary.replace(target)
+        sync(target.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def replace_folder(new: Path, target: Path) -> None:
@@ -54,6 +61,7 @@ def replace_folder(new: Path, target: Path) -> None:
     elif not _exchange(new, target):
         target.rename(new.with_suffix(".old"))
         new.rename(target)
+    sync(target.parent)
 
 
 def _exchange(one: Path, two: Path) -> bool:

@@ -33,7 +33,7 @@ def to_folder(checkpoint: Checkpoint, template: str | os.PathLike[str], out: Pat
         raise ValueError(
             f"{template} has no config.json; name the folder of the model that the checkpoint was made from."
         )
-    config = transformers.AutoConfig.from_pretrained(template)
+    config = transformers.AutoConfig.from_pretrained(template, trust_remote_code=False)
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
         raise ValueError(
@@ -45,5 +45,10 @@ def to_folder(checkpoint: Checkpoint, template: str | os.PathLike[str], out: Pat
     load_weights(model, weights, checkpoint.path, assign=True)
     model.tie_weights()
     model.save_pretrained(out)
-    shutil.copytree(template, out, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
+    at_the_top = shutil.ignore_patterns(*_WEIGHTS)
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return at_the_top(folder, names) if Path(folder) == Path(template) else set()
+
+    shutil.copytree(template, out, ignore=ignored, dirs_exist_ok=True)
     return HuggingFaceFolder(out)

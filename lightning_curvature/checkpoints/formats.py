@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,19 +36,31 @@ def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] =
     return ArchiveFile(path, allow_globals)
 
 
-def content_hash(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
-    """Return a SHA-256 over names, dtypes, shapes and hashes of tensors, with one tensor per core in memory.
-
-    It does not depend on the file's name, format or layout, which the hash of a file of ``torch.save`` does.
+def tensor_hashes(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, str]:
+    """Return dtype, shape and SHA-256 of each tensor as one text, with one tensor per core in memory.
 
     Args:
         names: Names of the tensors.
         read: Returns a tensor by its name; called from several threads.
     """
-
-    def describe(name: str) -> str:
-        tensor = read(name)
-        return f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0{hashlib.sha256(as_bytes(tensor)).hexdigest()}\0"
-
+    names = sorted(names)
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
-        return hashlib.sha256("".join(threads.map(describe, sorted(names))).encode()).hexdigest()
+        return dict(zip(names, threads.map(lambda name: tensor_hash(read(name)), names), strict=True))
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Return dtype, shape and SHA-256 of a tensor as one text."""
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(as_bytes(tensor)).hexdigest()}"
+
+
+def content_hash(hashes: Mapping[str, str]) -> str:
+    """Return a SHA-256 over names, dtypes, shapes and bytes of tensors, given their :func:`tensor_hashes`.
+
+    It does not depend on the file's name, format or layout, which the hash of a file of ``torch.save`` does.
+    """
+    return hashlib.sha256("\0".join(f"{name}\0{hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def values_hash(hashes: Mapping[str, str]) -> str:
+    """Return a SHA-256 over the different tensors, whatever they are called and however often they are tied."""
+    return hashlib.sha256("\0".join(sorted(set(hashes.values()))).encode()).hexdigest()

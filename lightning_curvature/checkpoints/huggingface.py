@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.atomic import replace_folder, sync
 from lightning_curvature.checkpoints.safetensors import Edits, SafetensorsFile
 
@@ -21,6 +23,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOTE = "curvature_edit.json"
 """File of a folder that says what was edited."""
 CARD = "README.md"
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "*.gguf", "consolidated*", "*.h5", "*.msgpack")
 _AS_IT_IS = ("utf-8", "surrogateescape")  # bytes that are no UTF-8 survive
 _BEGIN, _END = "<!-- lightning_curvature: begin -->", "<!-- lightning_curvature: end -->"
 _SECTION = re.compile(rf"\n\n{_BEGIN}.*?{_END}\n", re.DOTALL)
@@ -56,6 +59,18 @@ class HuggingFaceFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         index = self.path / INDEX
+        if index.exists() and (self.path / SINGLE).exists():
+            raise ValueError(
+                f"{path} holds both {SINGLE} and {INDEX}: two models. Remove the one that is not meant (transformers "
+                f"loads {SINGLE})."
+            )
+        others = [found.name for pattern in _OTHER_WEIGHTS for found in self.path.glob(pattern)]
+        if others:
+            warnings.warn(
+                f"{path} also holds {listing(sorted(others), 3)}: weights in other formats, which are not edited. "
+                "Remove them before you pass the model on.",
+                stacklevel=2,
+            )
         if index.exists():
             names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         elif (self.path / SINGLE).exists():
@@ -77,7 +92,10 @@ class HuggingFaceFolder:
     def provenance(self) -> dict[str, Any] | None:
         """What an earlier edit wrote, or None."""
         note = self.path / NOTE
-        return json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+        if note.exists():
+            found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+            return found
+        return next((shard.provenance for shard in self.shards.values() if shard.provenance is not None), None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor."""
@@ -91,7 +109,10 @@ class HuggingFaceFolder:
             from transformers.core_model_loading import revert_weight_conversion
         except ImportError:  # there are no such names without transformers, or in old releases of it
             return {}
-        config = transformers.AutoConfig.from_pretrained(self.path)
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except (ValueError, OSError):  # no configuration, or of a model that transformers does not know
+            return {}
         kind = getattr(transformers, (config.architectures or [""])[0], None)
         if kind is None:
             return {}
@@ -135,6 +156,8 @@ class HuggingFaceFolder:
             headers: What :meth:`headers` of the original returned: headers to write as they are.
         """
         target = Path(target)
+        if headers is not None and not self.shards.keys() <= headers.keys():
+            headers = None  # of another format
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         try:
@@ -170,7 +193,8 @@ class HuggingFaceFolder:
             (new / CARD).write_bytes((before + card_section(provenance)).encode(*_AS_IT_IS))
             (new / NOTE).write_text(json.dumps(provenance, indent=2), encoding="utf-8")
         elif (self.path / CARD).exists():
-            shutil.copy2(self.path / CARD, new / CARD)
+            text = (self.path / CARD).read_bytes().decode(*_AS_IT_IS)
+            (new / CARD).write_bytes(_SECTION.sub("", text).encode(*_AS_IT_IS))
 
     def _not_copied(self, folder: str, names: list[str]) -> set[str]:
         for name in names:

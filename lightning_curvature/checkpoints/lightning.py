@@ -94,7 +94,13 @@ class SiblingCheckpointIO(CheckpointIO):
             yield local
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint and its siblings."""
+        """Remove a checkpoint and its siblings.
+
+        A checkpoint that an asynchronous plugin has not written yet is not removed by it, and keeps its siblings.
+        """
+        if not get_filesystem(path).exists(path):
+            self.inner.remove_checkpoint(path)
+            return
         self.inner.remove_checkpoint(path)
         for name in self.siblings:
             self._remove(sibling(path, f"-{name}"))

@@ -8,7 +8,7 @@ tensors when it loads them (transformers does), its names count, too.
 
 from collections.abc import Callable, Iterable, Mapping
 
-from lightning_curvature._checks import did_you_mean
+from lightning_curvature._checks import did_you_mean, listing
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
 
@@ -48,7 +48,13 @@ def match_layers(
         found = max(found, error.args[0], key=len)
     lost = [layer for layer in layers if layer not in found]
     options = [*tensors, *loaded]
-    lines = [f"  {layer!r}.{did_you_mean(f'{plain(layer)}.weight', options)}" for layer in lost]
+    lines = []
+    for layer in lost:
+        packed = [
+            name for name in tensors if name.endswith((f"{plain(layer)}.qweight", f"{plain(layer)}.weight_packed"))
+        ]
+        reason = f" Its weight is packed (quantized): {packed[0]!r}." if packed else ""
+        lines.append(f"  {layer!r}.{reason or did_you_mean(f'{plain(layer)}.weight', options)}")
     raise ValueError(
         "\n".join(
             [
@@ -62,16 +68,32 @@ def match_layers(
 
 def _match(layers: list[str], tensors: list[str]) -> dict[str, str]:
     """Match names behind one common prefix; raise ``LookupError`` with the best incomplete match."""
-    weights = {plain(name).removesuffix(".weight"): name for name in tensors if name.endswith(".weight")}
+    there = set(tensors)
+    if all(f"{layer}.weight" in there for layer in layers):
+        return {layer: f"{layer}.weight" for layer in layers}
+    weights: dict[str, list[str]] = {}
+    for name in tensors:
+        if name.endswith(".weight"):
+            weights.setdefault(plain(name.removesuffix(".weight")), []).append(name)
     found: dict[tuple[str, str], dict[str, str]] = {}  # by the prefix to cut off a layer, and the one to put before it
     for layer in layers:
         own = plain(layer)
-        for weight, name in weights.items():
+        for weight, names in weights.items():
             if weight == own or weight.endswith(f".{own}"):
-                found.setdefault(("", weight.removesuffix(own)), {})[layer] = name
+                prefixes = ("", weight.removesuffix(own))
             elif own.endswith(f".{weight}"):
-                found.setdefault((own.removesuffix(weight), ""), {})[layer] = name
+                prefixes = (own.removesuffix(weight), "")
+            else:
+                continue
+            if any(part.isdigit() for prefix in prefixes for part in prefix.split(".")):
+                continue  # it leads to another block, or to a part of another layer
+            if len(names) > 1:
+                raise ValueError(f"Layer {layer!r} may be any of {', '.join(map(repr, names))}.")
+            found.setdefault(prefixes, {})[layer] = names[0]
     complete = {prefix: matches for prefix, matches in found.items() if len(matches) == len(layers)}
+    for matches in complete.values():
+        if len(set(matches.values())) < len(layers):
+            raise ValueError(f"Several of the layers {listing(layers, 4)} would be one tensor of the checkpoint.")
     if ("", "") in complete:
         return complete["", ""]
     if len(complete) == 1:

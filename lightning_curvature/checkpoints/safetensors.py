@@ -96,7 +96,8 @@ class SafetensorsFile:
             target: File to write.
             edits: New tensors, of the shape and dtype of the old ones.
             provenance: What to write into the metadata; None takes such an entry out.
-            headers: What :meth:`headers` of the original returned: the header to write as it is.
+            headers: What :meth:`headers` of the original returned: the header to write as it is, if it describes the
+                same tensors at the same places.
         """
         metadata = {key: value for key, value in self.metadata.items() if key != KEY}
         if provenance is not None:
@@ -104,8 +105,9 @@ class SafetensorsFile:
         content = {_METADATA: metadata, **self.header} if metadata else self.header
         header = json.dumps(content, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        if headers is not None:
-            header = headers[""].encode()
+        recorded = (headers or {}).get("")
+        if recorded is not None and {k: v for k, v in json.loads(recorded).items() if k != _METADATA} == self.header:
+            header = recorded.encode()
 
         def copy_all(out: BinaryIO) -> None:
             out.write(len(header).to_bytes(8, "little") + header)
@@ -114,7 +116,7 @@ class SafetensorsFile:
                 shutil.copyfileobj(source, out, _CHUNK)
 
         with (
-            replacing(target) as temporary,
+            replacing(target, like=self.path) as temporary,
             temporary.open("r+b") as out,
             ThreadPoolExecutor(1) as thread,  # the disk is busy while the first edit is computed
         ):

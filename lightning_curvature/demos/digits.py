@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -68,6 +69,7 @@ def train_digits(out: Path, seed: int, epochs: int) -> tuple[LitViT, NoisyDigits
         logger=CSVLogger(out, name="", version="logs"),
         enable_checkpointing=False,  # saved by hand below, under the demo's own names
         enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # the data are in memory
