@@ -33,8 +33,8 @@ REPEATS = 3
 PROGRAMS = {
     "import": "",
     "copy": "import shutil, os; shutil.copytree(source, target); os.sync()",
-    "edit": "CurvatureEditor(0.8).edit_checkpoint(source, KroneckerFactors.load(factors), target)",
-    "decompose": "for f in KroneckerFactors.load(factors).values(): dataclasses.replace(f).basis",
+    "edit": "CurvatureEditor(0.8).edit_checkpoint(source, KroneckerFactors.open(factors), target)",
+    "decompose": "for f in KroneckerFactors.open(factors).values(): dataclasses.replace(f).basis",
 }
 SHAPES = ((2048, 2048), (4096, 1024), (1024, 4096), (4096, 4096))
 SINGLE = """

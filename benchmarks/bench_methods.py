@@ -12,9 +12,9 @@ factors are collected again with ``coupled=True``, and a second pass measures EK
   gradient ascent also clean text alone.
 
 Everything shown is from other data: the validation half of the memorized sequences, a second kind of text that no
-method ever saw (*unseen*), the other half of the clean text, and other text of the domain. *seconds* is the time of making the
-edit once, with its factors or its training, and without the search of its strength. Mean and sample standard deviation
-over seeds.
+method ever saw (*unseen*), the other half of the clean text, and other text of the domain. *seconds* is the time of
+making the edit once, with its factors or its training, and without the search of its strength. Mean and sample standard
+deviation over seeds.
 
     python benchmarks/bench_methods.py python --models runs/models --out results/methods-python.json
     python benchmarks/bench_methods.py wikitext --root ../shared/data/text --models runs/models
@@ -23,19 +23,14 @@ over seeds.
 import argparse
 import json
 import logging
-import platform
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
-import transformers
-from bench_recitation import wikitext
-from tabulate import tabulate
+from bench_recitation import environment, summary, wikitext
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.baselines import (
@@ -217,20 +212,6 @@ def rows(trial: Trial, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     yield "gradient ascent, clean retain set", chosen(TRAINED["gradient ascent"], trial.retain(domain=False))
 
 
-def summary(runs: list[dict[str, dict[str, float]]]) -> str:
-    """Return the mean and standard deviation over seeds as a table, rates in percent."""
-    body = []
-    for row in runs[0]:
-        cells = [row]
-        for column, (_, scale, digits) in COLUMNS.items():
-            values = [scale * run[row][column] for run in runs if column in run[row]]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
-        body.append(cells)
-    headers = ["", *(title for title, _, _ in COLUMNS.values())]
-    return tabulate(body, headers, tablefmt="github", disable_numparse=True)
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,10 +224,6 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    environment = {
-        "python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__,
-        "transformers": transformers.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
-    }  # fmt: skip
     runs = []
     for seed in range(args.seeds):
         data = wikitext(seed, args.root) if args.data == "wikitext" else make_data(seed, TEXT)
@@ -257,8 +234,8 @@ def main() -> None:
             print(f"seed {seed} {name}: { ({key: round(value, 3) for key, value in row.items()}) }", flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1))
-    print(f"\n{args.data}, {args.seeds} seeds\n\n{summary(runs)}")
+            args.out.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
+    print(f"\n{args.data}, {args.seeds} seeds\n\n{summary(runs, COLUMNS)}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import re
 import statistics
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -119,17 +120,25 @@ def run(seed: int, data: RecitedText) -> dict[str, dict[str, dict[str, float]]]:
             for name, rows in (("methods", methods), ("layers", layers), ("energies", energies))}  # fmt: skip
 
 
-def summary(runs: list[dict[str, dict[str, float]]]) -> str:
+def environment() -> dict[str, object]:
+    """Return what the numbers may depend on."""
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__,
+        "transformers": transformers.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
+    }  # fmt: skip
+
+
+def summary(runs: list[dict[str, dict[str, float]]], columns: Mapping[str, tuple[str, float, int]] = COLUMNS) -> str:
     """Return the mean and standard deviation over seeds as a table, rates in percent."""
     body = []
     for row in runs[0]:
         cells = [row]
-        for column, (_, scale, digits) in COLUMNS.items():
+        for column, (_, scale, digits) in columns.items():
             values = [scale * run[row][column] for run in runs if column in run[row]]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
         body.append(cells)
-    headers = ["", *(title for title, _, _ in COLUMNS.values())]
+    headers = ["", *(title for title, _, _ in columns.values())]
     return tabulate(body, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -144,17 +153,13 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     started = time.perf_counter()
-    environment = {
-        "python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__,
-        "transformers": transformers.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
-    }  # fmt: skip
     runs = []
     for seed in range(args.seeds):
         runs.append(run(seed, wikitext(seed, args.root) if args.data == "wikitext" else make_data(seed, TEXT)))
         print(f"seed {seed} done after {time.perf_counter() - started:.0f} s", flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1))
+            args.out.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
     for title in ("methods", "layers", "energies"):
         print(f"\n{args.data}: {title}, {args.seeds} seeds\n")
         print(summary([results[title] for results in runs]))

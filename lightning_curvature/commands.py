@@ -11,9 +11,12 @@ from tabulate import tabulate
 
 from lightning_curvature import files
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.outputs import check_outputs
+from lightning_curvature.deltas import apply_delta
 from lightning_curvature.demos.settings import TEXT, TextSettings
 from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.inspection import describe, description
 
 
 class Output(NamedTuple):
@@ -260,8 +263,8 @@ def edit(
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
     inputs = [path for path in (checkpoint, factors, to_hf) if path is not None]
-    files.check_outputs([path for path in (out, save_delta) if path is not None], inputs, overwrite)
-    editor, loaded = CurvatureEditor(energy, layers), KroneckerFactors.load(factors)
+    check_outputs([path for path in (out, save_delta) if path is not None], inputs, overwrite)
+    editor, loaded = CurvatureEditor(energy, layers), KroneckerFactors.open(factors)
     if dry_run:
         plan = files.plan_edit(editor, checkpoint, loaded, allow_global or ())
         return Output(str(plan), dataclasses.asdict(plan))
@@ -288,7 +291,7 @@ def revert(
         overwrite: Replace what is at out.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
-    files.apply_delta(checkpoint, delta, out, revert=True, overwrite=overwrite, allow_globals=allow_global or ())
+    apply_delta(checkpoint, delta, out, revert=True, overwrite=overwrite, allow_globals=allow_global or ())
     return Output(f"The original is back at {out}", {"out": str(out)})
 
 
@@ -307,7 +310,7 @@ def apply(
         overwrite: Replace what is at out.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
-    files.apply_delta(checkpoint, delta, out, revert=False, overwrite=overwrite, allow_globals=allow_global or ())
+    apply_delta(checkpoint, delta, out, revert=False, overwrite=overwrite, allow_globals=allow_global or ())
     return Output(f"Written to {out}", {"out": str(out)})
 
 
@@ -321,5 +324,5 @@ def inspect(path: Path, allow_global: list[str] | None = None) -> Output:
         path: Factor file, or checkpoint of any format.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
-    found = files.describe(path, allow_global or ())
-    return Output(files.description(found), found)
+    found = describe(path, allow_global or ())
+    return Output(description(found), found)

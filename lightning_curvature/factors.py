@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
     def __init__(
         self, layers: Mapping[str, LayerFactors] | None = None, provenance: Mapping[str, Any] | None = None
     ) -> None:
-        self._layers = dict(layers or {})
+        self._layers: Mapping[str, LayerFactors] = dict(layers or {})
         for name, layer in self._layers.items():
             if not isinstance(layer, LayerFactors):
                 raise TypeError(f"Layer {name!r}: expected LayerFactors, found {type(layer).__name__}.")
@@ -215,25 +216,61 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         """
         if names is not None:
             return cls(_read_paper_factors(path, names), {"imported": Path(path).name})
+        file = _FactorFile(path)
+        return cls(dict(file.items()), file.provenance)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "KroneckerFactors":
+        """Return the factors of a file that are read layer by layer: each access reads one anew, and none is kept.
+
+        Args:
+            path: File written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: As :meth:`load`.
+            ValueError: As :meth:`load`.
+        """
+        factors = cls()
+        factors._layers = file = _FactorFile(path)
+        factors.provenance = file.provenance
+        return factors
+
+
+class _FactorFile(Mapping[str, LayerFactors]):
+    """The layers of a factor file."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        with self._errors(), safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            if header["version"] != _VERSION:
+                raise ValueError(f"{path}: factor file version {header['version']}, this package reads {_VERSION}.")
+            self.tensors = set(file.keys())
+            self.layers: dict[str, dict[str, Any]] = header["layers"]
+            self.provenance: dict[str, Any] = header["provenance"]
+            missing = {f"{name}.{factor}" for name in self.layers for factor in "AG"} - self.tensors
+            if missing:
+                raise KeyError(min(missing))
+
+    def __getitem__(self, name: str) -> LayerFactors:
+        counts = self.layers[name]
+        with self._errors(), safe_open(self.path, framework="pt") as file:
+            kinds = [kind for kind in ("A", "G", *_OPTIONAL) if f"{name}.{kind}" in self.tensors]
+            return LayerFactors(**{kind: file.get_tensor(f"{name}.{kind}") for kind in kinds}, **counts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_HEADER])
-                if header["version"] != _VERSION:
-                    raise ValueError(f"{path}: factor file version {header['version']}, this package reads {_VERSION}.")
-                there = set(file.keys())
-                layers = {
-                    name: LayerFactors(
-                        A=file.get_tensor(f"{name}.A"),
-                        G=file.get_tensor(f"{name}.G"),
-                        **{key: file.get_tensor(f"{name}.{key}") for key in _OPTIONAL if f"{name}.{key}" in there},
-                        **counts,
-                    )
-                    for name, counts in header["layers"].items()
-                }
-                return cls(layers, header["provenance"])
+            yield
         except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path}: not a complete factor file ({type(error).__name__}: {error}). "
+                f"{self.path}: not a complete factor file ({type(error).__name__}: {error}). "
                 "Factor files are written by KroneckerFactors.save."
             ) from error
 

@@ -12,9 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors, files
+from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.checkpoints import formats
 from lightning_curvature.collect import collect
+from lightning_curvature.deltas import apply_delta
 from lightning_curvature.selection import choose_layers
 from tests import language, models
 
@@ -59,7 +60,7 @@ def test_a_lightning_checkpoint_becomes_a_folder(trained, tmp_path):
     checkpoint = formats.open_checkpoint(tmp_path / "a.ckpt")
     source = formats.content_hash(formats.tensor_hashes(checkpoint.shapes(), checkpoint.read))
     assert formats.open_checkpoint(out).provenance["source"] == source
-    files.apply_delta(out, delta, tmp_path / "back", revert=True)
+    apply_delta(out, delta, tmp_path / "back", revert=True)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert all(torch.equal(value, module.net.state_dict()[key]) for key, value in back.state_dict().items())
     assert not (tmp_path / "back" / "README.md").exists()

@@ -123,3 +123,25 @@ def test_factors_of_the_papers_own_code(tmp_path):
     torch.save({"x": 1}, tmp_path / "g.pt")
     with pytest.raises(ValueError, match=r"expected entries 'blk23.gate' with A, G and n_tokens, found 'x'"):
         KroneckerFactors.load(tmp_path / "g.pt", names="fc")
+
+
+def test_an_opened_file_is_read_layer_by_layer(tmp_path):
+    """None is kept, and all of it is as in a loaded one."""
+    eye = torch.eye(3)
+    layers = {n: LayerFactors(A=i * eye, G=eye, num_inputs=5, num_gradients=5) for i, n in enumerate(("a", "b"), 1)}
+    KroneckerFactors(layers, {"fisher": "exact"}).save(tmp_path / "f.safetensors")
+    opened, loaded = (
+        KroneckerFactors.open(tmp_path / "f.safetensors"),
+        KroneckerFactors.load(tmp_path / "f.safetensors"),
+    )
+    assert opened.digest() == loaded.digest()
+    assert opened.provenance == {"fisher": "exact"}
+    assert list(opened) == ["a", "b"]
+    assert opened["a"] is not opened["a"]
+    assert loaded["a"] is loaded["a"]
+    assert torch.equal(opened.merge(loaded)["b"].A, 2 * eye)
+    with pytest.raises(KeyError, match="No factors of layer 'c'"):
+        opened["c"]
+    (tmp_path / "g.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a complete factor file"):
+        KroneckerFactors.open(tmp_path / "g.safetensors")

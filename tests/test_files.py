@@ -16,10 +16,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors, files
+from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.checkpoints import archive, atomic, formats, names
 from lightning_curvature.cli import main
 from lightning_curvature.collect import collect
+from lightning_curvature.deltas import apply_delta
+from lightning_curvature.inspection import describe, description
 from tests import language
 
 FORMATS = ("ckpt", "pt", "safetensors", "folder", "sharded")
@@ -145,7 +147,7 @@ def test_the_usual_loaders_load_them(saved, tmp_path):
 def test_revert_gives_the_original_back(saved, tmp_path, kind):
     out, delta, back = target(tmp_path, kind), tmp_path / "delta.safetensors", target(tmp_path / "back", kind)
     EDITOR.edit_checkpoint(source(saved, kind), factors(saved), out, delta=delta)
-    files.apply_delta(out, delta, back, revert=True)
+    apply_delta(out, delta, back, revert=True)
     if kind in ("ckpt", "pt"):  # their archives hold their own names
         one, two = (torch.load(path, weights_only=True) for path in (source(saved, kind), back))
         assert one.keys() == two.keys()
@@ -154,12 +156,12 @@ def test_revert_gives_the_original_back(saved, tmp_path, kind):
     else:
         assert hashes(back) == hashes(source(saved, kind))
     again = target(tmp_path / "again", kind)
-    files.apply_delta(source(saved, kind), delta, again, revert=False)
+    apply_delta(source(saved, kind), delta, again, revert=False)
     assert all(torch.equal(value, weights(out)[name]) for name, value in weights(again).items())
     with pytest.raises(ValueError, match=r"is not the edited tensor that .* Is it the checkpoint before the edit"):
-        files.apply_delta(source(saved, kind), delta, target(tmp_path / "x", kind), revert=True)
+        apply_delta(source(saved, kind), delta, target(tmp_path / "x", kind), revert=True)
     with pytest.raises(ValueError, match=r"is not the original tensor that .* Is it another model"):
-        files.apply_delta(out, delta, target(tmp_path / "x", kind), revert=False)
+        apply_delta(out, delta, target(tmp_path / "x", kind), revert=False)
 
 
 def test_a_file_of_another_writer_comes_back_byte_for_byte(saved, tmp_path):
@@ -170,7 +172,7 @@ def test_a_file_of_another_writer_comes_back_byte_for_byte(saved, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
     EDITOR.edit_checkpoint(path, factors(saved), tmp_path / "b.safetensors", delta=tmp_path / "d.safetensors")
-    files.apply_delta(tmp_path / "b.safetensors", tmp_path / "d.safetensors", tmp_path / "c.safetensors", revert=True)
+    apply_delta(tmp_path / "b.safetensors", tmp_path / "d.safetensors", tmp_path / "c.safetensors", revert=True)
     assert (tmp_path / "c.safetensors").read_bytes() == path.read_bytes()
     assert not torch.equal(weights(tmp_path / "b.safetensors")["model.layers.0.mlp.up_proj.weight"],
                            weights(path)["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
@@ -184,9 +186,9 @@ def test_a_damaged_delta_is_refused(saved, tmp_path):
     flipped = {name: bits ^ 1 for name, bits in load_file(delta).items()}
     save_file(flipped, delta, metadata=metadata)
     with pytest.raises(ValueError, match="is damaged"):
-        files.apply_delta(tmp_path / "o.pt", delta, tmp_path / "b.pt", revert=True)
+        apply_delta(tmp_path / "o.pt", delta, tmp_path / "b.pt", revert=True)
     with pytest.raises(ValueError, match="is no delta"):
-        files.apply_delta(tmp_path / "o.pt", saved / "model.safetensors", tmp_path / "b.pt", revert=True)
+        apply_delta(tmp_path / "o.pt", saved / "model.safetensors", tmp_path / "b.pt", revert=True)
     assert not (tmp_path / "b.pt").exists()
 
 
@@ -210,12 +212,12 @@ def test_revert_of_a_file_with_another_layout(saved, tmp_path):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     other.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    files.apply_delta(other, delta, tmp_path / "back.safetensors", revert=True)
+    apply_delta(other, delta, tmp_path / "back.safetensors", revert=True)
     back = weights(tmp_path / "back.safetensors")
     assert all(torch.equal(value, back[name]) for name, value in weights(saved / "model.safetensors").items())
     rewritten(out, other, lambda tensors: {**tensors, "extra": torch.ones(2)})
     with pytest.raises(ValueError, match="also in tensors that the edit left alone"):
-        files.apply_delta(other, delta, tmp_path / "x.safetensors", revert=True)
+        apply_delta(other, delta, tmp_path / "x.safetensors", revert=True)
 
 
 def test_deltas_work_across_formats(saved, tmp_path):
@@ -224,8 +226,8 @@ def test_deltas_work_across_formats(saved, tmp_path):
     EDITOR.edit_checkpoint(saved / "model.ckpt", factors(saved), tmp_path / "o.ckpt", delta=delta)
     for kind in ("safetensors", "folder", "sharded", "pt"):
         out, back = target(tmp_path / "a", kind), target(tmp_path / "b", kind)
-        files.apply_delta(source(saved, kind), delta, out, revert=False, overwrite=True)
-        files.apply_delta(out, delta, back, revert=True, overwrite=True)
+        apply_delta(source(saved, kind), delta, out, revert=False, overwrite=True)
+        apply_delta(out, delta, back, revert=True, overwrite=True)
         assert all(torch.equal(value, weights(back)[name]) for name, value in weights(source(saved, kind)).items())
         if kind in ("folder", "sharded"):
             assert (back / "README.md").read_text() == "card"
@@ -241,13 +243,13 @@ def test_edits_are_taken_back_in_their_order(saved, tmp_path):
     before = formats.open_checkpoint(two.with_suffix(".pt")).provenance["before"]
     assert list(before["layers"]) == ["model.layers.0.mlp.up_proj"]
     with pytest.raises(ValueError, match="Take back the later edit first"):
-        files.apply_delta(two.with_suffix(".pt"), one, tmp_path / "x.pt", revert=True)
-    files.apply_delta(two.with_suffix(".pt"), two, tmp_path / "y.pt", revert=True)
-    files.apply_delta(tmp_path / "y.pt", one, tmp_path / "z.pt", revert=True)
+        apply_delta(two.with_suffix(".pt"), one, tmp_path / "x.pt", revert=True)
+    apply_delta(two.with_suffix(".pt"), two, tmp_path / "y.pt", revert=True)
+    apply_delta(tmp_path / "y.pt", one, tmp_path / "z.pt", revert=True)
     assert content_hash(tmp_path / "z.pt") == content_hash(saved / "model.pt")
-    found = files.describe(one)
+    found = describe(one)
     assert found["tensors"] == ["model.layers.0.mlp.up_proj.weight"]
-    assert "a delta of 1 tensors" in files.description(found)
+    assert "a delta of 1 tensors" in description(found)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_curvature import KroneckerFactors, LayerFactors, files
+from lightning_curvature import KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import BalancedSubnet, GradientAscent, NegativePreference
 from lightning_curvature.bulk import BulkStepEditor, add_margins
+from lightning_curvature.deltas import apply_delta
+from lightning_curvature.inspection import describe
 from lightning_curvature.text.sequences import PromptedSequence
 from lightning_curvature.text.suffixes import suffix_batches, suffix_margins, suffix_nll
 from tests import language
@@ -91,9 +93,9 @@ def test_a_bulk_step_of_a_file_can_be_taken_back(tmp_path):
     torch.save(module.state_dict(), tmp_path / "a.pt")
     editor = BulkStepEditor(0.3)
     editor.edit_checkpoint(tmp_path / "a.pt", factors, tmp_path / "b.pt", delta=tmp_path / "d.safetensors")
-    files.apply_delta(tmp_path / "b.pt", tmp_path / "d.safetensors", tmp_path / "c.pt", revert=True)
+    apply_delta(tmp_path / "b.pt", tmp_path / "d.safetensors", tmp_path / "c.pt", revert=True)
     assert torch.equal(torch.load(tmp_path / "c.pt")["0.weight"], module[0].weight)
-    assert files.describe(tmp_path / "b.pt")["edit"]["strength"] == 0.3
+    assert describe(tmp_path / "b.pt")["edit"]["strength"] == 0.3
     editor.edit(module, factors)
     assert torch.equal(torch.load(tmp_path / "b.pt")["0.weight"], module[0].weight)
 

@@ -1,0 +1,139 @@
+"""Deltas: the difference of the bits of an edited checkpoint and its original, to take the edit back or to make it."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.formats import Checkpoint, open_checkpoint, tensor_hash, tensor_hashes, values_hash
+from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.checkpoints.outputs import check_outputs
+
+DELTA = "lightning_curvature.delta"
+"""Metadata entry of a delta file, JSON."""
+
+
+class DeltaRecord(AbstractContextManager["DeltaRecord"]):
+    """Collects a delta in files, one tensor in memory at a time; it is taken back unless ``keep`` is set.
+
+    Args:
+        path: File to write.
+        checkpoint: The original.
+        facts: What the edited copy says about itself.
+        hashes: Hashes of all tensors of the original.
+    """
+
+    def __init__(self, path: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.checkpoint, self.facts = path, checkpoint, facts
+        self.scratch = tempfile.TemporaryDirectory(prefix=".delta.", dir=path.parent)
+        self.original, self.edited = dict(hashes), dict(hashes)
+        self.names: list[str] = []
+        self.written = self.keep = False
+
+    def add(self, name: str, old: Tensor, new: Tensor) -> None:
+        """Take the difference of the bits of one tensor."""
+        save_file({"delta": _bits(old) ^ _bits(new)}, Path(self.scratch.name, str(len(self.names))))
+        self.names.append(name)
+        self.edited[name] = tensor_hash(new)
+
+    def write(self) -> None:
+        """Write the file."""
+        tensors = {name: load_file(Path(self.scratch.name, str(i)))["delta"] for i, name in enumerate(self.names)}
+        header = {
+            "version": 1,
+            "tensors": {name: {"original": self.original[name], "edited": self.edited[name]} for name in self.names},
+            "values": {"original": values_hash(self.original), "edited": values_hash(self.edited)},
+            "edit": self.facts,
+            "before": self.checkpoint.provenance,
+            "headers": self.checkpoint.headers(),
+        }
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, metadata={DELTA: json.dumps(header)})
+        self.written = True
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove what is not needed."""
+        self.scratch.cleanup()
+        if self.written and not self.keep:
+            self.path.unlink()
+
+
+def apply_delta(
+    source: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    revert: bool,
+    overwrite: bool = False,
+    allow_globals: Sequence[str] = (),
+) -> None:
+    """Write the original of an edited checkpoint (``revert``), or the edited one of an original.
+
+    Every changed tensor is verified by its hash, before and after.
+
+    Args:
+        source: Checkpoint, of any format.
+        delta: File written by :func:`edit_checkpoint`.
+        target: File or folder to write, atomically.
+        revert: Take the edit back, rather than make it.
+        overwrite: Whether ``target`` may exist.
+        allow_globals: Classes that a file of ``torch.save`` may hold.
+
+    Raises:
+        FileExistsError: If the target is the source, or exists.
+        ValueError: If the delta belongs to another checkpoint.
+    """
+    check_outputs([target], [source, delta], overwrite)
+    checkpoint = open_checkpoint(source, allow_globals)
+    with safe_open(delta, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if DELTA not in metadata:
+            raise ValueError(f"{delta} is no delta; it is written by edit with --save-delta.")
+        header: dict[str, Any] = json.loads(metadata[DELTA])
+        here, there = ("edited", "original") if revert else ("original", "edited")
+        layers = [name.removesuffix(".weight") for name in header["tensors"]]
+        names = match_layers(layers, checkpoint.shapes(), checkpoint.module_names)
+        hashes = tensor_hashes(checkpoint.shapes(), checkpoint.read)
+        for layer, name in names.items():
+            expected = header["tensors"][f"{layer}.weight"]
+            if hashes[name] != expected[here]:
+                raise ValueError(
+                    f"{name!r} in {source} is not the {here} tensor that {delta} belongs to. "
+                    f"{'Is it the checkpoint before the edit, or edited again?' if revert else 'Is it another model?'}"
+                )
+        replaced = {expected[here]: expected[there] for expected in header["tensors"].values()}
+        after = {name: replaced.get(value, value) for name, value in hashes.items()}
+        if values_hash(after) != header["values"][there]:
+            raise ValueError(
+                f"{source} differs from the {here} checkpoint that {delta} belongs to, also in tensors that the edit "
+                "left alone: it was changed or edited again since. "
+                + ("Take back the later edit first." if revert else "Is it another model?")
+            )
+
+        def flip(layer: str) -> Callable[[Tensor], Tensor]:
+            def flipped(old: Tensor) -> Tensor:
+                bits: Tensor = _bits(old) ^ file.get_tensor(f"{layer}.weight")
+                new = bits.view(old.dtype).view(old.shape)
+                if tensor_hash(new) != header["tensors"][f"{layer}.weight"][there]:
+                    raise ValueError(f"{delta} is damaged: {layer!r} does not become the {there} tensor.")
+                return new
+
+            return flipped
+
+        facts = header["before"] if revert else header["edit"]
+        headers = header["headers"] if revert else None
+        checkpoint.copy(target, {name: flip(layer) for layer, name in names.items()}, facts, headers)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -1,0 +1,77 @@
+"""What a factor file, a delta or a checkpoint says about itself."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from lightning_curvature.basis import select_staircase
+from lightning_curvature.checkpoints.formats import open_checkpoint
+from lightning_curvature.checkpoints.safetensors import SafetensorsFile
+from lightning_curvature.deltas import DELTA
+from lightning_curvature.factors import KroneckerFactors, is_factor_file
+from lightning_curvature.plan import size
+
+
+def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a factor file holds, or what was edited in a checkpoint, as JSON values.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is neither.
+    """
+    if Path(path).suffix == ".safetensors" and is_factor_file(path):
+        factors = KroneckerFactors.open(path)
+        layers = {}
+        for name, layer in factors.items():
+            lam, mu = layer.basis.lam, layer.basis.mu
+            layers[name] = {
+                "shape": list(layer.shape),
+                "num_inputs": layer.num_inputs,
+                "num_gradients": layer.num_gradients,
+                "num_seen": layer.num_seen,
+                "share_of_pairs": {
+                    str(energy): select_staircase(lam, mu, energy).kept / (len(lam) * len(mu))
+                    for energy in (0.5, 0.9, 0.99)
+                },
+            }
+        return {"path": str(path), "kind": "factors", "sha256": factors.digest(), "provenance": factors.provenance,
+                "layers": layers}  # fmt: skip
+    checkpoint = open_checkpoint(path, allow_globals)
+    shapes = checkpoint.shapes()
+    if isinstance(checkpoint, SafetensorsFile) and DELTA in checkpoint.metadata:
+        header = json.loads(checkpoint.metadata[DELTA])
+        return {"path": str(path), "kind": "delta", "tensors": list(header["tensors"]), "edit": header["edit"]}
+    return {
+        "path": str(path),
+        "kind": "checkpoint",
+        "tensors": len(shapes),
+        "bytes": sum(map(checkpoint.num_bytes, shapes)),
+        "edit": checkpoint.provenance,
+    }
+
+
+def description(found: Mapping[str, Any]) -> str:
+    """Return what :func:`describe` returned, as text."""
+    if found["kind"] == "delta":
+        edit = json.dumps(found["edit"], indent=2)
+        return f"{found['path']}: a delta of {len(found['tensors'])} tensors, of the edit:\n{edit}"
+    if found["kind"] == "checkpoint":
+        total = f"{found['path']}: {found['tensors']} tensors, {size(found['bytes'])}"
+        edit = found["edit"]
+        return (
+            f"{total}; not edited by this package."
+            if edit is None
+            else f"{total}; edited:\n{json.dumps(edit, indent=2)}"
+        )
+    headers = ["layer", "weight", "positions", "half of the mass in", "90 %", "99 %"]
+    rows = [
+        [name, "{} x {}".format(*layer["shape"]), layer["num_inputs"],
+         *(f"{share:.2%}" for share in layer["share_of_pairs"].values())]
+        for name, layer in found["layers"].items()
+    ]  # fmt: skip
+    source = ", ".join(f"{key}={value}" for key, value in found["provenance"].items())
+    return f"K-FAC factors ({source})\nSHA-256 {found['sha256']}\n{tabulate(rows, headers)}"
