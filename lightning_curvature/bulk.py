@@ -85,10 +85,10 @@ class BulkStepEditor(WeightEditor):
 
     def __init__(
         self,
-        strength: float = 1.0,
+        strength: float = 0.3,
         energy: float | Mapping[str, float] = 1.0,
         layers: list[str] | None = None,
-        bulk: float = 0.6,
+        bulk: float = 0.9,
     ) -> None:
         super().__init__(energy, layers)
         if isinstance(strength, bool) or not isinstance(strength, (int, float)):
