@@ -177,7 +177,7 @@ def shrink(scores: Tensor, energy: float) -> tuple[Tensor, float]:
 
     largest = math.log(float(scores.max()))
     low, high = largest - 60, largest + 60
-    for _ in range(100):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if kept(middle)[1] > energy else (low, middle)
     return kept(high)
@@ -207,7 +207,7 @@ def coefficients(weight: Tensor, basis: CurvatureBasis) -> Tensor:
     return basis.U_G.T @ weight.to(basis.U_G) @ basis.U_A
 
 
-def project_weight(weight: Tensor, basis: CurvatureBasis, keep: Tensor) -> Tensor:
+def project_weight(weight: Tensor, basis: CurvatureBasis, keep: Tensor, known: Tensor | None = None) -> Tensor:
     r"""Keep the selected coefficients of a weight in the curvature basis.
 
     .. math:: W' = U_G \left(K \odot (U_G^\top W U_A)\right) U_A^\top
@@ -218,6 +218,7 @@ def project_weight(weight: Tensor, basis: CurvatureBasis, keep: Tensor) -> Tenso
         weight: Layer weight, ``[d_out, d_in]``, any floating dtype.
         basis: Orthonormal ``U_G`` ``[d_out, d_out]`` and ``U_A`` ``[d_in, d_in]``.
         keep: Factor of each coefficient, ``[d_out, d_in]``, or kept columns per row, int64 ``[d_out]``, not increasing.
+        known: The coefficients of the weight, ``[d_out, d_in]``, if they are there already.
 
     Returns:
         A new tensor with the shape, dtype and device of ``weight``.
@@ -235,5 +236,6 @@ def project_weight(weight: Tensor, basis: CurvatureBasis, keep: Tensor) -> Tenso
         rows, columns = int((keep > 0).sum()), int(keep.max())
         basis = basis._replace(U_G=basis.U_G[:, :rows], U_A=basis.U_A[:, :columns])
         keep = torch.arange(columns, device=keep.device) < keep[:rows, None]
-    kept = coefficients(weight, basis) * keep
+        known = None if known is None else known[:rows, :columns]
+    kept = (coefficients(weight, basis) if known is None else known) * keep
     return (basis.U_G @ kept @ basis.U_A.T).to(weight)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature._checks import check_energy
-from lightning_curvature.basis import coefficients, project_weight, select_staircase
-from lightning_curvature.editor import Projection, WeightEditor, find_layer
+from lightning_curvature.basis import coefficients
+from lightning_curvature.editor import CurvatureEditor, Projection, find_layer
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.layers import as_matrix, is_conv1d
 
@@ -63,16 +63,18 @@ def add_margins(
     return KroneckerFactors(with_margins, factors.provenance)
 
 
-class BulkStepEditor(WeightEditor):
+class BulkStepEditor(CurvatureEditor):
     """One step against the margins of recited examples, in the flattest directions of the curvature basis.
 
-    The factors must hold their gradient, see :func:`add_margins`.
+    The factors must hold their gradient, see :func:`add_margins`. With ``energy`` below 1 a :class:`CurvatureEditor`
+    edits the result, for what was not on the list.
 
     Args:
         strength: Norm of the step, relative to that of the weight.
-        energy: Share of the curvature mass that is kept of the result, as by :class:`CurvatureEditor`; 1.0, the
-            default, leaves that edit out.
-        layers: fnmatch patterns on layer names; None for all layers of the factors.
+        energy: As in :class:`CurvatureEditor`, for the edit of the result; 1.0, the default, leaves that edit out.
+        layers: As in :class:`CurvatureEditor`.
+        score: As in :class:`CurvatureEditor`.
+        soft: As in :class:`CurvatureEditor`.
         bulk: Share of the directions of each side, the flattest, in which the step is made.
 
     Raises:
@@ -80,7 +82,6 @@ class BulkStepEditor(WeightEditor):
         ValueError: If ``strength`` is negative, or ``energy`` or ``bulk`` lies outside (0, 1].
     """
 
-    method = "bulk step"
     keeps_at_full_energy = False
 
     def __init__(
@@ -88,15 +89,18 @@ class BulkStepEditor(WeightEditor):
         strength: float = 0.3,
         energy: float | Mapping[str, float] = 1.0,
         layers: list[str] | None = None,
+        score: str = "kfac",
+        soft: bool = False,
         bulk: float = 0.9,
     ) -> None:
-        super().__init__(energy, layers)
+        super().__init__(energy, layers, score, soft)
         if isinstance(strength, bool) or not isinstance(strength, (int, float)):
             raise TypeError(f"strength must be a number, found {strength!r}.")
         if not strength >= 0:
             raise ValueError(f"strength must not be negative, found {strength!r}.")
         self.strength = float(strength)
         self.bulk = check_energy(bulk, "bulk")
+        self.method = f"bulk step, {self.method}"
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the weight after the step, and its part in the high-curvature directions if ``energy`` is below 1."""
@@ -105,7 +109,7 @@ class BulkStepEditor(WeightEditor):
                 "a bulk step needs the gradient of margins, which the factors do not hold. Add it with "
                 "lightning_curvature.bulk.add_margins, over examples that the model recites."
             )
-        basis, device = factors.basis, weight.device
+        basis = factors.basis
         matrix = weight.to(basis.U_A)
         first = [round((1 - self.bulk) * side) for side in matrix.shape]
         step = coefficients(factors.margins, basis)
@@ -116,9 +120,8 @@ class BulkStepEditor(WeightEditor):
         after = matrix - self.strength * matrix.norm() / step.norm() * (basis.U_G @ step @ basis.U_A.T)
         if energy == 1.0:
             return Projection(after.to(weight), weight.numel(), 1.0)
-        staircase = select_staircase(basis.lam, basis.mu, energy)
-        edited = project_weight(after, basis, staircase.columns).to(weight)
-        return Projection(edited.to(device), staircase.kept, staircase.energy_kept)
+        result = super().project(after, factors, energy)
+        return Projection(result.weight.to(weight), result.kept, result.energy_kept)
 
     def facts(self, factors: KroneckerFactors, source: str) -> dict[str, Any]:
         """Return what an edited checkpoint says about itself, as JSON values."""

@@ -1,5 +1,6 @@
 """Editing weights: in place, for the time of a ``with`` block, or in a state dict."""
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -7,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_curvature._checks import check_energy, check_option, did_you_mean, listing
 from lightning_curvature._version import __version__
@@ -48,15 +51,16 @@ class Editor(ABC):
     method: str
 
     def __init__(self, energy: float | Mapping[str, float] = DEFAULT_ENERGY, layers: list[str] | None = None) -> None:
-        if isinstance(energy, Mapping):
-            self.energy: float | dict[str, float] = {
-                pattern: check_energy(value, f"energy[{pattern!r}]") for pattern, value in energy.items()
-            }
-        else:
-            self.energy = check_energy(energy)
+        self.energy = _checked(energy)
         if layers is not None and (isinstance(layers, str) or not all(isinstance(entry, str) for entry in layers)):
             raise TypeError(f"layers must be a list of name patterns or None, found {layers!r}.")
         self.layers = None if layers is None else list(layers)
+
+    def at(self, energy: float | Mapping[str, float]) -> Self:
+        """Return the same editor at another energy; both share what does not depend on it, computed once."""
+        other = copy.copy(self)
+        other.energy = _checked(energy)
+        return other
 
     @abstractmethod
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
@@ -297,21 +301,39 @@ class CurvatureEditor(WeightEditor):
         self.score = check_option(score, SCORES, "score")
         self.soft = soft
         self.method = f"{score}, soft" if soft else score
+        self._known: WeakKeyDictionary[LayerFactors, tuple[Tensor, Tensor]] | None = None
+
+    def at(self, energy: float | Mapping[str, float]) -> Self:
+        """Return the same editor at another energy; the two compute the coefficients of a weight once."""
+        if self._known is None:
+            self._known = WeakKeyDictionary()
+        return super().at(energy)
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the part of a weight in its directions of highest score."""
         basis, device = factors.basis, weight.device
         if device.type != basis.U_A.device.type:
             weight = weight.to(basis.U_A.device)
+        known = self._coefficients(weight, factors)
         if self.score in ("kfac", "activations") and not self.soft:
             lam = basis.lam if self.score == "kfac" else torch.ones_like(basis.lam)
             staircase = select_staircase(lam, basis.mu, energy)
-            edited = project_weight(weight, basis, staircase.columns)
+            edited = project_weight(weight, basis, staircase.columns, known)
             return Projection(edited.to(device), staircase.kept, staircase.energy_kept)
-        scores = score_coefficients(self.score, coefficients(weight, basis), factors)
-        keep, kept = (shrink if self.soft else select_largest)(scores, energy)
-        edited = project_weight(weight, basis, keep.to(basis.U_A.dtype)).to(device)
+        C = coefficients(weight, basis) if known is None else known
+        keep, kept = (shrink if self.soft else select_largest)(score_coefficients(self.score, C, factors), energy)
+        edited = project_weight(weight, basis, keep.to(basis.U_A.dtype), C).to(device)
         return Projection(edited, keep.numel() if self.soft else int(keep.sum()), kept)
+
+    def _coefficients(self, weight: Tensor, factors: LayerFactors) -> Tensor | None:
+        """Return all coefficients of a weight if several energies share them, None if there is only one."""
+        if self._known is None:
+            return None
+        old, C = self._known.get(factors, (None, None))
+        if old is None or C is None or not (old.dtype == weight.dtype and torch.equal(old, weight)):
+            C = coefficients(weight, factors.basis)
+            self._known[factors] = (weight.clone(), C)
+        return C
 
 
 def find_layer(module: nn.Module, name: str) -> Any:
@@ -331,6 +353,12 @@ def find_layer(module: nn.Module, name: str) -> Any:
         reason = refusal(layer) or f"it is a {type(layer).__name__}"
         raise ValueError(f"Layer {name!r} cannot be edited: {reason}.")
     return layer
+
+
+def _checked(energy: float | Mapping[str, float]) -> float | dict[str, float]:
+    if isinstance(energy, Mapping):
+        return {pattern: check_energy(value, f"energy[{pattern!r}]") for pattern, value in energy.items()}
+    return check_energy(energy)
 
 
 def _same_memory(one: Any, two: Tensor) -> bool:
