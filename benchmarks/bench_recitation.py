@@ -109,12 +109,9 @@ def run(seed: int, data: RecitedText) -> dict[str, dict[str, dict[str, float]]]:
         methods[method] = {"energy": editor.energy, **measured(editor)}
     layers = {}
     for label, patterns in LAYERS.items():
-
-        def make(energy, patterns=patterns):
-            return CurvatureEditor(energy, patterns)
-
-        energy = match_perplexity(model.model, factors, make, tuning, PERPLEXITY_LIMIT, owner=model)
-        layers[label] = {"energy": energy, **measured(make(energy))}
+        editor = CurvatureEditor(layers=patterns)
+        energy = match_perplexity(model.model, factors, editor, tuning, PERPLEXITY_LIMIT, owner=model).energy
+        layers[label] = {"energy": energy, **measured(editor.at(energy))}
     energies = {f"{energy:g}": measured(CurvatureEditor(energy)) for energy in ENERGIES}
     return {name: {"before": before, **rows}
             for name, rows in (("methods", methods), ("layers", layers), ("energies", energies))}  # fmt: skip

@@ -12,11 +12,11 @@ from itertools import pairwise
 
 from torch import nn
 
-from lightning_curvature.editor import Editor
+from lightning_curvature.editor import DEFAULT_ENERGY, Editor
 from lightning_curvature.factors import KroneckerFactors
 
 SLACK = 0.005
-"""A cost that falls by more than this share while the edit gets stronger is not monotone."""
+"""A cost that falls by more than this while the edit gets stronger is not monotone; relative."""
 NARROW = 2e-4
 """Width of the bracket of energies at which the search ends in any case: a metric over few examples has steps."""
 
@@ -36,10 +36,12 @@ class Match:
     points: Mapping[float, float]
 
     def violations(self, higher_is_better: bool = False) -> list[tuple[float, float]]:
-        """Return pairs of neighbouring energies, the lower one first, where the stronger edit costs less."""
+        """Return pairs of neighbouring energies of which the lower one costs less, while the higher one costs."""
         sign = -1.0 if higher_is_better else 1.0
-        ordered = sorted(self.points.items())
-        return [(low, high) for (low, one), (high, two) in pairwise(ordered) if sign * (two - one) > SLACK * two]
+        costs = [(energy, sign * math.log(value)) for energy, value in sorted(self.points.items())
+                 if 0 < value < math.inf]  # fmt: skip
+        return [(low, high) for (low, stronger), (high, milder) in pairwise(costs)
+                if milder > SLACK and milder - stronger > SLACK]  # fmt: skip
 
 
 def match_energy(
@@ -69,7 +71,7 @@ def match_energy(
 
     Returns:
         The energy, what it costs, and all that was measured. Where no edit at all is within the limit, the energy 1,
-        with a warning; a cost that does not rise as the edit gets stronger is a warning, too.
+        with a warning. That a stronger edit costs less than a milder one is a warning, too.
 
     Raises:
         ValueError: If the unedited module's metric is not a positive number, or the limit is not positive.
@@ -92,51 +94,50 @@ def match_energy(
     if not 0 < before < math.inf:
         raise ValueError(f"The metric of the unedited module must be a positive number, found {before!r}.")
     sign = -1.0 if higher_is_better else 1.0
-    found = {1.0: 1.0, **(points or {})}
+    found = dict(points or {})
 
-    def excess(energy: float) -> float:
-        """Return by how much an edit is beyond the limit, in logarithms; below 0 it is allowed."""
+    def cost(energy: float) -> float:
+        """Return what an edit costs, the logarithm of a multiple."""
         if energy not in found:
             with editor.at(energy).applied(module, factors):
                 found[energy] = measure() / before
-        value = found[energy]
-        if not 0 < value < math.inf:  # not-a-number is more than allowed
-            return math.inf if not (higher_is_better and value == math.inf) else -math.inf
-        return sign * (math.log(value) - math.log(limit))
+        return sign * math.log(found[energy]) if 0 < found[energy] < math.inf else math.inf
 
-    known = {energy: excess(energy) for energy in sorted(found)}
-    high = min((energy for energy, over in known.items() if over <= 0), default=1.0)
-    low = max((energy for energy, over in known.items() if energy < high), default=0.0)
-    over_high, over_low = known[high], known.get(low, math.inf)
-    close = math.log1p(tolerance)
-    while high - low > NARROW and not -close <= over_high <= 0:
-        middle = _between(low, high, over_low, over_high)
-        over = excess(middle)
-        if over <= 0:
-            high, over_high = middle, over
-        else:
-            low, over_low = middle, over
+    allowed = sign * math.log(limit)
+    costs = {energy: cost(energy) for energy in sorted({1.0, *found})}
+    high = min((energy for energy in costs if costs[energy] <= allowed), default=1.0)
+    low = max((energy for energy in costs if energy < high), default=0.0)
+    slack = math.log1p(tolerance)
+    while high - low > NARROW and not allowed - slack <= costs[high] <= allowed:
+        middle = _between((low, costs.get(low, math.inf)), (high, costs[high]), allowed - slack / 2)
+        costs[middle] = cost(middle)
+        low, high = (low, middle) if costs[middle] <= allowed else (middle, high)
     match = Match(high, found[high], dict(sorted(found.items())))
     if match.violations(higher_is_better):
+        pairs = ", ".join(f"{one:.4g} and {two:.4g}" for one, two in match.violations(higher_is_better))
         warnings.warn(
-            f"The metric is not monotone in the energy, between {match.violations(higher_is_better)}. The energy "
-            f"{high:.4g} is within the limit, but it may not be the only strongest edit; look at a sweep.",
+            f"The metric is not monotone in the energy, between {pairs}: the energy {high:.4g} is within the limit, "
+            "but a lower one may be, too. Look at a sweep.",
             stacklevel=2,
         )
     if high == 1.0:
         warnings.warn(
-            f"No edit stays within {limit:g} times the metric: already at the energy {low:.4g} it becomes "
-            f"{found.get(low, math.nan):.4g} times.",
+            f"No edit stays within {limit:g} times the metric: "
+            + ", ".join(f"{value:.4g} times at the energy {energy:.4g}" for energy, value in match.points.items()),
             stacklevel=2,
         )
     return match
 
 
-def _between(low: float, high: float, over_low: float, over_high: float) -> float:
-    """Return where a line between two known points meets the limit, or the middle where it would not move enough."""
-    middle = (low + high) / 2
-    if not (math.isfinite(over_low) and math.isfinite(over_high)) or over_low - over_high > 1.0:
-        return middle
-    share = -over_high / (over_low - over_high)
-    # A tenth of the bracket goes with each step, whatever the curve looks like.
-    return high - (high - low) * min(max(share, 0.1), 0.9)
+def _between(low: tuple[float, float], high: tuple[float, float], wanted: float) -> float:
+    """Return an energy between two ends (energy, cost), near the wanted cost if that is a power of what is dropped."""
+    (left, more), (right, less) = low, high
+    guess = (left + right) / 2
+    if not math.isfinite(more) and left < DEFAULT_ENERGY < right == 1.0:
+        return DEFAULT_ENERGY
+    if math.isfinite(more) and wanted > 0:
+        bent = less > 0 and right < 1
+        power = math.log(more / less) / math.log((1 - left) / (1 - right)) if bent else 2.0
+        guess = 1 - (1 - left) * (wanted / more) ** (1 / power)
+    margin = 0.05 * (right - left)  # so much of the bracket goes with each step, whatever the curve looks like
+    return min(max(guess, left + margin), right - margin)

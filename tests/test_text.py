@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from rapidfuzz.distance import LCSseq
 from tokenizers.processors import TemplateProcessing
 
-from lightning_curvature import CurvatureEditor
+from lightning_curvature import CurvatureEditor, targets
 from lightning_curvature.collect import collect
 from lightning_curvature.text import (
     corpus,
@@ -298,9 +299,26 @@ def test_the_energy_that_costs_a_given_perplexity(reciter):
             return evaluation.perplexity(net, rows[:8]) / before
 
     for limit in (1.2, 2.0):
-        energy = matching.match_perplexity(net, factors, CurvatureEditor, rows[:8], limit)
-        assert ratio(energy) <= limit < ratio(energy - 2**-matching.STEPS)
-    assert matching.match_perplexity(net, factors, CurvatureEditor, rows[:8], 0.5) == 1.0
+        match = matching.match_perplexity(net, factors, CurvatureEditor(), rows[:8], limit)
+        assert match.value == pytest.approx(ratio(match.energy))
+        assert match.value <= limit
+        assert ratio(match.energy - 2 * targets.NARROW) > limit or match.value > limit / 1.001
+    with pytest.warns(UserWarning, match=r"No edit stays within 0\.5 times the metric"):
+        assert matching.match_perplexity(net, factors, CurvatureEditor(), rows[:8], 0.5).energy == 1.0
+
+
+def test_the_interval_of_a_perplexity_ratio(reciter):
+    net, rows = reciter
+    before = evaluation.window_nll(net, rows, batch_size=3)
+    assert float(before.mean().exp()) == pytest.approx(evaluation.perplexity(net, rows), rel=1e-5)
+    other = evaluation.window_nll(language.model(seed=3), rows)
+    found = matching.perplexity_ratio(before, other)
+    assert found.value == pytest.approx(float((other - before).mean().exp()))
+    assert found.low < found.value < found.high
+    # Against the normal approximation of the mean.
+    spread = 1.96 * float((other - before).std()) / len(rows) ** 0.5
+    assert math.log(found.high / found.low) == pytest.approx(2 * spread, rel=0.25)
+    assert matching.perplexity_ratio(before, before) == (1.0, 1.0, 1.0)
 
 
 # Recall ---------------------------------------------------------------------------------------------------------------

@@ -130,8 +130,8 @@ def make_data(seed: int, settings: TextSettings) -> RecitedText:
 
 def choose(model: LitCausalLM, factors: KroneckerFactors, method: str, windows: Tensor) -> WeightEditor:
     """Return the editor of a method at the energy that costs ``PERPLEXITY_LIMIT`` on some windows."""
-    editor = METHODS[method]
-    return editor(match_perplexity(model.model, factors, editor, windows, PERPLEXITY_LIMIT, owner=model))
+    editor = METHODS[method]()
+    return editor.at(match_perplexity(model.model, factors, editor, windows, PERPLEXITY_LIMIT, owner=model).energy)
 
 
 def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSettings = TEXT) -> dict[str, Any]:

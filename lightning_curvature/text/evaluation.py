@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature.metrics import (
@@ -81,6 +82,15 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 16) -> float
     for logits, target in next_token_logits(model, windows, batch_size):
         metric.update(logits.cpu(), target.cpu())
     return float(metric.compute())
+
+
+def window_nll(model: nn.Module, windows: Tensor, batch_size: int = 16) -> Tensor:
+    """Return the negative log-likelihood of each window of ``[N, T]``, float64 ``[N]``: nats per predicted token."""
+    found = [
+        F.cross_entropy(logits.transpose(1, 2).float(), target, reduction="none").double().mean(1).cpu()
+        for logits, target in next_token_logits(model, windows, batch_size)
+    ]
+    return torch.cat(found)
 
 
 class Baseline:

@@ -1,47 +1,62 @@
-"""The energy that costs a given perplexity: methods are compared at equal utility, never at equal nominal settings."""
+"""Edits of language models that cost a given perplexity, and what they cost on other text."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.editor import WeightEditor
+from lightning_curvature.editor import Editor
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.targets import Match, match_energy
 from lightning_curvature.text.evaluation import perplexity
 
-STEPS = 9
-"""Bisection steps: energies are found to 1 / 2**9."""
+RESAMPLES = 2000
 
 
 def match_perplexity(
     model: nn.Module,
     factors: KroneckerFactors,
-    editor: Callable[[float], WeightEditor],
+    editor: Editor,
     windows: Tensor,
     limit: float,
     owner: nn.Module | None = None,
-) -> float:
-    """Return the smallest energy at which an edit raises the perplexity at most to ``limit`` times what it was.
+) -> Match:
+    """Find the strongest edit that raises the perplexity at most to ``limit`` times what it was.
 
     Args:
         model: A transformers causal LM in eval mode.
         factors: Factors, by names relative to ``owner``.
-        editor: Makes the editor of an energy.
+        editor: Its energy is searched for.
         windows: Text to choose by, int64 ``[N, T]``; report on another.
         limit: Allowed perplexity, as a multiple of the unedited model's.
         owner: Module that ``factors`` belong to; by default the model.
-
-    Returns:
-        Energy in (0, 1]; perplexity falls with energy but for noise, so it is found by bisection.
     """
-    allowed = limit * perplexity(model, windows)
-    low, high = 0.0, 1.0
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        with editor(middle).applied(owner or model, factors):
-            value = torch.tensor(perplexity(model, windows))
-        if bool(value <= allowed):  # not-a-number is more than allowed
-            high = middle
-        else:
-            low = middle
-    return high
+    return match_energy(editor, owner or model, factors, lambda: perplexity(model, windows), limit)
+
+
+class Ratio(NamedTuple):
+    """The perplexity as a multiple of what it was, and the bounds of its 95 % interval over other text of the kind."""
+
+    value: float
+    low: float
+    high: float
+
+
+def perplexity_ratio(before: Tensor, after: Tensor, seed: int = 0) -> Ratio:
+    """Compare two models on the same windows: a paired bootstrap over windows.
+
+    Args:
+        before: Nats per token of each window, ``[N]``, see :func:`lightning_curvature.text.evaluation.window_nll`.
+        after: The same of the other model.
+        seed: Seed of the bootstrap; the global random state is not touched.
+
+    Example:
+        >>> perplexity_ratio(torch.ones(9), torch.ones(9) + 0.1).value  # exp(0.1)
+        1.105170...
+    """
+    difference = after.double() - before.double()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(difference), (RESAMPLES, len(difference)), generator=generator)
+    means = difference[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = means.exp().tolist()
+    return Ratio(float(difference.mean().exp()), low, high)
