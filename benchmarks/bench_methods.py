@@ -1,36 +1,43 @@
-"""Every method at the same perplexity, on small language models that recite: what it leaves, and what it costs.
+"""Every method at the same utility: what it leaves, what it needs, and what it costs.
 
-Protocol, for each seed: the model and the factors of ``bench_recitation.py`` (trained once, and kept in ``--models``);
-factors are collected again with ``coupled=True``, and a second pass measures EK-FAC's eigenvalues. Then
+Subjects, three seeds each: ``python`` and ``wikitext``, the language models of ``bench_recitation.py``; ``digits`` and
+``mnist``, the ViTs of ``bench_label_noise.py``. They are trained once and kept in ``--models``. Factors come from one
+pass over the frozen model; a second pass measures the eigenvalues of EK-FAC.
 
-- *label-free* edits (scores, soft edits, controls) get the smallest energy that raises the perplexity of clean tuning
-  text to at most 1.05 and 1.10 times what it was;
-- *supervised* methods see the tuning half of the memorized sequences. The bulk step gets the largest strength, and with
-  a K-FAC edit behind it (strength 0.3) the smallest energy, of the same perplexity; the trained ones are run with a few
-  settings, of which the one counts that leaves least of the tuning half within the same perplexity (ties: the lower
-  perplexity). Their retain set is clean training text and never-memorized text of the sequences' own domain, for
-  gradient ascent also clean text alone.
+Limits: the perplexity of clean *tuning* text may become 1.02, 1.05, 1.10 and 1.20 times what it was; the validation
+accuracy of the *tuning* part 1.00, 0.99 and 0.97 times. Each method gets the strongest setting within each limit:
+
+- *label-free* edits the smallest energy; controls (SVD, random basis) likewise;
+- *supervised* methods see the tuning half of what is memorized. The bulk step gets the largest strength; with a soft
+  edit behind it the strength stays 0.15, and it gets the smallest energy. The trained ones are run with a few settings
+  each; of those within the limit that one counts that leaves least of the tuning half, and of equals the one that uses
+  most of the limit. Their retain set is clean training text and never-memorized text of the sequences' own domain
+  (for gradient ascent also clean text alone), or training images whose labels are right.
 
 Everything shown is from other data: the validation half of the memorized sequences, a second kind of text that no
-method ever saw (*unseen*), the other half of the clean text, and other text of the domain. *seconds* is the time of
-making the edit once, with its factors or its training, and without the search of its strength. Mean and sample standard
-deviation over seeds.
+method ever saw (*unseen*), other clean text, other text of the domain; the report part of images and labels. Costs: of
+making the edit once, factors or training and all, without the search of its setting; memory is the peak beyond what the
+process held before. Mean and sample standard deviation over seeds.
 
-    python benchmarks/bench_methods.py python --models runs/models --out results/methods-python.json
+    python benchmarks/bench_methods.py python --models runs/models
     python benchmarks/bench_methods.py wikitext --root ../shared/data/text --models runs/models
+    python benchmarks/bench_methods.py digits --models runs/models
+    python benchmarks/bench_methods.py mnist --root ../shared/data --models runs/models
+    python benchmarks/bench_methods.py tables  # from results into docs/methods.md
 """
 
 import argparse
+import dataclasses
 import json
 import logging
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from bench_recitation import environment, summary, wikitext
+from subjects import Images, Subject, Text, collected, subjects
+from tables import Cost, environment, mean, measured, replace_section, summary, table
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.baselines import (
@@ -40,202 +47,183 @@ from lightning_curvature.baselines import (
     RandomBasisEditor,
     SVDEditor,
 )
-from lightning_curvature.bulk import BulkStepEditor, add_margins
-from lightning_curvature.collect import collect
-from lightning_curvature.demos.language_model import LitCausalLM
-from lightning_curvature.demos.recitation import RecitedText
-from lightning_curvature.demos.settings import TEXT
-from lightning_curvature.demos.text import make_data, train_text
+from lightning_curvature.bulk import BulkStepEditor
 from lightning_curvature.editor import Editor
-from lightning_curvature.eigenvalues import correct_eigenvalues
-from lightning_curvature.text.evaluation import Baseline, perplexity, strict_rate
-from lightning_curvature.text.suffixes import Suffixes, suffix_batches, suffix_margins, suffix_nll
+from lightning_curvature.report import EditReport
 
-LIMITS = (1.05, 1.10)
-LAST = ["*.2.mlp.[gu]*", "*.3.mlp.[gu]*"]
-LABEL_FREE: dict[str, Callable[..., Editor]] = {
-    "K-FAC": CurvatureEditor,
-    "K-FAC, last two blocks, gate and up": partial(CurvatureEditor, layers=LAST),
-    "EK-FAC": partial(CurvatureEditor, score="ekfac"),
-    "coupled": partial(CurvatureEditor, score="coupled"),
-    "saliency": partial(CurvatureEditor, score="saliency"),
-    "activations only": partial(CurvatureEditor, score="activations"),
-    "K-FAC, soft": partial(CurvatureEditor, soft=True),
-    "activations only, soft": partial(CurvatureEditor, score="activations", soft=True),
-    "SVD": SVDEditor,
-    "random basis": RandomBasisEditor,
+HERE = Path(__file__).parent
+FACTORS = ("collect", "decompose")
+LABEL_FREE = {
+    "K-FAC": (CurvatureEditor(), "data", FACTORS),
+    "K-FAC, gate and up of the last two blocks": (None, "data", FACTORS),
+    "EK-FAC": (CurvatureEditor(score="ekfac"), "data, twice", (*FACTORS, "correct")),
+    "coupled": (CurvatureEditor(score="coupled"), "data", ("coupled", "decompose")),
+    "saliency": (CurvatureEditor(score="saliency"), "data", FACTORS),
+    "activations only": (CurvatureEditor(score="activations"), "data", FACTORS),
+    "K-FAC, soft": (CurvatureEditor(soft=True), "data", FACTORS),
+    "activations only, soft": (CurvatureEditor(score="activations", soft=True), "data", FACTORS),
+    "SVD": (SVDEditor(), "nothing", ()),
+    "random basis": (RandomBasisEditor(), "nothing", ()),
 }
 TRAINED = {
     "BalancedSubnet": [
+        partial(BalancedSubnet, ratio=0.02, weight=0.1, epochs=10, lr=0.01),
         partial(BalancedSubnet, ratio=0.05, weight=0.1, epochs=10, lr=0.01),
-        partial(BalancedSubnet, ratio=0.05, weight=0.02, epochs=10, lr=0.01),
-        partial(BalancedSubnet, ratio=0.02, weight=0.05, epochs=10, lr=0.01),
+        partial(BalancedSubnet, ratio=0.1, weight=0.3, epochs=10, lr=0.01),
     ],
     "gradient ascent": [
         partial(GradientAscent, weight=0.1, epochs=5, lr=1e-3),
         partial(GradientAscent, weight=0.3, epochs=5, lr=3e-4),
+        partial(GradientAscent, weight=0.5, epochs=5, lr=3e-4),
     ],
     "NPO": [
         partial(NegativePreference, weight=0.1, epochs=10, lr=1e-3),
         partial(NegativePreference, weight=0.3, epochs=10, lr=3e-4),
+        partial(NegativePreference, weight=0.3, epochs=10, lr=1e-3),
     ],
 }
-COLUMNS = {
-    "setting": ("setting", 1, 2),
-    "strict": ("strict", 100, 1),
-    "unseen": ("unseen strict", 100, 1),
-    "times": ("perplexity, times", 1, 3),
-    "domain": ("domain, times", 1, 3),
-    "overlap": ("ranking overlap", 100, 1),
-    "seconds": ("seconds", 1, 0),
-}
+STRENGTH = 0.15
+COSTS = {"seconds": ("seconds", 1, 1), "memory": ("memory, MiB", 1, 0), "passes": ("backward passes", 1, 0)}
+
+Row = dict[str, float]
 
 
-class Trial:
-    """One trained model and what is measured on it."""
+class Strength:
+    """Looks like an editor with an energy: the lower it is, the longer the bulk step."""
 
-    def __init__(self, seed: int, data: RecitedText, folder: Path) -> None:
-        self.data = data
-        self.model = self._model(seed, folder)
-        self.lm = self.model.model
-        clean = data.held_out["clean"]
-        self.tuning = clean["tuning"][:100]
-        self.before = {"tuning": perplexity(self.lm, self.tuning), "clean": perplexity(self.lm, clean["report"]),
-                       "domain": perplexity(self.lm, data.held_out["domain"]["report"])}  # fmt: skip
-        self.baseline = Baseline(self.lm, clean["report"])
-
-    def _model(self, seed: int, folder: Path) -> LitCausalLM:
-        saved = folder / "model.pt"
-        if not saved.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            model, _, _ = train_text(folder, seed, TEXT, self.data)
-            torch.save(model.state_dict(), saved)
-        model = LitCausalLM(TEXT.vocab_size, TEXT.hidden, 4 * TEXT.hidden, TEXT.layers)
-        model.load_state_dict(torch.load(saved, weights_only=True))
-        return model.eval()
-
-    def factors(self, seed: int) -> tuple[KroneckerFactors, dict[str, float]]:
-        """Collect factors with everything that a score may need, and return the seconds of each part."""
-        rows = torch.split(self.data.collected, 16)
-
-        def step(batch):
-            return self.lm(input_ids=batch, labels=batch).loss
-
-        seconds = {}
-        started = time.perf_counter()
-        factors = collect(self.model, rows, step, layers="mlp", seed=seed)
-        seconds["collect"] = time.perf_counter() - started
-        factors = collect(self.model, rows, step, layers="mlp", seed=seed, coupled=True)
-        started = time.perf_counter()
-        factors = correct_eigenvalues(self.model, factors, rows, step, seed=seed + 1)
-        seconds["correct"] = time.perf_counter() - started
-        started = time.perf_counter()
-        forget = suffix_batches(self.lm, self.data.half("tuning"))
-        factors = add_margins(self.model, factors, forget, lambda batch: suffix_margins(self.lm, batch))
-        seconds["margins"] = time.perf_counter() - started
-        return factors, seconds
-
-    def ratio(self, editor: Editor, factors: KroneckerFactors) -> float:
-        """Return the perplexity of the tuning text under an edit, as a multiple."""
-        with editor.applied(self.model, factors):
-            return perplexity(self.lm, self.tuning) / self.before["tuning"]
-
-    def measure(self, editor: Editor, factors: KroneckerFactors) -> dict[str, float]:
-        """Return what is shown of an edit."""
-        started = time.perf_counter()
-        with editor.applied(self.model, factors):
-            seconds = time.perf_counter() - started
-            both = self.baseline.evaluate(self.lm)
-            return {
-                "tuning": strict_rate(self.lm, self.data.half("tuning")),
-                "strict": strict_rate(self.lm, self.data.half("validation")),
-                "unseen": strict_rate(self.lm, self.data.unseen),
-                "times": both["perplexity"] / self.before["clean"],
-                "domain": perplexity(self.lm, self.data.held_out["domain"]["report"]) / self.before["domain"],
-                "overlap": both["ranking_overlap"],
-                "seconds": seconds,
-            }
-
-    def retain(self, domain: bool) -> list[Suffixes]:
-        """Return batches of clean text, half of each from the domain if asked for."""
-        clean, own = self.data.collected, self.data.held_out["domain"]["tuning"]
-        if not domain:
-            return [Suffixes(rows, 1) for rows in torch.split(clean[:400], 16)]
-        return [Suffixes(torch.cat([clean[8 * i : 8 * i + 8], own[(8 * i) % (len(own) - 8) :][:8]]), 1)
-                for i in range(25)]  # fmt: skip
+    def at(self, energy: float) -> Editor:
+        """Return the editor of an energy."""
+        return BulkStepEditor(2.0 * (1 - energy))
 
 
-def bisect(ratio: Callable[[float], float], limit: float, low: float, high: float, falling: bool) -> float:
-    """Return the setting between two bounds whose perplexity is ``limit``: it falls, or rises, with the setting."""
-    for _ in range(8):
-        middle = (low + high) / 2
-        allowed = ratio(middle) <= limit  # not-a-number is more than allowed
-        low, high = (low, middle) if allowed == falling else (middle, high)
-    return high if falling else low
+class Trained(Editor):
+    """Weights that were trained once."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], report: EditReport) -> None:
+        super().__init__(1.0)
+        self.result = dict(weights), report
+
+    def edited_weights(self, module, factors):  # noqa: ARG002, D102
+        return self.result
 
 
-def rows(trial: Trial, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield the rows of the table."""
-    factors, spent = trial.factors(seed)
-    yield "none", trial.measure(CurvatureEditor(1.0), factors)
-    bulk = partial(BulkStepEditor, bulk=0.9)
-    for limit in LIMITS:
-        for name, make in LABEL_FREE.items():
-            energy = bisect(lambda e, make=make: trial.ratio(make(e), factors), limit, 0.0, 1.0, falling=True)
-            row = trial.measure(make(energy), factors)
-            needs = {"EK-FAC": spent["collect"] + spent["correct"], "SVD": 0.0, "random basis": 0.0}
-            row["seconds"] += needs.get(name, spent["collect"])
-            yield f"{name} ({limit:g})", {"setting": energy, **row}
-        strength = bisect(lambda s: trial.ratio(bulk(s), factors), limit, 0.1, 2.0, falling=False)
-        row = trial.measure(bulk(strength), factors)
-        row["seconds"] += spent["collect"] + spent["margins"]
-        yield f"bulk step ({limit:g})", {"setting": strength, **row}
-        energy = bisect(lambda e: trial.ratio(bulk(0.3, energy=e), factors), limit, 0.3, 1.0, falling=True)
-        row = trial.measure(bulk(0.3, energy=energy), factors)
-        row["seconds"] += spent["collect"] + spent["margins"]
-        yield f"bulk step and K-FAC ({limit:g})", {"setting": energy, **row}
-    forget = list(suffix_batches(trial.lm, trial.data.half("tuning"), 16))
+def rows(subject: Subject) -> Iterator[tuple[str, float | None, Row]]:
+    """Yield what is left by each method within each limit (None: what the method needs and costs)."""
+    factors, parts = collected(subject)
+    yield "none", None, subject.measure()
 
-    def loss(module, batch):
-        return suffix_nll(module.model, batch)
+    def within(name: str, editor, needs: tuple[str, ...]):
+        with measured() as own:
+            editor.at(0.85).edited_weights(subject.model, factors)
+        yield name, None, dataclasses.asdict(sum((parts[part] for part in needs), own))
+        points: dict[float, float] = {}
+        for limit in subject.limits:
+            energy = subject.match(editor, factors, limit, points)
+            with editor.at(energy).applied(subject.model, factors):
+                yield name, limit, {"setting": energy, **subject.measure()}
 
-    def chosen(settings, retain):
-        found = []
+    for name, (editor, _, needs) in LABEL_FREE.items():
+        if editor is None and subject.last is None:
+            continue
+        yield from within(name, editor or CurvatureEditor(layers=subject.last), needs)
+    yield from within("bulk step", Strength(), (*FACTORS, "margins"))
+    both = BulkStepEditor(STRENGTH, score="activations", soft=True)
+    yield from within("bulk step, then activations only, soft", both, (*FACTORS, "margins"))
+    yield from trained(subject, factors)
+
+
+def trained(subject: Subject, factors: KroneckerFactors) -> Iterator[tuple[str, float | None, Row]]:
+    """Yield the rows of methods that train."""
+    sets = {name: (settings, subject.retain()) for name, settings in TRAINED.items()}
+    if isinstance(subject, Text):
+        sets["gradient ascent, clean retain set"] = (TRAINED["gradient ascent"], subject.retain(domain=False))
+    before, sign = subject.utility(), -1 if subject.higher_is_better else 1
+    for name, (settings, retain) in sets.items():
+        found, costs = [], Cost()
         for number, make in enumerate(settings):
-            row = {"setting": float(number), **trial.measure(make(forget, retain, loss), factors)}
-            found.append((row["tuning"], row["times"], row))
-        within = [entry for entry in found if entry[1] <= LIMITS[0]] or [min(found, key=lambda entry: entry[1])]
-        return min(within, key=lambda entry: entry[:2])[2]
+            with measured() as cost:
+                editor = Trained(*make(subject.forget, retain, subject.losses).edited_weights(subject.model, factors))
+            costs = max(costs, cost, key=lambda c: c.seconds)
+            with editor.applied(subject.model, factors):
+                utility = subject.utility() / before
+                row = {"setting": float(number), **subject.measure()}
+                found.append((subject.tuning_rate(), -sign * utility, row))
+        yield name, None, dataclasses.asdict(costs)
+        for limit in subject.limits:
+            allowed = [entry for entry in found if -entry[1] <= sign * limit]
+            if allowed:
+                yield name, limit, min(allowed, key=lambda entry: entry[:2])[2]
 
-    for name, settings in TRAINED.items():
-        yield name, chosen(settings, trial.retain(domain=True))
-    yield "gradient ascent, clean retain set", chosen(TRAINED["gradient ascent"], trial.retain(domain=False))
+
+def run(args: argparse.Namespace) -> None:
+    """Run the benchmark, seed by seed; go on where an earlier run stopped."""
+    done = json.loads(args.out.read_text())["runs"] if args.out.exists() else {}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    seeds = [seed for seed in range(args.seeds) if str(seed) not in done]
+    for seed, subject in subjects(args.data, iter(seeds), args.models, args.root):
+        results = []
+        for name, limit, row in rows(subject):
+            results.append({"method": name, "limit": limit, **{key: round(value, 4) for key, value in row.items()}})
+            print(seed, results[-1], flush=True)
+        done[str(seed)] = results
+        args.out.write_text(json.dumps({"environment": environment(), "runs": done}, indent=1))
+
+
+def page(name: str, results: Mapping[str, Sequence[Row]]) -> str:
+    """Return the tables of one data set."""
+    kind = Text if name in ("python", "wikitext") else Images
+    runs = list(results.values())
+    methods = list(dict.fromkeys(row["method"] for run in runs for row in run))
+    title, scale, digits = kind.columns[kind.main]
+
+    def at(limit):
+        return [{row["method"]: row for row in run if row["limit"] in (limit, None) and kind.main in row}
+                for run in runs]  # fmt: skip
+
+    def left(method):
+        for limit in kind.limits:
+            values = [scale * run[method][kind.main] for run in at(limit) if method in run]
+            yield mean(values, len(runs), digits)
+
+    word = f"{kind.utility_name}, times"
+    overview = table([[m, *left(m)] for m in methods], [f"{title} at {word}", *(f"{limit:g}" for limit in kind.limits)])
+    costs = [{row["method"]: row for row in run if row["limit"] is None and "seconds" in row} for run in runs]
+    parts = [overview, "", "What they cost:", "", summary(costs, COSTS)]
+    for limit in kind.limits:
+        parts += ["", f"All that was measured at {limit:g} times the {kind.utility_name}:", "",
+                  summary(at(limit), kind.columns)]  # fmt: skip
+    return "\n".join(parts)
+
+
+def tables(results: Path, docs: Path) -> None:
+    """Write the tables of all results into a page."""
+    for name in ("python", "wikitext", "digits", "mnist"):
+        found = json.loads((results / f"methods-{name}.json").read_text())
+        facts = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
+        text = f"\n{page(name, found['runs'])}\n\n{len(found['runs'])} seeds; {facts}\n"
+        replace_section(docs, f"methods-{name}", text)
 
 
 def main() -> None:
-    """Run the benchmark."""
+    """Run the benchmark, or make its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=["wikitext", "python"])
-    parser.add_argument("--root", type=Path, help="folder with the files of WikiText-2 and the recited Dolma texts")
+    parser.add_argument("data", choices=["python", "wikitext", "digits", "mnist", "tables"])
+    parser.add_argument("--root", type=Path, help="folder with WikiText-2 and the Dolma texts, or with MNIST/raw")
     parser.add_argument("--models", type=Path, default=Path("runs/models"), help="folder for the trained models")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers, written after each seed")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="JSON file; by default benchmarks/results/methods-DATA.json")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    runs = []
-    for seed in range(args.seeds):
-        data = wikitext(seed, args.root) if args.data == "wikitext" else make_data(seed, TEXT)
-        run = {}
-        runs.append(run)
-        for name, row in rows(Trial(seed, data, args.models / f"{args.data}-{seed}"), seed):
-            run[name] = row
-            print(f"seed {seed} {name}: { ({key: round(value, 3) for key, value in row.items()}) }", flush=True)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
-    print(f"\n{args.data}, {args.seeds} seeds\n\n{summary(runs, COLUMNS)}")
+    args.out = args.out or HERE / "results" / f"methods-{args.data}.json"
+    if args.data == "tables":
+        tables(HERE / "results", HERE.parent / "docs" / "methods.md")
+        return
+    run(args)
+    print(page(args.data, json.loads(args.out.read_text())["runs"]))
 
 
 if __name__ == "__main__":
