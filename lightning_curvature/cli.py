@@ -16,21 +16,22 @@ from typing import Any, get_type_hints
 from docstring_parser import parse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from lightning_curvature import commands
-from lightning_curvature.commands import Output
+from lightning_curvature.commands import checkpoints, demos, models
+from lightning_curvature.commands.output import Output
 
 LIGHTNING = ("fit", "validate", "test")
 """Subcommands that are LightningCLI's."""
 COMMANDS: dict[str, Callable[..., Output]] = {
-    "demo digits": commands.digits,
-    "demo text": commands.text,
-    "collect": commands.collect,
-    "edit": commands.edit,
-    "revert": commands.revert,
-    "apply": commands.apply,
-    "inspect": commands.inspect,
-    "mine": commands.mine,
-    "evaluate": commands.evaluate,
+    "demo digits": demos.digits,
+    "demo text": demos.text,
+    "collect": models.collect,
+    "edit": checkpoints.edit,
+    "revert": checkpoints.revert,
+    "apply": checkpoints.apply,
+    "inspect": checkpoints.inspect,
+    "mine": models.mine,
+    "evaluate": models.evaluate,
+    "sweep": models.sweep,
 }
 POSITIONAL = ("path",)
 
@@ -52,10 +53,10 @@ def make_parser() -> ArgumentParser:
     subcommands = parser.add_subcommands(dest="command")
     demo = ArgumentParser(formatter_class=_HelpFormatter, description="Train, edit and measure on embedded data.")
     subcommands.add_subcommand("demo", demo, help="Train, edit and measure on embedded data.")
-    demos = demo.add_subcommands(dest="demo")
+    kinds = demo.add_subcommands(dest="demo")
     for name, function in COMMANDS.items():
         words = name.split()
-        owner = demos if words[0] == "demo" else subcommands
+        owner = kinds if words[0] == "demo" else subcommands
         doc = parse(function.__doc__ or "")
         owner.add_subcommand(words[-1], _command_parser(function), help=doc.short_description)
     return parser

@@ -1,7 +1,8 @@
 """Pictures. Every function returns a matplotlib figure that belongs to no window."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -114,6 +115,38 @@ def recitation_curves(
     bottom.grid(alpha=0.25)
     for axes in (top, bottom):
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], x: str, y: str) -> Figure:
+    """Draw the rows of a sweep, each edit in a colour of its own, and the front of those that none beats.
+
+    Args:
+        rows: As :func:`lightning_curvature.sweep.sweep` returns them, the unedited model first.
+        front: Those that :func:`lightning_curvature.sweep.pareto` returns.
+        x: Metric on the horizontal axis.
+        y: Metric on the vertical axis.
+    """
+    figure = Figure(figsize=(9.0, 5.2), layout="constrained")
+    axes: Axes = figure.subplots()
+    names = dict.fromkeys(row["edit"] for row in rows[1:])
+    for name in names:
+        points = sorted((row for row in rows if row["edit"] == name), key=lambda row: float(row["energy"]))
+        axes.plot(
+            [p[x] for p in points], [p[y] for p in points], "o-", markersize=5, linewidth=1, alpha=0.8, label=name
+        )
+    axes.plot([r[x] for r in front], [r[y] for r in front], "s", markersize=11, fillstyle="none", color="black",
+              label="not beaten by another")  # fmt: skip
+    for row in front:
+        if row is not rows[0]:
+            axes.annotate(f"{row['energy']:g}", (row[x], row[y]), textcoords="offset points", xytext=(8, 6), fontsize=8)
+    axes.plot(rows[0][x], rows[0][y], "*", markersize=14, color=_COLORS["memorized"], label=rows[0]["edit"])
+    # A few destroyed models must not squeeze the others into a corner.
+    finite = [row[x] for row in rows if row[x] < float("inf")]
+    axes.set(xlabel=x, ylabel=y, title=f"{y} against {x} (numbers: energies)",
+             xlim=(None, min(max(finite), 2 * rows[0][x]) * 1.02) if rows[0][x] > 0 else None)  # fmt: skip
+    axes.grid(alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 

@@ -66,7 +66,7 @@ def test_an_unexpected_error_says_its_kind(files, monkeypatch):
     def broken(*args):
         raise KeyError("x")
 
-    monkeypatch.setattr("lightning_curvature.commands.describe", broken)
+    monkeypatch.setattr("lightning_curvature.commands.checkpoints.describe", broken)
     with pytest.raises(SystemExit, match="Error: KeyError: 'x'"):
         main(["inspect", str(files / "f.safetensors")])
     with pytest.raises(KeyError):

@@ -1,75 +1,15 @@
-"""What each command of the command line does; the parser is made from the signatures and docstrings (cli.py)."""
+"""Commands that run a saved language model: collect, mine, evaluate, sweep."""
 
-import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tabulate import tabulate
 
-from lightning_curvature import files
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.checkpoints.outputs import check_outputs
-from lightning_curvature.deltas import apply_delta
-from lightning_curvature.demos.settings import TEXT, TextSettings
-from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
+from lightning_curvature.commands.output import Output, extra
 from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.inspection import describe, description
-
-
-class Output(NamedTuple):
-    """What a command says: text for people, JSON values for ``--json``."""
-
-    text: str
-    data: Any
-
-
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Say which extra to install where an import fails."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"This command needs {error.name}: pip install 'lightning_curvature[{name}]'"
-        ) from error  # fmt: skip
-
-
-def digits(out: Path, seed: int = 0, epochs: int = 140) -> Output:
-    """Train a small ViT on digits with 10 % wrong labels, edit it, and show what it forgot.
-
-    Example:
-        lightning-curvature demo digits --out runs/digits
-
-    Args:
-        out: Folder for checkpoints, factors, report and pictures.
-        seed: Seed of the split, the noise and the training.
-        epochs: Passes over the training images.
-    """
-    with _extra("demo"):
-        from lightning_curvature.demos.digits import run_digits, summary
-    report = run_digits(out, seed, epochs)
-    return Output(f"\n{summary(report)}\nWritten to {out}", report)
-
-
-def text(out: Path, seed: int = 0, compare: bool = False, settings: TextSettings = TEXT) -> Output:
-    """Train a small OLMo-2 until it recites, edit it, and show what it forgot and what it kept.
-
-    Example:
-        lightning-curvature demo text --out runs/text --compare
-
-    Args:
-        out: Folder for checkpoints, factors, report, data files and pictures.
-        seed: Seed of the data and the training.
-        compare: Also measure the controls, at the same perplexity.
-        settings: Sizes.
-    """
-    with _extra("demo"):
-        from lightning_curvature.demos.text import run_text, summary
-    report = run_text(out, seed, compare, settings)
-    return Output(f"\n{summary(report)}\nWritten to {out}", report)
+from lightning_curvature.sweep import pareto
 
 
 def collect(
@@ -111,7 +51,7 @@ def collect(
         save_every: Batches between two saves of the progress.
         seed: Seed of the random draws.
     """
-    with _extra("text"):
+    with extra("text"):
         from lightning_curvature.text.collecting import collect_text
         from lightning_curvature.text.models import load_model, load_tokenizer
     factors = collect_text(
@@ -160,7 +100,7 @@ def mine(
         checkpoint: Take the weights from this checkpoint (.ckpt, .pt, .safetensors) instead.
         seed: Seed of the sample.
     """
-    with _extra("text"):
+    with extra("text"):
         from lightning_curvature.text import mining
         from lightning_curvature.text.models import check_vocabulary, load_model, load_tokenizer
         from lightning_curvature.text.sequences import HALVES, write_sequences
@@ -215,7 +155,7 @@ def evaluate(
         out: JSON file for the results.
         examples: Markdown file for continuations before and after, side by side; needs --reference and --sequences.
     """
-    with _extra("text"):
+    with extra("text"):
         from lightning_curvature.text.suite import Suite, write_examples
     suite = Suite(model, sequences, half, corpus, recall, stress, tokens, context, batch_size)
     if examples is not None:
@@ -232,97 +172,58 @@ def evaluate(
     return Output(table, results)
 
 
-def edit(
-    checkpoint: Path,
+def sweep(
+    model: Path,
     factors: Path,
+    sequences: Path,
+    corpus: Path,
     out: Path,
-    energy: float | dict[str, float] = DEFAULT_ENERGY,
+    half: str | None = "tuning",
+    energies: list[str] | None = None,
     layers: list[str] | None = None,
-    dry_run: bool = False,
-    save_delta: Path | None = None,
-    to_hf: Path | None = None,
-    overwrite: bool = False,
-    allow_global: list[str] | None = None,
+    scores: list[str] | None = None,
+    soft: bool = False,
+    checkpoint: Path | None = None,
+    tokens: int = 20_000,
+    context: int = 128,
+    batch_size: int = 32,
 ) -> Output:
-    """Edit a saved checkpoint: a Hugging Face folder, .safetensors, Lightning .ckpt, or state dict .pt.
+    """Edit a saved Hugging Face causal LM in many ways, and show what each leaves and costs; resumable.
 
     Example:
-        lightning-curvature edit --checkpoint MODEL --factors factors.safetensors --energy 0.6 --out EDITED
+        lightning-curvature sweep --model DIR --factors F.safetensors --sequences S.jsonl --corpus C.jsonl --out sweep
 
     Args:
-        checkpoint: What to edit; it stays as it is.
-        factors: Factor file of its model (.safetensors).
-        out: File or folder to write, in the same format.
-        energy: Share of the curvature mass to keep, in (0, 1], or a dict of layer patterns to shares.
-        layers: fnmatch patterns on the layers of the factor file; by default all of them.
-        dry_run: Print what would be done, and write nothing.
-        save_delta: Also write a delta file, with which revert gets the original back.
-        to_hf: Write a Hugging Face folder from a .ckpt or .pt whose module holds a Hugging Face model; names a folder
-            with the model's config.json, from which the tokenizer and all other files are copied, too.
-        overwrite: Replace what is at out.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        model: Folder written by save_pretrained, with its tokenizer.
+        factors: Factor file of the model (.safetensors).
+        sequences: JSON lines with prefix_ids and suffix_ids, such as mine writes.
+        corpus: Text file or JSON lines with a field "text", for perplexity.
+        out: Folder for sweep.csv and sweep.png; a sweep that is there goes on.
+        half: Half of the sequences to measure on; report on the other one.
+        energies: Shares to keep, in (0, 1]; by default ten from 0.7 to 0.99.
+        layers: Choices of layers to compare, each one or several patterns with commas between; by default all layers.
+        scores: Scores to compare, such as kfac and activations; by default kfac.
+        soft: Shrink what has a low score instead of dropping it.
+        checkpoint: Take the weights from this checkpoint (.ckpt, .pt, .safetensors) instead.
+        tokens: Tokens of the corpus to read at most.
+        context: Tokens of a window of the corpus.
+        batch_size: Sequences per forward pass.
     """
-    inputs = [path for path in (checkpoint, factors, to_hf) if path is not None]
-    check_outputs([path for path in (out, save_delta) if path is not None], inputs, overwrite)
-    editor, loaded = CurvatureEditor(energy, layers), KroneckerFactors.open(factors)
-    if dry_run:
-        plan = files.plan_edit(editor, checkpoint, loaded, allow_global or ())
-        return Output(str(plan), dataclasses.asdict(plan))
-    report = files.edit_checkpoint(
-        editor, checkpoint, loaded, out, overwrite=overwrite, delta=save_delta, allow_globals=allow_global or (),
-        to_hf=to_hf,
+    with extra("text"):
+        from lightning_curvature.text.choosing import ENERGIES, Chooser, best_within
+    with extra("plots"):
+        from lightning_curvature import plots
+    chosen = ENERGIES if energies is None else [float(energy) for energy in energies]
+    rows = Chooser(model, checkpoint, KroneckerFactors.load(factors)).sweep(
+        out / "sweep.csv", sequences, half, corpus, energies=chosen, layers=layers, scores=scores or ["kfac"],
+        soft=soft, tokens=tokens, context=context, batch_size=batch_size,
     )  # fmt: skip
-    shown = f"{report}\n{files.matches(report)}\nWritten to {out}"
-    return Output(shown, {"out": str(out), **dataclasses.asdict(report)})
+    front = pareto(rows, minimize=["strict", "perplexity"])
+    plots.save(plots.pareto(rows, front, "perplexity", "strict"), out / "sweep.png")
+    headers = {"edit": "edit", "energy": "energy", "strict": "strict", "times": "perplexity, times"}
 
+    def shown(some: list[dict[str, Any]]) -> str:
+        return tabulate([[row[key] for key in headers] for row in some], [*headers.values()], floatfmt=".4g")
 
-def revert(
-    checkpoint: Path, delta: Path, out: Path, overwrite: bool = False, allow_global: list[str] | None = None
-) -> Output:
-    """Get the exact original of an edited checkpoint back, verified by hashes.
-
-    Example:
-        lightning-curvature revert --checkpoint EDITED --delta delta.safetensors --out ORIGINAL
-
-    Args:
-        checkpoint: The edited checkpoint.
-        delta: File that edit wrote with --save-delta.
-        out: File or folder to write.
-        overwrite: Replace what is at out.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
-    """
-    apply_delta(checkpoint, delta, out, revert=True, overwrite=overwrite, allow_globals=allow_global or ())
-    return Output(f"The original is back at {out}", {"out": str(out)})
-
-
-def apply(
-    checkpoint: Path, delta: Path, out: Path, overwrite: bool = False, allow_global: list[str] | None = None
-) -> Output:
-    """Make the edit of a delta file on another copy of the original checkpoint.
-
-    Example:
-        lightning-curvature apply --checkpoint COPY --delta delta.safetensors --out EDITED
-
-    Args:
-        checkpoint: An unedited copy.
-        delta: File that edit wrote with --save-delta.
-        out: File or folder to write.
-        overwrite: Replace what is at out.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
-    """
-    apply_delta(checkpoint, delta, out, revert=False, overwrite=overwrite, allow_globals=allow_global or ())
-    return Output(f"Written to {out}", {"out": str(out)})
-
-
-def inspect(path: Path, allow_global: list[str] | None = None) -> Output:
-    """Show what a factor file holds, or what was edited in a checkpoint.
-
-    Example:
-        lightning-curvature inspect factors.safetensors
-
-    Args:
-        path: Factor file, or checkpoint of any format.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
-    """
-    found = describe(path, allow_global or ())
-    return Output(description(found), found)
+    text = f"Not beaten by another one:\n\n{shown(front)}\n\nLeast recited within a perplexity:\n\n"
+    return Output(f"{text}{shown(best_within(rows))}\nWritten to {out}", {"out": str(out), "rows": rows})

@@ -1,0 +1,41 @@
+"""The demos."""
+
+from pathlib import Path
+
+from lightning_curvature.commands.output import Output, extra
+from lightning_curvature.demos.settings import TEXT, TextSettings
+
+
+def digits(out: Path, seed: int = 0, epochs: int = 140) -> Output:
+    """Train a small ViT on digits with 10 % wrong labels, edit it, and show what it forgot.
+
+    Example:
+        lightning-curvature demo digits --out runs/digits
+
+    Args:
+        out: Folder for checkpoints, factors, report and pictures.
+        seed: Seed of the split, the noise and the training.
+        epochs: Passes over the training images.
+    """
+    with extra("demo"):
+        from lightning_curvature.demos.digits import run_digits, summary
+    report = run_digits(out, seed, epochs)
+    return Output(f"\n{summary(report)}\nWritten to {out}", report)
+
+
+def text(out: Path, seed: int = 0, compare: bool = False, settings: TextSettings = TEXT) -> Output:
+    """Train a small OLMo-2 until it recites, edit it, and show what it forgot and what it kept.
+
+    Example:
+        lightning-curvature demo text --out runs/text --compare
+
+    Args:
+        out: Folder for checkpoints, factors, report, data files and pictures.
+        seed: Seed of the data and the training.
+        compare: Also measure the controls, at the same perplexity.
+        settings: Sizes.
+    """
+    with extra("demo"):
+        from lightning_curvature.demos.text import run_text, summary
+    report = run_text(out, seed, compare, settings)
+    return Output(f"\n{summary(report)}\nWritten to {out}", report)

@@ -1,0 +1,131 @@
+"""Choosing an edit of a saved language model: by what it may cost, or by a sweep."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_curvature import bulk
+from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.editor import CurvatureEditor
+from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.sweep import Row, sweep
+from lightning_curvature.text.corpus import token_windows
+from lightning_curvature.text.evaluation import perplexity, strict_rate, window_nll
+from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
+from lightning_curvature.text.models import check_vocabulary, load_model, load_tokenizer
+from lightning_curvature.text.sequences import read_sequences
+from lightning_curvature.text.suffixes import suffix_batches, suffix_margins
+
+ENERGIES = (0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.96, 0.98, 0.99)
+LIMITS = (1.02, 1.05, 1.10, 1.20)
+
+
+class Chooser:
+    """A saved language model and its factors, to try edits on.
+
+    Args:
+        folder: Folder of a Hugging Face causal LM and its tokenizer.
+        checkpoint: Take the weights from this file instead, or None.
+        factors: Factors of the model, also by the names of a module that wraps it.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the factors do not fit the model.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Path | None, factors: KroneckerFactors) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder} is no folder, and the model has to run: name the folder of the Hugging Face model whose "
+                "weights these are (--model)."
+            )
+        self.tokenizer = load_tokenizer(folder)
+        self.model = load_model(folder, checkpoint)
+        check_vocabulary(self.model, self.tokenizer)
+        self.names = {layer: name.removesuffix(".weight")
+                      for layer, name in match_layers(factors, self.model.state_dict()).items()}  # fmt: skip
+        self.factors = KroneckerFactors({self.names[layer]: factors[layer] for layer in factors}, factors.provenance)
+
+    def add_margins(self, forget: Path) -> KroneckerFactors:
+        """Return the factors, by their own names, with the gradient of margins of the sequences of a file."""
+        batches = suffix_batches(self.model, read_sequences(forget))
+        self.factors = bulk.add_margins(
+            self.model, self.factors, batches, lambda batch: suffix_margins(self.model, batch)
+        )
+        return KroneckerFactors({own: self.factors[name] for own, name in self.names.items()}, self.factors.provenance)
+
+    def find(self, editor: CurvatureEditor, limit: float, corpus: Path, tokens: int, context: int) -> dict[str, Any]:
+        """Find the strongest edit within a perplexity on every other window, and measure it on the other ones.
+
+        Returns:
+            ``energy``; ``perplexity``, as a multiple, on the windows that it was chosen on; ``held_out`` and the bounds
+            ``low`` and ``high`` of its 95 % interval on the others; and all this as ``text``.
+        """
+        windows = self._windows(corpus, tokens, context)
+        if len(windows) < 4:
+            raise ValueError(f"{corpus} has {len(windows)} windows of {context} tokens; choose on four at least.")
+        editor = self._renamed(editor)
+        match = match_perplexity(self.model, self.factors, editor, windows[::2], limit)
+        before = window_nll(self.model, windows[1::2])
+        with editor.at(match.energy).applied(self.model, self.factors):
+            ratio = perplexity_ratio(before, window_nll(self.model, windows[1::2]))
+        text = (
+            f"Energy {match.energy:.4g}: perplexity x {match.value:.4f} on the {len(windows[::2])} windows that it was "
+            f"chosen on, x {ratio.value:.4f} on {len(windows[1::2])} others (95 % interval {ratio.low:.4f} to "
+            f"{ratio.high:.4f})."
+        )
+        return {"energy": match.energy, "perplexity": match.value, "held_out": ratio.value, "low": ratio.low,
+                "high": ratio.high, "text": text}  # fmt: skip
+
+    def sweep(
+        self,
+        path: Path,
+        sequences: Path,
+        half: str | None,
+        corpus: Path,
+        *,
+        energies: Sequence[float],
+        layers: Sequence[str] | None,
+        scores: Sequence[str],
+        soft: bool,
+        tokens: int,
+        context: int,
+        batch_size: int,
+    ) -> list[Row]:
+        """Measure ``strict`` and ``perplexity`` under many edits; see :func:`lightning_curvature.sweep.sweep`.
+
+        Returns:
+            Its rows, with ``times``, the perplexity as a multiple of the unedited model's.
+        """
+        asked, windows = read_sequences(sequences, half), self._windows(corpus, tokens, context)
+        editors = {}
+        for score in scores:
+            for choice in layers or ["*"]:
+                editor = CurvatureEditor(1.0, choice.split(","), score, soft)
+                editors[editor.method if layers is None else f"{editor.method}: {choice}"] = self._renamed(editor)
+
+        def measure() -> dict[str, float]:
+            return {"strict": strict_rate(self.model, asked, batch_size), "perplexity": perplexity(self.model, windows)}
+
+        rows = sweep(self.model, self.factors, measure, editors, energies, path)
+        return [{**row, "times": row["perplexity"] / rows[0]["perplexity"]} for row in rows]
+
+    def _renamed(self, editor: CurvatureEditor) -> CurvatureEditor:
+        """Return an editor that chooses its layers by the model's own names."""
+        own = KroneckerFactors({layer: self.factors[name] for layer, name in self.names.items()})
+        layers = [self.names[layer] for layer in editor.plan(own)]
+        renamed = editor.at(1.0)
+        renamed.layers = layers
+        return renamed
+
+    def _windows(self, corpus: Path, tokens: int, context: int) -> Tensor:
+        return torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))
+
+
+def best_within(rows: Sequence[Row], limits: Sequence[float] = LIMITS) -> list[Row]:
+    """Return, for each multiple of the perplexity, the row of those within it that recites least (then costs least)."""
+    return [min((row for row in rows if row["times"] <= limit), key=lambda row: (row["strict"], row["times"]))
+            for limit in limits]  # fmt: skip
