@@ -20,8 +20,9 @@ from lightning_curvature.collect import Collector, check_options
 from lightning_curvature.collection import Collection
 from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.probes import Probes, before_after
+from lightning_curvature.probes import Probes, Target, before_after
 from lightning_curvature.report import EditReport
+from lightning_curvature.targets import Match
 from lightning_curvature.validation import collected_from
 
 _NO_DATA = (
@@ -77,6 +78,14 @@ class KFACEditCallback(Callback):
         name: Mark of the files beside a checkpoint, ``NAME-{name}.ckpt``. Several callbacks in one Trainer need
             different ones; results of probes are logged under ``curvature-{name}/`` unless it is ``"edited"``.
         seed: Seed of the callback's own random generator.
+        score: What a direction is worth, see :mod:`lightning_curvature.scores`; all but ``"ekfac"``, which needs a pass
+            over the data of its own.
+        soft: Shrink directions of low score instead of dropping them.
+        target: Instead of an energy, what the edit may cost: ``{"clean/perplexity": 1.1}`` is the strongest edit that
+            raises the perplexity of the probe ``clean`` to at most 1.1 times what it was, ``{"val/accuracy": 0.99}``
+            one that keeps 0.99 of an accuracy. The energy is searched for whenever probes are measured, at the end of
+            each validation and of fit, on that probe; look at another one for what the edit costs. Checkpoints that
+            are saved before the first search have no edited sibling.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -102,11 +111,17 @@ class KFACEditCallback(Callback):
         save_factors: str | None = None,
         name: str = "edited",
         seed: int = 0,
+        score: str = "kfac",
+        soft: bool = False,
+        target: dict[str, float] | None = None,
     ) -> None:
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"name must be a part of a file name (letters, digits, '_', '-', '.'), found {name!r}.")
         self.name = name
-        self.editor = CurvatureEditor(energy)
+        self.editor = CurvatureEditor(energy, score=score, soft=soft)
+        if score == "ekfac":
+            raise ValueError("score='ekfac' needs a second pass over the data: collect, correct_eigenvalues, edit.")
+        self.target = None if target is None else Target(target)
         self.window = None if window is None else check_count(window, "window")
         self.loop = check_option(loop, LOOPS, "loop")
         self.probes = Probes(probes or {})
@@ -119,9 +134,11 @@ class KFACEditCallback(Callback):
             "logits": logits,
             "accumulate_on": accumulate_on,
             "seed": seed,
+            **({"coupled": True} if score == "coupled" else {}),
         }
         check_options(fisher, draws, positions, accumulate_on)
         self.report: EditReport | None = None
+        self.match: Match | None = None
         self.probe_results: dict[str, float] = {}
         self._collection: Collection | None = None
         self._validates = False
@@ -134,7 +151,8 @@ class KFACEditCallback(Callback):
     @property
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint; it differs where any setting does."""
-        return self._generate_state_key(name=self.name, energy=self.editor.energy, **self._settings)
+        energy = self.editor.energy if self.target is None else self.target.entry
+        return self._generate_state_key(name=self.name, energy=energy, **self._settings)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -176,6 +194,9 @@ class KFACEditCallback(Callback):
         self._io.siblings[self.name] = self
         trainer.strategy.checkpoint_io = self._io
         self.probes.check()
+        if self.target is not None:
+            datamodule = getattr(trainer, "datamodule", None)
+            self.target.check(self.probes.files, any(hasattr(s, "probe_dataloader") for s in (pl_module, datamodule)))
         self._validates = self.loop == "validation" or (stage == "validate" and not self._fitted)
         if stage == "validate" and not self._validates:
             return  # the factors of the fit stay
@@ -237,6 +258,7 @@ class KFACEditCallback(Callback):
             collection.start(complete=True)
             self._validated = {name: tensor_hash(pl_module.get_parameter(f"{name}.weight")) for name in self.factors}
         if self.factors:
+            self._search(trainer, pl_module)
             results = self._run_probes(trainer, pl_module)
             if results:
                 pl_module.log_dict(results)
@@ -256,11 +278,21 @@ class KFACEditCallback(Callback):
             raise RuntimeError(_NO_DATA.format(source))
         self._fitted = True
         if self.loop == "train":
+            self._search(trainer, pl_module)
             self._edit_copy(pl_module)
             results = self._run_probes(trainer, pl_module)
             for logger in trainer.loggers:
                 logger.log_metrics(results, trainer.global_step)
         self._show()
+
+    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the energy of the target, if there is one."""
+        if self.target is None:
+            return
+        editor = CurvatureEditor(1.0, score=self.editor.score, soft=self.editor.soft)
+        self.match = self.probes.match(trainer, pl_module, editor, self.factors, self.target)
+        self.editor = CurvatureEditor(self.match.energy, score=editor.score, soft=editor.soft)
+        rank_zero_info(f"{self.target}: energy {self.match.energy:.4g}, {self.match.value:.4f} times")
 
     def _edit_copy(self, pl_module: pl.LightningModule) -> None:
         """Edit a copy of the weights, for the table of what an edit does."""
@@ -356,6 +388,12 @@ class KFACEditCallback(Callback):
                 rank_zero_warn(
                     f"A checkpoint of step {step} was saved before the first validation: it has no edited copy."
                 )
+            return None
+        if self.target is not None and self.match is None:
+            rank_zero_warn(
+                f"A checkpoint of step {step} was saved before the energy for {self.target} was "
+                "searched, which is done when validation ends: it has no edited copy."
+            )
             return None
         weights = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
         try:

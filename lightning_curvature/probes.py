@@ -1,5 +1,6 @@
 """Probes: data on which a model is measured before and after the edit."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
@@ -12,10 +13,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from lightning_curvature._checks import check_option
+from lightning_curvature._checks import check_option, did_you_mean, listing
 from lightning_curvature.editor import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.metrics import NoisyLabelAccuracy, Perplexity
+from lightning_curvature.targets import Match, match_energy
+
+COSTS = ("perplexity",)
+BENEFITS = ("accuracy", "recall", "recall_open_book")
+"""Metrics of a probe that tell what an edit costs."""
 
 
 class Probes:
@@ -49,17 +55,58 @@ class Probes:
         self, trainer: pl.Trainer, module: pl.LightningModule, editor: WeightEditor, factors: KroneckerFactors
     ) -> dict[str, float]:
         """Return ``{probe}/{metric}/before`` and ``.../after`` an edit, which is taken back."""
+        run = self._runner(trainer, module, factors)
+        if run is None:
+            return {}
+        with isolate_rng(), evaluating(module):
+            before = run()
+            with editor.applied(module, factors):
+                after = run()
+        columns = (("before", before), ("after", after))
+        return {f"{name}/{when}": value for when, column in columns for name, value in column.items()}
+
+    def match(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        editor: WeightEditor,
+        factors: KroneckerFactors,
+        target: "Target",
+    ) -> Match:
+        """Find the strongest edit within a target.
+
+        Raises:
+            ValueError: If no probe has the target's metric.
+        """
+        run = self._runner(trainer, module, factors, target.probe)
+        with isolate_rng(), evaluating(module):
+            found = {} if run is None else run()
+            if run is None or target.name not in found:
+                raise ValueError(
+                    f"{target}: no probe measures that.{did_you_mean(target.name, found)} Give files (probes=) or a "
+                    f"method probe_dataloader() of the module or datamodule; measured: {listing(found) or 'nothing'}."
+                )
+            return match_energy(
+                editor, module, factors, lambda: run()[target.name], target.limit, higher_is_better=target.benefit
+            )
+
+    def _runner(
+        self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors, only: str | None = None
+    ) -> Callable[[], dict[str, float]] | None:
+        """Return what measures the module as it is, on all probes or one of them; None if there is no probe."""
         sources = (module, getattr(trainer, "datamodule", None))
         loaders: dict[str, Any] = {}
         for source in sources:
             loaders |= getattr(source, "probe_dataloader", dict)()
-        if not loaders and not self.files:
-            return {}
         if self.files and not self._readers:
             from lightning_curvature.text.probes import make_probes  # transformers is imported by those who need it
 
             tokenizers = [found for source in sources if (found := getattr(source, "tokenizer", None)) is not None]
             self._readers = make_probes(self.files, tokenizers[0] if tokenizers else None)
+        loaders, readers = ({name: probe for name, probe in probes.items() if only in (None, name)}
+                            for probes in (loaders, self._readers))  # fmt: skip
+        if not loaders and not readers:
+            return None
         precision, layers = trainer.precision_plugin, list(factors)
 
         def to_device(batch: Any) -> Any:
@@ -67,16 +114,59 @@ class Probes:
 
         def run() -> dict[str, float]:
             results = run_probes(module, loaders, to_device, precision.val_step_context, layers)
-            for name, reader in self._readers.items():
+            for name, reader in readers.items():
                 results |= {f"{name}/{metric}": value for metric, value in reader.measure(module, layers).items()}
             return results
 
-        with isolate_rng(), evaluating(module):
-            before = run()
-            with editor.applied(module, factors):
-                after = run()
-        columns = (("before", before), ("after", after))
-        return {f"{name}/{when}": value for when, column in columns for name, value in column.items()}
+        return run
+
+
+class Target:
+    """What an edit may cost on a probe.
+
+    Args:
+        entry: One entry, ``"{probe}/{metric}"`` and the multiple that the metric may become.
+
+    Raises:
+        TypeError: If it is no such dict.
+        ValueError: If the metric is not one that tells what an edit costs, or the multiple lies on its wrong side.
+    """
+
+    def __init__(self, entry: Mapping[str, float]) -> None:
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            raise TypeError(
+                f"target must be a dict of one entry, such as {{'clean/perplexity': 1.1}}; found {entry!r}."
+            )
+        ((self.name, limit),) = entry.items()
+        self.entry = dict(entry)
+        self.probe, _, metric = self.name.partition("/")
+        check_option(metric, (*COSTS, *BENEFITS), f"The metric of target {self.name!r}")
+        self.benefit = metric in BENEFITS
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+            raise TypeError(f"target {self.name!r} must be a number, found {limit!r}.")
+        if not (0 < limit <= 1 if self.benefit else 1 < limit < math.inf):
+            side = "at most 1: the share that is kept" if self.benefit else "above 1: what it may become"
+            raise ValueError(f"target {self.name!r} must be {side}, as a multiple of what it was; found {limit!r}.")
+        self.limit = float(limit)
+
+    def check(self, files: Iterable[str], loaders: bool) -> None:
+        """Check before a run starts that there may be such a probe.
+
+        Args:
+            files: Names of the probes that are files.
+            loaders: Whether there are others, whose names are known when they are measured.
+
+        Raises:
+            ValueError: If there can be none.
+        """
+        if not loaders and self.probe not in files:
+            raise ValueError(
+                f"{self}: there is no probe {self.probe!r}. Give a file, probes={{{self.probe!r}: ...}}, or a method "
+                "probe_dataloader() of the module or the datamodule."
+            )
+
+    def __str__(self) -> str:
+        return f"target {self.name} x {self.limit:g}"
 
 
 def before_after(results: Mapping[str, float]) -> str:

@@ -17,7 +17,7 @@ from lightning_curvature.factors import KroneckerFactors
 
 SLACK = 0.005
 """A cost that falls by more than this while the edit gets stronger is not monotone; relative."""
-NARROW = 2e-4
+NARROW = 1e-5
 """Width of the bracket of energies at which the search ends in any case: a metric over few examples has steps."""
 
 
