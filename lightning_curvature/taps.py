@@ -210,6 +210,24 @@ class Taps:
             self._on_backward(loss)
 
 
+@contextmanager
+def layer_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record what some layers read while the block runs: by name, the inputs of its calls, detached."""
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[name].append((args[0] if args else next(iter(kwargs.values()))).detach())
+
+        return keep
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield found
+
+
 class _FunctionTap(TorchFunctionMode):
     def __init__(self, taps: Taps) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ def match_energy(
 
     Returns:
         The energy, what it costs, and all that was measured. Where no edit at all is within the limit, the energy 1,
-        with a warning. That a stronger edit costs less than a milder one is a warning, too.
+        with a warning; another one if a stronger edit is known to be within it while a milder one is not.
 
     Raises:
         ValueError: If the unedited module's metric is not a positive number, or the limit is not positive.
@@ -105,19 +105,18 @@ def match_energy(
 
     allowed = sign * math.log(limit)
     costs = {energy: cost(energy) for energy in sorted({1.0, *found})}
-    high = min((energy for energy in costs if costs[energy] <= allowed), default=1.0)
-    low = max((energy for energy in costs if energy < high), default=0.0)
+    low = max((energy for energy in costs if costs[energy] > allowed and energy < 1.0), default=0.0)
+    high = min(energy for energy in costs if energy > low)  # nothing milder is beyond the limit
     slack = math.log1p(tolerance)
     while high - low > NARROW and not allowed - slack <= costs[high] <= allowed:
         middle = _between((low, costs.get(low, math.inf)), (high, costs[high]), allowed - slack / 2)
         costs[middle] = cost(middle)
         low, high = (low, middle) if costs[middle] <= allowed else (middle, high)
     match = Match(high, found[high], dict(sorted(found.items())))
-    if match.violations(higher_is_better):
-        pairs = ", ".join(f"{one:.4g} and {two:.4g}" for one, two in match.violations(higher_is_better))
+    if lower := [energy for energy in costs if energy < low and costs[energy] <= allowed]:
         warnings.warn(
-            f"The metric is not monotone in the energy, between {pairs}: the energy {high:.4g} is within the limit, "
-            "but a lower one may be, too. Look at a sweep.",
+            f"The metric is not monotone in the energy: {low:.4g} is beyond the limit, and the stronger edit of "
+            f"{min(lower):.4g} is not. Chosen is {high:.4g}, above both; look at a sweep.",
             stacklevel=2,
         )
     if high == 1.0:

@@ -188,7 +188,7 @@ def test_an_edit_by_what_it_may_cost(saved, tmp_path, capsys):
     for more, message in [
         (("--checkpoint", path / "a.ckpt"), "name the folder of the Hugging Face model"),
         (("--checkpoint", path / "model", "--energy", '{"*": 0.5}'), "one energy for all layers"),
-        (("--checkpoint", path / "model", "--context", "150"), "choose on four at least"),
+        (("--checkpoint", path / "model", "--context", "60"), "choose on four at least"),
     ]:
         with pytest.raises(SystemExit, match=message):
             main([*map(str, common), *map(str, more), "--out", str(tmp_path / "d")])
@@ -219,10 +219,10 @@ def test_an_edit_against_a_list(saved, tmp_path, capsys):
     from lightning_curvature.text.models import load_model
 
     assert strict_rate(load_model(tmp_path / "edited"), asked) < strict_rate(net, asked)
-    both = run(capsys, *common, "--score", "activations", "--soft", "--perplexity", "1.6", "--corpus",
-               path / "corpus.jsonl", "--context", "12", "--out", tmp_path / "both")  # fmt: skip
+    both = run(capsys, *common, "--strength", "0.05", "--score", "activations", "--soft", "--perplexity", "3",
+               "--corpus", path / "corpus.jsonl", "--context", "12", "--out", tmp_path / "both")  # fmt: skip
     assert both["method"] == "bulk step, activations, soft"
-    assert both["target"]["perplexity"] <= 1.6
+    assert both["target"]["perplexity"] <= 3
     main(["revert", "--checkpoint", str(tmp_path / "edited"), "--delta", str(tmp_path / "d.safetensors"), "--out",
           str(tmp_path / "back")])  # fmt: skip
     name = "model.safetensors"
