@@ -28,16 +28,13 @@ process held before. Mean and sample standard deviation over seeds.
 
 import argparse
 import dataclasses
-import json
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
-from subjects import Images, Subject, Text, collected, subjects
-from tables import Cost, environment, mean, measured, replace_section, summary, table
+from subjects import IMAGES, TEXTS, Images, Subject, Text, collected, subject
+from tables import DOCS, Cost, mean, measured, parser, read, replace_section, run, summary, table
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.baselines import (
@@ -51,7 +48,6 @@ from lightning_curvature.bulk import BulkStepEditor
 from lightning_curvature.editor import Editor
 from lightning_curvature.report import EditReport
 
-HERE = Path(__file__).parent
 FACTORS = ("collect", "decompose")
 LABEL_FREE = {
     "K-FAC": (CurvatureEditor(), "data", FACTORS),
@@ -83,6 +79,9 @@ TRAINED = {
     ],
 }
 STRENGTH = 0.15
+FORGET, BOTH = "forget set, data", "forget set, retain set"
+SUPERVISED = {"bulk step": FORGET, "bulk step, then activations only, soft": FORGET, "BalancedSubnet": BOTH,
+              "gradient ascent": BOTH, "NPO": BOTH, "gradient ascent, clean retain set": BOTH}  # fmt: skip
 COSTS = {"seconds": ("seconds", 1, 1), "memory": ("memory, MiB", 1, 0), "passes": ("backward passes", 1, 0)}
 
 Row = dict[str, float]
@@ -107,72 +106,63 @@ class Trained(Editor):
         return self.result
 
 
-def rows(subject: Subject) -> Iterator[tuple[str, float | None, Row]]:
+def rows(model: Subject) -> Iterator[tuple[str, float | None, Row]]:
     """Yield what is left by each method within each limit (None: what the method needs and costs)."""
-    factors, parts = collected(subject)
-    yield "none", None, subject.measure()
+    factors, parts = collected(model)
+    yield "none", None, model.measure()
 
     def within(name: str, editor, needs: tuple[str, ...]):
         with measured() as own:
-            editor.at(0.85).edited_weights(subject.model, factors)
+            editor.at(0.85).edited_weights(model.model, factors)
         yield name, None, dataclasses.asdict(sum((parts[part] for part in needs), own))
         points: dict[float, float] = {}
-        for limit in subject.limits:
-            energy = subject.match(editor, factors, limit, points)
-            with editor.at(energy).applied(subject.model, factors):
-                yield name, limit, {"setting": energy, **subject.measure()}
+        for limit in model.limits:
+            energy = model.match(editor, factors, limit, points)
+            with editor.at(energy).applied(model.model, factors):
+                yield name, limit, {"setting": energy, **model.measure()}
 
     for name, (editor, _, needs) in LABEL_FREE.items():
-        if editor is None and subject.last is None:
+        if editor is None and model.last is None:
             continue
-        yield from within(name, editor or CurvatureEditor(layers=subject.last), needs)
+        yield from within(name, editor or CurvatureEditor(layers=model.last), needs)
     yield from within("bulk step", Strength(), (*FACTORS, "margins"))
     both = BulkStepEditor(STRENGTH, score="activations", soft=True)
     yield from within("bulk step, then activations only, soft", both, (*FACTORS, "margins"))
-    yield from trained(subject, factors)
+    yield from trained(model, factors)
 
 
-def trained(subject: Subject, factors: KroneckerFactors) -> Iterator[tuple[str, float | None, Row]]:
+def trained(model: Subject, factors: KroneckerFactors) -> Iterator[tuple[str, float | None, Row]]:
     """Yield the rows of methods that train."""
-    sets = {name: (settings, subject.retain()) for name, settings in TRAINED.items()}
-    if isinstance(subject, Text):
-        sets["gradient ascent, clean retain set"] = (TRAINED["gradient ascent"], subject.retain(domain=False))
-    before, sign = subject.utility(), -1 if subject.higher_is_better else 1
+    sets = {name: (settings, model.retain()) for name, settings in TRAINED.items()}
+    if isinstance(model, Text):
+        sets["gradient ascent, clean retain set"] = (TRAINED["gradient ascent"], model.retain(domain=False))
+    before, sign = model.utility(), -1 if model.higher_is_better else 1
     for name, (settings, retain) in sets.items():
         found, costs = [], Cost()
         for number, make in enumerate(settings):
             with measured() as cost:
-                editor = Trained(*make(subject.forget, retain, subject.losses).edited_weights(subject.model, factors))
+                editor = Trained(*make(model.forget, retain, model.losses).edited_weights(model.model, factors))
             costs = max(costs, cost, key=lambda c: c.seconds)
-            with editor.applied(subject.model, factors):
-                utility = subject.utility() / before
-                row = {"setting": float(number), **subject.measure()}
-                found.append((subject.tuning_rate(), -sign * utility, row))
+            with editor.applied(model.model, factors):
+                utility = model.utility() / before
+                row = {"setting": float(number), **model.measure()}
+                found.append((model.tuning_rate(), -sign * utility, row))
         yield name, None, dataclasses.asdict(costs)
-        for limit in subject.limits:
+        for limit in model.limits:
             allowed = [entry for entry in found if -entry[1] <= sign * limit]
             if allowed:
                 yield name, limit, min(allowed, key=lambda entry: entry[:2])[2]
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run the benchmark, seed by seed; go on where an earlier run stopped."""
-    done = json.loads(args.out.read_text())["runs"] if args.out.exists() else {}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    seeds = [seed for seed in range(args.seeds) if str(seed) not in done]
-    for seed, subject in subjects(args.data, iter(seeds), args.models, args.root):
-        results = []
-        for name, limit, row in rows(subject):
-            results.append({"method": name, "limit": limit, **{key: round(value, 4) for key, value in row.items()}})
-            print(seed, results[-1], flush=True)
-        done[str(seed)] = results
-        args.out.write_text(json.dumps({"environment": environment(), "runs": done}, indent=1))
+def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
+    """Yield the results of one seed."""
+    for name, limit, row in rows(subject(args.data, seed, args)):
+        yield {"method": name, "limit": limit, **row}
 
 
-def page(name: str, results: Mapping[str, Sequence[Row]]) -> str:
+def page(name: str, runs: Sequence[Any]) -> str:
     """Return the tables of one data set."""
-    kind = Text if name in ("python", "wikitext") else Images
-    runs = list(results.values())
+    kind = Text if name in TEXTS else Images
     methods = list(dict.fromkeys(row["method"] for run in runs for row in run))
     title, scale, digits = kind.columns[kind.main]
 
@@ -188,42 +178,33 @@ def page(name: str, results: Mapping[str, Sequence[Row]]) -> str:
     word = f"{kind.utility_name}, times"
     overview = table([[m, *left(m)] for m in methods], [f"{title} at {word}", *(f"{limit:g}" for limit in kind.limits)])
     costs = [{row["method"]: row for row in run if row["limit"] is None and "seconds" in row} for run in runs]
-    parts = [overview, "", "What they cost:", "", summary(costs, COSTS)]
+    needs = {name: needs for name, (_, needs, _) in LABEL_FREE.items()} | SUPERVISED
+    body = [
+        [m, needs[m], *(mean([run[m][key] for run in costs], len(runs), d) for key, (_, _, d) in COSTS.items())]
+        for m in costs[0]
+    ]
+    parts = [overview, "", "What they need and cost:", "",
+             table(body, ["", "needs", *(title for title, _, _ in COSTS.values())])]  # fmt: skip
     for limit in kind.limits:
         parts += ["", f"All that was measured at {limit:g} times the {kind.utility_name}:", "",
                   summary(at(limit), kind.columns)]  # fmt: skip
     return "\n".join(parts)
 
 
-def tables(results: Path, docs: Path) -> None:
-    """Write the tables of all results into a page."""
-    for name in ("python", "wikitext", "digits", "mnist"):
-        found = json.loads((results / f"methods-{name}.json").read_text())
-        facts = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
-        text = f"\n{page(name, found['runs'])}\n\n{len(found['runs'])} seeds; {facts}\n"
-        replace_section(docs, f"methods-{name}", text)
+def tables() -> None:
+    """Write the tables of all results into the docs."""
+    for name in (*TEXTS, *IMAGES):
+        runs, facts = read("methods", name)
+        replace_section(DOCS / "methods.md", f"methods-{name}", f"\n{page(name, runs)}\n\n{facts}\n")
 
 
 def main() -> None:
     """Run the benchmark, or make its tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=["python", "wikitext", "digits", "mnist", "tables"])
-    parser.add_argument("--root", type=Path, help="folder with WikiText-2 and the Dolma texts, or with MNIST/raw")
-    parser.add_argument("--models", type=Path, default=Path("runs/models"), help="folder for the trained models")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="JSON file; by default benchmarks/results/methods-DATA.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    args.out = args.out or HERE / "results" / f"methods-{args.data}.json"
+    args = parser(__doc__, (*TEXTS, *IMAGES)).parse_args()
     if args.data == "tables":
-        tables(HERE / "results", HERE.parent / "docs" / "methods.md")
-        return
-    run(args)
-    print(page(args.data, json.loads(args.out.read_text())["runs"]))
+        tables()
+    else:
+        print(page(args.data, list(run("methods", args, partial(results, args))["runs"].values())))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Trained models that memorize, and what is measured on them: what the benchmarks of methods and controls compare."""
 
+import argparse
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from lightning_curvature.text.evaluation import Baseline, perplexity, strict_rat
 from lightning_curvature.text.suffixes import Suffixes, suffix_batches, suffix_margins, suffix_nll
 
 WINDOWS = 100
+TEXTS = ("python", "wikitext")
+IMAGES = ("digits", "mnist")
 LAST = ["*.2.mlp.[gu]*", "*.3.mlp.[gu]*"]
 TEXT_COLUMNS = {
     "setting": ("setting", 1, 2),
@@ -254,7 +257,6 @@ def collected(subject: Subject) -> tuple[KroneckerFactors, dict[str, Cost]]:
     return factors, parts
 
 
-def subjects(name: str, seeds: Iterator[int], models: Path, root: Path | None) -> Iterator[tuple[int, Subject]]:
-    """Yield the models of some seeds, trained unless they are in ``models``."""
-    for seed in seeds:
-        yield seed, (Text if name in ("python", "wikitext") else Images)(name, seed, models, root)
+def subject(name: str, seed: int, args: argparse.Namespace) -> Subject:
+    """Return the model of a seed, trained unless it is there already."""
+    return (Text if name in TEXTS else Images)(name, seed, args.models, args.root)

@@ -1,20 +1,28 @@
 """What the benchmarks share: costs, the environment, means over seeds, and tables inside a page of the docs."""
 
+import argparse
 import datetime
+import json
+import logging
 import platform
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import lightning.pytorch as pl
 import torch
 import transformers
 from tabulate import tabulate
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 @dataclass
@@ -59,6 +67,51 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__, "lightning": pl.__version__, "transformers": transformers.__version__,
         "threads": torch.get_num_threads(), "processor": platform.machine(),
     }  # fmt: skip
+
+
+def parser(doc: str, data: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the arguments that the benchmarks of :mod:`subjects` have in common."""
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("data", choices=[*data, "tables"])
+    arguments.add_argument("--root", type=Path, help="folder with WikiText-2 and the Dolma texts, or with MNIST/raw")
+    arguments.add_argument("--models", type=Path, default=Path("runs/models"), help="folder for the trained models")
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--out", type=Path, help="JSON file; by default benchmarks/results/BENCHMARK-DATA.json")
+    return arguments
+
+
+def run(name: str, args: argparse.Namespace, results: Callable[[int], Iterator[dict[str, object]]]) -> dict[str, Any]:
+    """Run a benchmark seed by seed, write its file after each seed, and go on where an earlier run stopped.
+
+    Returns:
+        What the file holds: ``environment``, and ``runs``, the results by seed.
+    """
+    torch.set_num_threads(args.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    path = args.out or RESULTS / f"{name}-{args.data}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = json.loads(path.read_text())["runs"] if path.exists() else {}
+    for seed in range(args.seeds):
+        if str(seed) in done:
+            continue
+        rows = []
+        for row in results(seed):
+            rows.append({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()})
+            print(seed, rows[-1], flush=True)
+        done[str(seed)] = rows
+        path.write_text(json.dumps({"environment": environment(), "runs": done}, indent=1))
+    return {"environment": environment(), "runs": done}
+
+
+def read(name: str, data: str) -> tuple[list[Any], str]:
+    """Return the results of a benchmark by seed, and a line that says what they may depend on."""
+    found = json.loads((RESULTS / f"{name}-{data}.json").read_text())
+    facts = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
+    seeds = len(found["runs"])
+    return list(found["runs"].values()), f"{seeds} seed{'s' if seeds > 1 else ''}; {facts}"
 
 
 def mean(values: Sequence[float], of: int, digits: int) -> str:
