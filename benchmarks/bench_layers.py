@@ -7,7 +7,8 @@ labels of the report part. What might predict it, layer by layer:
 
 - *separation* (``lightning_curvature.ranking.rank_layers``): how well the share of activation energy in the flat half
   tells recited windows from other text (text: the tuning half of the memorized sequences, which the model recites,
-  against clean text; images: training images against validation images, no labels);
+  against clean text; images: the CLS tokens of training images against those of validation images, no labels), as
+  the distance of the area under the ROC curve from 0.5;
 - *depth*: the number of the block;
 - *relative change* of the weight under the default energy, from factors and weight alone;
 - *curvature*: tr(A) tr(G), the total mass;
@@ -65,7 +66,8 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
             predicted["margins"][name] = float(flat)
     else:
         train, val = model.data.train.tensors[0], model.data.val.tensors[0]
-        predicted["separation"] = rank_layers(model.model, factors, [train], [val], model.model)
+        predicted["separation"] = rank_layers(model.model, factors, [train], [val], model.model, positions="first")
+    predicted["separation"] = {name: abs(area - 0.5) for name, area in predicted["separation"].items()}
     predicted["depth"] = {name: float(re.search(r"\.(\d+)\.", name)[1]) for name in factors}
     predicted["curvature"] = {name: float(f.A.trace() * f.G.trace()) for name, f in factors.items()}
     report = CurvatureEditor().edited_weights(model.model, factors)[1]

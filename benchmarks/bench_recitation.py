@@ -22,20 +22,14 @@ Data: ``wikitext`` takes clean text from WikiText-2 and the sequences from texts
 import argparse
 import json
 import logging
-import platform
 import random
 import re
-import statistics
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import lightning.pytorch as pl
-import torch
-import transformers
-from tabulate import tabulate
+from tables import environment, summary
 
 from lightning_curvature import CurvatureEditor
 from lightning_curvature.demos.recitation import RecitedText
@@ -117,28 +111,6 @@ def run(seed: int, data: RecitedText) -> dict[str, dict[str, dict[str, float]]]:
             for name, rows in (("methods", methods), ("layers", layers), ("energies", energies))}  # fmt: skip
 
 
-def environment() -> dict[str, object]:
-    """Return what the numbers may depend on."""
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__,
-        "transformers": transformers.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
-    }  # fmt: skip
-
-
-def summary(runs: list[dict[str, dict[str, float]]], columns: Mapping[str, tuple[str, float, int]] = COLUMNS) -> str:
-    """Return the mean and standard deviation over seeds as a table, rates in percent."""
-    body = []
-    for row in runs[0]:
-        cells = [row]
-        for column, (_, scale, digits) in columns.items():
-            values = [scale * run[row][column] for run in runs if column in run[row]]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
-        body.append(cells)
-    headers = ["", *(title for title, _, _ in columns.values())]
-    return tabulate(body, headers, tablefmt="github", disable_numparse=True)
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,7 +131,7 @@ def main() -> None:
             args.out.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
     for title in ("methods", "layers", "energies"):
         print(f"\n{args.data}: {title}, {args.seeds} seeds\n")
-        print(summary([results[title] for results in runs]))
+        print(summary([results[title] for results in runs], COLUMNS))
 
 
 if __name__ == "__main__":

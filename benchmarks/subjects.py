@@ -17,15 +17,16 @@ from torch.utils.data import TensorDataset
 from lightning_curvature import KFACEditCallback, KroneckerFactors
 from lightning_curvature.bulk import add_margins
 from lightning_curvature.collect import collect
-from lightning_curvature.demos.label_noise import evaluate, predict
+from lightning_curvature.demos.label_noise import evaluate, forget_and_retain, image_losses, predict
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.settings import TEXT
 from lightning_curvature.demos.text import make_data, train_text
+from lightning_curvature.demos.unlearning import text_losses, text_sets
 from lightning_curvature.editor import Editor
 from lightning_curvature.eigenvalues import correct_eigenvalues
 from lightning_curvature.targets import match_energy
 from lightning_curvature.text.evaluation import Baseline, perplexity, strict_rate
-from lightning_curvature.text.suffixes import Suffixes, suffix_batches, suffix_margins, suffix_nll
+from lightning_curvature.text.suffixes import Suffixes, suffix_margins
 
 WINDOWS = 100
 TEXTS = ("python", "wikitext")
@@ -125,23 +126,17 @@ class Text:
     @functools.cached_property
     def forget(self) -> list[Suffixes]:
         """Batches of what to forget."""
-        return list(suffix_batches(self.lm, self.data.half("tuning"), 16))
+        return text_sets(self.model, self.data)[0]
 
     def margins(self, batch: Any) -> torch.Tensor:
         """Return the margins of a batch of the forget set."""
         return suffix_margins(self.lm, batch)
 
-    def losses(self, module: Any, batch: Any) -> torch.Tensor:
-        """Return the mean negative log-likelihood of each example."""
-        return suffix_nll(module.model, batch)
+    losses = staticmethod(text_losses)
 
     def retain(self, domain: bool = True) -> list[Suffixes]:
         """Return batches of clean text, half of each from the domain if asked for."""
-        clean, own = self.data.collected, self.data.held_out["domain"]["tuning"]
-        if not domain:
-            return [Suffixes(rows, 1) for rows in torch.split(clean[:400], 16)]
-        return [Suffixes(torch.cat([clean[8 * i : 8 * i + 8], own[(8 * i) % (len(own) - 8) :][:8]]), 1)
-                for i in range(25)]  # fmt: skip
+        return text_sets(self.model, self.data, domain)[1]
 
 
 class Images:
@@ -213,9 +208,7 @@ class Images:
     @functools.cached_property
     def forget(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of what to forget."""
-        images, noised, clean = self.halves["tuning"][0].tensors
-        chosen = noised != clean
-        return list(zip(torch.split(images[chosen], 16), torch.split(noised[chosen], 16), strict=True))
+        return forget_and_retain(self.data)[0]
 
     def margins(self, batch: Any) -> torch.Tensor:
         """Return the margins of a batch of the forget set."""
@@ -223,15 +216,11 @@ class Images:
         own = logits.gather(1, batch[1][:, None])
         return own - logits.scatter(1, batch[1][:, None], -torch.inf).amax(1, keepdim=True)
 
-    def losses(self, module: Any, batch: Any) -> torch.Tensor:
-        """Return the negative log-likelihood of each example."""
-        return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+    losses = staticmethod(image_losses)
 
     def retain(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return batches of training images of the tuning part whose labels are right."""
-        images, noised, clean = self.halves["tuning"][0].tensors
-        right = noised == clean
-        return list(zip(torch.split(images[right], 64), torch.split(noised[right], 64), strict=True))
+        return forget_and_retain(self.data)[1]
 
 
 Subject = Text | Images

@@ -1,10 +1,9 @@
 """Which layers to edit, without labels: where recited and other examples use different directions.
 
-A layer reads a recited example with more of its energy in the flat directions of its inputs' curvature than it reads
-another example. How well that share tells the two apart, layer by layer, says where the flat directions hold what is
-recited. It takes the factors and one forward pass; which examples a model recites it says itself
-(``lightning-curvature mine``). Whether the ranking predicts what an edit of the layer does is measured in
-``benchmarks/bench_layers.py``; see ``docs/methods.md``.
+Where a layer holds what is recited, it reads recited examples with another share of their energy in the flat directions
+of its inputs' curvature than other examples. How well that share tells the two apart says which layer that is. It takes
+the factors and one forward pass; which examples a model recites it says itself (``lightning-curvature mine``). How well
+the ranking predicts what an edit of the layer does is measured in ``benchmarks/bench_layers.py``.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
+from lightning_curvature._checks import check_option
 from lightning_curvature.editor import find_layer
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.layers import input_rows
@@ -30,6 +30,7 @@ def flat_share(
     batches: Iterable[Batch],
     forward: Callable[[Batch], Any],
     flat: float = 0.5,
+    positions: str = "all",
 ) -> dict[str, Tensor]:
     r"""Return the share of each example's activation energy in the flat directions of each layer's inputs.
 
@@ -42,6 +43,8 @@ def flat_share(
         batches: Examples.
         forward: Runs the module on a batch; the first dimension of what the layers read is the examples.
         flat: Share of the directions that count as flat, the weakest ones, in (0, 1).
+        positions: ``"all"``, or ``"first"`` for the first position of each example alone: the CLS token of a ViT, whose
+            other tokens mean nothing in the last block.
 
     Returns:
         By layer, float64 ``[n]``; a layer that read only zeros has NaN.
@@ -50,6 +53,7 @@ def flat_share(
         ValueError: If there is no batch, ``flat`` is out of range, or the factors do not fit the module.
         RuntimeError: If a layer did not run, or not once in each batch.
     """
+    check_option(positions, ("all", "first"), "positions")
     if not 0.0 < flat < 1.0:
         raise ValueError(f"flat must lie between 0 and 1, found {flat!r}.")
     layers = {name: find_layer(module, name) for name in factors}
@@ -70,7 +74,8 @@ def flat_share(
                     )
                 weak = basis[:, round((1 - flat) * len(basis)) :].to(rows.device)
                 energy = torch.stack([(rows.double() @ weak).square().sum(1), rows.double().square().sum(1)])
-                flat_energy, total = rearrange(energy, "two (n t) -> two n t", n=len(calls[0])).sum(2)
+                by_example = rearrange(energy, "two (n t) -> two n t", n=len(calls[0]))
+                flat_energy, total = by_example[..., :1].sum(2) if positions == "first" else by_example.sum(2)
                 shares[name].append((flat_energy / total).cpu())
     if not any(shares.values()):
         raise ValueError("There is nothing to measure: no batch was given.")
@@ -84,6 +89,7 @@ def rank_layers(
     others: Iterable[Batch],
     forward: Callable[[Batch], Any],
     flat: float = 0.5,
+    positions: str = "all",
 ) -> dict[str, float]:
     """Rank layers by how well the share of flat energy tells recited examples from others.
 
@@ -94,16 +100,18 @@ def rank_layers(
         others: Batches of other examples.
         forward: As in :func:`flat_share`.
         flat: As in :func:`flat_share`.
+        positions: As in :func:`flat_share`.
 
     Returns:
-        By layer, the best one first: the area under the ROC curve, 0.5 where the share says nothing.
+        By layer, the best one first: the area under the ROC curve. At 0.5 the share says nothing; the further from it,
+        on either side, the better the layer.
 
     Raises:
         ValueError: As :func:`flat_share`.
     """
-    one, two = (flat_share(module, factors, batches, forward, flat) for batches in (recited, others))
+    one, two = (flat_share(module, factors, batches, forward, flat, positions) for batches in (recited, others))
     areas = {}
     for name in factors:
         target = torch.cat([torch.ones(len(one[name])), torch.zeros(len(two[name]))]).long()
         areas[name] = float(binary_auroc(torch.cat([one[name], two[name]]), target))
-    return dict(sorted(areas.items(), key=lambda item: -item[1]))
+    return dict(sorted(areas.items(), key=lambda item: -abs(item[1] - 0.5)))

@@ -44,8 +44,12 @@ def test_the_demo_writes_what_it_says(run):
 def test_the_report_holds_before_after_and_controls(run):
     report = json.loads((run[0] / "report.json").read_text())
     assert set(report["before"]) == set(report["after"]) == set(label_noise.METRICS)
-    assert set(report["methods"]) == {"kfac", "activations", "svd", "random"}
+    assert set(report["methods"]) == {"kfac", "activations", "svd", "random", "bsn"}
     assert {"seconds", "versions"} <= set(report)
+    subnet = report["methods"].pop("bsn")
+    assert set(subnet) == {"ratio", *label_noise.METRICS}
+    assert subnet["ratio"] in label_noise.RATIOS
+    assert subnet["memorized"] < report["before"]["memorized"]
     for method, row in report["methods"].items():
         energy = row["energy"]
         assert row == {"energy": energy} | report["curves"]["report"][method][str(energy)]
@@ -110,7 +114,7 @@ def test_the_text_report(text_run):
     report = json.loads((text_run[0] / "report.json").read_text())
     assert set(text.METRICS) <= set(report["before"])
     assert set(report["before"]) == set(report["after"])
-    assert set(report["methods"]) == {"kfac", "activations", "svd", "random"}
+    assert set(report["methods"]) == {"kfac", "activations", "svd", "random", "bsn"}
     assert {"seconds", "versions"} <= set(report)
     energy = report["settings"]["energy"]
     assert report["methods"]["kfac"] == pytest.approx({"energy": energy} | report["after"])

@@ -36,6 +36,11 @@ def test_shares_example_by_example():
             flat = sum(float(vectors[:, j] @ a) ** 2 for a in inputs[example] for j in range(half))
             total = sum(float(a @ a) for a in inputs[example])
             assert float(found[name][example]) == pytest.approx(flat / total)
+    first = flat_share(module, factors, [rows], module, positions="first")
+    alone = flat_share(module, factors, [rows[:, :1]], module)
+    assert all(torch.allclose(first[name], alone[name]) for name in factors)
+    with pytest.raises(ValueError, match="positions must be one of"):
+        flat_share(module, factors, [rows], module, positions="last")
     assert flat_share(module, factors, [rows], module, flat=0.2)["0"].max() < found["0"].max()
 
 
@@ -51,6 +56,9 @@ def test_the_layer_where_examples_differ_comes_first():
     areas = rank_layers(module, factors, [recited], [rows[20:30], rows[30:]], module)
     assert list(areas) == ["0", "2"]
     assert areas["0"] > 0.9
+    swapped = rank_layers(module, factors, [rows[20:30], rows[30:]], [recited], module)
+    assert list(swapped) == ["0", "2"]
+    assert swapped["0"] == pytest.approx(1 - areas["0"])
     assert 0.2 < areas["2"] < 0.8
 
 

@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
+from lightning_curvature.baselines import BalancedSubnet, RandomBasisEditor, SVDEditor
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.editor import CurvatureEditor, WeightEditor
 from lightning_curvature.factors import KroneckerFactors
@@ -27,6 +28,10 @@ ENERGIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.87, 0.9,
 MEMORIZED_LIMIT = 0.2
 """Each method gets the energy of highest validation accuracy among those that leave at most this share memorized."""
 
+RATIOS = (0.02, 0.05, 0.1, 0.2)
+"""Shares of the weights that BalancedSubnet may set to zero."""
+
+Batch = tuple[Tensor, Tensor]
 Metrics = dict[str, float]
 Curve = dict[str, dict[float, Metrics]]
 
@@ -71,6 +76,36 @@ def energy_curves(model: nn.Module, factors: KroneckerFactors, data: NoisyLabels
                 for part, (train, val) in halves.items():
                     curves[part][method][energy] = evaluate(model, train, val)
     return curves
+
+
+def forget_and_retain(data: NoisyLabels) -> tuple[list[Batch], list[Batch]]:
+    """Return batches of images of the tuning part with wrong labels, and of those with right ones."""
+    images, noised, clean = data.halves()["tuning"][0].tensors
+    wrong, right = (
+        list(zip(torch.split(images[chosen], size), torch.split(noised[chosen], size), strict=True))
+        for chosen, size in ((noised != clean, 16), (noised == clean, 64))
+    )
+    return wrong, right
+
+
+def image_losses(module: nn.Module, batch: Batch) -> Tensor:
+    """Return the negative log-likelihood of each image's label, ``[n]``."""
+    return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+
+def balanced_subnet(model: nn.Module, factors: KroneckerFactors, data: NoisyLabels) -> Metrics:
+    """Return what a rival leaves that is told which labels of the tuning part are wrong; its ratio is chosen likewise.
+
+    Returns:
+        ``ratio``, and the metrics of the report part.
+    """
+    halves, curves = data.halves(), {}
+    for ratio in RATIOS:
+        editor = BalancedSubnet(*forget_and_retain(data), image_losses, ratio=ratio, weight=0.1, epochs=10, lr=0.01)
+        with editor.applied(model, factors):
+            curves[ratio] = {part: evaluate(model, *half) for part, half in halves.items()}
+    ratio = choose_energy({ratio: found["tuning"] for ratio, found in curves.items()})
+    return {"ratio": ratio, **curves[ratio]["report"]}
 
 
 def choose_energy(curve: Mapping[float, Metrics], limit: float = MEMORIZED_LIMIT) -> float:

@@ -24,6 +24,7 @@ from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.python_text import read_texts
 from lightning_curvature.demos.recitation import PREFIX, SUFFIX, RecitedText
 from lightning_curvature.demos.settings import TEXT, TextSettings
+from lightning_curvature.demos.unlearning import balanced_subnet
 from lightning_curvature.editor import CurvatureEditor, WeightEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.text.evaluation import Baseline, evaluate_sequences, perplexity, strict_rate
@@ -174,6 +175,9 @@ def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSett
         editor = choose(model, factors, method, data.held_out["clean"]["tuning"])
         with editor.applied(model, factors):
             methods[method] = {"energy": float(editor.energy), **evaluation(model)}  # type: ignore[arg-type]
+    if compare:
+        with balanced_subnet(model, data).applied(model, factors):
+            methods["bsn"] = evaluation(model)
     energy = methods["kfac"]["energy"]
     edit = write_edited(out / "original.ckpt", CurvatureEditor(energy), factors, out / "edited.ckpt")
     edited = LitCausalLM.load_from_checkpoint(out / "edited.ckpt", map_location="cpu", weights_only=True).eval()
@@ -259,6 +263,7 @@ def summary(report: Mapping[str, Any]) -> str:
         "activations": "control: activations only (G = I)",
         "svd": "control: SVD truncation",
         "random": "control: random basis",
+        "bsn": "rival: BalancedSubnet",
     }
     rows = {
         "before": report["before"],
