@@ -9,7 +9,7 @@ accuracy of the *tuning* part 1.00, 0.99 and 0.97 times. Each method gets the st
 
 - *label-free* edits the smallest energy; controls (SVD, random basis) likewise;
 - *supervised* methods see the tuning half of what is memorized. The bulk step gets the largest strength; with a soft
-  edit behind it the strength stays 0.15, and it gets the smallest energy. The trained ones are run with a few settings
+  edit behind it the strength stays 0.4, and it gets the smallest energy. The trained ones are run with a few settings
   each; of those within the limit that one counts that leaves least of the tuning half, and of equals the one that uses
   most of the limit. Their retain set is clean training text and never-memorized text of the sequences' own domain
   (for gradient ascent also clean text alone), or training images whose labels are right.
@@ -78,7 +78,7 @@ TRAINED = {
         partial(NegativePreference, weight=0.3, epochs=10, lr=1e-3),
     ],
 }
-STRENGTH = 0.15
+STRENGTH = 0.4
 FORGET, BOTH = "forget set, data", "forget set, retain set"
 SUPERVISED = {"bulk step": FORGET, "bulk step, then activations only, soft": FORGET, "BalancedSubnet": BOTH,
               "gradient ascent": BOTH, "NPO": BOTH, "gradient ascent, clean retain set": BOTH}  # fmt: skip

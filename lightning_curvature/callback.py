@@ -83,9 +83,10 @@ class KFACEditCallback(Callback):
         soft: Shrink directions of low score instead of dropping them.
         target: Instead of an energy, what the edit may cost: ``{"clean/perplexity": 1.1}`` is the strongest edit that
             raises the perplexity of the probe ``clean`` to at most 1.1 times what it was, ``{"val/accuracy": 0.99}``
-            one that keeps 0.99 of an accuracy. The energy is searched for whenever probes are measured, at the end of
-            each validation and of fit, on that probe; look at another one for what the edit costs. Checkpoints that
-            are saved before the first search have no edited sibling.
+            one that keeps 0.99 of an accuracy. The energy is searched for at the end of each validation (each epoch
+            where there is none) and of fit, on that probe; look at another one for what the edit costs. Checkpoints
+            that are saved later get the edit of the latest search, and those before the first one have no edited
+            sibling.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -165,6 +166,11 @@ class KFACEditCallback(Callback):
         """The factors of the latest complete window, or of all steps so far; empty before the first batch."""
         return KroneckerFactors() if self._collection is None else self._collection.factors
 
+    @property
+    def _undecided(self) -> bool:
+        """Whether there is a target whose energy was not found yet."""
+        return self.target is not None and self.match is None
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that this Trainer can be used, choose layers, and watch its checkpoints."""
         if not isinstance(trainer, pl.Trainer) or not isinstance(pl_module, pl.LightningModule):
@@ -202,7 +208,7 @@ class KFACEditCallback(Callback):
             return  # the factors of the fit stay
         self._fitted = False
         self._collection = Collection(Collector(pl_module, **self._options), self.window, self._settings)
-        self.report = None
+        self.report = self.match = None
         if self._validates:
             # Inference tensors can never enter a graph, and the mode is entered before any hook of a callback runs.
             loop: Any = trainer.validate_loop if stage == "validate" else trainer.fit_loop.epoch_loop.val_loop
@@ -231,8 +237,10 @@ class KFACEditCallback(Callback):
             self._running().end_step(trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop a step that was cut short."""
+        """Drop a step that was cut short; without a validation, this is where a target's energy is searched."""
         self._running().collector.abort()
+        if self.factors and not trainer.enable_validation:
+            self._search(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the validation step, if this is where to collect."""
@@ -291,11 +299,15 @@ class KFACEditCallback(Callback):
             return
         editor = CurvatureEditor(1.0, score=self.editor.score, soft=self.editor.soft)
         self.match = self.probes.match(trainer, pl_module, editor, self.factors, self.target)
+        if self.match is None:
+            return
         self.editor = CurvatureEditor(self.match.energy, score=editor.score, soft=editor.soft)
         rank_zero_info(f"{self.target}: energy {self.match.energy:.4g}, {self.match.value:.4f} times")
 
     def _edit_copy(self, pl_module: pl.LightningModule) -> None:
         """Edit a copy of the weights, for the table of what an edit does."""
+        if self._undecided:
+            return
         factors = self.factors
         weights: dict[str, torch.Tensor] = {
             key: pl_module.get_parameter(key) for key in map("{}.weight".format, factors)
@@ -312,7 +324,8 @@ class KFACEditCallback(Callback):
                     "weight: the spectrum looks steeper than it is, and the edit removes more than it should. Train "
                     "longer, or choose a smaller layer."
                 )
-        rank_zero_info(f"\n{self.report}")
+        if self.report is not None:
+            rank_zero_info(f"\n{self.report}")
         if self.probe_results:
             rank_zero_info(f"\n{before_after(self.probe_results)}")
         if self.save_factors is not None:
@@ -340,6 +353,8 @@ class KFACEditCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what tells a resumed run that the factor file beside the checkpoint belongs to it; primitives."""
         state = {} if self._collection is None else self._collection.state_dict()
+        if self.target is not None and self.match is not None:
+            state["match"] = {"target": self.target.entry, "energy": self.match.energy, "value": self.match.value}
         return {"name": self.name, **state} if state else {}
 
     def on_load_checkpoint(
@@ -354,6 +369,10 @@ class KFACEditCallback(Callback):
             return
         with self._io.loaded_factors(self.name) as file:
             reason = self._collection.resume(state, file)
+        found = state.get("match")
+        if reason is None and found and self.target is not None and found["target"] == self.target.entry:
+            self.match = Match(found["energy"], found["value"], {found["energy"]: found["value"]})
+            self.editor = CurvatureEditor(self.match.energy, score=self.editor.score, soft=self.editor.soft)
         if reason is not None:
             rank_zero_warn(
                 f"KFACEditCallback does not go on where {trainer.ckpt_path} was saved, it starts anew: {reason}."
@@ -389,7 +408,7 @@ class KFACEditCallback(Callback):
                     f"A checkpoint of step {step} was saved before the first validation: it has no edited copy."
                 )
             return None
-        if self.target is not None and self.match is None:
+        if self._undecided:
             rank_zero_warn(
                 f"A checkpoint of step {step} was saved before the energy for {self.target} was "
                 "searched, which is done when validation ends: it has no edited copy."
@@ -427,7 +446,7 @@ class KFACEditCallback(Callback):
 
     def _run_probes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""
-        results = self.probes.measure(trainer, pl_module, self.editor, self.factors)
+        results = {} if self._undecided else self.probes.measure(trainer, pl_module, self.editor, self.factors)
         group = "curvature" if self.name == "edited" else f"curvature-{self.name}"
         self.probe_results = {f"{group}/{name}": value for name, value in results.items()}
         return self.probe_results

@@ -57,7 +57,7 @@ class Editor(ABC):
         self.layers = None if layers is None else list(layers)
 
     def at(self, energy: float | Mapping[str, float]) -> Self:
-        """Return the same editor at another energy; both share what does not depend on it, computed once."""
+        """Return the same editor at another energy."""
         other = copy.copy(self)
         other.energy = _checked(energy)
         return other
@@ -304,10 +304,10 @@ class CurvatureEditor(WeightEditor):
         self._known: WeakKeyDictionary[LayerFactors, tuple[Tensor, Tensor]] | None = None
 
     def at(self, energy: float | Mapping[str, float]) -> Self:
-        """Return the same editor at another energy; the two compute the coefficients of a weight once."""
-        if self._known is None:
-            self._known = WeakKeyDictionary()
-        return super().at(energy)
+        """Return the same editor at another energy; it and those made from it compute coefficients of weights once."""
+        other = super().at(energy)
+        other._known = WeakKeyDictionary() if self._known is None else self._known
+        return other
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the part of a weight in its directions of highest score."""

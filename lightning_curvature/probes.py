@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -72,8 +73,8 @@ class Probes:
         editor: WeightEditor,
         factors: KroneckerFactors,
         target: "Target",
-    ) -> Match:
-        """Find the strongest edit within a target.
+    ) -> Match | None:
+        """Find the strongest edit within a target; None, with a warning, if the metric says nothing yet.
 
         Raises:
             ValueError: If no probe has the target's metric.
@@ -86,9 +87,14 @@ class Probes:
                     f"{target}: no probe measures that.{did_you_mean(target.name, found)} Give files (probes=) or a "
                     f"method probe_dataloader() of the module or datamodule; measured: {listing(found) or 'nothing'}."
                 )
+            before = found[target.name]
+            if not 0 < before < math.inf:
+                rank_zero_warn(f"{target}: the metric of the unedited model is {before}, there is nothing to keep yet.")
+                return None
             return match_energy(
-                editor, module, factors, lambda: run()[target.name], target.limit, higher_is_better=target.benefit
-            )
+                editor, module, factors, lambda: run()[target.name], target.limit, higher_is_better=target.benefit,
+                before=before,
+            )  # fmt: skip
 
     def _runner(
         self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors, only: str | None = None

@@ -40,7 +40,7 @@ def flat_share(
     Args:
         module: The network; it runs in eval mode, without gradients.
         factors: Its factors.
-        batches: Examples.
+        batches: Examples, without padding: every position counts.
         forward: Runs the module on a batch; the first dimension of what the layers read is the examples.
         flat: Share of the directions that count as flat, the weakest ones, in (0, 1).
         positions: ``"all"``, or ``"first"`` for the first position of each example alone: the CLS token of a ViT, whose
@@ -51,7 +51,7 @@ def flat_share(
 
     Raises:
         ValueError: If there is no batch, ``flat`` is out of range, or the factors do not fit the module.
-        RuntimeError: If a layer did not run, or not once in each batch.
+        RuntimeError: If a layer did not run, or not once in each batch, or its input was changed in place.
     """
     check_option(positions, ("all", "first"), "positions")
     if not 0.0 < flat < 1.0:
@@ -104,7 +104,8 @@ def rank_layers(
 
     Returns:
         By layer, the best one first: the area under the ROC curve. At 0.5 the share says nothing; the further from it,
-        on either side, the better the layer.
+        on either side, the better the layer. Examples of which a layer read only zeros do not count; a layer with
+        no others has 0.5.
 
     Raises:
         ValueError: As :func:`flat_share`.
@@ -112,6 +113,7 @@ def rank_layers(
     one, two = (flat_share(module, factors, batches, forward, flat, positions) for batches in (recited, others))
     areas = {}
     for name in factors:
-        target = torch.cat([torch.ones(len(one[name])), torch.zeros(len(two[name]))]).long()
-        areas[name] = float(binary_auroc(torch.cat([one[name], two[name]]), target))
+        yes, no = (shares[name][shares[name].isfinite()] for shares in (one, two))
+        target = torch.cat([torch.ones(len(yes)), torch.zeros(len(no))]).long()
+        areas[name] = float(binary_auroc(torch.cat([yes, no]), target)) if len(yes) and len(no) else 0.5
     return dict(sorted(areas.items(), key=lambda item: -abs(item[1] - 0.5)))

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from lightning_curvature._checks import check_energy
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.formats import tensor_hash
-from lightning_curvature.editor import WeightEditor, find_layer
+from lightning_curvature.editor import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
 
 Row = dict[str, Any]
@@ -33,6 +34,7 @@ def sweep(
     editors: Mapping[str, WeightEditor],
     energies: Iterable[float],
     path: str | os.PathLike[str] | None = None,
+    data: str = "",
 ) -> list[Row]:
     """Measure a model under each editor at each energy.
 
@@ -43,13 +45,15 @@ def sweep(
         editors: By name, what to compare: other layers, other scores, other methods. Their own energies do not matter.
         energies: Shares to keep, in (0, 1].
         path: CSV file, rewritten after each measurement; rows that it holds are not measured again.
+        data: Says what ``measure`` measures on, such as a hash of files: a file goes on only with the same.
 
     Returns:
-        One row each: ``edit`` (name of the editor), ``energy``, ``of`` (hash of weights, factors and editor), and the
-        metrics. The first one is the unedited model.
+        One row each: ``edit`` (name of the editor), ``energy``, ``of`` (hash of weights, factors, editor and ``data``),
+        and the metrics. The first one is the unedited model.
 
     Raises:
-        ValueError: If there is nothing to try, or the file holds a sweep of another model, or with other metrics.
+        ValueError: If there is nothing to try, an editor or an energy cannot be used, or the file holds a sweep of
+            something else, or with other metrics.
 
     Example:
         >>> import torch
@@ -61,20 +65,21 @@ def sweep(
         >>> [(row["edit"], row["energy"]) for row in rows]
         [('unedited', 1.0), ('K-FAC', 0.5), ('K-FAC', 1.0)]
     """
-    energies = list(energies)
+    energies = [check_energy(energy) for energy in energies]
     if not editors or not energies:
         raise ValueError("A sweep needs at least one editor and one energy.")
     if UNEDITED in editors:
         raise ValueError(f"{UNEDITED!r} is the name of the model without an edit; give the editor another one.")
-    model = hashlib.sha256(factors.digest().encode())
-    for name in factors:
-        model.update(tensor_hash(find_layer(module, name).weight.detach()).encode())
+    model = hashlib.sha256(f"{factors.digest()} {data}".encode())
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor):
+            model.update(f"{name} {tensor_hash(tensor)}".encode())
     of = {name: _identity(model.hexdigest(), editor) for name, editor in editors.items()}
     of[UNEDITED] = model.hexdigest()[:16]
     wanted = [(UNEDITED, 1.0), *((name, float(energy)) for name in editors for energy in energies)]
-    for name, editor in editors.items():
-        editor.plan(factors)
-        editors = {**editors, name: editor.at(1.0)}
+    for editor in editors.values():
+        editor.at(energies[0]).edited_weights(module, factors)  # what it lacks is said before anything is measured
+    trial: WeightEditor | None = None
     known = {} if path is None else _known(Path(path), of)
     rows: list[Row] = []
     for name, energy in tqdm(wanted, desc="sweep", disable=None):
@@ -83,13 +88,15 @@ def sweep(
             if name == UNEDITED:
                 metrics = measure()
             else:
-                with editors[name].at(energy).applied(module, factors):
+                if trial is None or rows[-1]["edit"] != name:
+                    trial = editors[name].at(1.0)
+                with trial.at(energy).applied(module, factors):
                     metrics = measure()
             row = {"edit": name, "energy": energy, "of": of[name], **{key: float(v) for key, v in metrics.items()}}
         if rows and row.keys() != rows[0].keys():
             raise ValueError(
-                f"{path} holds the metrics {[*rows[0]][len(KEYS) :]}, now {[*row][len(KEYS) :]} are measured. Write "
-                "this sweep to another file."
+                f"The metrics {[*rows[0]][len(KEYS) :]} were measured first, now {[*row][len(KEYS) :]}. Measure the "
+                "same ones each time" + (f", or write this sweep to another file than {path}." if path else ".")
             )
         rows.append(row)
         if path is not None and (name, energy) not in known:
@@ -156,8 +163,8 @@ def _known(path: Path, of: Mapping[str, str]) -> dict[tuple[str, float], Row]:
     for row in rows:
         if row["edit"] in of and row["of"] != of[row["edit"]]:
             raise ValueError(
-                f"{path} holds a sweep of other weights, factors or settings (edit {row['edit']!r}). Write this one to "
-                "another file, or delete that one."
+                f"{path} holds a sweep of other weights, factors, data or settings (edit {row['edit']!r}). Write this "
+                "one to another file, or delete that one."
             )
     return {(row["edit"], row["energy"]): row for row in rows}
 

@@ -25,6 +25,11 @@ from torch.overrides import TorchFunctionMode
 from lightning_curvature._checks import did_you_mean
 from lightning_curvature.losses import OTHER_LOSSES, SOFTMAX_LOSSES, SoftmaxLoss, read_loss
 
+_OVERWRITTEN = (
+    "Layer {!r}: its input was changed in place after the layer read it, so it can no longer be measured. Replace the "
+    "in-place operation (x += y becomes x = x + y)."
+)
+
 
 @dataclass(eq=False)
 class LayerCall:
@@ -58,10 +63,7 @@ class LayerCall:
     def check_input(self) -> None:
         """Raise if the input was overwritten after the layer read it."""
         if _version(self.inputs) != self.version:
-            raise RuntimeError(
-                f"Layer {self.name!r}: its input was changed in place after the layer read it, so it can no longer be "
-                "measured. Replace the in-place operation (x += y becomes x = x + y)."
-            )
+            raise RuntimeError(_OVERWRITTEN.format(self.name))
 
 
 _passes: list[object] = []  # tokens of the recorders whose own backward pass is running
@@ -212,12 +214,19 @@ class Taps:
 
 @contextmanager
 def layer_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Record what some layers read while the block runs: by name, the inputs of its calls, detached."""
+    """Record what some layers read while the block runs: by name, the inputs of its calls, detached.
+
+    Raises:
+        RuntimeError: If an input was changed in place after the layer read it.
+    """
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    versions: dict[str, list[int]] = {name: [] for name in modules}
 
     def hook(name: str) -> Callable[..., None]:
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[name].append((args[0] if args else next(iter(kwargs.values()))).detach())
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            found[name].append(inputs.detach())
+            versions[name].append(_version(inputs))
 
         return keep
 
@@ -226,6 +235,9 @@ def layer_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Te
             handle = module.register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
         yield found
+    for name, inputs in found.items():
+        if [_version(tensor) for tensor in inputs] != versions[name]:
+            raise RuntimeError(_OVERWRITTEN.format(name))
 
 
 class _FunctionTap(TorchFunctionMode):

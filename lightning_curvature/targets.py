@@ -17,8 +17,10 @@ from lightning_curvature.factors import KroneckerFactors
 
 SLACK = 0.005
 """A cost that falls by more than this while the edit gets stronger is not monotone; relative."""
-NARROW = 1e-5
-"""Width of the bracket of energies at which the search ends in any case: a metric over few examples has steps."""
+NARROW = 1e-4
+"""Width of the bracket, relative to what the lower end drops, at which the search ends: few examples make steps."""
+FLOOR, CEILING = 0.05, 1 - 1e-12
+"""Energies between which is searched."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def match_energy(
     higher_is_better: bool = False,
     tolerance: float = 0.001,
     points: Mapping[float, float] | None = None,
+    before: float | None = None,
 ) -> Match:
     """Find the strongest edit whose cost stays within a limit, by bracketing.
 
@@ -68,10 +71,12 @@ def match_energy(
         higher_is_better: Whether the metric is a benefit, such as accuracy, and not a cost.
         tolerance: Relative distance from the limit at which the search may end, always on the allowed side.
         points: Multiples by energy that another search of the same edit has measured.
+        before: The metric of the unedited module, if it is known already.
 
     Returns:
-        The energy, what it costs, and all that was measured. Where no edit at all is within the limit, the energy 1,
-        with a warning; another one if a stronger edit is known to be within it while a milder one is not.
+        The energy, what it costs, and all that was measured. There are warnings where no edit is within the limit (the
+        energy is 1 then), where every one is (the metric hardly sees these layers), and where a stronger edit is known
+        to be within it while a milder one is not.
 
     Raises:
         ValueError: If the unedited module's metric is not a positive number, or the limit is not positive.
@@ -90,16 +95,16 @@ def match_energy(
     """
     if not limit > 0:
         raise ValueError(f"A limit is a positive multiple of the metric, found {limit!r}.")
-    before = measure()
+    before = measure() if before is None else before
     if not 0 < before < math.inf:
         raise ValueError(f"The metric of the unedited module must be a positive number, found {before!r}.")
     sign = -1.0 if higher_is_better else 1.0
-    found = dict(points or {})
+    found, trial = dict(points or {}), editor.at(1.0)
 
     def cost(energy: float) -> float:
         """Return what an edit costs, the logarithm of a multiple."""
         if energy not in found:
-            with editor.at(energy).applied(module, factors):
+            with trial.at(energy).applied(module, factors):
                 found[energy] = measure() / before
         return sign * math.log(found[energy]) if 0 < found[energy] < math.inf else math.inf
 
@@ -107,8 +112,10 @@ def match_energy(
     costs = {energy: cost(energy) for energy in sorted({1.0, *found})}
     low = max((energy for energy in costs if costs[energy] > allowed and energy < 1.0), default=0.0)
     high = min(energy for energy in costs if energy > low)  # nothing milder is beyond the limit
-    slack = math.log1p(tolerance)
-    while high - low > NARROW and not allowed - slack <= costs[high] <= allowed:
+    slack = min(math.log1p(tolerance), abs(allowed) / 2)
+    while costs[1.0] <= allowed and high > FLOOR and low < CEILING and high - low > NARROW * (1 - low):
+        if high < 1.0 and allowed - slack <= costs[high]:
+            break
         middle = _between((low, costs.get(low, math.inf)), (high, costs[high]), allowed - slack / 2)
         costs[middle] = cost(middle)
         low, high = (low, middle) if costs[middle] <= allowed else (middle, high)
@@ -117,6 +124,12 @@ def match_energy(
         warnings.warn(
             f"The metric is not monotone in the energy: {low:.4g} is beyond the limit, and the stronger edit of "
             f"{min(lower):.4g} is not. Chosen is {high:.4g}, above both; look at a sweep.",
+            stacklevel=2,
+        )
+    if high <= FLOOR:
+        warnings.warn(
+            f"Every edit stays within {limit:g} times the metric: even the energy {high:.3g} makes it "
+            f"{match.value:.4g} times. It hardly depends on these layers; measure on other data.",
             stacklevel=2,
         )
     if high == 1.0:

@@ -63,7 +63,7 @@ def test_the_layer_where_examples_differ_comes_first():
 
 
 def test_convolutions_and_errors():
-    net = models.cnn().eval()
+    net, module, rows = models.cnn().eval(), network(), torch.randn(7, 6, dtype=torch.float64)
     images = models.images(6).tensors[0]
     A, G = torch.eye(72), torch.eye(8)
     layer = next(name for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 8)
@@ -75,7 +75,11 @@ def test_convolutions_and_errors():
         flat_share(net, factors, [images], net, flat=1.0)
     with pytest.raises(RuntimeError, match="ran 2 times in a batch"):
         flat_share(net, factors, [images], lambda batch: (net(batch), net(batch)))
+    with pytest.raises(RuntimeError, match="its input was changed in place after the layer read it"):
+        flat_share(module, factors_of(module, rows), [rows], lambda batch: (module(batch), batch.add_(1)))
     wrong = KroneckerFactors({layer: LayerFactors(A=torch.eye(9), G=G, num_inputs=9, num_gradients=9)})
     with pytest.raises(ValueError, match="factors are for 9 inputs, the layer reads 72"):
         flat_share(net, wrong, [images], net)
+    areas = rank_layers(net, factors, [torch.zeros_like(images), images], [images], net)
+    assert areas[layer] == pytest.approx(rank_layers(net, factors, [images], [images], net)[layer], abs=0.35)
     assert not any(m._forward_pre_hooks for m in net.modules())

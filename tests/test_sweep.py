@@ -1,5 +1,6 @@
 """Sweeps, their front, and the commands that choose an edit of a saved language model."""
 
+import dataclasses
 import json
 
 import pytest
@@ -73,13 +74,26 @@ def test_a_sweep_of_something_else_is_not_mixed_in(layer, tmp_path):
     module, factors = layer
     path, editors = tmp_path / "s.csv", {"a": CurvatureEditor()}
     sweep(module, factors, size(module), editors, ENERGIES, path)
-    with pytest.raises(ValueError, match=r"other weights, factors or settings \(edit 'a'\)"):
+    with pytest.raises(ValueError, match=r"other weights, factors, data or settings \(edit 'a'\)"):
         sweep(module, factors, size(module), {"a": CurvatureEditor(soft=True)}, ENERGIES, path)
-    with pytest.raises(ValueError, match=r"holds the metrics \['size'\], now \['loss'\] are measured"):
+    with pytest.raises(ValueError, match=r"metrics \['size'\] were measured first, now \['loss'\].* to another file"):
         sweep(module, factors, lambda: {"loss": 1.0}, {"b": CurvatureEditor(soft=True)}, ENERGIES, path)
+    with pytest.raises(ValueError, match=r"other weights, factors, data or settings \(edit 'unedited'\)"):
+        sweep(module, factors, size(module), editors, ENERGIES, path, data="another file")
+    calls = []
+    with pytest.raises(ValueError, match="energy must be in"):
+        sweep(module, factors, size(module, calls), editors, [0.5, 90])
+    lacking = {"a": CurvatureEditor(), "b": CurvatureEditor(score="coupled")}
+    bare = KroneckerFactors({"0": dataclasses.replace(factors["0"], A_coupled=None)})
+    with pytest.raises(ValueError, match="score='coupled' needs"):
+        sweep(module, bare, size(module, calls), lacking, ENERGIES)
+    assert not calls
+    numbers = iter("abc")
+    with pytest.raises(ValueError, match=r"The metrics \['a'\] were measured first, now \['b'\]"):
+        sweep(module, factors, lambda: {next(numbers): 1.0}, editors, ENERGIES)
     with torch.no_grad():
-        module[0].weight += 1
-    with pytest.raises(ValueError, match=r"other weights, factors or settings \(edit 'unedited'\)"):
+        module[0].bias += 1
+    with pytest.raises(ValueError, match=r"other weights, factors, data or settings \(edit 'unedited'\)"):
         sweep(module, factors, size(module), editors, ENERGIES, path)
     with pytest.raises(ValueError, match="at least one editor and one energy"):
         sweep(module, factors, size(module), {}, ENERGIES)
@@ -187,8 +201,23 @@ def test_an_edit_by_what_it_may_cost(saved, tmp_path, capsys):
     assert plan["target"]["energy"] == target["energy"]
     for more, message in [
         (("--checkpoint", path / "a.ckpt"), "name the folder of the Hugging Face model"),
-        (("--checkpoint", path / "model", "--energy", '{"*": 0.5}'), "one energy for all layers"),
+        (("--checkpoint", path / "model", "--energy", '{"*": 0.5}'), "give no --energy"),
         (("--checkpoint", path / "model", "--context", "60"), "choose on four at least"),
+        (("--checkpoint", path / "model", "--perplexity", "0.9"), "a multiple above 1"),
+        (("--checkpoint", path / "model", "--model", path / "other"), "leave --model out"),
+        (
+            (
+                "--checkpoint",
+                path / "model",
+                "--forget",
+                path / "recited.jsonl",
+                "--strength",
+                "5",
+                "--perplexity",
+                "1.1",
+            ),
+            "The bulk step alone makes the perplexity",
+        ),
     ]:
         with pytest.raises(SystemExit, match=message):
             main([*map(str, common), *map(str, more), "--out", str(tmp_path / "d")])
@@ -215,6 +244,7 @@ def test_an_edit_against_a_list(saved, tmp_path, capsys):
                "--save-delta", tmp_path / "d.safetensors")  # fmt: skip
     assert done["method"] == "bulk step, kfac"
     facts = describe(tmp_path / "edited")["edit"]
+    assert facts["provenance"]["forget"] == {"file": "recited.jsonl", "half": None, "sequences": 8}
     assert (facts["strength"], facts["method"]) == (0.3, "bulk step, kfac")
     from lightning_curvature.text.models import load_model
 

@@ -66,6 +66,20 @@ def test_a_metric_with_steps_and_a_benefit():
     assert match.value >= 0.88 > steps(match.energy - 2 * NARROW)
 
 
+def test_nothing_may_be_lost_where_edits_help():
+    """A limit of 1 is not the unedited model: the strongest edit that costs nothing is."""
+    match, _ = search(lambda e: 1.0 if e == 1.0 else 1.05 if e > 0.6 else 0.9, 1.0, higher_is_better=True)
+    assert match.energy == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_spectrum_with_one_giant():
+    """Energies close to 1 matter where one direction holds almost all of the mass."""
+    match, curve = search(lambda e: 1 + 3e3 * (1 - e) ** 0.5 if e > 0 else float("nan"), 1.1)
+    assert 1.099 <= match.value <= 1.1
+    assert 1 - match.energy == pytest.approx(1.1e-9, rel=0.2)
+    assert curve.calls <= 32
+
+
 def test_points_of_an_earlier_search_are_used():
     function = lambda e: 1 + 2 * (1 - e)  # noqa: E731
     first, _ = search(function, 1.1)
@@ -86,6 +100,14 @@ def test_what_cannot_be_met_is_said():
     assert 0.65 <= found.energy < 0.651
     assert Match(1.0, 1.0, {0.5: 0.8, 0.9: 0.9, 1.0: 1.0}).violations() == []  # an edit that helps costs nothing
     assert Match(1.0, 1.0, {0.5: 0.9, 0.9: 0.8, 1.0: 1.0}).violations(higher_is_better=True) == [(0.5, 0.9)]
+    # A step that costs too much by itself is not searched for.
+    with pytest.warns(UserWarning, match=r"No edit stays within 1\.1 times the metric: 1\.5 times at the energy 1"):
+        found, curve = search(lambda e: 1.5, 1.1, before=50.0)
+    assert (found.energy, found.value, curve.calls) == (1.0, 1.5, 1)
+    # A metric that hardly depends on the edit is not a licence to remove everything without a word.
+    with pytest.warns(UserWarning, match=r"Every edit stays within 1\.1 times .* It hardly depends on these layers"):
+        found, curve = search(lambda e: 1.01, 1.1)
+    assert found.energy <= 0.05
     with pytest.raises(ValueError, match="A limit is a positive multiple"):
         search(lambda e: 1.0, -1.0)
     with pytest.raises(ValueError, match=r"unedited module must be a positive number, found 0\.0"):
@@ -141,6 +163,43 @@ def test_the_callback_edits_by_what_it_may_cost(tmp_path):
     saved = torch.load(tmp_path / "late" / "last-edited.ckpt", weights_only=True)[KEY]["layers"]
     assert {layer["energy"] for layer in saved.values()} == {callback.match.energy}
     assert not list(tmp_path.rglob("step=1-edited.ckpt"))
+
+
+def test_a_target_without_validation_in_a_second_fit_and_after_a_resume(tmp_path):
+    loader = models.loader(models.images(128))
+    callback = KFACEditCallback(layers="mlp", target={"val/accuracy": 0.98})
+    saver = ModelCheckpoint(dirpath=tmp_path / "a", filename="last")
+    models.trainer(tmp_path, callback, saver, max_epochs=2).fit(Probed(lr=0.003), loader)
+    energy = callback.match.energy
+    saved = torch.load(tmp_path / "a" / "last-edited.ckpt", weights_only=True)[KEY]["layers"]
+    assert {layer["energy"] for layer in saved.values()} == {energy}
+    # Another fit of the same callback starts without the energy of the first.
+    early = ModelCheckpoint(dirpath=tmp_path / "b", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.warns(UserWarning, match=r"step \d was saved before the energy"):
+        models.trainer(tmp_path, callback, early, max_epochs=1, limit_train_batches=2).fit(Probed(), loader)
+    assert not list((tmp_path / "b").glob("step=1-edited.ckpt"))
+    # A resumed run has it until it searches again.
+    again = KFACEditCallback(layers="mlp", target={"val/accuracy": 0.98})
+    late = ModelCheckpoint(dirpath=tmp_path / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = models.trainer(tmp_path, again, late, max_epochs=3)
+    trainer.fit(Probed(lr=0.003), loader, ckpt_path=tmp_path / "a" / "last.ckpt", weights_only=True)
+    first = min((tmp_path / "c").glob("*-edited.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    layers = torch.load(first, weights_only=True)[KEY]["layers"]
+    assert {layer["energy"] for layer in layers.values()} == {energy}
+
+
+def test_a_metric_that_is_zero_does_not_stop_a_run(tmp_path):
+    class Wrong(models.Classifier):
+        def probe_dataloader(self):
+            images, labels = models.images(64, 1).tensors
+            return {"val": [(images, labels + 100)]}
+
+    callback = KFACEditCallback(target={"val/accuracy": 0.9})
+    loader = models.loader(models.images(64))
+    with pytest.warns(UserWarning, match=r"metric of the unedited model is 0\.0, there is nothing to keep yet"):
+        models.trainer(tmp_path, callback, enable_checkpointing=False).fit(Wrong(), loader)
+    assert callback.report is None
+    assert callback.probe_results == {}
 
 
 def test_the_callback_can_collect_for_another_score(tmp_path):

@@ -1,7 +1,7 @@
 """Weights of a checkpoint, put into a transformers model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -60,8 +60,12 @@ def load_weights(
     )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, allow_globals: Sequence[str] = ()) -> dict[str, Tensor]:
     """Return the tensors of a state dict, or of the one in a Lightning checkpoint; they stay on the disk until used.
+
+    Args:
+        path: File.
+        allow_globals: Classes that it may hold beside tensors and primitives.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -71,6 +75,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} is no file; a checkpoint is a .ckpt, .pt or .safetensors file.")
     if path.suffix == ".safetensors":
         return load_file(path)
-    content = read_archive(path)
+    content = read_archive(path, allow_globals)
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}

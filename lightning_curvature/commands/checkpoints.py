@@ -18,14 +18,15 @@ def edit(
     checkpoint: Path,
     factors: Path,
     out: Path,
-    energy: float | dict[str, float] = DEFAULT_ENERGY,
+    energy: float | dict[str, float] | None = None,
     layers: list[str] | None = None,
     score: str = "kfac",
     soft: bool = False,
     perplexity: float | None = None,
     corpus: Path | None = None,
     forget: Path | None = None,
-    strength: float = 0.15,
+    half: str | None = None,
+    strength: float = 0.4,
     model: Path | None = None,
     tokens: int = 50_000,
     context: int = 128,
@@ -44,7 +45,7 @@ def edit(
         checkpoint: What to edit; it stays as it is.
         factors: Factor file of its model (.safetensors).
         out: File or folder to write, in the same format.
-        energy: Share of the curvature mass to keep, in (0, 1], or a dict of layer patterns to shares.
+        energy: Share of the curvature mass to keep, in (0, 1], or a dict of layer patterns to shares; by default 0.85.
         layers: fnmatch patterns on the layers of the factor file; by default all of them.
         score: What decides what is kept: kfac, activations, saliency, or, if the factors have it, ekfac, coupled.
         soft: Shrink what has a low score instead of dropping it.
@@ -53,6 +54,7 @@ def edit(
         corpus: Text file, or JSON lines with a field "text", for --perplexity.
         forget: JSON lines with prefix_ids and suffix_ids, such as mine writes: make a bulk step against reciting them
             before the edit.
+        half: Use the tuning or the validation half of these sequences alone.
         strength: Length of that step, relative to each weight.
         model: Folder of the Hugging Face model whose weights the checkpoint holds, for --perplexity and --forget; by
             default the checkpoint itself.
@@ -67,18 +69,22 @@ def edit(
     """
     inputs = [path for path in (checkpoint, factors, to_hf) if path is not None]
     check_outputs([path for path in (out, save_delta) if path is not None], inputs, overwrite)
-    editor, loaded = CurvatureEditor(energy, layers, score, soft), KroneckerFactors.open(factors)
+    share = DEFAULT_ENERGY if energy is None else energy
+    editor, loaded = CurvatureEditor(share, layers, score, soft), KroneckerFactors.open(factors)
     found: dict[str, Any] = {}
     if perplexity is not None or forget is not None:
         with extra("text"):
             from lightning_curvature.text.choosing import Chooser
-        chooser = Chooser(model or checkpoint, None if model in (None, checkpoint) else checkpoint, loaded)
+        weights = None if model in (None, checkpoint) else checkpoint
+        if weights is not None and weights.is_dir():
+            raise ValueError(f"{weights} is a folder with a model of its own: leave --model out.")
+        chooser = Chooser(model or checkpoint, weights, loaded, allow_global or ())
         if forget is not None:
-            loaded = chooser.add_margins(forget)
-            editor = BulkStepEditor(strength, energy, layers, score, soft)
+            loaded = chooser.add_margins(forget, half)
+            editor = BulkStepEditor(strength, share, layers, score, soft)
         if perplexity is not None:
-            if isinstance(energy, dict):
-                raise ValueError("--perplexity finds one energy for all layers: give no energies of your own.")
+            if energy is not None:
+                raise ValueError("--perplexity finds the energy, one for all layers: give no --energy.")
             if corpus is None:
                 raise ValueError("--perplexity needs a text to measure it on: --corpus.")
             found = chooser.find(editor, perplexity, corpus, tokens, context)

@@ -1,5 +1,7 @@
 """Choosing an edit of a saved language model: by what it may cost, or by a sweep."""
 
+import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,32 +32,41 @@ class Chooser:
         folder: Folder of a Hugging Face causal LM and its tokenizer.
         checkpoint: Take the weights from this file instead, or None.
         factors: Factors of the model, also by the names of a module that wraps it.
+        allow_globals: Classes that a ``.ckpt`` or ``.pt`` may hold beside tensors and primitives.
 
     Raises:
         FileNotFoundError: If there is no such folder.
         ValueError: If the factors do not fit the model.
     """
 
-    def __init__(self, folder: Path, checkpoint: Path | None, factors: KroneckerFactors) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Path | None,
+        factors: KroneckerFactors,
+        allow_globals: Sequence[str] = (),
+    ) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder} is no folder, and the model has to run: name the folder of the Hugging Face model whose "
                 "weights these are (--model)."
             )
         self.tokenizer = load_tokenizer(folder)
-        self.model = load_model(folder, checkpoint)
+        self.model = load_model(folder, checkpoint, allow_globals)
         check_vocabulary(self.model, self.tokenizer)
         self.names = {layer: name.removesuffix(".weight")
                       for layer, name in match_layers(factors, self.model.state_dict()).items()}  # fmt: skip
         self.factors = KroneckerFactors({self.names[layer]: factors[layer] for layer in factors}, factors.provenance)
 
-    def add_margins(self, forget: Path) -> KroneckerFactors:
+    def add_margins(self, forget: Path, half: str | None) -> KroneckerFactors:
         """Return the factors, by their own names, with the gradient of margins of the sequences of a file."""
-        batches = suffix_batches(self.model, read_sequences(forget))
+        asked = read_sequences(forget, half)
+        batches = suffix_batches(self.model, asked)
         self.factors = bulk.add_margins(
             self.model, self.factors, batches, lambda batch: suffix_margins(self.model, batch)
         )
-        return KroneckerFactors({own: self.factors[name] for own, name in self.names.items()}, self.factors.provenance)
+        provenance = {**self.factors.provenance, "forget": {"file": forget.name, "half": half, "sequences": len(asked)}}
+        return KroneckerFactors({own: self.factors[name] for own, name in self.names.items()}, provenance)
 
     def find(self, editor: CurvatureEditor, limit: float, corpus: Path, tokens: int, context: int) -> dict[str, Any]:
         """Find the strongest edit within a perplexity on every other window, and measure it on the other ones.
@@ -63,12 +74,28 @@ class Chooser:
         Returns:
             ``energy``; ``perplexity``, as a multiple, on the windows that it was chosen on; ``held_out`` and the bounds
             ``low`` and ``high`` of its 95 % interval on the others; and all this as ``text``.
+
+        Raises:
+            ValueError: If the limit is not above 1, the corpus is too short, or no edit is within the limit.
         """
+        if not 1 < limit < float("inf"):
+            raise ValueError(f"The perplexity may become a multiple above 1 of what it was, found {limit!r}.")
         windows = self._windows(corpus, tokens, context)
         if len(windows) < 4:
             raise ValueError(f"{corpus} has {len(windows)} windows of {context} tokens; choose on four at least.")
         editor = self._renamed(editor)
-        match = match_perplexity(self.model, self.factors, editor, windows[::2], limit)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No edit stays within")  # said below, with the remedy
+            match = match_perplexity(self.model, self.factors, editor, windows[::2], limit)
+        if match.value > limit:
+            raise ValueError(
+                f"The bulk step alone makes the perplexity {match.value:.4g} times what it was. Make it shorter "
+                "(--strength), or allow more (--perplexity)."
+            )
+        if match.energy == 1.0 and editor.keeps_at_full_energy:
+            raise ValueError(
+                f"No edit of these layers stays within {limit:g} times the perplexity. Allow more, or edit fewer."
+            )
         before = window_nll(self.model, windows[1::2])
         with editor.at(match.energy).applied(self.model, self.factors):
             ratio = perplexity_ratio(before, window_nll(self.model, windows[1::2]))
@@ -110,7 +137,8 @@ class Chooser:
         def measure() -> dict[str, float]:
             return {"strict": strict_rate(self.model, asked, batch_size), "perplexity": perplexity(self.model, windows)}
 
-        rows = sweep(self.model, self.factors, measure, editors, energies, path)
+        data = hashlib.sha256(repr(([s.ids for s in asked], windows.tolist())).encode()).hexdigest()
+        rows = sweep(self.model, self.factors, measure, editors, energies, path, data)
         return [{**row, "times": row["perplexity"] / rows[0]["perplexity"]} for row in rows]
 
     def _renamed(self, editor: CurvatureEditor) -> CurvatureEditor:

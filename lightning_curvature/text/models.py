@@ -1,7 +1,7 @@
 """Loading a saved Hugging Face causal LM and its tokenizer, with errors that say what does not fit."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,18 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     return AutoTokenizer.from_pretrained(_existing(folder))
 
 
-def load_model(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> Any:
+def load_model(
+    folder: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
+    allow_globals: Sequence[str] = (),
+) -> Any:
     """Load a causal LM in eval mode, on a GPU where there is one.
 
     Args:
         folder: What ``save_pretrained`` wrote.
         checkpoint: Take the weights from this file instead: a Lightning ``.ckpt`` whose module holds the model as a
             submodule, or a state dict (``.pt``, ``.safetensors``).
+        allow_globals: Classes that this file may hold beside tensors and primitives.
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
@@ -32,7 +37,7 @@ def load_model(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str
     """
     model: Any = AutoModelForCausalLM.from_pretrained(_existing(folder), dtype="auto")
     if checkpoint is not None:
-        load_weights(model, read_weights(Path(checkpoint)), checkpoint)
+        load_weights(model, read_weights(Path(checkpoint), allow_globals), checkpoint)
     model.eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
