@@ -12,16 +12,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature._checks import check_count, check_option
-from lightning_curvature.checkpoints import archive
-from lightning_curvature.checkpoints.formats import content_hash, tensor_hash, tensor_hashes
+from lightning_curvature.checkpoints.formats import tensor_hash
 from lightning_curvature.checkpoints.lightning import Checkpoint, SiblingCheckpointIO
-from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.collect import Collector, check_options
 from lightning_curvature.collection import Collection
 from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.probes import Probes, Target, before_after
 from lightning_curvature.report import EditReport
+from lightning_curvature.siblings import check_averaging, edited_copy
 from lightning_curvature.targets import Match
 from lightning_curvature.validation import collected_from
 
@@ -189,7 +188,7 @@ class KFACEditCallback(Callback):
                 "Give each a name=, which becomes NAME-{name}.ckpt."
             )
         if stage == "fit":
-            self._check_averaging(callbacks)
+            self._averages = check_averaging(self, callbacks, collects_in_validation=self.loop == "validation")
         if trainer.world_size > 1:
             raise MisconfigurationException(
                 f"KFACEditCallback collects in one process so far, this Trainer has {trainer.world_size}. Train "
@@ -382,23 +381,6 @@ class KFACEditCallback(Callback):
         """Write the factors to a file beside a checkpoint; tell whether there were any."""
         return self._collection is not None and self._collection.save(path)
 
-    def _check_averaging(self, callbacks: list[Callback]) -> None:
-        """Refuse callbacks that save other weights than those that are collected."""
-        for callback in list(callbacks):
-            kinds = {kind.__name__ for kind in type(callback).__mro__}
-            if "StochasticWeightAveraging" in kinds or ("WeightAveraging" in kinds and self.loop == "train"):
-                raise MisconfigurationException(
-                    f"KFACEditCallback collects the factors of the live weights, and {type(callback).__name__} leaves "
-                    "averaged ones: the edit would not belong to them. Use WeightAveraging with "
-                    "KFACEditCallback(loop='validation'), since validation runs on its averaged weights, or collect "
-                    "over the averaged model afterwards (Trainer.validate)."
-                )
-            self._averages |= "WeightAveraging" in kinds
-            if "WeightAveraging" in kinds and callbacks.index(callback) < callbacks.index(self):
-                # It takes the averaged weights out of the module when validation ends; the probes come before that.
-                callbacks.remove(self)
-                callbacks.insert(callbacks.index(callback), self)
-
     def edited(self, checkpoint: Checkpoint) -> Checkpoint | None:
         """Return the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
         factors, step = self.factors, checkpoint["global_step"]
@@ -414,35 +396,8 @@ class KFACEditCallback(Callback):
                 "searched, which is done when validation ends: it has no edited copy."
             )
             return None
-        weights = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
-        try:
-            names = match_layers(self.editor.plan(factors), weights)
-            if self._validates and not self._are_validated({n: weights[key] for n, key in names.items()}, step):
-                return None
-            # The edit goes by the module's names, and reaches whatever shares memory with a weight.
-            renamed = {f"{layer}.weight": weights[key] for layer, key in names.items()}
-            edited, _ = self.editor.edit_state_dict({**weights, **renamed}, factors)
-        except ValueError as error:
-            rank_zero_warn(f"The checkpoint of step {step} has no edited copy: {error}")
-            return None
-        state_dict = {key: edited.get(key, value) for key, value in checkpoint["state_dict"].items()}
-        facts = self.editor.facts(factors, content_hash(tensor_hashes(weights, weights.__getitem__)))
-        return {**checkpoint, "state_dict": state_dict, archive.KEY: facts}
-
-    def _are_validated(self, weights: dict[str, torch.Tensor], step: int) -> bool:
-        """Tell whether to edit weights that may not be those that the factors were collected on; warn if not."""
-        if all(tensor_hash(weight) == self._validated.get(name) for name, weight in weights.items()):
-            return True
-        measured = self.factors.provenance.get("step")
-        rank_zero_warn(
-            f"A checkpoint of step {step} was saved, and the factors are those of the validation at step {measured}: "
-            + ("the weights were averaged further since, and it has no edited copy. Let WeightAveraging update them "
-               "by step, or save checkpoints when validation ends (save_on_train_epoch_end=False)."
-               if self._averages else
-               "its edit rests on older weights. Save checkpoints after validation (ModelCheckpoint's default) to have "
-               "exact ones.")
-        )  # fmt: skip
-        return not self._averages
+        validated = self._validated if self._validates else None
+        return edited_copy(checkpoint, self.editor, factors, validated, self._averages)
 
     def _run_probes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""

@@ -165,6 +165,7 @@ def test_the_callback_edits_by_what_it_may_cost(tmp_path):
     assert not list(tmp_path.rglob("step=1-edited.ckpt"))
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_target_without_validation_in_a_second_fit_and_after_a_resume(tmp_path):
     loader = models.loader(models.images(128))
     callback = KFACEditCallback(layers="mlp", target={"val/accuracy": 0.98})
