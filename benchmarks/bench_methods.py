@@ -15,14 +15,16 @@ accuracy of the *tuning* part 1.00, 0.99 and 0.97 times. Each method gets the st
   (for gradient ascent also clean text alone), or training images whose labels are right.
 
 Everything shown is from other data: the validation half of the memorized sequences, a second kind of text that no
-method ever saw (*unseen*), other clean text, other text of the domain; the report part of images and labels. Costs: of
-making the edit once, factors or training and all, without the search of its setting; memory is the peak beyond what the
-process held before. Mean and sample standard deviation over seeds.
+method ever saw (*unseen*), other clean text, other text of the domain; the report part of images and labels. Mean and
+sample standard deviation over seeds. ``--costs`` measures what it takes to make each edit once, factors or training and
+all, without the search of its setting, in a process with nothing else to do; memory is the peak beyond what it held.
 
     python benchmarks/bench_methods.py python --models runs/models
     python benchmarks/bench_methods.py wikitext --root ../shared/data/text --models runs/models
     python benchmarks/bench_methods.py digits --models runs/models
     python benchmarks/bench_methods.py mnist --root ../shared/data --models runs/models
+    python benchmarks/bench_methods.py python --costs --seeds 1 --models runs/models
+    python benchmarks/bench_methods.py digits --costs --models runs/models
     python benchmarks/bench_methods.py tables  # from results into docs/methods.md
 """
 
@@ -34,9 +36,9 @@ from typing import Any
 
 import torch
 from subjects import IMAGES, TEXTS, Images, Subject, Text, collected, subject
-from tables import DOCS, Cost, mean, measured, parser, read, replace_section, run, summary, table
+from tables import DOCS, mean, measured, parser, read, replace_section, run, summary, table
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors
+from lightning_curvature import CurvatureEditor
 from lightning_curvature.baselines import (
     BalancedSubnet,
     GradientAscent,
@@ -79,12 +81,13 @@ TRAINED = {
     ],
 }
 STRENGTH = 0.4
+COMBINATION = "bulk step, then activations only, soft"
+STRENGTH = 0.4
+COMBINATION = "bulk step, then activations only, soft"
 FORGET, BOTH = "forget set, data", "forget set, retain set"
-SUPERVISED = {"bulk step": FORGET, "bulk step, then activations only, soft": FORGET, "BalancedSubnet": BOTH,
+SUPERVISED = {"bulk step": FORGET, COMBINATION: FORGET, "BalancedSubnet": BOTH,
               "gradient ascent": BOTH, "NPO": BOTH, "gradient ascent, clean retain set": BOTH}  # fmt: skip
 COSTS = {"seconds": ("seconds", 1, 1), "memory": ("memory, MiB", 1, 0), "passes": ("backward passes", 1, 0)}
-
-Row = dict[str, float]
 
 
 class Strength:
@@ -106,58 +109,61 @@ class Trained(Editor):
         return self.result
 
 
-def rows(model: Subject) -> Iterator[tuple[str, float | None, Row]]:
-    """Yield what is left by each method within each limit (None: what the method needs and costs)."""
-    factors, parts = collected(model)
-    yield "none", None, model.measure()
+def editors(model: Subject) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """Yield the methods whose strength can be searched for, and the parts of collecting that they need."""
+    for name, (editor, _, needs) in LABEL_FREE.items():
+        if editor is not None or model.last is not None:
+            yield name, editor or CurvatureEditor(layers=model.last), needs
+    yield "bulk step", Strength(), (*FACTORS, "margins")
+    yield COMBINATION, BulkStepEditor(STRENGTH, score="activations", soft=True), (*FACTORS, "margins")
 
-    def within(name: str, editor, needs: tuple[str, ...]):
-        with measured() as own:
-            editor.at(0.85).edited_weights(model.model, factors)
-        yield name, None, dataclasses.asdict(sum((parts[part] for part in needs), own))
+
+def rivals(model: Subject) -> Iterator[tuple[str, list[Any], list[Any]]]:
+    """Yield the methods that train, their settings and retain sets."""
+    for name, settings in TRAINED.items():
+        yield name, settings, model.retain()
+    if isinstance(model, Text):
+        yield "gradient ascent, clean retain set", TRAINED["gradient ascent"], model.retain(domain=False)
+
+
+def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
+    """Yield what is left by each method within each limit."""
+    model = subject(args.data, seed, args)
+    factors, _ = collected(model)
+    yield {"method": "none", "limit": None, **model.measure()}
+    for name, editor, _ in editors(model):
         points: dict[float, float] = {}
         for limit in model.limits:
             energy = model.match(editor, factors, limit, points)
             with editor.at(energy).applied(model.model, factors):
-                yield name, limit, {"setting": energy, **model.measure()}
-
-    for name, (editor, _, needs) in LABEL_FREE.items():
-        if editor is None and model.last is None:
-            continue
-        yield from within(name, editor or CurvatureEditor(layers=model.last), needs)
-    yield from within("bulk step", Strength(), (*FACTORS, "margins"))
-    both = BulkStepEditor(STRENGTH, score="activations", soft=True)
-    yield from within("bulk step, then activations only, soft", both, (*FACTORS, "margins"))
-    yield from trained(model, factors)
-
-
-def trained(model: Subject, factors: KroneckerFactors) -> Iterator[tuple[str, float | None, Row]]:
-    """Yield the rows of methods that train."""
-    sets = {name: (settings, model.retain()) for name, settings in TRAINED.items()}
-    if isinstance(model, Text):
-        sets["gradient ascent, clean retain set"] = (TRAINED["gradient ascent"], model.retain(domain=False))
+                yield {"method": name, "limit": limit, "setting": energy, **model.measure()}
     before, sign = model.utility(), -1 if model.higher_is_better else 1
-    for name, (settings, retain) in sets.items():
-        found, costs = [], Cost()
+    for name, settings, retain in rivals(model):
+        found = []
         for number, make in enumerate(settings):
-            with measured() as cost:
-                editor = Trained(*make(model.forget, retain, model.losses).edited_weights(model.model, factors))
-            costs = max(costs, cost, key=lambda c: c.seconds)
+            editor = Trained(*make(model.forget, retain, model.losses).edited_weights(model.model, factors))
             with editor.applied(model.model, factors):
                 utility = model.utility() / before
                 row = {"setting": float(number), **model.measure()}
                 found.append((model.tuning_rate(), -sign * utility, row))
-        yield name, None, dataclasses.asdict(costs)
         for limit in model.limits:
             allowed = [entry for entry in found if -entry[1] <= sign * limit]
             if allowed:
-                yield name, limit, min(allowed, key=lambda entry: entry[:2])[2]
+                yield {"method": name, "limit": limit, **min(allowed, key=lambda entry: entry[:2])[2]}
 
 
-def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
-    """Yield the results of one seed."""
-    for name, limit, row in rows(subject(args.data, seed, args)):
-        yield {"method": name, "limit": limit, **row}
+def costs(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
+    """Yield what it costs to make each edit once, of trained methods with the first setting."""
+    model = subject(args.data, seed, args)
+    factors, parts = collected(model)
+    for name, editor, needs in editors(model):
+        with measured() as own:
+            editor.at(0.85).edited_weights(model.model, factors)
+        yield {"method": name, **dataclasses.asdict(sum((parts[part] for part in needs), own))}
+    for name, settings, retain in rivals(model):
+        with measured() as own:
+            settings[0](model.forget, retain, model.losses).edited_weights(model.model, factors)
+        yield {"method": name, **dataclasses.asdict(own)}
 
 
 def page(name: str, runs: Sequence[Any]) -> str:
@@ -177,18 +183,22 @@ def page(name: str, runs: Sequence[Any]) -> str:
 
     word = f"{kind.utility_name}, times"
     overview = table([[m, *left(m)] for m in methods], [f"{title} at {word}", *(f"{limit:g}" for limit in kind.limits)])
-    costs = [{row["method"]: row for row in run if row["limit"] is None and "seconds" in row} for run in runs]
-    needs = {name: needs for name, (_, needs, _) in LABEL_FREE.items()} | SUPERVISED
-    body = [
-        [m, needs[m], *(mean([run[m][key] for run in costs], len(runs), d) for key, (_, _, d) in COSTS.items())]
-        for m in costs[0]
-    ]
-    parts = [overview, "", "What they need and cost:", "",
-             table(body, ["", "needs", *(title for title, _, _ in COSTS.values())])]  # fmt: skip
+    parts = [overview]
     for limit in kind.limits:
         parts += ["", f"All that was measured at {limit:g} times the {kind.utility_name}:", "",
                   summary(at(limit), kind.columns)]  # fmt: skip
     return "\n".join(parts)
+
+
+def cost_page(runs: Sequence[Any]) -> str:
+    """Return the table of what the methods need and cost."""
+    needs = {name: needs for name, (_, needs, _) in LABEL_FREE.items()} | SUPERVISED
+    found = [{row["method"]: row for row in run} for run in runs]
+    body = [
+        [m, needs[m], *(mean([run[m][key] for run in found], len(runs), d) for key, (_, _, d) in COSTS.items())]
+        for m in found[0]
+    ]
+    return table(body, ["", "needs", *(title for title, _, _ in COSTS.values())])
 
 
 def tables() -> None:
@@ -196,13 +206,20 @@ def tables() -> None:
     for name in (*TEXTS, *IMAGES):
         runs, facts = read("methods", name)
         replace_section(DOCS / "methods.md", f"methods-{name}", f"\n{page(name, runs)}\n\n{facts}\n")
+    for name in ("python", "digits"):
+        runs, facts = read("costs", name)
+        replace_section(DOCS / "methods.md", f"costs-{name}", f"\n{cost_page(runs)}\n\n{facts}\n")
 
 
 def main() -> None:
     """Run the benchmark, or make its tables."""
-    args = parser(__doc__, (*TEXTS, *IMAGES)).parse_args()
+    arguments = parser(__doc__, (*TEXTS, *IMAGES))
+    arguments.add_argument("--costs", action="store_true", help="measure what the methods cost instead")
+    args = arguments.parse_args()
     if args.data == "tables":
         tables()
+    elif args.costs:
+        print(cost_page(list(run("costs", args, partial(costs, args))["runs"].values())))
     else:
         print(page(args.data, list(run("methods", args, partial(results, args))["runs"].values())))
 

@@ -1,7 +1,9 @@
 """What the benchmarks share: costs, the environment, means over seeds, and tables inside a page of the docs."""
 
 import argparse
+import ctypes
 import datetime
+import gc
 import json
 import logging
 import platform
@@ -48,6 +50,8 @@ def measured() -> Iterator[Cost]:
         cost.passes += 1
         return run(*args, **options)
 
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free already goes back, or it would hide what is taken
     Path("/proc/self/clear_refs").write_text("5")
     held, started = _resident("VmRSS"), time.perf_counter()
     with mock.patch("torch.autograd._engine_run_backward", counted):
