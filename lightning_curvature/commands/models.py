@@ -222,8 +222,9 @@ def sweep(
     plots.save(plots.pareto(rows, front, "perplexity", "strict"), out / "sweep.png")
     headers = {"edit": "edit", "energy": "energy", "strict": "strict", "times": "perplexity, times"}
 
-    def shown(some: list[dict[str, Any]]) -> str:
-        return tabulate([[row[key] for key in headers] for row in some], [*headers.values()], floatfmt=".4g")
+    def shown(some: list[dict[str, Any]], **more: str) -> str:
+        columns = {**more, **headers}
+        return tabulate([[row[key] for key in columns] for row in some], [*columns.values()], floatfmt=".4g")
 
     text = f"Not beaten by another one:\n\n{shown(front)}\n\nLeast recited within a perplexity:\n\n"
-    return Output(f"{text}{shown(best_within(rows))}\nWritten to {out}", {"out": str(out), "rows": rows})
+    return Output(f"{text}{shown(best_within(rows), limit='limit')}\nWritten to {out}", {"out": str(out), "rows": rows})

@@ -154,6 +154,7 @@ class Chooser:
 
 
 def best_within(rows: Sequence[Row], limits: Sequence[float] = LIMITS) -> list[Row]:
-    """Return, for each multiple of the perplexity, the row of those within it that recites least (then costs least)."""
-    return [min((row for row in rows if row["times"] <= limit), key=lambda row: (row["strict"], row["times"]))
-            for limit in limits]  # fmt: skip
+    """Return, for each multiple of the perplexity, as ``limit``, the row within it that recites, then costs least."""
+    within = {limit: [row for row in rows if row["times"] <= limit] for limit in limits}
+    return [{"limit": limit, **min(some, key=lambda row: (row["strict"], row["times"]))}
+            for limit, some in within.items()]  # fmt: skip
