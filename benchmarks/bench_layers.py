@@ -6,9 +6,9 @@ ViT's blocks. *forgotten* is by how much the recited share falls: of the second,
 labels of the report part. What might predict it, layer by layer:
 
 - *separation* (``lightning_curvature.ranking.rank_layers``): how well the share of activation energy in the flat half
-  tells recited windows from other text (text: the tuning half of the memorized sequences, which the model recites,
-  against clean text; images: the CLS tokens of training images against those of validation images, no labels), as
-  the distance of the area under the ROC curve from 0.5;
+  tells recited examples from others, as the distance of the area under the ROC curve from 0.5. Text: the tuning half of
+  the memorized sequences, which the model recites, against never-memorized windows of the same domain; images: the CLS
+  tokens of training images against those of validation images;
 - *depth*: the number of the block;
 - *relative change* of the weight under the default energy, from factors and weight alone;
 - *curvature*: tr(A) tr(G), the total mass;
@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from subjects import Text, subject
+from subjects import WINDOWS, Text, subject
 from tables import DOCS, mean, parser, read, replace_section, run, summary, table
 from torchmetrics.functional import spearman_corrcoef
 
@@ -53,7 +53,9 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
     factors = collect(model.model, model.rows, model.step, layers=layers, seed=seed)
     predicted = {}
     if text:
-        recited, others = model.forget, model.tuning.split(16)
+        recited = model.forget
+        own = model.data.held_out["domain"]["tuning"][:WINDOWS, : recited[0].ids.shape[1]]
+        others = own.split(16)
         predicted["separation"] = rank_layers(
             model.model, factors, [batch.ids for batch in recited], others,
             lambda ids: model.lm(input_ids=ids, use_cache=False),
