@@ -123,7 +123,7 @@ def test_an_editor_at_another_energy_is_that_editor():
     factors = KroneckerFactors({"0": random_factors()})
     for score in ("kfac", "saliency"):
         for soft in (False, True):
-            editor = CurvatureEditor(1.0, score=score, soft=soft)
+            editor = CurvatureEditor(score=score, soft=soft).at(1.0)  # it and those made from it share
             for energy in (0.5, 0.8):
                 expected = CurvatureEditor(energy, score=score, soft=soft).edited_weights(module, factors)
                 found = editor.at(energy).edited_weights(module, factors)
