@@ -68,6 +68,7 @@ TRAINED = {
         partial(BalancedSubnet, ratio=0.02, weight=0.1, epochs=10, lr=0.01),
         partial(BalancedSubnet, ratio=0.05, weight=0.1, epochs=10, lr=0.01),
         partial(BalancedSubnet, ratio=0.1, weight=0.3, epochs=10, lr=0.01),
+        partial(BalancedSubnet, ratio=0.2, weight=0.1, epochs=10, lr=0.01),
     ],
     "gradient ascent": [
         partial(GradientAscent, weight=0.1, epochs=5, lr=1e-3),
@@ -80,8 +81,6 @@ TRAINED = {
         partial(NegativePreference, weight=0.3, epochs=10, lr=1e-3),
     ],
 }
-WIDE = partial(BalancedSubnet, ratio=0.2, weight=0.1, epochs=10, lr=0.01)
-"""A setting more for images, whose few steps do not fill a mask that small."""
 STRENGTH = 0.4
 COMBINATION = "bulk step, then activations only, soft"
 STRENGTH = 0.4
@@ -123,8 +122,7 @@ def editors(model: Subject) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
 def rivals(model: Subject) -> Iterator[tuple[str, list[Any], list[Any]]]:
     """Yield the methods that train, their settings and retain sets."""
     for name, settings in TRAINED.items():
-        wide = [WIDE] if name == "BalancedSubnet" and not isinstance(model, Text) else []
-        yield name, settings + wide, model.retain()
+        yield name, settings, model.retain()
     if isinstance(model, Text):
         yield "gradient ascent, clean retain set", TRAINED["gradient ascent"], model.retain(domain=False)
 
