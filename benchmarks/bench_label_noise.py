@@ -38,7 +38,7 @@ from lightning_curvature.demos.digits import EPOCHS, NoisyDigits, build_model
 from lightning_curvature.demos.label_noise import METRICS, compare_methods, energy_curves, evaluate
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
-from lightning_curvature.editor import DEFAULT_ENERGY
+from lightning_curvature.editing import DEFAULT_ENERGY
 
 KINDS = [("sketched", 1), ("sketched", 2), ("sampled", 1), ("sampled", 4), ("empirical", 1)]
 

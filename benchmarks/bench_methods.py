@@ -47,7 +47,7 @@ from lightning_curvature.baselines import (
     SVDEditor,
 )
 from lightning_curvature.bulk import BulkStepEditor
-from lightning_curvature.editor import Editor
+from lightning_curvature.editing import Editor
 from lightning_curvature.report import EditReport
 
 FACTORS = ("collect", "decompose")

@@ -22,7 +22,7 @@ from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.settings import TEXT
 from lightning_curvature.demos.text import make_data, train_text
 from lightning_curvature.demos.unlearning import text_losses, text_sets
-from lightning_curvature.editor import Editor
+from lightning_curvature.editing import Editor
 from lightning_curvature.eigenvalues import correct_eigenvalues
 from lightning_curvature.targets import match_energy
 from lightning_curvature.text.evaluation import Baseline, perplexity, strict_rate

@@ -21,6 +21,10 @@ TIE = 1e-9
 """Relative difference below which two masses count as equal (an eigensolver splits equal eigenvalues by rounding)."""
 
 
+class FaultyLayerError(ValueError):
+    """A layer cannot be edited, because its weight or its factors are not what training leaves in them."""
+
+
 class CurvatureBasis(NamedTuple):
     """Eigenvectors (columns) and eigenvalues (descending, none negative) of ``G`` and ``A``, all float64."""
 
@@ -46,7 +50,8 @@ def decompose(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """Return eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, eigenvalues descending.
 
     Args:
-        factor: ``[d, d]``, any floating dtype; decomposed in float64 on its device.
+        factor: ``[d, d]``, any floating dtype; decomposed in float64 on its device, and once more on the CPU if the
+            solver does not converge.
         what: Name for errors, such as ``"Factor A"``.
 
     Returns:
@@ -54,16 +59,25 @@ def decompose(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
         ``d * eps * largest`` are set to zero, and so are negative ones.
 
     Raises:
-        ValueError: If the matrix is not finite, or its trace is zero.
+        FaultyLayerError: If the matrix is not finite, its trace is zero, or the solver does not converge.
     """
     if not bool(torch.isfinite(factor).all()):
-        raise ValueError(f"{what} holds NaN or infinite values. Collect it again; a batch probably overflowed.")
-    values, vectors = torch.linalg.eigh(factor.double())
+        raise FaultyLayerError(f"{what} holds NaN or infinite values. Collect it again; a batch probably overflowed.")
+    try:
+        values, vectors = torch.linalg.eigh(factor.double())
+    except RuntimeError:
+        try:
+            values, vectors = (found.to(factor.device) for found in torch.linalg.eigh(factor.double().cpu()))
+        except RuntimeError as error:
+            raise FaultyLayerError(
+                f"{what} could not be decomposed, neither on {factor.device} nor on the CPU: {error} Collect it again, "
+                "or leave the layer out (skip_faulty=True edits the others)."
+            ) from error
     values, vectors = values.flip(0), vectors.flip(1)
     floor = values[0] * len(values) * torch.finfo(torch.float64).eps
     values = torch.where(values > floor, values, 0.0)
     if not float(values.sum()) > 0.0:
-        raise ValueError(f"{what} is zero: no signal reached the layer, so no direction can be told from another.")
+        raise FaultyLayerError(f"{what} is zero: no signal reached the layer, so its directions cannot be told apart.")
     return vectors, values
 
 

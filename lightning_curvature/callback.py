@@ -1,6 +1,7 @@
 """The Lightning callback: when to collect, when to edit, what to save and log."""
 
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,22 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_curvature._checks import check_count, check_option
-from lightning_curvature.checkpoints.formats import tensor_hash
-from lightning_curvature.checkpoints.lightning import Checkpoint, SiblingCheckpointIO
-from lightning_curvature.collect import Collector, check_options
+from lightning_curvature._checks import check_count, check_option, listing
+from lightning_curvature.checkpoints.lightning import Checkpoint, Siblings
+from lightning_curvature.collect import Collector, check_options, check_silent
 from lightning_curvature.collection import Collection
-from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
+from lightning_curvature.editing import DEFAULT_ENERGY, layer_weights
+from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.probes import Probes, Target, before_after
+from lightning_curvature.ranks import Ranks
 from lightning_curvature.report import EditReport
-from lightning_curvature.siblings import check_averaging, edited_copy
+from lightning_curvature.siblings import edited_copy, weight_hashes
 from lightning_curvature.targets import Match
+from lightning_curvature.trainers import check_callbacks, check_strategy
 from lightning_curvature.validation import collected_from
 
 _NO_DATA = (
@@ -52,6 +56,9 @@ class KFACEditCallback(Callback):
 
     Beside every checkpoint there is also a factor file, ``NAME-edited-factors.safetensors``, from which
     ``fit(ckpt_path=...)`` goes on collecting, and which ``lightning-curvature edit`` takes.
+
+    With several processes (``docs/support.md`` lists strategies and precisions) the factors are those of all data: they
+    are added up when they are used, which is at each checkpoint, at the end of a validation and of fit.
 
     Source: arXiv:2510.24256. The defaults follow from ``benchmarks/``; see ``docs/decisions.md``.
 
@@ -86,6 +93,10 @@ class KFACEditCallback(Callback):
             where there is none) and of fit, on that probe; look at another one for what the edit costs. Checkpoints
             that are saved later get the edit of the latest search, and those before the first one have no edited
             sibling.
+        shard_factors: With several processes, spread the sums of the factors over them: each keeps those of some
+            layers, and receives what the others add in every step. Less memory, more traffic.
+        skip_faulty: Leave layers that cannot be edited (NaN, factors of zero) as they are, with a warning, and edit the
+            others, instead of leaving no edited checkpoint.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -114,11 +125,14 @@ class KFACEditCallback(Callback):
         score: str = "kfac",
         soft: bool = False,
         target: dict[str, float] | None = None,
+        shard_factors: bool = False,
+        skip_faulty: bool = False,
     ) -> None:
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"name must be a part of a file name (letters, digits, '_', '-', '.'), found {name!r}.")
         self.name = name
-        self.editor = CurvatureEditor(energy, score=score, soft=soft)
+        self.editor = CurvatureEditor(energy, score=score, soft=soft, skip_faulty=skip_faulty)
+        self.shard_factors = shard_factors
         if score == "ekfac":
             raise ValueError("score='ekfac' needs a second pass over the data: collect, correct_eigenvalues, edit.")
         self.target = None if target is None else Target(target)
@@ -143,7 +157,7 @@ class KFACEditCallback(Callback):
         self._collection: Collection | None = None
         self._validates = False
         self._fitted = False
-        self._io: SiblingCheckpointIO | None = None
+        self._siblings: Siblings | None = None
         self._validated: dict[str, str] = {}
         self._averages = False
         self._watch, self._stack = ExitStack(), ExitStack()
@@ -187,17 +201,15 @@ class KFACEditCallback(Callback):
                 f"Several KFACEditCallbacks have the name {self.name!r}; they would write the same edited checkpoints. "
                 "Give each a name=, which becomes NAME-{name}.ckpt."
             )
+        strategy = trainer.strategy
+        check_strategy(strategy)
         if stage == "fit":
-            self._averages = check_averaging(self, callbacks, collects_in_validation=self.loop == "validation")
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"KFACEditCallback collects in one process so far, this Trainer has {trainer.world_size}. Train "
-                "distributed without it, then run one epoch with devices=1 and a learning rate of 0 to collect."
-            )
-        io = trainer.strategy.checkpoint_io
-        self._io = io if isinstance(io, SiblingCheckpointIO) else SiblingCheckpointIO(io)
-        self._io.siblings[self.name] = self
-        trainer.strategy.checkpoint_io = self._io
+            self._averages = check_callbacks(self, callbacks, collects_in_validation=self.loop == "validation")
+        part = strategy.distributed_sampler_kwargs if isinstance(strategy, ParallelStrategy) else {}
+        data, num_data = part.get("rank", 0), part.get("num_replicas", 1)
+        self._siblings = Siblings.of(strategy, lambda: Ranks.joined(data, num_data, strategy.root_device))
+        self._siblings.owners[self.name] = self
+        self.editor.ranks = self._siblings.ranks
         self.probes.check()
         if self.target is not None:
             datamodule = getattr(trainer, "datamodule", None)
@@ -205,14 +217,31 @@ class KFACEditCallback(Callback):
         self._validates = self.loop == "validation" or (stage == "validate" and not self._fitted)
         if stage == "validate" and not self._validates:
             return  # the factors of the fit stay
-        self._fitted = False
-        self._collection = Collection(Collector(pl_module, **self._options), self.window, self._settings)
+        self._fitted, self._collection = False, None
         self.report = self.match = None
         if self._validates:
             # Inference tensors can never enter a graph, and the mode is entered before any hook of a callback runs.
             loop: Any = trainer.validate_loop if stage == "validate" else trainer.fit_loop.epoch_loop.val_loop
             self._stack.callback(setattr, loop, "inference_mode", loop.inference_mode)
             loop.inference_mode = False
+
+    def _prepare(self, pl_module: pl.LightningModule) -> Collection:
+        """Choose the layers, when the module has been built (``configure_model``) and before anything runs."""
+        if self._collection is None:
+            collector = Collector(pl_module, **self._options, ranks=self.editor.ranks, shard=self.shard_factors)
+            self._collection = Collection(collector, self.window, self._settings)
+        return self._collection
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose layers."""
+        self._prepare(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the validation step, if this is where to collect."""
+        if trainer.sanity_checking or not self._validates:
+            return
+        self._prepare(pl_module).start(complete=False)
+        self._watch.enter_context(collected_from(pl_module, self._running().collector))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -238,15 +267,8 @@ class KFACEditCallback(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop a step that was cut short; without a validation, this is where a target's energy is searched."""
         self._running().collector.abort()
-        if self.factors and not trainer.enable_validation:
+        if self.target is not None and not trainer.enable_validation and self._running().synchronise():
             self._search(trainer, pl_module)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch the validation step, if this is where to collect."""
-        if trainer.sanity_checking or not self._validates:
-            return
-        self._running().start(complete=False)
-        self._watch.enter_context(collected_from(pl_module, self._running().collector))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the factors of this validation; measure the probes before and after the edit, next to what is logged.
@@ -259,12 +281,15 @@ class KFACEditCallback(Callback):
         if self._validates:
             self._watch.close()
             collection = self._running()
-            if not collection.collector.sums:
-                raise RuntimeError(_NO_DATA.format("validation step computed a loss"))
+            collection.collector.accumulator.join()
             collection.collector.provenance |= {"loop": "validation", "step": trainer.global_step}
+            silent = collection.silent
             collection.start(complete=True)
-            self._validated = {name: tensor_hash(pl_module.get_parameter(f"{name}.weight")) for name in self.factors}
-        if self.factors:
+            if not collection.synchronise():
+                raise RuntimeError(_NO_DATA.format("validation step computed a loss"))
+            self._check_silent(silent)
+            self._validated = weight_hashes(layer_weights(pl_module, self.factors))
+        if self._running().synchronise():
             self._search(trainer, pl_module)
             results = self._run_probes(trainer, pl_module)
             if results:
@@ -280,11 +305,14 @@ class KFACEditCallback(Callback):
         Raises:
             RuntimeError: If not one batch could be collected.
         """
-        if not self.factors:
+        collection = self._running()
+        collection.collector.accumulator.join()
+        if not collection.synchronise():
             source = "training step ran a backward pass" if self.loop == "train" else "validation ran"
             raise RuntimeError(_NO_DATA.format(source))
         self._fitted = True
         if self.loop == "train":
+            self._check_silent(collection.silent)
             self._search(trainer, pl_module)
             self._edit_copy(pl_module)
             results = self._run_probes(trainer, pl_module)
@@ -292,15 +320,20 @@ class KFACEditCallback(Callback):
                 logger.log_metrics(results, trainer.global_step)
         self._show()
 
+    def _check_silent(self, silent: list[str]) -> None:
+        if silent and self.editor.skip_faulty:
+            rank_zero_warn(f"Chosen layers {listing(silent)} never ran, and stay as they are.")
+        else:
+            check_silent(silent)
+
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the energy of the target, if there is one."""
         if self.target is None:
             return
-        editor = CurvatureEditor(1.0, score=self.editor.score, soft=self.editor.soft)
-        self.match = self.probes.match(trainer, pl_module, editor, self.factors, self.target)
+        self.match = self.probes.match(trainer, pl_module, self.editor.at(1.0), self.factors, self.target)
         if self.match is None:
             return
-        self.editor = CurvatureEditor(self.match.energy, score=editor.score, soft=editor.soft)
+        self.editor.energy = self.match.energy
         rank_zero_info(f"{self.target}: energy {self.match.energy:.4g}, {self.match.value:.4f} times")
 
     def _edit_copy(self, pl_module: pl.LightningModule) -> None:
@@ -308,27 +341,25 @@ class KFACEditCallback(Callback):
         if self._undecided:
             return
         factors = self.factors
-        weights: dict[str, torch.Tensor] = {
-            key: pl_module.get_parameter(key) for key in map("{}.weight".format, factors)
-        }
-        self.report = self.editor.edit_state_dict(weights, factors)[1]
+        self.report = self.editor.edit_layers(layer_weights(pl_module, factors), factors)[1]
 
     def _show(self) -> None:
         """Show what an edit does and what the probes say, warn of factors that rest on little, and save them."""
-        factors = self.factors
-        for name, layer in factors.items():
-            if layer.num_inputs < max(layer.shape):
+        factors, kinds = self.factors, self._running().collector.kinds
+        for name, count in factors.counts().items():
+            if count < max(kinds[name].d_in, kinds[name].d_out):
                 rank_zero_warn(
-                    f"The factors of layer {name!r} rest on {layer.num_inputs} positions for a {list(layer.shape)} "
-                    "weight: the spectrum looks steeper than it is, and the edit removes more than it should. Train "
-                    "longer, or choose a smaller layer."
+                    f"The factors of layer {name!r} rest on {count} positions for a "
+                    f"{[kinds[name].d_out, kinds[name].d_in]} weight: the spectrum looks steeper than it is, and the "
+                    "edit removes more than it should. Train longer, or choose a smaller layer."
                 )
         if self.report is not None:
             rank_zero_info(f"\n{self.report}")
         if self.probe_results:
             rank_zero_info(f"\n{before_after(self.probe_results)}")
-        if self.save_factors is not None:
-            factors.save(self.save_factors)
+        if (path := self.save_factors) is not None:
+            gathered = factors.gathered()
+            self.editor.ranks.first(lambda: gathered.save(path))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove every hook."""
@@ -364,22 +395,23 @@ class KFACEditCallback(Callback):
         kind = type(self).__qualname__
         states = [s for key, s in checkpoint.get("callbacks", {}).items() if str(key).startswith(kind)]
         state = next((state for state in states if state.get("name") == self.name), None)
-        if trainer.state.fn != "fit" or not state or self._io is None or self._collection is None:
+        if trainer.state.fn != "fit" or not state or self._siblings is None:
             return
-        with self._io.loaded_factors(self.name) as file:
-            reason = self._collection.resume(state, file)
+        with self._siblings.loaded_factors(self.name) as file:
+            reason = self._prepare(pl_module).resume(state, file)
         found = state.get("match")
         if reason is None and found and self.target is not None and found["target"] == self.target.entry:
             self.match = Match(found["energy"], found["value"], {found["energy"]: found["value"]})
-            self.editor = CurvatureEditor(self.match.energy, score=self.editor.score, soft=self.editor.soft)
+            self.editor.energy = self.match.energy
         if reason is not None:
             rank_zero_warn(
                 f"KFACEditCallback does not go on where {trainer.ckpt_path} was saved, it starts anew: {reason}."
             )
 
-    def save_factors_beside(self, path: Path) -> bool:
-        """Write the factors to a file beside a checkpoint; tell whether there were any."""
-        return self._collection is not None and self._collection.save(path)
+    def factors_writer(self) -> Callable[[Path], None] | None:
+        """Return what writes the factors to a file beside a checkpoint; None if there are none yet."""
+        found = None if self._collection is None else self._collection.snapshot()
+        return None if found is None else lambda path: found[0].save(path, found[1])
 
     def edited(self, checkpoint: Checkpoint) -> Checkpoint | None:
         """Return the edited copy of a checkpoint; None, with a warning, if there is none that is right."""

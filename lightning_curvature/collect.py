@@ -4,24 +4,26 @@ A :class:`Collector` is opened around a forward pass, told when the backward pas
 knows nothing of trainers; :func:`collect` runs it over a frozen model, ``KFACEditCallback`` inside a training loop.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_curvature import fisher
 from lightning_curvature._checks import check_count, check_option, listing
+from lightning_curvature.accumulate import Accumulator, BatchGradients
 from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.fisher import FISHER_KINDS, Gradients
-from lightning_curvature.layers import as_matrix, gradient_rows, input_rows, is_conv1d
+from lightning_curvature.fisher import FISHER_KINDS
+from lightning_curvature.layers import is_conv1d, matrix_shape
 from lightning_curvature.losses import SoftmaxLoss
 from lightning_curvature.plan import MemoryPlan
-from lightning_curvature.positions import batch_mask, check_positions, counted_positions
+from lightning_curvature.positions import batch_mask, check_positions
+from lightning_curvature.ranks import Ranks
 from lightning_curvature.selection import LayerChoice, choose_layers
-from lightning_curvature.sums import LayerSums
+from lightning_curvature.sums import LayerKind, LayerSums
 from lightning_curvature.taps import LayerCall, Taps
 
 ACCUMULATE_ON = ("model", "cpu")
@@ -53,6 +55,8 @@ class Collector:
             :mod:`lightning_curvature.scores`: twice the memory and the products.
         group: ``(i, n)``: cut the chosen layers into n groups and collect the i-th (from 0) alone, where all of them
             together do not fit into memory.
+        ranks: The processes of the run; by default this one alone.
+        shard: Spread the sums over the processes: each keeps those of its own layers.
 
     Raises:
         ValueError: If an argument is none of its options, or ``layers`` matches nothing.
@@ -71,6 +75,8 @@ class Collector:
         accumulate_on: str = "model",
         coupled: bool = False,
         group: tuple[int, int] = (0, 1),
+        ranks: Ranks | None = None,
+        shard: bool = False,
     ) -> None:
         check_options(fisher, draws, positions, accumulate_on)
         self.module = module
@@ -79,26 +85,28 @@ class Collector:
         self.positions = positions
         self.choice: LayerChoice = choose_layers(module, layers)
         self.chosen: list[str] | None = None
-        self.sums: dict[str, LayerSums] = {}
         self.provenance: dict[str, Any] = {
             "model": type(module).__name__,
             "fisher": fisher,
             "draws": draws,
             "positions": positions,
         }
-        self.num_batches = 0
-        self.num_skipped = 0
+        self.ranks = Ranks() if ranks is None else ranks
         self.seed = seed
         self.logits = logits
         self.accumulate_on = accumulate_on
         self.coupled = coupled
         self.group = group
-        self._generator: torch.Generator | None = None
-        self._saved_random: tuple[str | None, Tensor | None] = (None, None)
+        self.kinds = {name: self._kind(module) for name, module in self.choice.modules.items()}
+        sizes = {name: float(kind.d_in**2 + kind.d_out**2) for name, kind in self.kinds.items()}
+        owners = self.ranks.owners(sizes) if shard else None
+        self.accumulator = Accumulator(self._new_sums, self._home, positions, self.ranks, owners)
         self._taps: Taps | None = None
         self._mask: Tensor | None = None
         self._pending: tuple[SoftmaxLoss, list[LayerCall]] | None = None
+        self._taken: BatchGradients | None = None
         self._objective: Tensor | None = None
+        self._warned = False
 
     def open(self, batch: Any = None) -> None:
         """Start to record; call before the forward pass.
@@ -143,8 +151,15 @@ class Collector:
         taps.recording = False  # recomputed forward passes (activation checkpointing) are not counted twice
         loss = fisher.find_loss(taps, objective)
         if self.chosen is None:
+            fisher.check_reentrant(loss, taps)
             heads = fisher.output_heads(loss, taps.calls)
-            self.chosen = self._plan(self.choice.resolve((call.name for call in taps.calls), heads))
+            fired = [call.name for call in taps.calls]
+            self.chosen = self._plan(self.choice.resolve(fired, heads))
+            if late := sorted(set(self.chosen) - set(fired)):
+                rank_zero_warn(
+                    f"Chosen layers {listing(late)} did not run in the first collected batch. They are collected from "
+                    "whenever they run; if they never do, that is an error in the end."
+                )
         calls = [call for call in taps.calls if call.name in self.chosen]
         dead = sorted({call.name for call in calls if call.edge is None})
         if dead:
@@ -152,6 +167,8 @@ class Collector:
                 f"Outputs of layers {listing(dead)} need no gradient: everything up to them is frozen (or runs under "
                 "no_grad, or reentrant checkpointing). Unfreeze something below them, or leave them out of layers=."
             )
+        if not calls:
+            return  # none of the layers that run in some batches only ran in this one
         if self.fisher == "empirical":
             if objective is None and loss.output is not None:
                 objective = loss.output.sum()
@@ -165,12 +182,15 @@ class Collector:
                     f"fisher='exact' needs {passes} backward passes for this batch, the limit is {fisher.EXACT_LIMIT}. "
                     "Use fisher='sketched', whose expectation is the same, with as many draws as you can afford."
                 )
-            if self.fisher == "exact" and self.num_batches == 0:
+            if self.fisher == "exact" and self.accumulator.num_seen == 0:
                 rank_zero_info(f"fisher='exact' takes {passes} backward passes per batch.")
             random = self._random(loss.logits.device)
             gradients = list(fisher.gradient_passes(self.fisher, loss, calls, self.draws, random))
-        self._add(calls, gradients, passes if self.fisher != "exact" else 1)
-        taps.calls, taps.losses = [], []  # the graph must not outlive its batch
+        # Only a finished batch is added: one that is interrupted is repeated when the run goes on. The graph, which an
+        # edge keeps, must not outlive its batch.
+        calls = [dataclasses.replace(call, edge=None) for call in calls]
+        self._taken = BatchGradients(calls, gradients, passes if self.fisher != "exact" else 1)
+        taps.calls, taps.losses = [], []
 
     def stop(self) -> None:
         """Stop to listen, where the rest of the step (the optimizer's) is known to hold nothing of interest."""
@@ -187,7 +207,7 @@ class Collector:
                 torch.autograd.grad(self._objective, edges, retain_graph=True, allow_unused=True)
 
     def close(self) -> None:
-        """Finish the batch; call after the backward pass."""
+        """Finish the batch; call after the backward pass. A collective where the sums are sharded."""
         if self._pending is not None:
             loss, calls = self._pending
             if all(call.gradient is None for call in calls):
@@ -195,42 +215,63 @@ class Collector:
                 raise RuntimeError(
                     "The training's backward sent no gradient to the chosen layers; use another fisher=."
                 )
-            self._add(calls, [fisher.empirical_gradients(loss, calls)], 1)
-        self.abort()
+            self._taken = BatchGradients(calls, [fisher.empirical_gradients(loss, calls)], 1)
+        elif self._taken is None and self._taps is not None and self._taps.recording and self._taps.losses:
+            self._warn_of_unseen_backward()
+        if self._taken is not None:
+            self._taken.mask = self._mask
+        try:
+            self.accumulator.add(self._taken, self.kinds)
+        finally:
+            self.abort()
 
     def abort(self) -> None:
         """Drop whatever is recorded of the current batch, and every hook."""
-        self._pending = self._objective = self._mask = None
+        self._pending = self._taken = self._objective = self._mask = None
         if self._taps is not None:
             self._taps.close()
             self._taps = None
 
+    @property
+    def sums(self) -> Mapping[str, LayerSums]:
+        """The running sums that this process keeps, by layer."""
+        return self.accumulator.sums
+
+    @property
+    def shards(self) -> bool:
+        """Whether each process keeps the sums of its own layers alone."""
+        return self.accumulator.owners is not None
+
+    @property
+    def silent(self) -> list[str]:
+        """Chosen layers that have not run in any batch since the last reset, as far as this process knows."""
+        return [name for name in self.chosen or [] if name not in self.accumulator.num_positions]
+
     def factors(self) -> KroneckerFactors:
         """Return the factors of all batches since the sums were last reset."""
-        provenance = {**self.provenance, "batches_skipped": self.num_skipped}
+        provenance = {**self.provenance, "batches_skipped": self.accumulator.num_skipped}
         return KroneckerFactors({name: sums.factors() for name, sums in self.sums.items()}, provenance)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an interrupted collection needs to go on as if nothing had happened: tensors and primitives."""
-        return {
-            "chosen": self.chosen,
-            "num_batches": self.num_batches,
-            "num_skipped": self.num_skipped,
-            "random": self._random_state,
-            "random_device": self._saved_random[0] if self._generator is None else self._generator.device.type,
-            "sums": {name: sums.state_dict() for name, sums in self.sums.items()},
-        }
+        """Return what an interrupted collection needs to go on as if nothing had happened: tensors and primitives.
+
+        A collective; what comes back on the first process holds the sums of all.
+        """
+        return {"chosen": self.chosen, **self.accumulator.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; the sums move to their layers' device with the next batch."""
         self.chosen = state["chosen"]
-        self.num_batches, self.num_skipped = state["num_batches"], state["num_skipped"]
-        self._saved_random = (state["random_device"], state["random"])
-        self.sums = {name: LayerSums.from_state_dict(sums) for name, sums in state["sums"].items()}
+        self.accumulator.load_state_dict(state)
 
-    @property
-    def _random_state(self) -> Tensor | None:
-        return self._saved_random[1] if self._generator is None else self._generator.get_state()
+    def _warn_of_unseen_backward(self) -> None:
+        if not self._warned:
+            rank_zero_warn(
+                "A training step computed a cross-entropy, and no backward pass of it was seen, so nothing was "
+                "collected from it. In manual optimization call self.manual_backward(loss) or loss.backward(); "
+                "torch.autograd.backward and torch.autograd.grad are not seen."
+            )
+        self._warned = True
 
     def _plan(self, chosen: list[str]) -> list[str]:
         """Return the layers of this collector's group, having checked that their factors fit into memory."""
@@ -240,11 +281,11 @@ class Collector:
                 f"{len(chosen)} layers cannot be cut into {count} groups; use at most {len(chosen)} passes."
             )
         group = [name for i, name in enumerate(chosen) if i * count // len(chosen) == index]
-        by_device: dict[torch.device, dict[str, tuple[int, int]]] = {}
+        owners, by_device = self.accumulator.owners, dict[torch.device, dict[str, tuple[int, int]]]()
         for name in group:
-            layer = self.choice.modules[name]
-            d_out, d_in = as_matrix(layer.weight.detach(), is_conv1d(layer)).shape  # type: ignore[operator]
-            by_device.setdefault(self._home(layer.weight.device), {})[name] = (d_out, d_in)
+            if owners is None or owners[name] == self.ranks.rank:
+                home = self._home(self.choice.modules[name].weight.device)
+                by_device.setdefault(home, {})[name] = (self.kinds[name].d_out, self.kinds[name].d_in)
         for device, shapes in by_device.items():
             plan = MemoryPlan(shapes, device)
             rank_zero_info(str(plan))
@@ -256,51 +297,16 @@ class Collector:
         return torch.device("cpu") if self.accumulate_on == "cpu" or device.type == "mps" else torch.device(device)
 
     def _random(self, device: torch.device) -> torch.Generator:
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
-            kind, state = self._saved_random
-            if state is not None and kind == device.type:  # another kind of device has another generator
-                self._generator.set_state(state)
-            self._saved_random = (None, None)
-        return self._generator
+        """Return a generator for this batch: the same one if the batch is repeated, another one on other data."""
+        seed = self.seed * 0x9E3779B1 + self.ranks.data * 0x85EBCA77 + self.accumulator.num_seen
+        return torch.Generator(device).manual_seed(seed % 2**32)
 
-    @torch.no_grad()
-    def _add(self, calls: list[LayerCall], passes: list[Gradients], draws: int) -> None:
-        for call in calls:
-            call.check_input()
-        values = [call.inputs for call in calls] + [g for gradients in passes for g in gradients if g is not None]
-        if not all(_is_finite(value) for value in values):
-            self.num_skipped += 1
-            if self.num_skipped == 1:
-                warnings.warn(
-                    "A batch with NaN or infinite activations or gradients was left out of the K-FAC factors; further "
-                    "ones are counted (batches_skipped) without a warning.",
-                    stacklevel=2,
-                )
-            return
-        for index, call in enumerate(calls):
-            self._add_call(call, [gradients[index] for gradients in passes], draws)
-        self.num_batches += 1
+    def _kind(self, layer: nn.Module) -> LayerKind:
+        d_out, d_in = matrix_shape(layer)
+        return LayerKind(d_in, d_out, is_conv1d(layer), self.coupled)
 
-    def _add_call(self, call: LayerCall, gradients: Gradients, draws: int) -> None:
-        inputs = input_rows(call.module, call.inputs)
-        rows = [gradient_rows(call.module, g) for g in gradients if g is not None]
-        counted = counted_positions(self.positions, call, rows, len(inputs), self._mask)
-        sums = self.sums.get(call.name)
-        if sums is None:
-            d_out = call.output_shape[-1 if not isinstance(call.module, nn.Conv2d) else -3]
-            sums = self._new_sums(call, inputs.shape[1], d_out)
-            self.sums[call.name] = sums
-        sums.move(self._home(inputs.device))
-        sums.add(inputs[counted], [gradient[counted] for gradient in rows], draws, len(inputs))
-
-    def _new_sums(self, call: LayerCall, d_in: int, d_out: int) -> LayerSums:
-        return LayerSums(d_in, d_out, self._home(call.inputs.device), is_conv1d(call.module), self.coupled)
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Tell whether no value is NaN or infinite; a sum keeps either, and is several times faster than isfinite."""
-    return bool(torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32))))
+    def _new_sums(self, name: str, kind: LayerKind, home: torch.device) -> LayerSums:  # noqa: ARG002
+        return LayerSums.zero(kind, home)
 
 
 def collect(
@@ -335,4 +341,14 @@ def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable
             collector.abort()
     if not collector.sums:
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
+    check_silent(collector.silent)
     return collector.factors()
+
+
+def check_silent(silent: Sequence[str]) -> None:
+    """Raise ``RuntimeError`` if there are chosen layers that never ran."""
+    if silent:
+        raise RuntimeError(
+            f"Chosen layers {listing(silent)} never ran, so they have no factors and were not edited. Leave them out "
+            "of layers=, or collect over data that reach them."
+        )

@@ -1,5 +1,6 @@
-"""The factors of a run as it goes on: windows of training steps, validations, and resumed runs."""
+"""The factors of a run as it goes on: windows of training steps, validations, several processes, and resumed runs."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from lightning_curvature._checks import listing
 from lightning_curvature.collect import Collector
 from lightning_curvature.factors import KroneckerFactors, load_state
+from lightning_curvature.ranks import Ranks
+from lightning_curvature.sharded import ShardedFactors
+from lightning_curvature.sums import LayerSums, sums_over
 
 MIN_WINDOW = 4096
 """Positions of the shortest default window; docs/decisions.md shows why."""
@@ -15,10 +19,13 @@ MIN_WINDOW = 4096
 class Collection:
     """The factors of the latest complete window of a run, and the sums of the window that goes on.
 
+    With several processes each keeps those of its own data, and they are added up when they are used
+    (:meth:`synchronise`); or, if the collector shards, each keeps those of its own layers.
+
     Args:
         collector: Collects.
-        window: Positions that each layer sees in a window of training steps; None for eight times its larger dimension
-            and at least ``MIN_WINDOW``.
+        window: Positions that each layer sees in a window of training steps, on all processes together; None for eight
+            times its larger dimension and at least ``MIN_WINDOW``.
         settings: What must be the same in a run that goes on with these factors: primitives.
     """
 
@@ -27,62 +34,157 @@ class Collection:
         self.window = window
         self.settings = dict(settings)
         self._complete = KroneckerFactors()
+        self._known = KroneckerFactors()
+        self._starts = 0
+        self._known_at = (0, 0)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return self.collector.ranks
 
     @property
     def factors(self) -> KroneckerFactors:
-        """The factors of the latest complete window, or of everything so far; empty before the first batch."""
-        return self._complete or self.collector.factors()
+        """The factors of the latest complete window, or of everything so far; empty before the first batch.
+
+        With several processes, those of the latest :meth:`synchronise`.
+        """
+        return self.synchronise() if self.ranks.size == 1 else self._known
+
+    @property
+    def silent(self) -> list[str]:
+        """Chosen layers that ran on no process, neither in this window nor in the latest complete one. A collective."""
+        seen = set().union(*self.ranks.gather(set(self._complete) | set(self.collector.accumulator.num_positions)))
+        return [name for name in self.collector.chosen or [] if name not in seen]
+
+    def synchronise(self) -> KroneckerFactors:
+        """Return the factors of all processes, by the positions that each has seen. A collective.
+
+        Raises:
+            RuntimeError: If the processes chose different layers.
+        """
+        now = (self._starts, self.collector.accumulator.num_batches)
+        if any(self.ranks.gather(now != self._known_at)):
+            self._known = self._sharded() if self.collector.shards else self._merged()
+        self._known_at = now
+        return self._known
+
+    def _merged(self) -> KroneckerFactors:
+        own = self._complete or self.collector.factors()
+        choices = self.ranks.gather(self.collector.chosen)
+        chosen = next((choice for choice in choices if choice is not None), [])
+        for rank, other in enumerate(choices):
+            if other is not None and set(other) != set(chosen):
+                raise RuntimeError(
+                    f"layers={self.settings.get('layers')!r} chose {listing(chosen)} on one process and "
+                    f"{listing(other)} on process {rank}, since other layers ran in its first batch. Name the layers."
+                )
+        if self.ranks.size == 1:
+            return own
+        kinds = {name: self.collector.kinds[name] for name in own}
+        merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(own[name]))
+        factors = {name: sums.factors() for name, sums in merged}
+        return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))
+
+    def _sharded(self) -> KroneckerFactors:
+        own = self._complete or self.collector.factors()
+        owners = self.collector.accumulator.owners or {}
+        counts = dict[str, int]()
+        for told in self.ranks.gather(own.counts()):
+            counts |= told
+        counts = {name: counts[name] for name in self.collector.chosen or sorted(counts) if name in counts}
+        return ShardedFactors(own, counts, owners, self.ranks, self._provenance(own))
+
+    def _provenance(self, own: KroneckerFactors) -> dict[str, Any]:
+        """Return where the factors come from: what the first process that collected says, and what all skipped."""
+        told = [facts for facts in self.ranks.gather(own.provenance if own else {}) if facts]
+        if not told:
+            return {}
+        skipped = sum(facts["batches_skipped"] for facts in told)
+        return {**told[0], "batches_skipped": skipped, "processes": self.ranks.size}
 
     def end_step(self, step: int) -> None:
         """End a training step, and the window if it is full."""
         self.collector.close()
-        sums = self.collector.sums.values()
-        if sums and all(s.inputs.count >= (self.window or max(8 * max(s.shape), MIN_WINDOW)) for s in sums):
+        positions = self.collector.accumulator.num_positions
+        if positions and all(count >= self._length(name) for name, count in positions.items()):
             self.collector.provenance["step"] = step
             self.start(complete=True)
+
+    def _length(self, name: str) -> int:
+        kind = self.collector.kinds[name]
+        return self.window or max(8 * kind.d_in, 8 * kind.d_out, MIN_WINDOW)
 
     def start(self, complete: bool) -> None:
         """Start a new window; the one that ends here is ``complete``, or is dropped."""
         if complete:
             self._complete = self.collector.factors()
-        self.collector.sums = {}
+        self.collector.accumulator.reset()
+        self._starts += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells that a factor file belongs to a checkpoint: primitives; empty before the first batch."""
-        return {"settings": self.settings, "batches": self.collector.num_batches} if self.factors else {}
+        batches = self.collector.accumulator.num_seen
+        return {"settings": self.settings, "batches": batches} if batches else {}
 
-    def save(self, path: Path) -> bool:
-        """Write the factors and the running sums, from which a resumed run goes on; tell whether there were any."""
-        factors = self.factors
-        if factors:
-            state = {
-                "collector": self.collector.state_dict(),
-                "provenance": self.collector.provenance,
-                "complete": bool(self._complete),
-            }
-            factors.save(path, state)
-        return bool(factors)
+    def snapshot(self) -> tuple[KroneckerFactors, dict[str, Any]] | None:
+        """Return what :meth:`resume` needs, None before the first batch: arguments of ``KroneckerFactors.save``.
+
+        A collective; only what the first process gets is complete.
+        """
+        factors = self.synchronise()
+        if not factors:
+            return None
+        state = {
+            "collector": self.collector.state_dict(),
+            "provenance": self.collector.provenance,
+            "complete": any(self.ranks.gather(bool(self._complete))),
+            "batches": self.collector.accumulator.num_seen,
+        }
+        return factors.gathered(), state
 
     def resume(self, state: Mapping[str, Any], file: Path | None) -> str | None:
-        """Go on where a run was saved; with nothing changed, return why that cannot be done.
+        """Go on where a run was saved; with nothing changed, return why that cannot be done. A collective.
 
         Args:
             state: What :meth:`state_dict` returned.
-            file: What :meth:`save` wrote, or None if it is lost.
-
-        Raises:
-            ValueError: If the file is not a complete factor file.
+            file: What :meth:`snapshot` returned, saved; None if it is lost.
         """
+        found = self._read(state, file)
+        reasons = [reason for reason in self.ranks.gather(found if isinstance(found, str) else None) if reason]
+        if reasons or isinstance(found, str):
+            return reasons[0]
+        factors, saved = found
+        self.collector.load_state_dict(saved["collector"])
+        self.collector.provenance = saved["provenance"]
+        if saved["complete"]:
+            self._complete = self._part(factors)
+        self._starts += 1
+        return None
+
+    def _read(self, state: Mapping[str, Any], file: Path | None) -> str | tuple[KroneckerFactors, dict[str, Any]]:
         differ = [key for key, value in self.settings.items() if state["settings"].get(key) != value]
         if differ:
             return f"its factors were collected with other {listing(differ)}"
         if file is None:
             return "its factors are kept in a file beside it, which is not there (move them together)"
-        factors, saved = KroneckerFactors.load(file), load_state(file)
-        if saved is None or saved["collector"]["num_batches"] != state["batches"]:
+        try:
+            factors, saved = KroneckerFactors.load(file), load_state(file)
+        except ValueError as error:
+            return f"its factors cannot be read: {str(error).rstrip('.')}"
+        if saved is None or saved.get("batches") != state["batches"]:
             return f"{file.name} was written with another checkpoint"
-        self.collector.load_state_dict(saved["collector"])
-        self.collector.provenance = saved["provenance"]
-        if saved["complete"]:
-            self._complete = factors
-        return None
+        return factors, saved
+
+    def _part(self, factors: KroneckerFactors) -> KroneckerFactors:
+        """Return what of the factors of all processes is this one's."""
+        owners, share = self.collector.accumulator.owners, self.ranks.share
+        if owners is not None:
+            own = {name: layer for name, layer in factors.items() if owners[name] == self.ranks.rank}
+        elif self.ranks.counts:
+            own = {name: dataclasses.replace(layer, num_inputs=share(layer.num_inputs), num_seen=share(layer.num_seen),
+                                             num_gradients=share(layer.num_gradients))
+                   for name, layer in factors.items()}  # fmt: skip
+        else:
+            own = {}
+        return KroneckerFactors(own, factors.provenance)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.collect import Collector, run_collector
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
-from lightning_curvature.sums import LayerSums
-from lightning_curvature.taps import LayerCall
+from lightning_curvature.sums import LayerKind, LayerSums
 
 Batch = TypeVar("Batch")
 
@@ -56,8 +55,8 @@ class _EigenvalueCollector(Collector):
         self.source = factors
         self.provenance |= factors.provenance
 
-    def _new_sums(self, call: LayerCall, d_in: int, d_out: int) -> LayerSums:  # noqa: ARG002
-        return EigenvalueSums(self.source[call.name], self._home(call.inputs.device))
+    def _new_sums(self, name: str, kind: LayerKind, home: torch.device) -> LayerSums:  # noqa: ARG002
+        return EigenvalueSums(self.source[name], home)
 
 
 def correct_eigenvalues(

@@ -23,7 +23,7 @@ from lightning_curvature.checkpoints.formats import (
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.checkpoints.outputs import check_outputs
 from lightning_curvature.deltas import DeltaRecord
-from lightning_curvature.editor import WeightEditor
+from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.plan import size
 from lightning_curvature.report import EditReport, LayerEdit

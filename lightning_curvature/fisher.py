@@ -30,7 +30,8 @@ from torch import Tensor
 
 from lightning_curvature._checks import listing
 from lightning_curvature.losses import SoftmaxLoss
-from lightning_curvature.taps import LayerCall, Taps, reaches
+from lightning_curvature.ranks import spread_like, whole
+from lightning_curvature.taps import LayerCall, Taps, ancestors, reaches
 
 FISHER_KINDS = ("sketched", "sampled", "exact", "empirical")
 EXACT_LIMIT = 4096
@@ -105,7 +106,7 @@ def gradient_passes(
         draws: Random vectors (or labels) per loss position.
         generator: Source of randomness, on the device of the logits; the global random state is not touched.
     """
-    logits = loss.logits.detach().movedim(loss.class_dim, -1)
+    logits = whole(loss.logits.detach()).movedim(loss.class_dim, -1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     p = logits.softmax(-1) * loss.counted[..., None]
     for v in _seeds(kind, p, loss, calls, draws, generator):
@@ -164,6 +165,7 @@ def _stays_inside(loss: SoftmaxLoss, calls: Sequence[LayerCall], example: Tensor
     seed = (example == index)[..., None] * classes
     for gradient in _backward(loss, seed.movedim(-1, loss.class_dim), calls):
         if gradient is not None:
+            gradient = whole(gradient)
             outside = torch.arange(gradient.shape[0], device=gradient.device) != index
             if bool(gradient[outside].any()):
                 return False
@@ -177,12 +179,11 @@ def _backward(loss: SoftmaxLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradi
     half = any(call.output_dtype == torch.float16 for call in calls) or loss.logits.dtype == torch.float16
     edges = [call.edge for call in calls if call.edge is not None]
     for scale in (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0) if half else (1.0,):
+        seed = spread_like((v * scale).to(loss.logits.dtype), loss.logits)
         with torch.autocast(v.device.type, enabled=False):  # as in training, whose backward runs outside of it
-            found = torch.autograd.grad(
-                loss.logits, edges, grad_outputs=(v * scale).to(loss.logits.dtype), retain_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(loss.logits, edges, grad_outputs=seed, retain_graph=True, allow_unused=True)
         gradients: Gradients = [None if g is None else g.float() / scale if half else g for g in found]
-        if not half or all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
+        if not half or all(g is None or bool(torch.isfinite(whole(g)).all()) for g in gradients):
             break
     return gradients
 
@@ -196,9 +197,9 @@ def empirical_gradients(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Gradie
     Raises:
         RuntimeError: If the loss reached the backward pass with a weight of its own for each position.
     """
-    arrived, denominator = loss.factor, loss.denominator
-    if arrived is None or denominator is None:
+    if loss.factor is None or loss.denominator is None:
         raise RuntimeError("The training's backward never reached the loss; fisher='empirical' has nothing to read.")
+    arrived, denominator = whole(loss.factor), whole(loss.denominator)
     factors = arrived[arrived != 0]  # with reduction="none" a weight of zero leaves a position out
     factor = factors[0] if factors.numel() else arrived.new_ones(())
     if bool((factors != factor).any()):
@@ -231,6 +232,17 @@ def check_unreached(calls: Sequence[LayerCall], objective: Tensor) -> None:
         raise RuntimeError(
             "fisher='empirical': a second backward pass through the same forward pass reaches the layers, and its "
             "gradients would mix with the first's. Use fisher='sketched' or 'sampled'."
+        )
+
+
+def check_reentrant(loss: SoftmaxLoss, taps: Taps) -> None:
+    """Raise if the logits were computed under reentrant activation checkpointing, in which layers have no graph."""
+    hidden = sorted(taps.without_graph - {call.name for call in taps.calls})
+    if hidden and any(node.name() == "CheckpointFunctionBackward" for node in ancestors(_node(loss.logits))):
+        raise RuntimeError(
+            f"The model uses reentrant activation checkpointing: layers {listing(hidden)} run without a graph, so "
+            "their gradients cannot be taken. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint "
+            "(transformers: gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}))."
         )
 
 

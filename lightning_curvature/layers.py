@@ -13,7 +13,9 @@ transformers ``Conv1D``   ``[d_in, d_out]``           leading dimensions, flatte
 ========================  ==========================  ==================================
 """
 
+import math
 import sys
+from typing import Any
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -65,6 +67,15 @@ def refusal(module: nn.Module) -> str | None:
 def is_editable(module: nn.Module) -> bool:
     """Tell whether :class:`CurvatureEditor` can edit this layer's weight."""
     return (is_matmul(module) or isinstance(module, nn.Conv2d)) and refusal(module) is None
+
+
+def matrix_shape(module: Any) -> tuple[int, int]:
+    """Return the shape ``(d_out, d_in)`` of an editable layer's weight, also where the weight itself is sharded."""
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, module.in_channels * math.prod(module.kernel_size)
+    if is_conv1d(module):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
 
 
 def as_matrix(weight: Tensor, transposed: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_curvature._checks import check_option, did_you_mean, listing
-from lightning_curvature.editor import WeightEditor
+from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.metrics import NoisyLabelAccuracy, Perplexity
 from lightning_curvature.targets import Match, match_energy

@@ -42,11 +42,13 @@ class EditReport:
         layers: By module name.
         method: Name of the editing method.
         provenance: Where the factors come from.
+        skipped: Layers that were left as they are although they were meant, and why.
     """
 
     layers: Mapping[str, LayerEdit]
     method: str = "kfac"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         headers = [
@@ -79,4 +81,4 @@ class EditReport:
         source = ", ".join(f"{key}={value}" for key, value in self.provenance.items())
         title = f"Edited layers (method {self.method}; {source})" if source else f"Edited layers (method {self.method})"
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * (len(headers) - 1)))
-        return f"{title}\n{table}"
+        return "\n".join([title, table, *(f"Left as it is: {reason}" for reason in self.skipped.values())])

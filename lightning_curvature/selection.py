@@ -47,11 +47,13 @@ class LayerChoice:
         named: Candidates that a pattern asked for; they are taken whatever they are.
         pools: For each chosen preset, its candidates in falling order of preference; the first pool that holds a
             layer beside the output head counts.
+        uncalled: Candidates whose weight another module reads without calling them.
     """
 
     modules: Mapping[str, nn.Module]
     named: frozenset[str]
     pools: Mapping[str, Sequence[frozenset[str]]]
+    uncalled: frozenset[str] = frozenset()
 
     def resolve(self, fired: Iterable[str], heads: Collection[str]) -> list[str]:
         """Return the chosen layers, given what one batch showed.
@@ -60,8 +62,11 @@ class LayerChoice:
             fired: Candidates in the order in which they first ran.
             heads: Candidates whose output is the logits.
 
+        Returns:
+            Their names; last those that did not run yet, and may do so in later batches.
+
         Raises:
-            RuntimeError: If a chosen layer never ran, or if no layer is left.
+            RuntimeError: If a chosen layer never runs, or if no layer is left.
         """
         fired = list(dict.fromkeys(fired))
         chosen = set(self.named)
@@ -76,13 +81,14 @@ class LayerChoice:
                 "Name the layers, for example layers=['features.*']; the head is taken only when a pattern names it."
             )
         silent = sorted(chosen - set(fired))
-        if silent:
+        uncalled = [name for name in silent if name in self.uncalled]
+        if uncalled or len(silent) == len(chosen):
             raise RuntimeError(
-                f"Chosen layers {listing(silent)} never ran in the first collected batch, so they have no factors. "
-                "(nn.MultiheadAttention reads the weight of its out_proj without calling it.) "
+                f"Chosen layers {listing(uncalled or silent)} never ran in the first collected batch (with gradients), "
+                "so they have no factors. (nn.MultiheadAttention reads the weight of its out_proj without calling it.) "
                 f"Choose among the layers that ran: {listing(fired)}."
             )
-        return [name for name in fired if name in chosen]
+        return [name for name in fired if name in chosen] + silent
 
 
 def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
@@ -143,6 +149,7 @@ def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
         modules={name: modules[name] for name in editable if name in wanted},
         named=frozenset(named),
         pools=pools,
+        uncalled=frozenset(name for name in editable if _is_uncalled(name, modules)),
     )
 
 
@@ -169,6 +176,11 @@ def _is_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
         if path[depth] != "base_layer" and f"{'.'.join(path[:depth])}.base_layer".lstrip(".") in modules:
             return True
     return False
+
+
+def _is_uncalled(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    return leaf == "out_proj" and isinstance(modules[parent], nn.MultiheadAttention)
 
 
 def _is_attention(name: str, modules: Mapping[str, nn.Module]) -> bool:

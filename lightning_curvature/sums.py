@@ -1,13 +1,23 @@
 """Running sums of one layer's factors."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.factors import LayerFactors
 from lightning_curvature.moments import SecondMoment
+from lightning_curvature.ranks import Ranks
+
+
+class LayerKind(NamedTuple):
+    """What the sums of a layer depend on; arguments of :class:`LayerSums`."""
+
+    d_in: int
+    d_out: int
+    transposed: bool
+    coupled: bool = False
 
 
 class LayerSums:
@@ -63,6 +73,68 @@ class LayerSums:
             moment.count += len(inputs) if name != "inputs" else 0
         self.num_seen += seen
 
+    @property
+    def kind(self) -> LayerKind:
+        """What they depend on."""
+        d_out, d_in = self.shape
+        return LayerKind(d_in, d_out, self.transposed, len(self.moments) > 2)
+
+    @classmethod
+    def zero(cls, kind: LayerKind, device: torch.device) -> "LayerSums":
+        """Return sums of nothing."""
+        return cls(kind.d_in, kind.d_out, device, kind.transposed, kind.coupled)
+
+    @classmethod
+    def of(cls, layer: LayerFactors) -> "LayerSums":
+        """Return the sums that finished factors stand for."""
+        d_out, d_in = layer.shape
+        sums = cls(d_in, d_out, layer.A.device, layer.transposed, layer.A_coupled is not None)
+        counts = {"inputs": layer.num_inputs, "gradients": layer.num_gradients}
+        means = {**layer.tensors, "inputs": layer.A, "gradients": layer.G}
+        for name, moment in sums.moments.items():
+            moment.count, moment.dtype = counts.get(name, layer.num_inputs), means[name].dtype
+            moment.total = means[name].double() * moment.count
+        sums.num_seen = layer.num_seen
+        return sums
+
+    def merge_(self, other: "LayerSums") -> None:
+        """Add the sums of other positions."""
+        for name, moment in self.moments.items():
+            more = other.moments[name]
+            moment.total += more.total.to(moment.total.device)
+            moment.count += more.count
+            moment.dtype = torch.promote_types(moment.dtype, more.dtype)
+        self.num_seen += other.num_seen
+
+    def over(self, ranks: Ranks, to: int | None = None) -> "LayerSums":
+        """Return the sums over all processes; those of one process alone are returned as they are. A collective.
+
+        Args:
+            ranks: The processes.
+            to: The only process that needs the totals; None for all. Counts are right on each.
+        """
+        if ranks.size == 1:
+            return self
+        merged = LayerSums.zero(self.kind, self.inputs.total.device)
+        numbers = [self.num_seen]
+        for name, moment in self.moments.items():
+            merged.moments[name].total = ranks.sum(moment.total, to)
+            numbers += [moment.count, int(moment.dtype == torch.float64)]
+        merged.num_seen, *rest = ranks.sum(torch.tensor(numbers)).tolist()
+        for moment, count, doubles in zip(merged.moments.values(), rest[::2], rest[1::2], strict=True):
+            moment.count, moment.dtype = count, torch.float64 if doubles else torch.float32
+        return merged
+
+    def share(self, ranks: Ranks) -> "LayerSums":
+        """Return the part of sums over all processes with which this one goes on; the parts sum to them."""
+        part = LayerSums.zero(self.kind, self.inputs.total.device)
+        for name, moment in self.moments.items():
+            own = part.moments[name]
+            own.count, own.dtype = ranks.share(moment.count), moment.dtype
+            own.total = moment.total * (own.count / max(moment.count, 1))
+        part.num_seen = ranks.share(self.num_seen)
+        return part
+
     def factors(self) -> LayerFactors:
         """Return the normalised factors."""
         coupled = {name: self.moments[name].mean() for name in self.moments.keys() - {"inputs", "gradients"}}
@@ -102,3 +174,30 @@ class LayerSums:
             moment.dtype = getattr(torch, saved[key]["dtype"].removeprefix("torch."))
         sums.num_seen = state["num_seen"]
         return sums
+
+
+def sums_over(
+    ranks: Ranks,
+    kinds: Mapping[str, LayerKind],
+    get: Callable[[str], LayerSums],
+    to: Callable[[str], int | None] = lambda _: None,
+) -> Iterator[tuple[str, LayerSums]]:
+    """Yield the sums of all processes by layer, one layer at a time. A collective.
+
+    Args:
+        ranks: The processes; not all of them need to have seen every layer, or any.
+        kinds: Layers that this process has seen.
+        get: Returns the sums of one of these.
+        to: Returns the only process that needs the totals of a layer, or None.
+
+    Raises:
+        RuntimeError: If two processes have seen a layer of one name and of different kinds.
+    """
+    union: dict[str, LayerKind] = {}
+    for told in ranks.gather(dict(kinds)):
+        for name, kind in told.items():
+            if union.setdefault(name, kind) != kind:
+                raise RuntimeError(f"Layer {name!r} is {union[name]} on one process and {kind} on another.")
+    for name, kind in union.items():
+        own = get(name) if name in kinds else LayerSums.zero(kind, ranks.device)
+        yield name, own.over(ranks, to(name))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lightning_curvature._checks import check_energy
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.formats import tensor_hash
-from lightning_curvature.editor import WeightEditor
+from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
 
 Row = dict[str, Any]
@@ -142,10 +142,35 @@ def pareto(rows: Sequence[Row], minimize: Sequence[str] = (), maximize: Sequence
 
 
 def read_sweep(path: str | os.PathLike[str]) -> list[Row]:
-    """Read the rows of a CSV file that :func:`sweep` wrote."""
+    """Read the rows of a CSV file that :func:`sweep` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such table; names the line.
+    """
     with Path(path).open(encoding="utf-8", newline="") as file:
-        return [{key: value if key in ("edit", "of") else float(value) for key, value in row.items()}
-                for row in csv.DictReader(file)]  # fmt: skip
+        table = csv.reader(file)
+        try:
+            names = _columns(next(table, []))
+            return [_row(names, cells) for cells in table if cells]
+        except (csv.Error, ValueError) as error:  # also bytes that are no UTF-8
+            raise ValueError(
+                f"{path}, line {table.line_num}: {error}. Take the line out, or write the sweep to another file."
+            ) from error
+
+
+def _columns(names: list[str]) -> list[str]:
+    if not {*KEYS} <= {*names} or len({*names}) < len(names):
+        raise ValueError(f"the columns must be {', '.join(KEYS)} and different metrics, found {names!r:.80}")
+    return names
+
+
+def _row(names: Sequence[str], cells: Sequence[str]) -> Row:
+    if len(cells) != len(names):
+        raise ValueError(f"{len(cells)} cells in {len(names)} columns")
+    row: Row = {key: cell if key in ("edit", "of") else float(cell) for key, cell in zip(names, cells, strict=True)}
+    check_energy(row["energy"])
+    return row
 
 
 def _identity(model: str, editor: WeightEditor) -> str:

@@ -92,6 +92,7 @@ class Taps:
         self.calls: list[LayerCall] = []
         self.losses: list[SoftmaxLoss] = []
         self.without_gradients = False
+        self.without_graph: set[str] = set()
         self.other_losses: list[str] = []
         self.recording = True
         self._root = root
@@ -110,6 +111,8 @@ class Taps:
                 stack.callback(handle.remove)
             if self._logits is not None:
                 self._tap_named_logits(self._logits, stack)
+            # Hooks are no part of what was compiled before they were there: a compiled module would not call them.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_FunctionTap(self))
             self._stack = stack.pop_all()
         return self
@@ -136,6 +139,7 @@ class Taps:
     def _layer_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if not (self.recording and torch.is_grad_enabled()):
+                self.without_graph.add(name)
                 return
             inputs = args[0] if args else next(iter(kwargs.values()))
             call = LayerCall(
@@ -273,15 +277,18 @@ def _own_methods(root: nn.Module) -> list[str]:
     return [name for name, value in vars(type(root)).items() if callable(value) and not name.startswith("_")]
 
 
-def reaches(start: Node | None, goals: set[Node], barrier: Node | None = None) -> bool:
-    """Tell whether a walk down the autograd graph from ``start`` meets a goal without passing ``barrier``."""
+def ancestors(start: Node | None, barrier: Node | None = None) -> Iterator[Node]:
+    """Walk down the autograd graph from ``start``, which comes first, and not past ``barrier``."""
     stack, seen = [start], {barrier}
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
-        if node in goals:
-            return True
+        yield node
         seen.add(node)
         stack.extend(parent for parent, _ in node.next_functions)
-    return False
+
+
+def reaches(start: Node | None, goals: set[Node], barrier: Node | None = None) -> bool:
+    """Tell whether a walk down the autograd graph from ``start`` meets a goal without passing ``barrier``."""
+    return any(node in goals for node in ancestors(start, barrier))

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from lightning_curvature.editor import DEFAULT_ENERGY, Editor
+from lightning_curvature.editing import DEFAULT_ENERGY, Editor
 from lightning_curvature.factors import KroneckerFactors
 
 SLACK = 0.005

@@ -143,8 +143,8 @@ def test_what_cannot_be_resumed_starts_anew_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match=r"x-edited-factors.safetensors was written with another checkpoint"):
         assert resume() == 192
     file.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="not a complete factor file"):
-        resume()
+    with pytest.warns(UserWarning, match=r"starts anew: its factors cannot be read: .* not a complete factor file"):
+        assert resume() == 192
     file.unlink()
     with pytest.warns(UserWarning, match=r"in a file beside it, which is not there \(move them together\)"):
         assert resume() == 192

@@ -399,7 +399,7 @@ def test_no_backward_no_gradient():
         collector.close()
     collector.open()
     collector.close()  # a step without a backward pass is not collected, and is no error
-    assert collector.num_batches == 0
+    assert collector.accumulator.num_batches == 0
 
 
 def test_a_second_backward_through_the_same_graph_is_refused():

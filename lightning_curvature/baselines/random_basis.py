@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.basis import CurvatureBasis, project_weight
-from lightning_curvature.editor import DEFAULT_ENERGY, Projection, WeightEditor
+from lightning_curvature.editing import DEFAULT_ENERGY, Projection, WeightEditor
 from lightning_curvature.factors import LayerFactors
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_curvature.editor import Projection, WeightEditor
+from lightning_curvature.editing import Projection, WeightEditor
 from lightning_curvature.factors import LayerFactors
 
 

@@ -2,26 +2,32 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
-from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_curvature.ranks import Ranks
 
 Checkpoint = dict[str, Any]
 
 
 class Sibling(Protocol):
-    """What is saved beside every checkpoint."""
+    """What is saved beside every checkpoint. Both methods are collectives."""
 
     def edited(self, checkpoint: Checkpoint) -> Checkpoint | None:
         """Return the edited copy of a checkpoint, or None if there is nothing to edit with yet."""
 
-    def save_factors_beside(self, path: Path) -> bool:
-        """Write the factors and the state of their collection to a file; tell whether there was anything to write."""
+    def factors_writer(self) -> Callable[[Path], None] | None:
+        """Return what writes the factors and the state of their collection; None if there is nothing to write.
+
+        Only that of the first process is called.
+        """
 
 
 def sibling(path: str | Path, mark: str, suffix: str | None = None) -> str:
@@ -42,41 +48,63 @@ def factors_path(path: str | Path, name: str) -> str:
     return sibling(path, f"-{name}-factors", ".safetensors")
 
 
-class SiblingCheckpointIO(CheckpointIO):
-    """Saves edited copies and factors beside every checkpoint, and removes them with it.
+class Siblings:
+    """Saves edited copies and factors beside every checkpoint of a strategy, and removes them with it.
 
-    A callback is told neither the path of a checkpoint nor of its deletion; the checkpoint IO is.
+    A callback is told neither the path of a checkpoint nor of its deletion, and a checkpoint IO runs on the first
+    process alone, and not at all where each process saves its shard. The strategy's own methods see everything on all
+    processes, so this takes the place of three of them.
 
     Args:
-        inner: The checkpoint IO that reads and writes.
+        strategy: The strategy.
+        ranks: Its processes.
     """
 
-    def __init__(self, inner: CheckpointIO) -> None:
-        self.inner = inner
-        self.siblings: dict[str, Sibling] = {}
+    def __init__(self, strategy: Strategy, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.owners: dict[str, Sibling] = {}
         self.loaded: str | None = None
+        self._save, self._load, self._remove = (
+            strategy.save_checkpoint, strategy.load_checkpoint, strategy.remove_checkpoint
+        )  # fmt: skip
+        vars(strategy).update(
+            save_checkpoint=self.save_checkpoint,
+            load_checkpoint=self.load_checkpoint,
+            remove_checkpoint=self.remove_checkpoint,
+        )
 
-    def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: Any | None = None) -> None:
+    @classmethod
+    def of(cls, strategy: Strategy, ranks: Callable[[], Ranks]) -> "Siblings":
+        """Return the siblings of a strategy, new ones if it has none yet."""
+        found = getattr(strategy.save_checkpoint, "__self__", None)
+        return found if isinstance(found, cls) else cls(strategy, ranks())
+
+    def save_checkpoint(self, checkpoint: Checkpoint, filepath: str | Path, storage_options: Any | None = None) -> None:
         """Save the siblings of a checkpoint, then the checkpoint as it is.
 
         In this order a checkpoint is never without its siblings, and ``ckpt_path="last"``, the latest file whose name
-        begins with "last", is never an edited one.
+        begins with "last", is never an edited one. A sibling that cannot be written (a full disk) costs a warning, and
+        never the checkpoint.
         """
         try:
-            for name, owner in self.siblings.items():
-                _save_factors(owner, factors_path(path, name))
-                edited = owner.edited(checkpoint)
-                if edited is None:
-                    self._remove(sibling(path, f"-{name}"))  # of an older run
-                else:
-                    self.inner.save_checkpoint(edited, sibling(path, f"-{name}"), storage_options)
+            for name, owner in self.owners.items():
+                try:
+                    writer = owner.factors_writer()
+                    self.ranks.first(lambda name=name, writer=writer: _write(writer, factors_path(filepath, name)))  # type: ignore[misc]
+                    edited, path = owner.edited(checkpoint), sibling(filepath, f"-{name}")
+                    if edited is None:
+                        self._remove_if_there(path)  # of an older run
+                    else:
+                        self._save(edited, path, storage_options)
+                except OSError as error:
+                    rank_zero_warn(f"A sibling of {os.fspath(filepath)} could not be written ({error}).")
         finally:
-            self.inner.save_checkpoint(checkpoint, path, storage_options)
+            self._save(checkpoint, filepath, storage_options)
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> Checkpoint:
+    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Checkpoint:
         """Load a checkpoint, and remember from where."""
-        self.loaded = os.fspath(path)
-        return self.inner.load_checkpoint(path, *args, **kwargs)
+        self.loaded = os.fspath(checkpoint_path)
+        return self._load(checkpoint_path, *args, **kwargs)
 
     @contextmanager
     def loaded_factors(self, name: str) -> Iterator[Path | None]:
@@ -93,38 +121,33 @@ class SiblingCheckpointIO(CheckpointIO):
             get_filesystem(file).get_file(file, local)
             yield local
 
-    def remove_checkpoint(self, path: str | Path) -> None:
+    def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove a checkpoint and its siblings.
 
         A checkpoint that an asynchronous plugin has not written yet is not removed by it, and keeps its siblings.
         """
-        if not get_filesystem(path).exists(path):
-            self.inner.remove_checkpoint(path)
-            return
-        self.inner.remove_checkpoint(path)
-        for name in self.siblings:
-            self._remove(sibling(path, f"-{name}"))
-            _delete(factors_path(path, name))
+        there = self.ranks.rank == 0 and get_filesystem(filepath).exists(filepath)
+        self._remove(filepath)
+        if there:
+            for name in self.owners:
+                self._remove_if_there(sibling(filepath, f"-{name}"))
+                _delete(factors_path(filepath, name))
 
-    def _remove(self, path: str) -> None:
-        if get_filesystem(path).exists(path):
-            self.inner.remove_checkpoint(path)
-
-    def teardown(self) -> None:
-        """Let the inner checkpoint IO finish."""
-        self.inner.teardown()
+    def _remove_if_there(self, path: str) -> None:
+        if self.ranks.rank == 0 and get_filesystem(path).exists(path):
+            self._remove(path)
 
 
-def _save_factors(owner: Sibling, path: str) -> None:
+def _write(writer: Callable[[Path], None] | None, path: str) -> None:
     files = get_filesystem(path)
-    if isinstance(files, LocalFileSystem):
-        saved = owner.save_factors_beside(Path(path))
+    if writer is None:
+        _delete(path)
+    elif isinstance(files, LocalFileSystem):
+        writer(Path(path))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            if saved := owner.save_factors_beside(local := Path(folder, "factors.safetensors")):
-                files.put_file(local, path)
-    if not saved:
-        _delete(path)
+            writer(local := Path(folder, "factors.safetensors"))
+            files.put_file(local, path)
 
 
 def _delete(path: str) -> None:

@@ -9,7 +9,8 @@ from lightning_curvature.bulk import BulkStepEditor
 from lightning_curvature.checkpoints.outputs import check_outputs
 from lightning_curvature.commands.output import Output, extra
 from lightning_curvature.deltas import apply_delta
-from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
+from lightning_curvature.editing import DEFAULT_ENERGY
+from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.inspection import describe, description
 

@@ -28,7 +28,8 @@ from lightning_curvature.demos.label_noise import (
 )
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
-from lightning_curvature.editor import DEFAULT_ENERGY, CurvatureEditor
+from lightning_curvature.editing import DEFAULT_ENERGY
+from lightning_curvature.editor import CurvatureEditor
 
 log = logging.getLogger(__name__)
 

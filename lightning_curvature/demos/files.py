@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.editor import WeightEditor
+from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.report import EditReport
 

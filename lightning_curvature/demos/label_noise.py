@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_curvature.baselines import BalancedSubnet, RandomBasisEditor, SVDEditor
 from lightning_curvature.demos.noise import NoisyLabels
-from lightning_curvature.editor import CurvatureEditor, WeightEditor
+from lightning_curvature.editing import WeightEditor
+from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.metrics.functional import noisy_label_accuracy
 from lightning_curvature.probes import evaluating

@@ -25,7 +25,8 @@ from lightning_curvature.demos.python_text import read_texts
 from lightning_curvature.demos.recitation import PREFIX, SUFFIX, RecitedText
 from lightning_curvature.demos.settings import TEXT, TextSettings
 from lightning_curvature.demos.unlearning import balanced_subnet
-from lightning_curvature.editor import CurvatureEditor, WeightEditor
+from lightning_curvature.editing import WeightEditor
+from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.text.evaluation import Baseline, evaluate_sequences, perplexity, strict_rate
 from lightning_curvature.text.examples import continue_texts, side_by_side

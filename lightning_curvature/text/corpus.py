@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_curvature._checks import check_count
-from lightning_curvature.text.jsonl import read_jsonl
+from lightning_curvature.checkpoints.tree import is_text
+from lightning_curvature.text.sequences import read_records
 
 _CHUNK = 200_000
 """Characters of a plain text file that are tokenized at once, cut at the end of a line."""
@@ -25,16 +26,19 @@ def read_documents(path: str | os.PathLike[str], tokenizer: Any) -> Iterator[lis
     """
     if Path(path).suffix == ".jsonl":
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        for number, record in read_jsonl(path, ("text",)):
-            if not isinstance(record["text"], str):
+        for number, record in read_records(path, ("text",)):
+            if not is_text(record["text"]):
                 raise ValueError(f"{path}, line {number}: text must be a string, found {record['text']!r:.60}.")
             yield _encode(tokenizer, record["text"]) + end
         return
     empty = True
     with Path(path).open(encoding="utf-8") as file:
-        while lines := file.readlines(_CHUNK):
-            empty = False
-            yield _encode(tokenizer, "".join(lines))
+        try:
+            while lines := file.readlines(_CHUNK):
+                empty = False
+                yield _encode(tokenizer, "".join(lines))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error}). Save the text in that encoding.") from error
     if empty:
         raise ValueError(f"{path}: the file is empty; expected text, or JSON lines (*.jsonl) with a field 'text'.")
 

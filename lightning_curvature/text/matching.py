@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.editor import Editor
+from lightning_curvature.editing import Editor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.targets import Match, match_energy
 from lightning_curvature.text.evaluation import perplexity

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_curvature._checks import check_option
+from lightning_curvature.checkpoints.tree import is_text
 from lightning_curvature.text.jsonl import read_jsonl, write_jsonl
 
 HALVES = ("tuning", "validation")
@@ -69,7 +70,7 @@ def read_sequences(path: str | os.PathLike[str], half: str | None = None) -> lis
     if half is not None:
         check_option(half, HALVES, "half")
     sequences = []
-    for number, record in read_jsonl(path, ("prefix_ids", "suffix_ids")):
+    for number, record in read_records(path, ("prefix_ids", "suffix_ids")):
         ids = {}
         for field in ("prefix_ids", "suffix_ids"):
             ids[field] = record[field]
@@ -77,18 +78,33 @@ def read_sequences(path: str | os.PathLike[str], half: str | None = None) -> lis
                 raise ValueError(
                     f"{path}, line {number}: {field} must be a list of token ids, found {ids[field]!r:.60}."
                 )
-        sequences.append(
-            PromptedSequence(
-                tuple(ids["prefix_ids"]),
-                tuple(ids["suffix_ids"]),
-                str(record.get("prefix_text", "")),
-                str(record.get("suffix_text", "")),
-            )
-        )
+        texts = [str(record.get(field, "")) for field in ("prefix_text", "suffix_text")]
+        if not all(map(is_text, texts)):
+            raise ValueError(f"{path}, line {number}: prefix_text and suffix_text must be text, found half characters.")
+        sequences.append(PromptedSequence(tuple(ids["prefix_ids"]), tuple(ids["suffix_ids"]), *texts))
     chosen = [sequence for sequence in sequences if half in (None, sequence.half)]
     if not chosen:
         raise ValueError(f"{path}: none of its {len(sequences)} sequences is in the {half} half.")
     return chosen
+
+
+def read_records(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield what :func:`read_jsonl` yields.
+
+    Args:
+        path: File.
+        required: Fields that every object must have.
+
+    Raises:
+        FileNotFoundError: As :func:`read_jsonl`.
+        ValueError: As :func:`read_jsonl`; also if the file is not UTF-8, or JSON that cannot be held.
+    """
+    try:
+        yield from read_jsonl(path, required)
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: not JSON lines in UTF-8 ({error}). Write it again.") from error
 
 
 def write_sequences(path: str | os.PathLike[str], sequences: Iterable[PromptedSequence]) -> None:
@@ -131,4 +147,4 @@ def batches(sequences: Sequence[PromptedSequence], size: int) -> Iterator[list[i
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

@@ -1,0 +1,347 @@
+"""Editing weights: in place, for the time of a ``with`` block, or in a state dict; on one process or on several."""
+
+import copy
+import functools
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_curvature._checks import check_energy, did_you_mean, listing
+from lightning_curvature._version import __version__
+from lightning_curvature.basis import FaultyLayerError
+from lightning_curvature.factors import KroneckerFactors, LayerFactors
+from lightning_curvature.layers import as_matrix, from_matrix, is_conv1d, is_editable, refusal
+from lightning_curvature.ranks import Ranks, spread_like, whole
+from lightning_curvature.report import EditReport, LayerEdit
+
+DEFAULT_ENERGY = 0.85
+"""Share of the curvature mass that is kept unless the user says otherwise; docs/decisions.md shows the evidence."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A new weight matrix, and what of the old one it keeps."""
+
+    weight: Tensor
+    kept: int
+    energy_kept: float
+
+
+class Editor(ABC):
+    """Changes weights of the layers of some factors; methods differ in what they need to know for it.
+
+    Args:
+        energy: Share to keep, in (0, 1]; or a dict of fnmatch patterns on layer names to shares, of which the first
+            that matches counts and layers without a match stay as they are.
+        layers: fnmatch patterns on layer names; None for all layers of the factors.
+
+    Raises:
+        TypeError: If ``energy`` is no number, or ``layers`` no list of patterns.
+        ValueError: If ``energy`` lies outside (0, 1].
+    """
+
+    method: str
+
+    def __init__(self, energy: float | Mapping[str, float] = DEFAULT_ENERGY, layers: list[str] | None = None) -> None:
+        self.energy = _checked(energy)
+        if layers is not None and (isinstance(layers, str) or not all(isinstance(entry, str) for entry in layers)):
+            raise TypeError(f"layers must be a list of name patterns or None, found {layers!r}.")
+        self.layers = None if layers is None else list(layers)
+
+    def at(self, energy: float | Mapping[str, float]) -> Self:
+        """Return the same editor at another energy."""
+        other = copy.copy(self)
+        other.energy = _checked(energy)
+        return other
+
+    @abstractmethod
+    def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
+        """Return new weights by layer, and what was done; nothing is written.
+
+        Raises:
+            ValueError: As :meth:`edit`.
+        """
+
+    def edit(self, module: nn.Module, factors: KroneckerFactors) -> EditReport:
+        """Edit the weights of a module in place.
+
+        Raises:
+            ValueError: If the factors do not fit the module; names the layer, both shapes and the remedy. Nothing is
+                edited then.
+        """
+        new, report = self.edited_weights(module, factors)
+        _write(layer_weights(module, new), new)
+        return report
+
+    @contextmanager
+    def applied(self, module: nn.Module, factors: KroneckerFactors) -> Iterator[EditReport]:
+        """Edit a module for the time of a ``with`` block; afterwards it is bit for bit what it was.
+
+        Raises:
+            ValueError: As :meth:`edit`.
+        """
+        new, report = self.edited_weights(module, factors)
+        originals = {name: weight.detach().clone() for name, weight in layer_weights(module, new).items()}
+        try:
+            _write(layer_weights(module, new), new)
+            yield report
+        finally:
+            _write(layer_weights(module, originals), originals)
+
+    def plan(self, factors: KroneckerFactors) -> dict[str, float]:
+        """Return the energy of each layer to edit.
+
+        Raises:
+            ValueError: If there are no factors, or a pattern matches none of their layers.
+        """
+        if not factors:
+            raise ValueError("There are no factors: nothing was collected yet, so there is nothing to edit with.")
+        names = list(factors)
+        for pattern in [*(self.layers or []), *(self.energy if isinstance(self.energy, dict) else [])]:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"Pattern {pattern!r} matches no layer of the factors.{did_you_mean(pattern, names)} "
+                    f"They hold {listing(names)}."
+                )
+        if self.layers is not None:
+            names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.layers)]
+        if not isinstance(self.energy, dict):
+            return dict.fromkeys(names, self.energy)
+        plan = {}
+        for name in names:
+            matching = [energy for pattern, energy in self.energy.items() if fnmatchcase(name, pattern)]
+            if matching:
+                plan[name] = matching[0]
+        if not plan:
+            raise ValueError(f"energy={self.energy!r} and layers={self.layers!r} have no layer in common.")
+        return plan
+
+
+class WeightEditor(Editor):
+    """An edit that replaces weight matrices one by one; the methods differ in :meth:`project` alone.
+
+    Arguments as :class:`Editor`.
+    """
+
+    keeps_at_full_energy = True
+    """Whether an energy of 1 leaves a weight as it is."""
+
+    ranks = Ranks()
+    """The processes that share the work. With several, every method that edits is a collective."""
+
+    skip_faulty = False
+    """Whether a layer that cannot be edited (NaN, zero factors) is left as it is, with a warning."""
+
+    @abstractmethod
+    def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Return the edited ``[d_out, d_in]`` weight; ``energy`` is below 1."""
+
+    def edit_state_dict(
+        self, state_dict: Mapping[str, Tensor], factors: KroneckerFactors
+    ) -> tuple[dict[str, Tensor], EditReport]:
+        """Return a state dict with edited weights; the input stays as it is, untouched tensors are shared.
+
+        Keys that share memory with an edited weight (tied weights) get the edited tensor too.
+
+        Raises:
+            ValueError: As :meth:`edit`.
+        """
+        weights = {}
+        for name in self.plan(factors):
+            key = f"{name}.weight"
+            if key not in state_dict:
+                raise ValueError(
+                    f"Layer {name!r}: the state dict has no {key!r}.{did_you_mean(key, state_dict)} Were the factors "
+                    "collected on another model? Layer names are relative to the module that was collected."
+                )
+            weights[name] = state_dict[key]
+        new, report = self.edit_layers(weights, factors)
+        edited = dict(state_dict)
+        for key, tensor in state_dict.items():
+            for name, weight in new.items():
+                if _same_memory(tensor, weights[name]):
+                    edited[key] = weight
+        return edited, report
+
+    def edit_checkpoint(
+        self, src: str | os.PathLike[str], factors: KroneckerFactors, dst: str | os.PathLike[str], **options: Any
+    ) -> EditReport:
+        """Write an edited copy of a saved checkpoint; see :func:`lightning_curvature.files.edit_checkpoint`."""
+        from lightning_curvature.files import edit_checkpoint
+
+        return edit_checkpoint(self, src, factors, dst, **options)
+
+    def facts(self, factors: KroneckerFactors, source: str) -> dict[str, Any]:
+        """Return what an edited checkpoint says about itself, as JSON values.
+
+        Args:
+            factors: The factors.
+            source: Hash of the unedited weights, see :func:`lightning_curvature.checkpoints.formats.content_hash`.
+        """
+        positions = factors.counts()
+        return {
+            "method": self.method,
+            "package": f"lightning_curvature {__version__}",
+            "source": source,
+            "factors": factors.digest(),
+            "provenance": factors.provenance,
+            "layers": {name: {"energy": energy, "positions": positions[name]}
+                       for name, energy in self.plan(factors).items()},
+        }  # fmt: skip
+
+    def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
+        """Return new weights by layer, and what was done, computed from the factors alone."""
+        transposed = {name: is_conv1d(find_layer(module, name)) for name in self.plan(factors)}
+        return self.edit_layers(layer_weights(module, transposed), factors, transposed)
+
+    def edit_layers(
+        self, weights: Mapping[str, Tensor], factors: KroneckerFactors, transposed: Mapping[str, bool] | None = None
+    ) -> tuple[dict[str, Tensor], EditReport]:
+        """Return new weights by layer, laid out as the old ones are, and what was done.
+
+        Several processes share the work: each edits some layers, and all get all of them.
+
+        Args:
+            weights: Stored weights by layer; what is spread over processes is gathered, one layer at a time.
+            factors: The factors.
+            transposed: Whether a weight is stored as ``[d_in, d_out]``; by default as the factors say.
+
+        Raises:
+            ValueError: As :meth:`edit_weight`, for the first such layer, on all processes.
+        """
+        plan = self.plan(factors)
+        owners = factors.owners or self.ranks.owners({name: float(weights[name].numel()) for name in plan})
+        work = {}
+        for name, energy in plan.items():
+            weight = whole(weights[name].detach())
+            if owners[name] == self.ranks.rank:
+                stored = factors[name].transposed if transposed is None else transposed[name]
+                work[name] = functools.partial(self.edit_weight, name, weight, factors[name], energy, stored)
+        new, reports, skipped = {}, {}, {}
+        for name, result in self.ranks.spread(plan, work, owners).items():
+            if isinstance(result, FaultyLayerError) and self.skip_faulty:
+                skipped[name] = str(result)
+            elif isinstance(result, ValueError):
+                raise result
+            else:
+                new[name], reports[name] = spread_like(result[0], weights[name]), result[1]
+        if skipped and not new:
+            raise ValueError(f"No layer can be edited: {next(iter(skipped.values()))}")
+        for reason in skipped.values():
+            warnings.warn(f"Left as it is: {reason}", stacklevel=2)
+        return new, EditReport(reports, self.method, factors.provenance, skipped)
+
+    def edit_weight(
+        self, name: str, weight: Any, factors: LayerFactors, energy: float, transposed: bool
+    ) -> tuple[Tensor, LayerEdit]:
+        """Return a new weight, in the layout and dtype of the stored one, and what was done to it.
+
+        Args:
+            name: Layer, for errors.
+            weight: Stored weight.
+            factors: Its factors.
+            energy: Share to keep, in (0, 1].
+            transposed: Whether the weight is stored as ``[d_in, d_out]``.
+
+        Raises:
+            ValueError: If the factors are for a weight of another shape.
+            FaultyLayerError: A ``ValueError``; if the weight or the factors are such that no edit makes sense.
+        """
+        stored = weight.detach()
+        if not stored.is_floating_point() or stored.dtype.itemsize < 2:
+            raise ValueError(
+                f"Layer {name!r}: its weight is packed or quantized ({stored.dtype}, {list(stored.shape)}), and its "
+                "entries cannot be edited. Edit the model in full precision, and quantize it afterwards."
+            )
+        if stored.dim() < 2 or not bool(torch.isfinite(stored).all()):
+            what = (
+                "holds NaN or infinite values"
+                if stored.dim() > 1
+                else f"is no matrix, it has the shape {list(stored.shape)}"
+            )
+            raise FaultyLayerError(f"Layer {name!r}: its weight {what}.")
+        matrix = as_matrix(stored, transposed)
+        if tuple(matrix.shape) != factors.shape:
+            raise ValueError(
+                f"Layer {name!r}: factors are for a {list(factors.shape)} weight, the module has "
+                f"{list(matrix.shape)}. Were they collected on another model?"
+            )
+        if energy == 1.0 and self.keeps_at_full_energy:
+            result = Projection(matrix, matrix.numel(), 1.0)
+        else:
+            try:
+                result = self.project(matrix, factors, energy)
+            except ValueError as error:
+                kind = FaultyLayerError if isinstance(error, FaultyLayerError) else ValueError
+                raise kind(f"Layer {name!r}: {error}") from error
+        change = torch.linalg.vector_norm((result.weight - matrix).double()) / torch.linalg.vector_norm(matrix.double())
+        new = from_matrix(result.weight, stored, transposed)
+        edit = LayerEdit(
+            energy=energy,
+            energy_kept=result.energy_kept,
+            kept=result.kept,
+            total=matrix.numel(),
+            relative_change=float(change.nan_to_num()),
+            changed=int((new != stored).sum()),
+            tensor=f"{name}.weight",
+            num_inputs=factors.num_inputs,
+            dropped=1.0 - factors.num_inputs / factors.num_seen if factors.num_seen else 0.0,
+        )
+        return new, edit
+
+
+def find_layer(module: nn.Module, name: str) -> Any:
+    """Return a layer by its name.
+
+    Raises:
+        ValueError: If there is no such layer, or it cannot be edited.
+    """
+    layer = dict(module.named_modules()).get(name)
+    if layer is None:
+        names = [found for found, candidate in module.named_modules() if is_editable(candidate)]
+        raise ValueError(
+            f"Layer {name!r}: the module has no such layer.{did_you_mean(name, names)} Were the factors collected on "
+            "another model? Layer names are relative to the module that was collected."
+        )
+    if not is_editable(layer):
+        reason = refusal(layer) or f"it is a {type(layer).__name__}"
+        raise ValueError(f"Layer {name!r} cannot be edited: {reason}.")
+    return layer
+
+
+def _checked(energy: float | Mapping[str, float]) -> float | dict[str, float]:
+    if isinstance(energy, Mapping):
+        return {pattern: check_energy(value, f"energy[{pattern!r}]") for pattern, value in energy.items()}
+    return check_energy(energy)
+
+
+def layer_weights(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return the weights of layers as they are stored; of a module that FSDP2 shards, the shards."""
+    for part in module.modules():
+        if callable(reshard := getattr(part, "reshard", None)):
+            reshard()  # between a forward and a backward pass FSDP2 puts copies in their place
+    return {name: module.get_parameter(f"{name}.weight") for name in names}
+
+
+@torch.no_grad()
+def _write(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(values[name])
+
+
+def _same_memory(one: Any, two: Any) -> bool:
+    one, two = (getattr(tensor, "_local_tensor", tensor) for tensor in (one, two))
+    return isinstance(one, Tensor) and (
+        one is two
+        or (one.data_ptr() == two.data_ptr() and one.shape == two.shape and one.stride() == two.stride()
+            and one.numel() > 0 and one.device == two.device)
+    )  # fmt: skip

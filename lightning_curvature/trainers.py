@@ -1,0 +1,57 @@
+"""Which Trainers a collection can run in: strategies, and other callbacks."""
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies under which layers are not what they look like from inside a module.
+
+    Raises:
+        MisconfigurationException: If it is one; says what to use.
+    """
+    kinds = [kind.__name__ for kind in type(strategy).__mro__]
+    if not isinstance(strategy, _STRATEGIES) or any("DeepSpeed" in kind or "XLA" in kind for kind in kinds):
+        raise MisconfigurationException(
+            f"KFACEditCallback does not work with {type(strategy).__name__}, which changes what a module holds and "
+            "what its backward pass does. Use DDPStrategy or ModelParallelStrategy (FSDP2, tensor parallel), or "
+            "collect over the trained model with one process (Trainer.validate, lightning-curvature collect)."
+        )
+
+
+def check_callbacks(own: Callback, callbacks: list[Callback], collects_in_validation: bool) -> bool:
+    """Refuse callbacks that save other weights than those that are collected; tell whether averaged ones are saved.
+
+    Args:
+        own: The callback that collects; it is moved before a ``WeightAveraging`` that stands before it.
+        callbacks: Those of the Trainer.
+        collects_in_validation: Whether it collects there, on the averaged weights.
+
+    Raises:
+        MisconfigurationException: If the edit would not belong to what is saved.
+    """
+    averages = False
+    for callback in list(callbacks):
+        kinds = {kind.__name__ for kind in type(callback).__mro__}
+        if "StochasticWeightAveraging" in kinds or ("WeightAveraging" in kinds and not collects_in_validation):
+            raise MisconfigurationException(
+                f"KFACEditCallback collects the factors of the live weights, and {type(callback).__name__} leaves "
+                "averaged ones: the edit would not belong to them. Use WeightAveraging with "
+                "KFACEditCallback(loop='validation'), since validation runs on its averaged weights, or collect "
+                "over the averaged model afterwards (Trainer.validate)."
+            )
+        averages |= "WeightAveraging" in kinds
+        if "WeightAveraging" in kinds and callbacks.index(callback) < callbacks.index(own):
+            # It takes the averaged weights out of the module when validation ends; the probes come before that.
+            callbacks.remove(own)
+            callbacks.insert(callbacks.index(callback), own)
+    return averages
