@@ -24,7 +24,7 @@ from lightning_curvature.positions import batch_mask, check_positions
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.selection import LayerChoice, choose_layers
 from lightning_curvature.sums import LayerKind, LayerSums
-from lightning_curvature.taps import LayerCall, Taps
+from lightning_curvature.taps import LayerCall, Taps, check_graphed, is_compiled
 
 ACCUMULATE_ON = ("model", "cpu")
 
@@ -100,13 +100,14 @@ class Collector:
         self.kinds = {name: self._kind(module) for name, module in self.choice.modules.items()}
         sizes = {name: float(kind.d_in**2 + kind.d_out**2) for name, kind in self.kinds.items()}
         owners = self.ranks.owners(sizes) if shard else None
+        check_graphed(module)
         self.accumulator = Accumulator(self._new_sums, self._home, positions, self.ranks, owners)
         self._taps: Taps | None = None
         self._mask: Tensor | None = None
         self._pending: tuple[SoftmaxLoss, list[LayerCall]] | None = None
         self._taken: BatchGradients | None = None
         self._objective: Tensor | None = None
-        self._warned = False
+        self._opened = self._warned = False
 
     def open(self, batch: Any = None) -> None:
         """Start to record; call before the forward pass.
@@ -117,6 +118,12 @@ class Collector:
         self.abort()
         if self.positions.startswith("mask:"):
             self._mask = batch_mask(batch, self.positions.removeprefix("mask:"))
+        if not self._opened and is_compiled(self.module):
+            rank_zero_warn(
+                "Steps from which curvature is collected run without torch.compile: what was compiled before hooks "
+                "were there never calls them. To keep training compiled, collect in validation (loop='validation')."
+            )
+        self._opened = True
         names = self.choice.modules if self.chosen is None else self.chosen
         self._taps = Taps(
             self.module,

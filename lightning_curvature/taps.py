@@ -141,6 +141,11 @@ class Taps:
             if not (self.recording and torch.is_grad_enabled()):
                 self.without_graph.add(name)
                 return
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without "
+                    "CUDA graphs."
+                )
             inputs = args[0] if args else next(iter(kwargs.values()))
             call = LayerCall(
                 name=name,
@@ -258,6 +263,25 @@ class _FunctionTap(TorchFunctionMode):
         output = func(*args, **kwargs)
         self._taps.see(func, args, kwargs, output)
         return output
+
+
+def is_compiled(root: nn.Module) -> bool:
+    """Tell whether a network, or a part of it, is run by ``torch.compile``."""
+    return getattr(root, "_compiler_ctx", None) is not None or any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in root.modules()
+    )
+
+
+def check_graphed(root: nn.Module) -> None:
+    """Raise ``RuntimeError`` if a part of a network was captured in a CUDA graph, whose replay calls no hook."""
+    for name, module in root.named_modules():
+        forward = vars(module).get("forward")
+        if "make_graphed_callables" in getattr(forward, "__qualname__", ""):
+            raise RuntimeError(
+                f"Module {name!r} was captured in a CUDA graph (torch.cuda.make_graphed_callables): a replay runs no "
+                "Python, so its layers cannot be watched. Collect on the module as it was before the capture, or over "
+                "the trained model afterwards (lightning-curvature collect)."
+            )
 
 
 def _keep(arrived: list[Tensor], token: object) -> Callable[[Tensor], None]:

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
-_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy)
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -20,6 +20,11 @@ def check_strategy(strategy: Strategy) -> None:
         MisconfigurationException: If it is one; says what to use.
     """
     kinds = [kind.__name__ for kind in type(strategy).__mro__]
+    if isinstance(strategy, FSDPStrategy):
+        raise MisconfigurationException(
+            "KFACEditCallback does not work with FSDPStrategy, which allows one backward pass for each forward pass; "
+            "curvature needs more. Use ModelParallelStrategy with fully_shard in configure_model (FSDP2)."
+        )
     if not isinstance(strategy, _STRATEGIES) or any("DeepSpeed" in kind or "XLA" in kind for kind in kinds):
         raise MisconfigurationException(
             f"KFACEditCallback does not work with {type(strategy).__name__}, which changes what a module holds and "
