@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.formats import Checkpoint, open_checkpoint, tensor_hash, tensor_hashes, values_hash
+from lightning_curvature.checkpoints.huggingface import AS_IT_IS, CARD, NOTE
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.checkpoints.outputs import check_outputs
+from lightning_curvature.checkpoints.safetensors import SafetensorsFile, check_header
+from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text, parse_json
 
 DELTA = "lightning_curvature.delta"
 """Metadata entry of a delta file, JSON."""
+_VERSION = 1
 
 
 class DeltaRecord(AbstractContextManager["DeltaRecord"]):
@@ -50,7 +53,7 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
         """Write the file."""
         tensors = {name: load_file(Path(self.scratch.name, str(i)))["delta"] for i, name in enumerate(self.names)}
         header = {
-            "version": 1,
+            "version": _VERSION,
             "tensors": {name: {"original": self.original[name], "edited": self.edited[name]} for name in self.names},
             "values": {"original": values_hash(self.original), "edited": values_hash(self.edited)},
             "edit": self.facts,
@@ -91,48 +94,93 @@ def apply_delta(
 
     Raises:
         FileExistsError: If the target is the source, or exists.
-        ValueError: If the delta belongs to another checkpoint.
+        ValueError: If the delta belongs to another checkpoint, or is damaged.
     """
     check_outputs([target], [source, delta], overwrite)
     checkpoint = open_checkpoint(source, allow_globals)
-    with safe_open(delta, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if DELTA not in metadata:
-            raise ValueError(f"{delta} is no delta; it is written by edit with --save-delta.")
-        header: dict[str, Any] = json.loads(metadata[DELTA])
-        here, there = ("edited", "original") if revert else ("original", "edited")
-        layers = [name.removesuffix(".weight") for name in header["tensors"]]
+    file = SafetensorsFile(delta)
+    header = read_header(file)
+    here, there = ("edited", "original") if revert else ("original", "edited")
+    layers = [name.removesuffix(".weight") for name in header["tensors"]]
+    try:
         names = match_layers(layers, checkpoint.shapes(), checkpoint.module_names)
-        hashes = tensor_hashes(checkpoint.shapes(), checkpoint.read)
-        for layer, name in names.items():
-            expected = header["tensors"][f"{layer}.weight"]
-            if hashes[name] != expected[here]:
-                raise ValueError(
-                    f"{name!r} in {source} is not the {here} tensor that {delta} belongs to. "
-                    f"{'Is it the checkpoint before the edit, or edited again?' if revert else 'Is it another model?'}"
-                )
-        replaced = {expected[here]: expected[there] for expected in header["tensors"].values()}
-        after = {name: replaced.get(value, value) for name, value in hashes.items()}
-        if values_hash(after) != header["values"][there]:
+    except ValueError as error:
+        raise ValueError(f"{source} has other tensors than the checkpoint that {delta} belongs to. {error}") from error
+    hashes = tensor_hashes(checkpoint.shapes(), checkpoint.read)
+    for layer, name in names.items():
+        expected = header["tensors"][f"{layer}.weight"]
+        if hashes[name] != expected[here]:
             raise ValueError(
-                f"{source} differs from the {here} checkpoint that {delta} belongs to, also in tensors that the edit "
-                "left alone: it was changed or edited again since. "
-                + ("Take back the later edit first." if revert else "Is it another model?")
+                f"{name!r} in {source} is not the {here} tensor that {delta} belongs to. "
+                f"{'Is it the checkpoint before the edit, or edited again?' if revert else 'Is it another model?'}"
             )
+    replaced = {expected[here]: expected[there] for expected in header["tensors"].values()}
+    after = {name: replaced.get(value, value) for name, value in hashes.items()}
+    if values_hash(after) != header["values"][there]:
+        raise ValueError(
+            f"{source} differs from the {here} checkpoint that {delta} belongs to, also in tensors that the edit "
+            "left alone: it was changed or edited again since. "
+            + ("Take back the later edit first." if revert else "Is it another model?")
+        )
 
-        def flip(layer: str) -> Callable[[Tensor], Tensor]:
-            def flipped(old: Tensor) -> Tensor:
-                bits: Tensor = _bits(old) ^ file.get_tensor(f"{layer}.weight")
-                new = bits.view(old.dtype).view(old.shape)
-                if tensor_hash(new) != header["tensors"][f"{layer}.weight"][there]:
-                    raise ValueError(f"{delta} is damaged: {layer!r} does not become the {there} tensor.")
-                return new
+    def flip(layer: str) -> Callable[[Tensor], Tensor]:
+        def flipped(old: Tensor) -> Tensor:
+            bits, difference = _bits(old), file.read(f"{layer}.weight")
+            fits = difference.shape == bits.shape and difference.dtype == bits.dtype
+            new = (bits ^ difference).view(old.dtype).view(old.shape) if fits else None
+            if new is None or tensor_hash(new) != header["tensors"][f"{layer}.weight"][there]:
+                raise ValueError(f"{delta} is damaged: {layer!r} does not become the {there} tensor. {COPY_AGAIN}")
+            return new
 
-            return flipped
+        return flipped
 
-        facts = header["before"] if revert else header["edit"]
-        headers = header["headers"] if revert else None
-        checkpoint.copy(target, {name: flip(layer) for layer, name in names.items()}, facts, headers)
+    facts = header["before"] if revert else header["edit"]
+    headers = header["headers"] if revert else None
+    checkpoint.copy(target, {name: flip(layer) for layer, name in names.items()}, facts, headers)
+
+
+def read_header(file: SafetensorsFile) -> dict[str, Any]:
+    """Return the header of a delta.
+
+    Args:
+        file: The delta.
+
+    Raises:
+        ValueError: If it is no delta of a version that this package reads, or a damaged one.
+    """
+    if DELTA not in file.metadata:
+        raise ValueError(f"{file.path} is no delta; it is written by edit with --save-delta.")
+    header = parse_json(file.metadata[DELTA], f"{file.path}: the metadata entry {DELTA!r}")
+    if header.get("version") != _VERSION:
+        found = header.get("version")
+        raise ValueError(f"{file.path}: delta version {found!r:.60}, this package reads {_VERSION}. Update it.")
+    try:
+        _check_header(header, set(file.shapes()))
+    except ValueError as error:
+        raise ValueError(f"{file.path} is damaged: {error}") from error
+    return header
+
+
+def _check_header(header: Mapping[str, Any], names: set[str]) -> None:
+    tensors, headers = header.get("tensors"), header.get("headers")
+    if not isinstance(tensors, dict) or tensors.keys() != names or not all(n.endswith(".weight") for n in names):
+        raise ValueError(f"its header is about other tensors than it holds. {COPY_AGAIN}")
+    for hashes in (*tensors.values(), header.get("values")):
+        if not isinstance(hashes, dict) or not all(is_text(hashes.get(key)) for key in ("original", "edited")):
+            raise ValueError(f"its header lacks hashes of the original and the edited checkpoint. {COPY_AGAIN}")
+    check_facts(header.get("edit"), "what it says of the edit")
+    if header.get("before", {}) is not None:
+        check_facts(header.get("before"), "what it says of earlier edits")
+    if not isinstance(headers, dict) or not all(isinstance(text, str) for text in headers.values()):
+        raise ValueError(f"its header lacks the headers of the original. {COPY_AGAIN}")
+    for file, text in headers.items():
+        what = f"its copy of {file or 'the header of the original'}"
+        if file == NOTE:
+            check_facts(parse_json(text, what), what)
+        elif file == CARD:
+            text.encode(*AS_IT_IS)
+        else:
+            check_header(text, what)
 
 
 def _bits(tensor: Tensor) -> Tensor:

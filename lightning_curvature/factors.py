@@ -18,13 +18,15 @@ from torch import Tensor
 
 from lightning_curvature._checks import did_you_mean
 from lightning_curvature.basis import CurvatureBasis, curvature_basis
-from lightning_curvature.checkpoints.archive import read_archive
+from lightning_curvature.checkpoints.archive import check_tensors, read_archive
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.checkpoints.tree import put_together, take_apart
+from lightning_curvature.checkpoints.tree import parse_json, put_together, take_apart
 
 _HEADER = "lightning_curvature.factors"
 _STATE = "state"
 _OPTIONAL = ("A_coupled", "G_coupled", "eigenvalues", "margins")
+_COUNTS = ("num_inputs", "num_gradients", "num_seen")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VERSION = 1
 
 
@@ -241,22 +243,19 @@ class _FactorFile(Mapping[str, LayerFactors]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
-        with self._errors(), safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            if header["version"] != _VERSION:
-                raise ValueError(f"{path}: factor file version {header['version']}, this package reads {_VERSION}.")
+        with _opened(path) as file:
+            header = _read_header(file)
             self.tensors = set(file.keys())
             self.layers: dict[str, dict[str, Any]] = header["layers"]
             self.provenance: dict[str, Any] = header["provenance"]
-            missing = {f"{name}.{factor}" for name in self.layers for factor in "AG"} - self.tensors
-            if missing:
-                raise KeyError(min(missing))
 
     def __getitem__(self, name: str) -> LayerFactors:
         counts = self.layers[name]
-        with self._errors(), safe_open(self.path, framework="pt") as file:
+        with _opened(self.path) as file:
             kinds = [kind for kind in ("A", "G", *_OPTIONAL) if f"{name}.{kind}" in self.tensors]
-            return LayerFactors(**{kind: file.get_tensor(f"{name}.{kind}") for kind in kinds}, **counts)
+            return _layer_factors(
+                f"layer {name!r}", {kind: file.get_tensor(f"{name}.{kind}") for kind in kinds}, counts
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -264,15 +263,54 @@ class _FactorFile(Mapping[str, LayerFactors]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{self.path}: not a complete factor file ({type(error).__name__}: {error}). "
-                "Factor files are written by KroneckerFactors.save."
-            ) from error
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a factor file; what is wrong with it becomes an error that names it."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: not a complete factor file (it is a folder). Name the file in it.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a complete factor file ({error}). Factor files are written by KroneckerFactors.save."
+        ) from error
+
+
+def _read_header(file: Any) -> dict[str, Any]:
+    """Return the header of an open factor file; the only place where it is checked."""
+    header = parse_json((file.metadata() or {}).get(_HEADER, ""), f"the metadata entry {_HEADER!r}")
+    if header.get("version") != _VERSION:
+        raise ValueError(f"it has version {header.get('version')!r:.60}, this package reads {_VERSION}: update it")
+    layers, provenance = header.get("layers"), header.get("provenance")
+    if not isinstance(layers, dict) or not isinstance(provenance, dict):
+        raise ValueError("its header has no layers, or no provenance")
+    json.dumps(provenance, ensure_ascii=False).encode()  # so that it can be shown
+    for name, counts in layers.items():
+        if not isinstance(counts, dict) or not {*_COUNTS[:2]} <= counts.keys() <= {*_COUNTS, "transposed"}:
+            raise ValueError(f"layer {name!r} must have {', '.join(_COUNTS)} and transposed")
+        for key, value in counts.items():
+            # Up to 2**53 a count is exact in float64, in which factors are merged.
+            fits = isinstance(value, bool) if key == "transposed" else type(value) is int and 0 <= value <= 2**53
+            if not fits:
+                raise ValueError(f"layer {name!r} cannot have {key} {value!r:.60}")
+    missing = {f"{name}.{factor}" for name in layers for factor in "AG"} - set(file.keys())
+    if missing:
+        raise ValueError(f"it lacks the tensor {min(missing)!r}")
+    return header
+
+
+def _layer_factors(where: str, tensors: Mapping[str, Any], counts: Mapping[str, Any]) -> LayerFactors:
+    """Return the factors that were read of one layer; errors begin with ``where``."""
+    try:
+        layer = LayerFactors(**tensors, **counts)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    for kind, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES or not tensor.numel():
+            raise ValueError(f"{where}: {kind} must hold floating numbers, found {[*tensor.shape]} {tensor.dtype}.")
+    return layer
 
 
 def _read_paper_factors(path: str | os.PathLike[str], names: str) -> dict[str, LayerFactors]:
@@ -282,9 +320,15 @@ def _read_paper_factors(path: str | os.PathLike[str], names: str) -> dict[str, L
     for key, entry in content.items():
         found = re.fullmatch(r"blk(\d+)\.(\w+)", str(key))
         if found is None or not isinstance(entry, dict) or not {"A", "G", "n_tokens"} <= entry.keys():
-            raise ValueError(f"{path}: expected entries 'blk23.gate' with A, G and n_tokens, found {key!r}.")
-        tokens = int(entry["n_tokens"])
-        layers[names.format(block=found[1], projection=found[2])] = LayerFactors(entry["A"], entry["G"], tokens, tokens)
+            raise ValueError(f"{path}: expected entries 'blk23.gate' with A, G and n_tokens, found {str(key)!r:.60}.")
+        tensors = {kind: entry[kind] for kind in "AG"}
+        tokens = entry["n_tokens"]
+        check_tensors(tensors | ({"n_tokens": tokens} if isinstance(tokens, Tensor) else {}), path)
+        tokens = tokens.item() if isinstance(tokens, Tensor) and tokens.numel() == 1 else tokens
+        if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not 0 <= tokens <= 2**53:
+            raise ValueError(f"{path}: n_tokens of {key!r} must be a number of positions, found {type(tokens)}.")
+        counts = dict.fromkeys(_COUNTS[:2], int(tokens))
+        layers[names.format(block=found[1], projection=found[2])] = _layer_factors(f"{path}: {key!r}", tensors, counts)
     if not layers or len(layers) < len(content):
         raise ValueError(
             f"{path}: {len(content)} entries become {len(layers)} layers by names={names!r}. Use both places, for "
@@ -294,14 +338,23 @@ def _read_paper_factors(path: str | os.PathLike[str], names: str) -> dict[str, L
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the ``state`` with which a factor file was saved, or None; tensors are on the CPU."""
-    with safe_open(path, framework="pt") as file:
-        state = json.loads(file.metadata()[_HEADER]).get("state")
+    """Return the ``state`` with which a factor file was saved, or None; tensors are on the CPU.
+
+    Raises:
+        FileNotFoundError: As :meth:`KroneckerFactors.load`.
+        ValueError: As :meth:`KroneckerFactors.load`.
+    """
+    with _opened(path) as file:
+        state = _read_header(file).get("state")
+        if not isinstance(state, dict | None):
+            raise ValueError(f"its state is a {type(state).__name__}, not an object")
         return None if state is None else dict(put_together(state, file.get_tensor))
 
 
 def is_factor_file(path: str | os.PathLike[str]) -> bool:
     """Tell whether a safetensors file was written by :meth:`KroneckerFactors.save`."""
+    if Path(path).is_dir():
+        return False
     try:
         with safe_open(path, framework="pt") as file:
             return _HEADER in (file.metadata() or {})

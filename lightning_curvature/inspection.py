@@ -11,7 +11,7 @@ from tabulate import tabulate
 from lightning_curvature.basis import select_staircase
 from lightning_curvature.checkpoints.formats import open_checkpoint
 from lightning_curvature.checkpoints.safetensors import SafetensorsFile
-from lightning_curvature.deltas import DELTA
+from lightning_curvature.deltas import DELTA, read_header
 from lightning_curvature.factors import KroneckerFactors, is_factor_file
 from lightning_curvature.plan import size
 
@@ -27,7 +27,10 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
         factors = KroneckerFactors.open(path)
         layers = {}
         for name, layer in factors.items():
-            lam, mu = layer.basis.lam, layer.basis.mu
+            try:
+                lam, mu = layer.basis.lam, layer.basis.mu
+            except ValueError as error:
+                raise ValueError(f"{path}, layer {name!r}: {error}") from error
             layers[name] = {
                 "shape": list(layer.shape),
                 "num_inputs": layer.num_inputs,
@@ -43,7 +46,7 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
     checkpoint = open_checkpoint(path, allow_globals)
     shapes = checkpoint.shapes()
     if isinstance(checkpoint, SafetensorsFile) and DELTA in checkpoint.metadata:
-        header = json.loads(checkpoint.metadata[DELTA])
+        header = read_header(checkpoint)
         return {"path": str(path), "kind": "delta", "tensors": list(header["tensors"]), "edit": header["edit"]}
     return {
         "path": str(path),

@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.safetensors import Edits, check_same
+from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text
 
 KEY = "lightning_curvature"
 """Entry of a Lightning checkpoint that says what was edited."""
-_BROKEN = "{}: not a file of torch.save, or a broken one ({})."
+_BROKEN = "{}: not a file of torch.save, or a broken one ({}: {}). " + COPY_AGAIN
 _HARMFUL = re.compile(
     r"(os|posix|nt|sys|subprocess|shutil|io|runpy|socket|pty)\..*|builtins\.(eval|exec|open|getattr|compile|__import__)"
 )
@@ -48,14 +50,18 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
             raise ValueError(f"allow_globals: there is no class {name!r} ({error}).") from error
     try:
         with torch.serialization.safe_globals(allowed):
-            # The format of torch before 1.6 is no archive, and cannot stay on the disk.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+            return _load(path)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged pickle ends in errors of every kind
         found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error))
-        if found is None:
-            raise ValueError(_BROKEN.format(path, " ".join(str(error).split())[:300])) from error
+        if found is None or not isinstance(error, pickle.UnpicklingError):
+            # torch wraps its reason in advice to load the file unsafely, which would not help and is not given here.
+            reason = str(error).partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+            reason = " ".join((reason or str(error)).split())[:300]
+            raise ValueError(_BROKEN.format(path, type(error).__name__, reason)) from error
         globals_ = {found[1] or found[2]}
-        if zipfile.is_zipfile(path):
+        with suppress(Exception):  # of a file that cannot be read to its end, the first one is named
             globals_ |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         needed = sorted(globals_ - set(allow_globals))
         harmful = [name for name in needed if _HARMFUL.fullmatch(name)]
@@ -68,8 +74,39 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
             f"{path} holds objects of {', '.join(needed)}, and unpickling them could run any code. Nothing was loaded. "
             f"If you trust the file, add --allow-global {' '.join(needed)} (allow_globals={needed!r})."
         ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(_BROKEN.format(path, " ".join(str(error).split())[:300])) from error
+
+
+def check_tensors(tensors: Mapping[Any, Any], path: str | os.PathLike[str]) -> None:
+    """Raise ``ValueError`` if one of the tensors of a file is not one of plain numbers that lie in it, with a name.
+
+    Args:
+        tensors: By name; what is no tensor is refused, too.
+        path: The file.
+    """
+    size = Path(path).stat().st_size
+    for name, value in tensors.items():
+        if not is_text(name):
+            raise ValueError(f"{path}: a tensor has the name {name!a:.60}; expected text. Save it under another name.")
+        plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.is_quantized or value.is_nested or value.is_conj() or value.is_neg():
+            raise ValueError(
+                f"{path}: {name!r} is no plain tensor, but {type(value).__name__} "
+                f"{[getattr(value, key, '') for key in ('layout', 'device', 'dtype')]}. Save it as a dense one."
+            )
+        if value.nbytes > size:
+            raise ValueError(
+                f"{path}: {name!r} has {value.nbytes} bytes, more than the file. Is it expanded? Clone it."
+            )
+
+
+def _load(path: str | os.PathLike[str]) -> Any:
+    # The format of torch before 1.6 is no archive, and cannot stay on the disk.
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise zipfile.BadZipFile("its entries are compressed, which torch.save does not do")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 class ArchiveFile:
@@ -94,12 +131,13 @@ class ArchiveFile:
                 f"{path} holds a {type(self.content).__name__}; expected a state dict, or a checkpoint with one under "
                 f"{', '.join(map(repr, _NESTED))}."
             )
+        check_tensors({name: value for name, value in self.state_dict.items() if isinstance(value, Tensor)}, path)
 
     @property
     def provenance(self) -> dict[str, Any] | None:
         """What an earlier edit wrote, or None."""
         found = self.content.get(KEY) if self.nested is not None else getattr(self.state_dict, _ATTRIBUTE, None)
-        return found if isinstance(found, dict) else None
+        return check_facts(found, f"{self.path}: the entry {KEY!r}") if isinstance(found, dict) else None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor."""

@@ -18,31 +18,36 @@ from torch import Tensor
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.atomic import replace_folder, sync
 from lightning_curvature.checkpoints.safetensors import Edits, SafetensorsFile
+from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOTE = "curvature_edit.json"
 """File of a folder that says what was edited."""
 CARD = "README.md"
+_SHARED_LAYERS = 100  # so many more layers than tensors may a model have (ALBERT has one for all of them)
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.gguf", "consolidated*", "*.h5", "*.msgpack")
-_AS_IT_IS = ("utf-8", "surrogateescape")  # bytes that are no UTF-8 survive
+_AGAIN = f"Copy {INDEX} and the files that it names again."
+AS_IT_IS = ("utf-8", "surrogateescape")  # bytes that are no UTF-8 survive
 _BEGIN, _END = "<!-- lightning_curvature: begin -->", "<!-- lightning_curvature: end -->"
 _SECTION = re.compile(rf"\n\n{_BEGIN}.*?{_END}\n", re.DOTALL)
 
 
 def card_section(provenance: Mapping[str, Any]) -> str:
     """Return the section of a model card that says what was edited, as Markdown."""
-    facts = provenance["provenance"]
-    rows = [[name, layer["energy"], layer["positions"]] for name, layer in provenance["layers"].items()]
+    unknown = "not known"
+    rows = [[name, *(layer.get(key, unknown) for key in ("energy", "positions"))]
+            for name, layer in provenance.get("layers", {}).items()]  # fmt: skip
     table = tabulate(rows, ["layer", "energy", "positions"], tablefmt="github", disable_numparse=True)
     return (
         f"\n\n{_BEGIN}\n## Edited weights\n\n"
-        f"Weights of this model were edited with {provenance['package']} (method {provenance['method']}, "
+        f"Weights of this model were edited with {provenance.get('package', unknown)} (method "
+        f"{provenance.get('method', unknown)}, "
         "arXiv:2510.24256), so that it recites less of its training data. Facts that it knows by heart can suffer, "
         "too.\n\n"
         f"{table}\n\n"
-        f"- Fisher: {facts.get('fisher', 'not known')}\n"
-        f"- SHA-256 of the unedited weights: `{provenance['source']}`\n"
-        f"- SHA-256 of the K-FAC factors: `{provenance['factors']}`\n{_END}\n"
+        f"- Fisher: {provenance.get('provenance', {}).get('fisher', unknown)}\n"
+        f"- SHA-256 of the unedited weights: `{provenance.get('source', unknown)}`\n"
+        f"- SHA-256 of the K-FAC factors: `{provenance.get('factors', unknown)}`\n{_END}\n"
     )
 
 
@@ -72,7 +77,7 @@ class HuggingFaceFolder:
                 stacklevel=2,
             )
         if index.exists():
-            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = _read_index(index)
         elif (self.path / SINGLE).exists():
             names = dict.fromkeys(SafetensorsFile(self.path / SINGLE).header, SINGLE)
         else:
@@ -81,7 +86,8 @@ class HuggingFaceFolder:
                 "safetensors."
             )
         for file in set(names.values()):
-            self._check_inside(file)
+            if not self._check_inside(file).is_file():
+                raise ValueError(f"{index} says that {file!r} holds weights; it is no file. {_AGAIN}")
         self.shards = {file: SafetensorsFile(self.path / file) for file in sorted(set(names.values()))}
         for name, file in names.items():
             if name not in self.shards[file].header:
@@ -93,8 +99,7 @@ class HuggingFaceFolder:
         """What an earlier edit wrote, or None."""
         note = self.path / NOTE
         if note.exists():
-            found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-            return found
+            return check_facts(parse_json(note.read_bytes(), f"{note}"), f"{note}")
         return next((shard.provenance for shard in self.shards.values() if shard.provenance is not None), None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,15 +114,25 @@ class HuggingFaceFolder:
             from transformers.core_model_loading import revert_weight_conversion
         except ImportError:  # there are no such names without transformers, or in old releases of it
             return {}
+        file = self.path / "config.json"
+        if not file.is_file():
+            return {}
+        depths = [n for key, n in parse_json(file.read_bytes(), f"{file}").items() if key.endswith(("layer", "layers"))]
+        if any(isinstance(n, int) and n > _SHARED_LAYERS + len(self.where) for n in depths):
+            raise ValueError(f"{file} names more layers than there are tensors. {COPY_AGAIN}")
         try:
             config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-        except (ValueError, OSError):  # no configuration, or of a model that transformers does not know
+            kind = getattr(transformers, (config.architectures or [""])[0], None)
+            if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+                return {}
+            with torch.device("meta"):
+                model = kind(config)
+        except (ValueError, OSError):  # of a model that transformers does not know
             return {}
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        if kind is None:
-            return {}
-        with torch.device("meta"):
-            model = kind(config)
+        except Exception as error:  # transformers builds what it is told, and fails wherever that makes no sense
+            raise ValueError(
+                f"{file} describes no model that transformers can build ({type(error).__name__}: {error}). {COPY_AGAIN}"
+            ) from error
         stored = {}
         for name, parameter in model.named_parameters():
             found = revert_weight_conversion(model, {name: parameter})
@@ -137,7 +152,7 @@ class HuggingFaceFolder:
         """Return the header of every shard, and the files in which an edit is described, as they stand."""
         notes = {file: (self.path / file).read_bytes() for file in (NOTE, CARD) if (self.path / file).exists()}
         return {file: shard.raw_header.decode() for file, shard in self.shards.items()} | {
-            file: content.decode(*_AS_IT_IS) for file, content in notes.items()
+            file: content.decode(*AS_IT_IS) for file, content in notes.items()
         }
 
     def copy(
@@ -186,15 +201,15 @@ class HuggingFaceFolder:
         if headers is not None:
             for file in (NOTE, CARD):
                 if file in headers:
-                    (new / file).write_bytes(headers[file].encode(*_AS_IT_IS))
+                    (new / file).write_bytes(headers[file].encode(*AS_IT_IS))
         elif provenance is not None:
             card = self.path / CARD
-            before = _SECTION.sub("", card.read_bytes().decode(*_AS_IT_IS)) if card.exists() else ""
-            (new / CARD).write_bytes((before + card_section(provenance)).encode(*_AS_IT_IS))
+            before = _SECTION.sub("", card.read_bytes().decode(*AS_IT_IS)) if card.exists() else ""
+            (new / CARD).write_bytes((before + card_section(provenance)).encode(*AS_IT_IS))
             (new / NOTE).write_text(json.dumps(provenance, indent=2), encoding="utf-8")
         elif (self.path / CARD).exists():
-            text = (self.path / CARD).read_bytes().decode(*_AS_IT_IS)
-            (new / CARD).write_bytes(_SECTION.sub("", text).encode(*_AS_IT_IS))
+            text = (self.path / CARD).read_bytes().decode(*AS_IT_IS)
+            (new / CARD).write_bytes(_SECTION.sub("", text).encode(*AS_IT_IS))
 
     def _not_copied(self, folder: str, names: list[str]) -> set[str]:
         for name in names:
@@ -203,15 +218,28 @@ class HuggingFaceFolder:
             return set()
         return {name for name in names if name in self.shards or name in (NOTE, CARD)}
 
-    def _check_inside(self, file: str) -> None:
-        """Raise if a file lies outside the folder, by its name or through a link."""
-        resolved = (self.path / file).resolve()
+    def _check_inside(self, file: str) -> Path:
+        """Return where a file lies; raise if that is outside the folder, by its name or through a link."""
+        try:
+            resolved = (self.path / file).resolve()
+            exists = resolved.exists()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, no text, or links in a circle
+            raise ValueError(f"{self.path}: {file!a:.60} can be no file ({error!a}). {_AGAIN}") from error
         if Path(file).is_absolute() or not resolved.is_relative_to(self.path.resolve()):
             raise ValueError(
                 f"{self.path}: {file!r} leads out of the folder, to {resolved}. Such a folder is not read."
             )
-        if not resolved.exists():
-            raise ValueError(f"{self.path}: {file!r} is named in the index, but there is no such file.")
+        if not exists:
+            raise ValueError(f"{self.path}: {file!r} is named in the index, but there is no such file. {_AGAIN}")
+        return resolved
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the file of each tensor."""
+    names = parse_json(index.read_bytes(), f"{index}").get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index} has no weight_map with the file of each tensor. {_AGAIN}")
+    return names
 
 
 def _copy_and_sync(source: Path, target: Path) -> None:

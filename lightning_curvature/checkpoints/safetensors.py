@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text, parse_json
 
 _CHUNK = 2**24
 _METADATA = "__metadata__"
@@ -46,12 +47,12 @@ class SafetensorsFile:
             with safe_open(self.path, framework="pt"):
                 pass  # the library checks the header, the byte ranges and the file's length
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error}).") from error
+            raise ValueError(f"{path}: not a complete safetensors file ({error}). {COPY_AGAIN}") from error
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             self.raw_header = file.read(length)
-        header: dict[str, Any] = json.loads(self.raw_header)
-        self.metadata: dict[str, str] = header.pop(_METADATA, {})
+        header = parse_json(self.raw_header, f"{path}: its header")
+        self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
         self.header = header
         self.start = 8 + length
 
@@ -70,14 +71,19 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """Return a copy of one tensor."""
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name).clone()
-            return tensor
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name).clone()
+                return tensor
+        except SafetensorError as error:  # of a dtype that torch does not have
+            raise ValueError(f"{self.path}: {name!r} cannot be read ({error}). Save it with another dtype.") from error
 
     @property
     def provenance(self) -> dict[str, Any] | None:
         """What an earlier edit wrote, or None."""
-        return json.loads(self.metadata[KEY]) if KEY in self.metadata else None
+        if KEY not in self.metadata:
+            return None
+        return _read_facts(self.metadata[KEY], f"{self.path}")
 
     def headers(self) -> dict[str, str]:
         """Return the header as it stands in the file, which a copy needs to be byte-identical to the original."""
@@ -130,6 +136,20 @@ class SafetensorsFile:
                 out.write(as_bytes(new))
             copied.result()
             out.flush()
+
+
+def check_header(text: str, what: str) -> None:
+    """Raise ``ValueError`` if a text is no header of a safetensors file: JSON with strings as metadata."""
+    metadata = parse_json(text, what).get(_METADATA) or {}
+    if not isinstance(metadata, dict) or not all(map(is_text, (text, *metadata, *metadata.values()))):
+        raise ValueError(f"{what} has metadata that are no strings. {COPY_AGAIN}")
+    if KEY in metadata:
+        _read_facts(metadata[KEY], what)
+
+
+def _read_facts(text: str, what: str) -> dict[str, Any]:
+    what = f"{what}: the metadata entry {KEY!r}"
+    return check_facts(parse_json(text, what), what)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -1,11 +1,16 @@
-"""Nested dicts of tensors and primitives, taken apart into named tensors and JSON, which safetensors files hold."""
+"""Nested dicts of tensors and primitives, taken apart into named tensors and JSON, which safetensors files hold.
 
+What is read from JSON is checked here: a file may be damaged, or another one.
+"""
+
+import json
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 _TENSOR = "tensor:"
+COPY_AGAIN = "Copy the file again from where it was written."
 
 
 def take_apart(tree: Any, tensors: dict[str, Tensor], name: str) -> Any:
@@ -38,3 +43,51 @@ def put_together(tree: Any, read: Callable[[str], Tensor]) -> Any:
     if isinstance(tree, str) and tree.startswith(_TENSOR):
         return read(tree.removeprefix(_TENSOR))
     return tree
+
+
+def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Args:
+        text: JSON; bytes are UTF-8.
+        what: The file and what of it this is, for errors.
+
+    Raises:
+        ValueError: If it is no JSON object, whatever else it is.
+    """
+    try:
+        found = json.loads(text.decode() if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
+        raise ValueError(f"{what} is not JSON ({error}). {COPY_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} must be a JSON object, found {type(found).__name__}. {COPY_AGAIN}")
+    return found
+
+
+def check_facts(facts: Any, what: str) -> dict[str, Any]:
+    """Return what an edited checkpoint says about its edit, if it can be shown and passed on.
+
+    Args:
+        facts: JSON values, as :meth:`WeightEditor.facts` returns them.
+        what: The file and what of it this is, for errors.
+
+    Raises:
+        ValueError: If it is no object of JSON values, or what it says of layers and their origin are none.
+    """
+    try:
+        json.dumps(facts, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} holds more than JSON ({error}). {COPY_AGAIN}") from error
+    fits = isinstance(facts, dict) and all(isinstance(facts.get(key, {}), dict) for key in ("layers", "provenance"))
+    if not fits or not all(isinstance(layer, dict) for layer in facts.get("layers", {}).values()):
+        raise ValueError(f"{what} does not say what was edited: it has other fields than an edit writes. {COPY_AGAIN}")
+    return dict(facts)
+
+
+def is_text(value: Any) -> bool:
+    r"""Tell whether a value is a string that can be written as UTF-8: JSON may hold halves of characters.
+
+    >>> is_text("ü"), is_text("\ud800"), is_text(None)
+    (True, False, False)
+    """
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
