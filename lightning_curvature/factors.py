@@ -95,6 +95,19 @@ class LayerFactors:
         found = {name: getattr(self, name) for name in ("A", "G", *_OPTIONAL)}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Everything but the tensors, by name."""
+        return {name: getattr(self, name) for name in ("num_inputs", "num_gradients", "num_seen", "transposed")}
+
+    def digest(self) -> str:
+        """Return a SHA-256 over counts and tensors."""
+        digest = hashlib.sha256(f"{self.num_inputs}\0{self.num_gradients}\0{self.shape}\0".encode())
+        for name, tensor in self.tensors.items():
+            digest.update(f"{name}\0".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     @cached_property
     def basis(self) -> CurvatureBasis:
         """The curvature basis, decomposed once and kept as long as these factors."""
@@ -143,14 +156,20 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         shapes = ", ".join(f"{name!r}: {list(layer.shape)}" for name, layer in self.items())
         return f"{type(self).__name__}({{{shapes}}})"
 
+    owners: Mapping[str, int] | None = None
+    """Which process holds a layer, where the layers are spread over several; None if all are here."""
+
+    def counts(self) -> dict[str, int]:
+        """Return the positions behind the inputs' factor of each layer."""
+        return {name: layer.num_inputs for name, layer in self.items()}
+
+    def gathered(self) -> "KroneckerFactors":
+        """Return these factors on one process, the first one. A collective if they are spread over several."""
+        return self
+
     def digest(self) -> str:
         """Return a SHA-256 over names, counts and factors of the layers: with one digest, two sets are equal."""
-        digest = hashlib.sha256()
-        for name, layer in self.items():
-            digest.update(f"{name}\0{layer.num_inputs}\0{layer.num_gradients}\0{layer.shape}\0".encode())
-            for factor in layer.tensors.values():
-                digest.update(factor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return digest_of({name: layer.digest() for name, layer in self.items()})
 
     def merge(self, other: "KroneckerFactors") -> "KroneckerFactors":
         """Return the factors of both streams of positions together, weighted by their counts.
@@ -188,15 +207,7 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         """
         tensors = {f"{name}.{factor}": tensor.cpu().contiguous().clone()
                    for name, layer in self.items() for factor, tensor in layer.tensors.items()}  # fmt: skip
-        layers = {
-            name: {
-                "num_inputs": layer.num_inputs,
-                "num_gradients": layer.num_gradients,
-                "num_seen": layer.num_seen,
-                "transposed": layer.transposed,
-            }
-            for name, layer in self.items()
-        }
+        layers = {name: layer.numbers for name, layer in self.items()}
         header = {"version": _VERSION, "layers": layers, "provenance": self.provenance}
         if state is not None:
             header["state"] = take_apart(dict(state), tensors, _STATE)
@@ -236,6 +247,11 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         factors._layers = file = _FactorFile(path)
         factors.provenance = file.provenance
         return factors
+
+
+def digest_of(layers: Mapping[str, str]) -> str:
+    """Return the digest of a set of factors, given those of its layers by name."""
+    return hashlib.sha256("\0".join(f"{name}\0{digest}" for name, digest in layers.items()).encode()).hexdigest()
 
 
 class _FactorFile(Mapping[str, LayerFactors]):

@@ -99,7 +99,7 @@ def run(loop, fisher, strategy="one process", module=None, callbacks=(), folder=
         checkpoint's sibling (only of a run that saves one).
     """
     size, make, parallel = STRATEGIES[strategy]
-    own = {key: options.pop(key) for key in ("draws", "window", "shard_factors", "seed", "positions") if key in options}
+    own = {key: options.pop(key) for key in ("draws", "window", "shard_factors", "target", "loop") if key in options}
     folder = Path(tempfile.gettempdir(), f"{os.environ.get('MASTER_PORT')}") if folder is None else Path(folder)
     saved = folder / "factors.safetensors"
     callback = KFACEditCallback(LAYERS, fisher=fisher, save_factors=str(saved), **({"window": 10_000} | own))
