@@ -106,7 +106,7 @@ def run(loop, fisher, strategy="one process", module=None, callbacks=(), folder=
     options = {"max_epochs": 1, "enable_checkpointing": False, "limit_val_batches": 0 if loop == "fit" else None,
                "use_distributed_sampler": False} | options  # fmt: skip
     trainer = models.trainer(folder, callback, *callbacks, devices=size, strategy=make(), **options)
-    getattr(trainer, loop)(kind(parallel=parallel, **(module or {})))
+    getattr(trainer, loop)(kind(parallel, **(module or {})))
     trainer.strategy.barrier()
     return trainer, callback, KroneckerFactors.load(saved)
 
@@ -142,8 +142,8 @@ def kinds(strategy, folder):
 class TwoOptimizers(Net):
     """Manual optimization with an optimizer for each half of the network."""
 
-    def __init__(self, **options):
-        super().__init__(**options)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):

@@ -497,16 +497,9 @@ READERS = {
     "sweep": (sweep_file, rows_of, 800, damaged_cells),
 }
 """What writes a file, what reads it, how many damaged ones, and how their structure is damaged."""
-UNDECODED = pytest.mark.xfail(
-    strict=True,
-    reason="read_jsonl lets through what json and the decoder raise",
-    raises=(AssertionError, RecursionError),
-)
 
 
-@pytest.mark.parametrize(
-    "reader", [pytest.param(name, marks=UNDECODED) if name in ("questions", "probe") else name for name in READERS]
-)
+@pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_file_is_read_or_refused_by_its_name(reader, tmp_path):
     write, read, count, *structured = READERS[reader]
     path, rng = write(tmp_path), random.Random(reader)
@@ -730,7 +723,7 @@ def test_a_tensor_of_a_dtype_that_torch_lacks(tmp_path):
 @pytest.mark.parametrize(
     ("content", "read", "message"),
     [
-        (b'{"text": "w1 \xff"}', tokens_of, r"x.jsonl: not JSON lines in UTF-8 \(.*Write it again"),
+        (b'{"text": "w1 \xff"}', tokens_of, r"x.jsonl, line 1: not JSON in UTF-8 \(.*Write it again"),
         (b'{"text": "\\ud800"}', tokens_of, "x.jsonl, line 1: text must be a string"),
         (b'{"prefix_ids": [1], "suffix_ids": [99999999999999999999]}', sequences_of, "must be a list of token ids"),
         (b'{"prefix_ids": [1], "suffix_ids": [2], "suffix_text": "\\ud800"}', sequences_of, "found half characters"),

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -74,7 +75,10 @@ def read_weights(path: Path, allow_globals: Sequence[str] = ()) -> dict[str, Ten
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; a checkpoint is a .ckpt, .pt or .safetensors file.")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, AttributeError) as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error}). Copy it again.") from error
     content = read_archive(path, allow_globals)
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}

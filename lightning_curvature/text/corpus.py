@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_curvature._checks import check_count
 from lightning_curvature.checkpoints.tree import is_text
-from lightning_curvature.text.sequences import read_records
+from lightning_curvature.text.jsonl import read_jsonl
 
 _CHUNK = 200_000
 """Characters of a plain text file that are tokenized at once, cut at the end of a line."""
@@ -26,7 +26,7 @@ def read_documents(path: str | os.PathLike[str], tokenizer: Any) -> Iterator[lis
     """
     if Path(path).suffix == ".jsonl":
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        for number, record in read_records(path, ("text",)):
+        for number, record in read_jsonl(path, ("text",)):
             if not is_text(record["text"]):
                 raise ValueError(f"{path}, line {number}: text must be a string, found {record['text']!r:.60}.")
             yield _encode(tokenizer, record["text"]) + end

@@ -18,18 +18,19 @@ def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> It
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a line is no JSON object or lacks a field; names file and line. If the file holds no object.
+        ValueError: If a line is no JSON object in UTF-8 or lacks a field; names file and line. If the file holds no
+            object.
     """
     required = list(required)
     found = False
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}). Write it again.") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}.")
             missing = [field for field in required if field not in record]

@@ -70,7 +70,7 @@ def read_sequences(path: str | os.PathLike[str], half: str | None = None) -> lis
     if half is not None:
         check_option(half, HALVES, "half")
     sequences = []
-    for number, record in read_records(path, ("prefix_ids", "suffix_ids")):
+    for number, record in read_jsonl(path, ("prefix_ids", "suffix_ids")):
         ids = {}
         for field in ("prefix_ids", "suffix_ids"):
             ids[field] = record[field]
@@ -86,25 +86,6 @@ def read_sequences(path: str | os.PathLike[str], half: str | None = None) -> lis
     if not chosen:
         raise ValueError(f"{path}: none of its {len(sequences)} sequences is in the {half} half.")
     return chosen
-
-
-def read_records(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what :func:`read_jsonl` yields.
-
-    Args:
-        path: File.
-        required: Fields that every object must have.
-
-    Raises:
-        FileNotFoundError: As :func:`read_jsonl`.
-        ValueError: As :func:`read_jsonl`; also if the file is not UTF-8, or JSON that cannot be held.
-    """
-    try:
-        yield from read_jsonl(path, required)
-    except (ValueError, RecursionError) as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: not JSON lines in UTF-8 ({error}). Write it again.") from error
 
 
 def write_sequences(path: str | os.PathLike[str], sequences: Iterable[PromptedSequence]) -> None:
