@@ -25,7 +25,7 @@ from lightning_curvature.ranks import Ranks
 from lightning_curvature.report import EditReport
 from lightning_curvature.siblings import edited_copy, weight_hashes
 from lightning_curvature.targets import Match
-from lightning_curvature.trainers import check_callbacks, check_strategy
+from lightning_curvature.trainers import check_callbacks, check_strategy, check_validation
 from lightning_curvature.validation import collected_from
 
 _NO_DATA = (
@@ -215,6 +215,8 @@ class KFACEditCallback(Callback):
             datamodule = getattr(trainer, "datamodule", None)
             self.target.check(self.probes.files, any(hasattr(s, "probe_dataloader") for s in (pl_module, datamodule)))
         self._validates = self.loop == "validation" or (stage == "validate" and not self._fitted)
+        if self._validates:
+            check_validation(self.editor.ranks, pl_module, getattr(trainer, "datamodule", None))
         if stage == "validate" and not self._validates:
             return  # the factors of the fit stay
         self._fitted, self._collection = False, None

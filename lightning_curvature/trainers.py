@@ -10,6 +10,8 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
+from lightning_curvature.ranks import Ranks
+
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
 
@@ -30,6 +32,24 @@ def check_strategy(strategy: Strategy) -> None:
             f"KFACEditCallback does not work with {type(strategy).__name__}, which changes what a module holds and "
             "what its backward pass does. Use DDPStrategy or ModelParallelStrategy (FSDP2, tensor parallel), or "
             "collect over the trained model with one process (Trainer.validate, lightning-curvature collect)."
+        )
+
+
+def check_validation(ranks: Ranks, *sources: object) -> None:
+    """Refuse a validation that one process may skip while the others wait for it.
+
+    Args:
+        ranks: The processes.
+        sources: The module and the datamodule.
+
+    Raises:
+        MisconfigurationException: If there are several processes, and Lightning is told to let one have no batch.
+    """
+    name = "allow_zero_length_dataloader_with_multiple_devices"
+    if ranks.size > 1 and any(getattr(source, name, False) for source in sources):
+        raise MisconfigurationException(
+            f"KFACEditCallback collects in validation, and {name} is set: a process without batches would skip the "
+            "validation, and the others would wait for it. Give each process a batch, or use an IterableDataset."
         )
 
 

@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
 from lightning_curvature.collect import Collector
 from lightning_curvature.collection import Collection
 from lightning_curvature.ranks import Ranks, whole
+from lightning_curvature.trainers import check_validation
 from tests import cells, models, processes
 from tests.matrix import BOTH, DDP2, DDP3, FSDP2, ONE, TENSOR
 
@@ -145,16 +147,33 @@ def test_any_split_over_processes_and_batches_gives_the_same_factors_and_edit(si
 def uneven(folder, shard):
     """Validate on 3 batches on one process, 1 on another one, none on the third; every step may take part."""
 
-    class Uneven(cells.Net):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.allow_zero_length_dataloader_with_multiple_devices = True
+    class Part(IterableDataset):
+        def __init__(self, data, indices):
+            self.items = [data[index] for index in indices]
 
+        def __iter__(self):
+            return iter(self.items)
+
+    class Uneven(cells.Net):
         def val_dataloader(self):
-            return DataLoader(Subset(self.data, [range(0, 36), range(36, 48), []][self.trainer.global_rank]), 12)
+            return DataLoader(Part(self.data, [range(36), range(36, 48), []][self.trainer.global_rank]), 12)
 
     _, callback, factors = cells.run("validate", "exact", DDP3, kind=Uneven, folder=folder, shard_factors=shard)
     return callback.report.layers["net.1"].relative_change, factors.counts(), factors["net.3"].A
+
+
+def test_a_validation_that_a_process_may_skip_is_refused():
+    class Skipping(cells.Net):
+        def __init__(self):
+            super().__init__()
+            self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    trainer = models.trainer(".", callback := KFACEditCallback(loop="validation"))
+    callback.setup(trainer, Skipping(), "fit")  # one process may
+    ranks = Ranks()
+    ranks.size = 2
+    with pytest.raises(MisconfigurationException, match="a process without batches would skip the validation"):
+        check_validation(ranks, Skipping(), None)
 
 
 @pytest.mark.parametrize("shard", [False, True])
