@@ -364,7 +364,10 @@ class KFACEditCallback(Callback):
             self.editor.ranks.first(lambda: gathered.save(path))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Remove every hook."""
+        """Finish a batch that has ended for Lightning, which does not run it again, and remove every hook."""
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if self._collection is not None and trainer.training and batches.processed == batches.ready:
+            self._collection.end_interrupted(trainer.global_step)
         self._clean_up()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

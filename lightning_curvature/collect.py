@@ -245,6 +245,11 @@ class Collector:
         return self.accumulator.sums
 
     @property
+    def holds_batch(self) -> bool:
+        """Whether the gradients of a batch were taken, and not added yet."""
+        return self._taken is not None or self._pending is not None
+
+    @property
     def shards(self) -> bool:
         """Whether each process keeps the sums of its own layers alone."""
         return self.accumulator.owners is not None

@@ -111,6 +111,11 @@ class Collection:
             self.collector.provenance["step"] = step
             self.start(complete=True)
 
+    def end_interrupted(self, step: int) -> None:
+        """End a step after which the run failed; where others wait for what this process adds, it is dropped."""
+        if self.collector.holds_batch and not self.collector.shards:
+            self.end_step(step)
+
     def _length(self, name: str) -> int:
         kind = self.collector.kinds[name]
         return self.window or max(8 * kind.d_in, 8 * kind.d_out, MIN_WINDOW)
