@@ -59,6 +59,8 @@ def refusal(module: nn.Module) -> str | None:
         return None
     if parametrize.is_parametrized(module, "weight"):
         return "its weight is computed by a parametrization; remove it with parametrize.remove_parametrizations first"
+    if hasattr(module, "weight_orig"):
+        return "it is pruned (torch.nn.utils.prune); make that permanent with prune.remove(module, 'weight') first"
     if is_packed(module):
         return f"its weight is packed or quantized ({getattr(module.weight, 'dtype', type(module.weight).__name__)})"
     return None

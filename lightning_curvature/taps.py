@@ -111,8 +111,7 @@ class Taps:
                 stack.callback(handle.remove)
             if self._logits is not None:
                 self._tap_named_logits(self._logits, stack)
-            # Hooks are no part of what was compiled before they were there: a compiled module would not call them.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_uncompiled(self._token))
             stack.enter_context(_FunctionTap(self))
             self._stack = stack.pop_all()
         return self
@@ -263,6 +262,27 @@ class _FunctionTap(TorchFunctionMode):
         output = func(*args, **kwargs)
         self._taps.see(func, args, kwargs, output)
         return output
+
+
+_uncompiling: list[object] = []  # tokens of the recorders that are open
+_stance = ExitStack()
+
+
+@contextmanager
+def _uncompiled(token: object) -> Iterator[None]:
+    """Run compiled code uncompiled: hooks are no part of what was compiled before they were there.
+
+    Recorders may be closed in any order, and the stance of torch is that of the process: the last one puts it back.
+    """
+    if not _uncompiling:
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _uncompiling.append(token)
+    try:
+        yield
+    finally:
+        _uncompiling.remove(token)
+        if not _uncompiling:
+            _stance.close()
 
 
 def is_compiled(root: nn.Module) -> bool:

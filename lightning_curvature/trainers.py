@@ -67,6 +67,11 @@ def check_callbacks(own: Callback, callbacks: list[Callback], collects_in_valida
     averages = False
     for callback in list(callbacks):
         kinds = {kind.__name__ for kind in type(callback).__mro__}
+        if "ModelPruning" in kinds:
+            raise MisconfigurationException(
+                "KFACEditCallback does not work with ModelPruning: an edit would fill the weights that ModelPruning "
+                "sets to zero. Prune the edited model instead."
+            )
         if "StochasticWeightAveraging" in kinds or ("WeightAveraging" in kinds and not collects_in_validation):
             raise MisconfigurationException(
                 f"KFACEditCallback collects the factors of the live weights, and {type(callback).__name__} leaves "

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
 from lightning_curvature.checkpoints.archive import KEY as CHECKPOINT_KEY
-from lightning_curvature.trainers import check_strategy
 from tests import models
 
 NETWORKS = {
@@ -268,19 +266,7 @@ def test_the_other_lightning_package_is_an_error(tmp_path):
         trainer.fit(Other(), torch.utils.data.DataLoader(torch.ones(2, 2)))
 
 
-def test_strategies_that_change_what_a_module_holds_are_refused():
-    class DeepSpeedStrategy(DDPStrategy):  # its own class needs a package
-        pass
-
-    check_strategy(SingleDeviceStrategy())
-    check_strategy(DDPStrategy())
-    for strategy in (DeepSpeedStrategy(), SingleDeviceXLAStrategy.__new__(SingleDeviceXLAStrategy)):
-        with pytest.raises(MisconfigurationException, match=r"does not work with .*Strategy, .* Use DDPStrategy or Model"):
-            check_strategy(strategy)
-
-
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-
 def test_no_data_and_few_data(tmp_path):
     class NoStep(models.Classifier):
         def training_step(self, batch, batch_idx):

@@ -87,7 +87,8 @@ class Siblings:
         never the checkpoint.
         """
         try:
-            for name, owner in self.owners.items():
+            hidden = Path(filepath).name.startswith(".")  # what Lightning's tuners save for a moment
+            for name, owner in self.owners.items() if not hidden else ():
                 try:
                     writer = owner.factors_writer()
                     self.ranks.first(lambda name=name, writer=writer: _write(writer, factors_path(filepath, name)))  # type: ignore[misc]
