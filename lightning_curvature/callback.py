@@ -208,7 +208,7 @@ class KFACEditCallback(Callback):
         part = strategy.distributed_sampler_kwargs if isinstance(strategy, ParallelStrategy) else {}
         data, num_data = part.get("rank", 0), part.get("num_replicas", 1)
         self._siblings = Siblings.of(strategy, lambda: Ranks.joined(data, num_data, strategy.root_device))
-        self._siblings.owners[self.name] = self
+        self._siblings.owners[self.name], self._siblings.failed = self, False
         self.editor.ranks = self._siblings.ranks
         self.probes.check()
         if self.target is not None:
@@ -368,6 +368,8 @@ class KFACEditCallback(Callback):
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if self._collection is not None and trainer.training and batches.processed == batches.ready:
             self._collection.end_interrupted(trainer.global_step)
+        if self._siblings is not None:
+            self._siblings.failed = True
         self._clean_up()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

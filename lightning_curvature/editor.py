@@ -31,7 +31,8 @@ class CurvatureEditor(WeightEditor):
         soft: Shrink coefficients smoothly, by ``s / (s + t)``, instead of keeping some and dropping others; ``t`` is
             such that the share ``energy`` of the scores is kept.
         skip_faulty: Leave a layer that cannot be edited as it is, with a warning, and edit the others: NaN in its
-            weight or its factors, factors of zero, or an eigenvalue solver that does not converge.
+            weight or its factors, factors of zero, or an eigenvalue solver that does not converge. Files are not edited
+            in part: there such a layer is an error.
 
     Example:
         >>> from torch import nn

@@ -204,6 +204,9 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         Args:
             path: File.
             state: State of a collection that is going on, tensors and primitives; :func:`load_state` reads it.
+
+        Raises:
+            OSError: If it cannot be written; what was there before stays.
         """
         tensors = {f"{name}.{factor}": tensor.cpu().contiguous().clone()
                    for name, layer in self.items() for factor, tensor in layer.tensors.items()}  # fmt: skip
@@ -212,7 +215,10 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         if state is not None:
             header["state"] = take_apart(dict(state), tensors, _STATE)
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+            try:
+                save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+            except SafetensorError as error:  # a full disk, as safetensors says it
+                raise OSError(f"{path} could not be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], names: str | None = None) -> "KroneckerFactors":

@@ -5,6 +5,7 @@ process is told to all, and all of them raise it: none waits for one that has gi
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +36,7 @@ class Ranks:
         self.data, self.num_data = 0, 1
         self.device = torch.device("cpu")
         self._group: Any = None
+        self._control: Any = None
 
     @classmethod
     def joined(cls, data: int, num_data: int, device: torch.device) -> "Ranks":
@@ -52,7 +54,9 @@ class Ranks:
             ranks.rank, ranks.size = dist.get_rank(), dist.get_world_size()
             ranks.data, ranks.num_data = data, num_data
             # Its own group: what is sent here never mixes with what others send, whatever runs in between.
-            ranks._group = dist.new_group()
+            ranks._group = ranks._control = dist.new_group()
+            if dist.get_backend() != "gloo":
+                ranks._control = dist.new_group(backend="gloo")
             ranks.counts = ranks.gather(data).index(data) == ranks.rank
         return ranks
 
@@ -63,6 +67,16 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._group)
         return found
+
+    def all_here(self, seconds: float = 10.0) -> bool:
+        """Tell whether all processes call this within some seconds, where a failed one may have gone its own way."""
+        if self.size == 1:
+            return True
+        try:
+            dist.monitored_barrier(self._control, timedelta(seconds=seconds), wait_all_ranks=True)
+        except RuntimeError:
+            return False
+        return True
 
     def first(self, work: Callable[[], T]) -> T:
         """Return what work returns on the first process; the others do not run it."""

@@ -45,7 +45,7 @@ def edited_copy(
                 return None
         # The edit goes by the module's names, and reaches whatever shares memory with a weight.
         renamed = {f"{name}.weight": weight for name, weight in layers.items()}
-        edited, _ = editor.edit_state_dict({**weights, **renamed}, factors)
+        edited, report = editor.edit_state_dict({**weights, **renamed}, factors)
     except ValueError as error:
         rank_zero_warn(f"The checkpoint of step {step} has no edited copy: {error}")
         return None
@@ -54,7 +54,11 @@ def edited_copy(
         hashes = weight_hashes(weights)
     else:
         hashes = tensor_hashes(weights, weights.__getitem__) if ranks.rank == 0 else {}
-    return {**checkpoint, "state_dict": state_dict, archive.KEY: editor.facts(factors, content_hash(hashes))}
+    facts = editor.facts(factors, content_hash(hashes))
+    if report.skipped:
+        facts["layers"] = {name: facts["layers"][name] for name in report.layers}
+        facts["skipped"] = dict(report.skipped)
+    return {**checkpoint, "state_dict": state_dict, archive.KEY: facts}
 
 
 def weight_hashes(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -58,12 +58,18 @@ class Siblings:
     Args:
         strategy: The strategy.
         ranks: Its processes.
+
+    Attributes:
+        owners: What is saved beside every checkpoint, by the mark in its name.
+        loaded: Path of the checkpoint that was loaded last.
+        failed: Whether the run has failed: other processes may not be there any more.
     """
 
     def __init__(self, strategy: Strategy, ranks: Ranks) -> None:
         self.ranks = ranks
         self.owners: dict[str, Sibling] = {}
         self.loaded: str | None = None
+        self.failed = False
         self._save, self._load, self._remove = (
             strategy.save_checkpoint, strategy.load_checkpoint, strategy.remove_checkpoint
         )  # fmt: skip
@@ -86,9 +92,15 @@ class Siblings:
         begins with "last", is never an edited one. A sibling that cannot be written (a full disk) costs a warning, and
         never the checkpoint.
         """
+        hidden = Path(filepath).name.startswith(".")  # what Lightning's tuners save for a moment
+        lost = self.failed and not self.ranks.all_here()
+        if lost:
+            rank_zero_warn(
+                f"{os.fspath(filepath)} is saved while the run fails, and not all of its processes take part: it has "
+                "no edited copy, and no factors with which a resumed run would go on."
+            )
         try:
-            hidden = Path(filepath).name.startswith(".")  # what Lightning's tuners save for a moment
-            for name, owner in self.owners.items() if not hidden else ():
+            for name, owner in self.owners.items() if not (hidden or lost) else ():
                 try:
                     writer = owner.factors_writer()
                     self.ranks.first(lambda name=name, writer=writer: _write(writer, factors_path(filepath, name)))  # type: ignore[misc]
@@ -98,7 +110,10 @@ class Siblings:
                     else:
                         self._save(edited, path, storage_options)
                 except OSError as error:
-                    rank_zero_warn(f"A sibling of {os.fspath(filepath)} could not be written ({error}).")
+                    rank_zero_warn(
+                        f"A sibling of {os.fspath(filepath)} could not be written ({error}); the checkpoint itself is "
+                        "not affected."
+                    )
         finally:
             self._save(checkpoint, filepath, storage_options)
 
