@@ -39,8 +39,8 @@ class KFACEditCallback(Callback):
     """Collects K-FAC factors in fit or validation, and leaves an edited sibling beside every checkpoint.
 
     The live weights never change, and neither do optimizer state and random state: a run with the callback is bit for
-    bit the run without it. ``NAME.ckpt`` stays as it was; ``NAME-edited.ckpt`` holds the edited weights and loads with
-    ``load_from_checkpoint``.
+    bit the run without it (but for ``torch.compile``, without which collected steps run). ``NAME.ckpt`` stays as it
+    was; ``NAME-edited.ckpt`` holds the edited weights and loads with ``load_from_checkpoint``.
 
     ``Trainer.validate`` collects too, unless the callback holds factors of a fit with ``loop="train"``, and so does the
     validation inside fit with ``loop="validation"``; the sanity check does not count. Weights do not move there: the
