@@ -291,7 +291,8 @@ class KFACEditCallback(Callback):
                 raise RuntimeError(_NO_DATA.format("validation step computed a loss"))
             self._check_silent(silent)
             self._validated = weight_hashes(layer_weights(pl_module, self.factors))
-        if self._running().synchronise():
+        # After a fit the factors are known; its other processes need not be here.
+        if self.factors if self._fitted else self._running().synchronise():
             self._search(trainer, pl_module)
             results = self._run_probes(trainer, pl_module)
             if results:

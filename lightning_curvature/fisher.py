@@ -59,12 +59,13 @@ def find_loss(taps: Taps, objective: Tensor | None) -> SoftmaxLoss:
     ]
     if len(losses) == 1:
         loss = losses[0]
-        rows = loss.logits.detach().movedim(loss.class_dim, -1)[loss.counted]
-        if loss.log_probabilities and not bool((rows.float().logsumexp(-1).abs() < 0.05).all()):
-            raise RuntimeError(
-                "F.nll_loss received values that are not log-probabilities (their exponentials do not sum to 1). "
-                "Apply log_softmax first, use F.cross_entropy, or name the logits with logits='...'."
-            )
+        if loss.log_probabilities:
+            rows = whole(loss.logits.detach()).movedim(loss.class_dim, -1)[loss.counted]
+            if not bool((rows.float().logsumexp(-1).abs() < 0.05).all()):
+                raise RuntimeError(
+                    "F.nll_loss received values that are not log-probabilities (their exponentials do not sum to 1). "
+                    "Apply log_softmax first, use F.cross_entropy, or name the logits with logits='...'."
+                )
         return loss
     if losses:
         shapes = [list(loss.logits.shape) for loss in losses]

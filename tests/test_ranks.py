@@ -1,5 +1,6 @@
 """Several processes: what they add up, share, save and resume, and how they fail together."""
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
@@ -396,3 +400,44 @@ def test_probes_and_targets_say_the_same_on_all_processes(strategy, target, tmp_
         assert energy == pytest.approx(one[2], abs=0.05)
         assert (match is None) == (target is None)
         assert match is None or match[1] >= 0.9
+
+
+def vocabulary(fisher, sequence):
+    """Collect from logits that are sharded over the classes; with sequence parallelism, inputs are sharded, too."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    ranks = Ranks.joined(0, 1, torch.device("cpu"))
+    found = []
+    for parallel in (False, True):
+        torch.manual_seed(0)
+        layers = {"up": nn.Linear(6, 8), "norm": nn.LayerNorm(8), "down": nn.Linear(8, 6), "head": nn.Linear(6, 6)}
+        net = nn.ModuleDict(layers)
+        if parallel:
+            rows = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1) if sequence else Replicate())
+            heads = ColwiseParallel(
+                input_layouts=Shard(1) if sequence else Replicate(), output_layouts=Shard(-1), use_local_output=False
+            )
+            plan = {"up": ColwiseParallel(output_layouts=Replicate()), "down": rows, "head": heads}
+            parallelize_module(net, mesh, plan)
+        x, y = torch.randn(3, 4, 6), torch.randint(5, (12,))
+        collector = Collector(net, ["up", "down"], fisher=fisher, ranks=ranks if parallel else Ranks())
+        collector.open()
+        logits = net["head"](net["down"](net["norm"](net["up"](x)).relu()))
+        with loss_parallel() if parallel else contextlib.nullcontext():
+            loss = F.cross_entropy(logits.flatten(0, 1), y)
+            collector.before_backward(loss)
+            loss.backward()
+        collector.close()
+        factors = Collection(collector, None, {}).synchronise()
+        found.append({name: (layer.A, layer.G, layer.numbers) for name, layer in factors.items()})
+    return found
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("fisher", ["sketched", "sampled", "exact", "empirical"])
+def test_logits_that_are_sharded_over_the_vocabulary(fisher, sequence):
+    for one, many in processes.run(2, vocabulary, fisher, sequence):
+        for name, (A, G, numbers) in one.items():
+            torch.testing.assert_close(many[name][0], A)
+            torch.testing.assert_close(many[name][1], G, rtol=1e-4, atol=1e-6)
+            assert many[name][2] == numbers
