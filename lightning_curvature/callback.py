@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature._checks import check_count, check_option, listing
@@ -21,7 +20,6 @@ from lightning_curvature.editing import DEFAULT_ENERGY, layer_weights
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.probes import Probes, Target, before_after
-from lightning_curvature.ranks import Ranks
 from lightning_curvature.report import EditReport
 from lightning_curvature.siblings import edited_copy, weight_hashes
 from lightning_curvature.targets import Match
@@ -205,9 +203,7 @@ class KFACEditCallback(Callback):
         check_strategy(strategy)
         if stage == "fit":
             self._averages = check_callbacks(self, callbacks, collects_in_validation=self.loop == "validation")
-        part = strategy.distributed_sampler_kwargs if isinstance(strategy, ParallelStrategy) else {}
-        data, num_data = part.get("rank", 0), part.get("num_replicas", 1)
-        self._siblings = Siblings.of(strategy, lambda: Ranks.joined(data, num_data, strategy.root_device))
+        self._siblings = Siblings.of(strategy)
         self._siblings.owners[self.name], self._siblings.failed = self, False
         self.editor.ranks = self._siblings.ranks
         self.probes.check()
@@ -418,7 +414,9 @@ class KFACEditCallback(Callback):
 
     def factors_writer(self) -> Callable[[Path], None] | None:
         """Return what writes the factors to a file beside a checkpoint; None if there are none yet."""
-        found = None if self._collection is None else self._collection.snapshot()
+        collection, ranks = self._collection, self.editor.ranks
+        # Those of a run that other processes took part in cannot be had any more.
+        found = None if collection is None or collection.ranks is not ranks else collection.snapshot()
         return None if found is None else lambda path: found[0].save(path, found[1])
 
     def edited(self, checkpoint: Checkpoint) -> Checkpoint | None:

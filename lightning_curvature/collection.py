@@ -69,8 +69,8 @@ class Collection:
         self._known_at = now
         return self._known
 
-    def _merged(self) -> KroneckerFactors:
-        own = self._complete or self.collector.factors()
+    def _chosen(self) -> list[str]:
+        """Return the chosen layers, in an order that is the same on all processes."""
         choices = self.ranks.gather(self.collector.chosen)
         chosen = next((choice for choice in choices if choice is not None), [])
         for rank, other in enumerate(choices):
@@ -79,6 +79,10 @@ class Collection:
                     f"layers={self.settings.get('layers')!r} chose {listing(chosen)} on one process and "
                     f"{listing(other)} on process {rank}, since other layers ran in its first batch. Name the layers."
                 )
+        return chosen
+
+    def _merged(self) -> KroneckerFactors:
+        own, chosen = self._complete or self.collector.factors(), self._chosen()
         if self.ranks.size == 1:
             return own
         kinds = {name: self.collector.kinds[name] for name in own}
@@ -87,12 +91,12 @@ class Collection:
         return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))
 
     def _sharded(self) -> KroneckerFactors:
-        own = self._complete or self.collector.factors()
+        own, chosen = self._complete or self.collector.factors(), self._chosen()
         owners = self.collector.accumulator.owners or {}
         counts = dict[str, int]()
         for told in self.ranks.gather(own.counts()):
             counts |= told
-        counts = {name: counts[name] for name in self.collector.chosen or sorted(counts) if name in counts}
+        counts = {name: counts[name] for name in chosen if name in counts}
         return ShardedFactors(own, counts, owners, self.ranks, self._provenance(own))
 
     def _provenance(self, own: KroneckerFactors) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning_curvature._checks import check_option, did_you_mean, listing
 from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.metrics import NoisyLabelAccuracy, Perplexity
+from lightning_curvature.ranks import Ranks
 from lightning_curvature.targets import Match, match_energy
 
 COSTS = ("perplexity",)
@@ -56,7 +57,7 @@ class Probes:
         self, trainer: pl.Trainer, module: pl.LightningModule, editor: WeightEditor, factors: KroneckerFactors
     ) -> dict[str, float]:
         """Return ``{probe}/{metric}/before`` and ``.../after`` an edit, which is taken back."""
-        run = self._runner(trainer, module, factors)
+        run = self._runner(trainer, module, factors, editor.ranks)
         if run is None:
             return {}
         with isolate_rng(), evaluating(module):
@@ -79,7 +80,7 @@ class Probes:
         Raises:
             ValueError: If no probe has the target's metric.
         """
-        run = self._runner(trainer, module, factors, target.probe)
+        run = self._runner(trainer, module, factors, editor.ranks, target.probe)
         with isolate_rng(), evaluating(module):
             found = {} if run is None else run()
             if run is None or target.name not in found:
@@ -97,9 +98,18 @@ class Probes:
             )  # fmt: skip
 
     def _runner(
-        self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors, only: str | None = None
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        factors: KroneckerFactors,
+        ranks: Ranks,
+        only: str | None = None,
     ) -> Callable[[], dict[str, float]] | None:
-        """Return what measures the module as it is, on all probes or one of them; None if there is no probe."""
+        """Return what measures the module as it is, on all probes or one of them; None if there is no probe.
+
+        With several processes, each runs the probes, and what the first one finds counts: what they decide next must
+        be the same.
+        """
         sources = (module, getattr(trainer, "datamodule", None))
         loaders: dict[str, Any] = {}
         for source in sources:
@@ -122,7 +132,7 @@ class Probes:
             results = run_probes(module, loaders, to_device, precision.val_step_context, layers)
             for name, reader in readers.items():
                 results |= {f"{name}/{metric}": value for metric, value in reader.measure(module, layers).items()}
-            return results
+            return ranks.gather(results)[0]
 
         return run
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_curvature.ranks import Ranks
@@ -56,17 +56,20 @@ class Siblings:
     processes, so this takes the place of three of them.
 
     Args:
-        strategy: The strategy.
-        ranks: Its processes.
+        strategy: The strategy, with its processes running.
 
     Attributes:
+        ranks: The processes.
         owners: What is saved beside every checkpoint, by the mark in its name.
         loaded: Path of the checkpoint that was loaded last.
         failed: Whether the run has failed: other processes may not be there any more.
     """
 
-    def __init__(self, strategy: Strategy, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, strategy: Strategy) -> None:
+        self.ranks = Ranks()
+        if isinstance(strategy, ParallelStrategy):  # others run on one process, also where a process group is running
+            part = strategy.distributed_sampler_kwargs
+            self.ranks = Ranks.joined(part["rank"], part["num_replicas"], strategy.root_device)
         self.owners: dict[str, Sibling] = {}
         self.loaded: str | None = None
         self.failed = False
@@ -80,10 +83,10 @@ class Siblings:
         )
 
     @classmethod
-    def of(cls, strategy: Strategy, ranks: Callable[[], Ranks]) -> "Siblings":
+    def of(cls, strategy: Strategy) -> "Siblings":
         """Return the siblings of a strategy, new ones if it has none yet."""
         found = getattr(strategy.save_checkpoint, "__self__", None)
-        return found if isinstance(found, cls) else cls(strategy, ranks())
+        return found if isinstance(found, cls) else cls(strategy)
 
     def save_checkpoint(self, checkpoint: Checkpoint, filepath: str | Path, storage_options: Any | None = None) -> None:
         """Save the siblings of a checkpoint, then the checkpoint as it is.
