@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
 from lightning_curvature.collect import Collector
@@ -253,6 +253,33 @@ def test_layers_that_only_some_processes_run():
     assert one[1] == two[1] == {"a": 6, "b": 6}
 
 
+def other_order(shard, idle):
+    """Layers run in another order on the other process, or in no batch of it."""
+    ranks = here()
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"2": nn.Linear(4, 4), "10": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    collector = Collector(net, ["2", "10"], ranks=ranks, shard=shard)
+    for index in range(0 if idle and ranks.rank else 2):
+        layer = net[["2", "10"][(ranks.rank + index) % 2]]
+        collector.open()
+        collector.backward(F.cross_entropy(net["head"](layer(torch.randn(3, 4))), torch.tensor([0, 1, 1])))
+        collector.close()
+    collector.accumulator.join()
+    factors = Collection(collector, None, {}).synchronise()
+    editor = CurvatureEditor(0.6)
+    editor.ranks = ranks
+    edited, _ = editor.edit_layers({name: net[name].weight for name in factors}, factors)
+    return list(factors), {name: weight.detach().sum().item() for name, weight in edited.items()}
+
+
+@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize("shard", [False, True])
+def test_all_processes_edit_the_layers_in_one_order(shard, idle):
+    one, two = processes.run(2, other_order, shard, idle)
+    assert one == two
+    assert one[0] == ["2", "10"]
+
+
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
@@ -441,3 +468,45 @@ def test_logits_that_are_sharded_over_the_vocabulary(fisher, sequence):
             torch.testing.assert_close(many[name][0], A)
             torch.testing.assert_close(many[name][1], G, rtol=1e-4, atol=1e-6)
             assert many[name][2] == numbers
+
+
+class PartlyProbed(cells.Net):
+    """Each process gets other data for its probe."""
+
+    def probe_dataloader(self):
+        data = models.images(64, 1)
+        part = self.trainer.distributed_sampler_kwargs
+        return {"val": DataLoader(data, 8, sampler=DistributedSampler(data, shuffle=False, **part))}
+
+
+def partly_probed(folder):
+    own = {"target": {"val/accuracy": 0.8}}
+    _, callback, _ = cells.run("fit", "exact", DDP2, folder=folder, kind=PartlyProbed, max_epochs=3, **own)
+    return callback.probe_results, callback.editor.energy
+
+
+def test_processes_with_other_probes_decide_together(tmp_path):
+    one, two = processes.run(2, partly_probed, tmp_path)
+    assert one == two
+
+
+def alone_afterwards(folder, same):
+    """The first process goes on alone, with a Trainer of one device."""
+    callback = KFACEditCallback(cells.LAYERS)
+    trainer = models.trainer(folder, callback, devices=2, strategy=DDPStrategy(), max_epochs=1, limit_val_batches=0,
+                             enable_checkpointing=False, use_distributed_sampler=False)  # fmt: skip
+    module = cells.Net()
+    trainer.fit(module)
+    if trainer.global_rank == 0:
+        second = callback if same else KFACEditCallback(cells.LAYERS)
+        alone = models.trainer(folder, second, devices=1)
+        alone.validate(module)
+        alone.save_checkpoint(folder / "x.ckpt")
+        return second.factors.counts(), (folder / "x-edited.ckpt").exists()
+    return callback.factors.counts(), True
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_process_goes_on_alone(same, tmp_path):
+    counts = {"net.1": 48, "net.3": 48}
+    assert processes.run(2, alone_afterwards, tmp_path, same) == [(counts, True)] * 2
