@@ -174,7 +174,10 @@ class KFACEditCallback(Callback):
 
     @property
     def factors(self) -> KroneckerFactors:
-        """The factors of the latest complete window, or of all steps so far; empty before the first batch."""
+        """The factors of the latest complete window, or of all steps so far; empty before the first batch.
+
+        With several processes, as of the latest checkpoint, or end of a validation or of fit: they are added up there.
+        """
         return KroneckerFactors() if self._collection is None else self._collection.factors
 
     @property

@@ -49,6 +49,16 @@ def run(size, work, *args):
     return [found[rank] for rank in range(size)]
 
 
+def exit_code(work, *args):
+    """Run ``work(*args)`` on a process of its own; return its exit code, the negative number of a signal."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.cells"])
+    process = context.Process(target=work, args=args, daemon=True)
+    process.start()
+    process.join(TIMEOUT)
+    return process.exitcode
+
+
 def _start(rank, size, port, results, work, args):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),

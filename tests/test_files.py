@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -22,7 +21,7 @@ from lightning_curvature.cli import main
 from lightning_curvature.collect import collect
 from lightning_curvature.deltas import apply_delta
 from lightning_curvature.inspection import describe, description
-from tests import language
+from tests import language, processes
 
 FORMATS = ("ckpt", "pt", "safetensors", "folder", "sharded")
 EDITOR = CurvatureEditor(0.8)
@@ -469,24 +468,20 @@ def test_names_never_lead_to_another_layer():
 
 # Crashes -------------------------------------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys, shutil
-from lightning_curvature import CurvatureEditor, KroneckerFactors
-from lightning_curvature.checkpoints import atomic
-source, factors, target, when = sys.argv[1:]
-count = 0
-def audit(event, args):
-    global count
-    if event in ("open", "os.rename", "shutil.copyfile", "os.mkdir", "os.remove", "os.rmdir") and armed:
-        count += 1
-        if count == int(when):
-            os.kill(os.getpid(), signal.SIGKILL)
-armed = False
-loaded = KroneckerFactors.load(factors)
-sys.addaudithook(audit)
-armed = True
-CurvatureEditor(0.8).edit_checkpoint(source, loaded, target, overwrite=True)
-"""
+
+def edit_until_killed(source, factors, target, when):
+    """Edit a file, and die at the when-th operation on files."""
+    loaded, count = KroneckerFactors.load(factors), 0
+
+    def audit(event, args):
+        nonlocal count
+        if event in ("open", "os.rename", "shutil.copyfile", "os.mkdir", "os.remove", "os.rmdir"):
+            count += 1
+            if count == when:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+    CurvatureEditor(0.8).edit_checkpoint(source, loaded, target, overwrite=True)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "sharded", "ckpt"])
@@ -504,8 +499,8 @@ def test_a_killed_process_leaves_the_old_or_the_new(saved, tmp_path, kind):
     EDITOR.edit_checkpoint(source(saved, kind), factors(saved), done)
     new, outcomes = state(done), []
     for when in (3, 8, 14, 20, 28, 36, 60):
-        command = [sys.executable, "-c", KILLED, source(saved, kind), saved / "factors.safetensors", out, str(when)]
-        code = subprocess.run(command, capture_output=True, check=False).returncode
+        given = (source(saved, kind), saved / "factors.safetensors", out, when)
+        code = processes.exit_code(edit_until_killed, *given)
         assert state(out) in (old, new)
         outcomes.append(code)
         if code == 0:
