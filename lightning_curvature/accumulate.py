@@ -2,35 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_curvature.fisher import Gradients
-from lightning_curvature.layers import gradient_rows, input_rows
-from lightning_curvature.positions import counted_positions
-from lightning_curvature.ranks import Ranks, whole
-from lightning_curvature.sums import LayerKind, LayerSums, sums_over
-from lightning_curvature.taps import LayerCall
-
-
-@dataclass
-class BatchGradients:
-    """What one batch adds.
-
-    Args:
-        calls: Calls of the chosen layers.
-        passes: Of each backward pass, the gradients at the outputs of the calls.
-        draws: Passes over which to average; 1 if they are to be summed.
-        mask: Mask of the batch, for ``positions="mask:KEY"``.
-    """
-
-    calls: Sequence[LayerCall]
-    passes: Sequence[Gradients]
-    draws: int
-    mask: Tensor | None = None
+from lightning_curvature.ranks import Ranks
+from lightning_curvature.rows import BatchGradients, CallRows, read_batch, same_inputs
+from lightning_curvature.streams import SideStreams
+from lightning_curvature.sums import LayerKind, LayerSums, share_again, sharing, state_of, sums_from, sums_over
 
 
 class Accumulator:
@@ -40,7 +19,6 @@ class Accumulator:
     the batches of all processes are added up as they come.
 
     Attributes:
-        sums: By layer.
         num_seen: Batches that this process has taken, whether they could be used or not.
         num_batches: Those that were used.
         num_skipped: Those that were not, because they held NaN or infinite values.
@@ -61,13 +39,20 @@ class Accumulator:
         ranks: Ranks,
         owners: Mapping[str, int] | None,
     ) -> None:
-        self.sums: dict[str, LayerSums] = {}
+        self._sums: dict[str, LayerSums] = {}
         self.num_seen = self.num_batches = self.num_skipped = 0
         self.ranks = ranks
         self.owners = owners
         self._new_sums, self._home = new_sums, home
         self._positions = positions
         self._totals: dict[str, int] = {}
+        self._side = SideStreams()
+
+    @property
+    def sums(self) -> Mapping[str, LayerSums]:
+        """The sums of this process, by layer."""
+        self._side.join()
+        return self._sums
 
     @property
     def num_positions(self) -> dict[str, int]:
@@ -77,11 +62,11 @@ class Accumulator:
         """
         if self.owners is not None:
             return dict(self._totals)
-        return {name: sums.inputs.count * self.ranks.num_data for name, sums in self.sums.items()}
+        return {name: sums.inputs.count * self.ranks.num_data for name, sums in self._sums.items()}
 
     def reset(self) -> None:
         """Start to sum anew."""
-        self.sums, self._totals = {}, {}
+        self._sums, self._totals = {}, {}
 
     @torch.no_grad()
     def add(self, batch: BatchGradients | None, kinds: Mapping[str, LayerKind]) -> None:
@@ -91,59 +76,80 @@ class Accumulator:
             batch: The batch.
             kinds: What each layer is.
         """
-        usable = batch is not None and self._is_finite(batch)
-        by_layer: dict[str, list[int]] = {}
-        if batch is not None and usable:
-            for index, call in enumerate(batch.calls):
-                by_layer.setdefault(call.name, []).append(index)
+        with self._side.beside([] if batch is None else batch.tensors):
+            rows = None if batch is None else read_batch(batch, self._positions)
+            self.num_seen += batch is not None
+            self.num_batches += rows is not None
+            if batch is not None and rows is None:
+                self._warn_of_skipped()
+            groups = same_inputs(rows or [])
+            draws = 1 if batch is None else batch.draws
+            if self.owners is None:
+                for group in groups if self.ranks.counts else []:
+                    self._share_inputs(group, kinds)
+                    self._add_group(group, self._sums, draws)
+                return
+            by_layer = {name: calls for group in groups for name, calls in group.items()}
 
-        def of_batch(name: str, sums: LayerSums | None) -> LayerSums | None:
-            if batch is not None:
-                for index in by_layer[name]:
-                    sums = self._add_call(batch, index, kinds[name], sums)
-            return sums
+            def of_batch(name: str) -> LayerSums:
+                sums = LayerSums.zero(kinds[name], self.ranks.device)
+                if self.ranks.counts:  # one that does not count takes part, and adds nothing
+                    self._add_group({name: by_layer[name]}, {name: sums}, draws)
+                return sums
 
-        if self.owners is None:
-            for name in by_layer:
-                sums = of_batch(name, self.sums.get(name))
-                if sums is not None:
-                    self.sums[name] = sums
-        else:
-            self._exchange({name: kinds[name] for name in by_layer}, lambda name: of_batch(name, None), done=False)
-        self.num_seen += batch is not None
-        self.num_batches += usable
+            self._exchange({name: kinds[name] for name in by_layer}, of_batch, done=False)
+
+    def _share_inputs(self, group: Mapping[str, Sequence[CallRows]], kinds: Mapping[str, LayerKind]) -> None:
+        """Let layers that read the same now share the inputs' moment, as long as they did in every batch before."""
+        device = self._home(next(iter(group.values()))[0].inputs.device)
+        new = [name for name in group if name not in self._sums]
+        for name in new:
+            self._sums[name] = self._new_sums(name, kinds[name], device)
+            self._sums[name].share_inputs(self._sums[new[0]].inputs)
+        for name in group:
+            self._sums[name].move(device)  # those of a resumed run come from a file
+        owners: dict[int, list[str]] = {}
+        for name, sums in self._sums.items():
+            owners.setdefault(id(sums.inputs), []).append(name)
+        for names in owners.values():
+            here = [name for name in names if name in group]
+            if 0 < len(here) < len(names):
+                inputs = self._sums[here[0]].inputs.copy()
+                for name in here:
+                    self._sums[name].share_inputs(inputs)
+
+    def _add_group(self, group: Mapping[str, Sequence[CallRows]], sums: Mapping[str, LayerSums], draws: int) -> None:
+        """Add the calls of layers that read the same inputs."""
+        shared = sharing({name: sums[name] for name in group})
+        for calls in zip(*group.values(), strict=True):
+            inputs = calls[0].input_rows()
+            for own in calls:
+                name = own.call.name
+                if shared[name] == name:
+                    sums[name].add_inputs(inputs)
+                sums[name].add_gradients(inputs, own.gradient_rows(), draws, own.num_seen)
 
     def join(self) -> None:
         """Take part in what the others still add, until all are done. A collective where the sums are spread."""
-        while self.owners is not None and self._exchange({}, lambda _: None, done=True):
+        nothing: dict[str, LayerSums] = {}
+        while self.owners is not None and self._exchange({}, nothing.__getitem__, done=True):
             pass
 
-    def _exchange(self, kinds: Mapping[str, LayerKind], get: Callable[[str], LayerSums | None], done: bool) -> bool:
+    def _exchange(self, kinds: Mapping[str, LayerKind], get: Callable[[str], LayerSums], done: bool) -> bool:
         """Add one batch of every process to the sums of the owners; tell whether anyone had one to add."""
         owners = self.owners or {}
         if all(self.ranks.gather(done)):
             return False
-
-        def sums_of(name: str) -> LayerSums:
-            return get(name) or LayerSums.zero(kinds[name], self.ranks.device)
-
-        for name, merged in sums_over(self.ranks, kinds, sums_of, owners.__getitem__):
+        for name, merged in sums_over(self.ranks, kinds, get, owners.__getitem__):
             self._totals[name] = self._totals.get(name, 0) + merged.inputs.count
             if owners[name] != self.ranks.rank:
                 continue
-            if name not in self.sums:
-                self.sums[name] = self._new_sums(name, merged.kind, self._home(self.ranks.device))
-            self.sums[name].merge_(merged)
+            if name not in self._sums:
+                self._sums[name] = self._new_sums(name, merged.kind, self._home(self.ranks.device))
+            self._sums[name].merge_(merged)
         return True
 
-    def _is_finite(self, batch: BatchGradients) -> bool:
-        """Tell whether a batch can be used; warn of the first one that cannot."""
-        for call in batch.calls:
-            call.check_input()
-        values = [call.inputs for call in batch.calls]
-        values += [g for gradients in batch.passes for g in gradients if g is not None]
-        if all(_is_finite(value) for value in values):
-            return True
+    def _warn_of_skipped(self) -> None:
         self.num_skipped += 1
         if self.num_skipped == 1:
             warnings.warn(
@@ -151,22 +157,6 @@ class Accumulator:
                 "ones are counted (batches_skipped) without a warning.",
                 stacklevel=2,
             )
-        return False
-
-    def _add_call(self, batch: BatchGradients, index: int, kind: LayerKind, sums: LayerSums | None) -> LayerSums | None:
-        """Add one call to sums, or to new ones; a process that does not count takes part, and adds nothing."""
-        call = batch.calls[index]
-        inputs = input_rows(call.module, whole(call.inputs))
-        gradients = [whole(gradient) for passed in batch.passes if (gradient := passed[index]) is not None]
-        rows = [gradient_rows(call.module, gradient) for gradient in gradients]
-        if not self.ranks.counts:
-            return None
-        counted = counted_positions(self._positions, call, rows, len(inputs), batch.mask)
-        if sums is None:
-            sums = self._new_sums(call.name, kind, self._home(inputs.device))
-        sums.move(self._home(inputs.device))  # those of a resumed run come from a file
-        sums.add(inputs[counted], [gradient[counted] for gradient in rows], batch.draws, len(inputs))
-        return sums
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an interrupted run needs to go on, of all processes together: tensors and primitives.
@@ -175,28 +165,24 @@ class Accumulator:
         """
         counters = self.ranks.gather((self.num_seen, self.num_batches, self.num_skipped))
         kinds = {name: sums.kind for name, sums in self.sums.items()}
-        merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0)
+        merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0, sharing(self.sums))
+        sums = {name: layer for name, layer in merged if self.ranks.rank == 0}
         return {
             "num_seen": max(seen for seen, _, _ in counters),
             "num_batches": sum(used for _, used, _ in counters),
             "num_skipped": sum(skipped for _, _, skipped in counters),
-            "sums": {name: sums.state_dict() for name, sums in merged if self.ranks.rank == 0},
+            **state_of(sums),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, with as many processes as there are now."""
         self.num_seen = state["num_seen"]
         self.num_batches, self.num_skipped = map(self.ranks.share, (state["num_batches"], state["num_skipped"]))
-        found = {name: LayerSums.from_state_dict(sums) for name, sums in state["sums"].items()}
+        found = sums_from(state)
         if self.owners is None:
             parts = {name: sums.share(self.ranks) for name, sums in found.items()}
-            self.sums = parts if self.ranks.counts else {}
+            share_again(parts, sharing(found))
+            self._sums = parts if self.ranks.counts else {}
         else:
             self._totals = {name: sums.inputs.count for name, sums in found.items()}
-            self.sums = {name: sums for name, sums in found.items() if self.owners[name] == self.ranks.rank}
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Tell whether no value is NaN or infinite; a sum keeps either, and is several times faster than isfinite."""
-    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-    return bool(torch.isfinite(whole(total)))
+            self._sums = {name: sums for name, sums in found.items() if self.owners[name] == self.ranks.rank}

@@ -85,8 +85,9 @@ class Collection:
         own, chosen = self._complete or self.collector.factors(), self._chosen()
         if self.ranks.size == 1:
             return own
-        kinds = {name: self.collector.kinds[name] for name in own}
-        merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(own[name]))
+        kinds, first = {name: self.collector.kinds[name] for name in own}, dict[int, str]()
+        shared = {name: first.setdefault(id(layer.A), name) for name, layer in own.items()}
+        merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(own[name]), shared=shared)
         factors = {name: sums.factors() for name, sums in merged}
         return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))
 

@@ -34,8 +34,11 @@ class EigenvalueSums(LayerSums):
         self.total = torch.zeros(layer.shape, dtype=torch.float64, device=device)
         self.count = 0
 
-    def add(self, inputs: Tensor, passes: Sequence[Tensor], draws: int, seen: int) -> None:  # noqa: ARG002
-        """Add positions, as :meth:`LayerSums.add`."""
+    def add_inputs(self, inputs: Tensor) -> None:
+        """Do nothing: inputs count with the gradients."""
+
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], draws: int, seen: int) -> None:  # noqa: ARG002
+        """Add positions, as :meth:`LayerSums.add_gradients`."""
         basis = self.layer.basis
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         along_inputs = (inputs.to(dtype) @ basis.U_A.to(inputs.device, dtype)).square()

@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_curvature._checks import did_you_mean
-from lightning_curvature.basis import CurvatureBasis, curvature_basis
+from lightning_curvature.bases import known_basis
+from lightning_curvature.basis import CurvatureBasis
 from lightning_curvature.checkpoints.archive import check_tensors, read_archive
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.tree import parse_json, put_together, take_apart
@@ -26,8 +28,11 @@ _HEADER = "lightning_curvature.factors"
 _STATE = "state"
 _OPTIONAL = ("A_coupled", "G_coupled", "eigenvalues", "margins")
 _COUNTS = ("num_inputs", "num_gradients", "num_seen")
+_ERRORS = ("A_error", "G_error")
+_SHARES = "shares_A_with"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_VERSION = 1
+_VERSIONS = (1, 2)
+"""Of files: those whose layers have each an A of their own, and those in which layers share one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +51,9 @@ class LayerFactors:
         eigenvalues: ``E[(u_i^T g)^2 (v_j^T a)^2]`` in the curvature basis, ``[d_out, d_in]``, for ``"ekfac"``.
         margins: Gradient of the summed logit margins of recited sequences with respect to the weight,
             ``[d_out, d_in]``, for :class:`lightning_curvature.bulk.BulkStepEditor`.
+        A_error: Standard error of ``A``, relative to its Frobenius norm, from the spread of the batches; None if it is
+            not known.
+        G_error: The same of ``G``.
 
     Raises:
         ValueError: If a factor is not a square floating matrix, an optional one does not have its shape, or a count is
@@ -62,6 +70,8 @@ class LayerFactors:
     G_coupled: Tensor | None = None
     eigenvalues: Tensor | None = None
     margins: Tensor | None = None
+    A_error: float | None = None
+    G_error: float | None = None
 
     def __post_init__(self) -> None:
         for name, factor in (("A", self.A), ("G", self.G)):
@@ -97,8 +107,13 @@ class LayerFactors:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """Everything but the tensors, by name."""
-        return {name: getattr(self, name) for name in ("num_inputs", "num_gradients", "num_seen", "transposed")}
+        """Everything but tensors and errors, by name."""
+        return {name: getattr(self, name) for name in (*_COUNTS, "transposed")}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The standard errors that are known, by name."""
+        return {name: error for name in _ERRORS if (error := getattr(self, name)) is not None}
 
     def digest(self) -> str:
         """Return a SHA-256 over counts and tensors."""
@@ -108,10 +123,10 @@ class LayerFactors:
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    @cached_property
+    @property
     def basis(self) -> CurvatureBasis:
-        """The curvature basis, decomposed once and kept as long as these factors."""
-        return curvature_basis(self.A, self.G)
+        """The curvature basis; each factor is decomposed once, and its eigenvectors are kept as long as it is."""
+        return known_basis(self.A, self.G)
 
 
 class KroneckerFactors(Mapping[str, LayerFactors]):
@@ -181,13 +196,15 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         """
         if set(self) != set(other):
             raise ValueError(f"Cannot merge factors of other layers: only in one are {sorted(set(self) ^ set(other))}.")
-        merged = {}
+        merged, means = {}, dict[tuple[int, ...], Tensor]()
         for name, one in self.items():
             two = other[name]
             if one.shape != two.shape or one.transposed != two.transposed:
                 raise ValueError(f"Layer {name!r}: cannot merge factors of a {one.shape} and a {two.shape} weight.")
+            A = _weighted_mean(one.A, one.num_inputs, two.A, two.num_inputs)
+            shared = (id(one.A), one.num_inputs, id(two.A), two.num_inputs)
             merged[name] = LayerFactors(
-                A=_weighted_mean(one.A, one.num_inputs, two.A, two.num_inputs),
+                A=means.setdefault(shared, A),
                 G=_weighted_mean(one.G, one.num_gradients, two.G, two.num_gradients),
                 num_inputs=one.num_inputs + two.num_inputs,
                 num_gradients=one.num_gradients + two.num_gradients,
@@ -195,11 +212,15 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
                 transposed=one.transposed,
                 A_coupled=_merged_mean(one.A_coupled, one.num_inputs, two.A_coupled, two.num_inputs),
                 G_coupled=_merged_mean(one.G_coupled, one.num_inputs, two.G_coupled, two.num_inputs),
+                A_error=_merged_error(one.A, one.num_inputs, one.A_error, two.A, two.num_inputs, two.A_error),
+                G_error=_merged_error(one.G, one.num_gradients, one.G_error, two.G, two.num_gradients, two.G_error),
             )
         return KroneckerFactors(merged, self.provenance)
 
     def save(self, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None) -> None:
         """Write one safetensors file, atomically: tensors ``<layer>.A`` and ``<layer>.G``, the rest as JSON.
+
+        Where layers share A (the same tensor), it is written once, under the first one's name.
 
         Args:
             path: File.
@@ -208,10 +229,19 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         Raises:
             OSError: If it cannot be written; what was there before stays.
         """
-        tensors = {f"{name}.{factor}": tensor.cpu().contiguous().clone()
-                   for name, layer in self.items() for factor, tensor in layer.tensors.items()}  # fmt: skip
-        layers = {name: layer.numbers for name, layer in self.items()}
-        header = {"version": _VERSION, "layers": layers, "provenance": self.provenance}
+        tensors: dict[str, Tensor] = {}
+        layers: dict[str, dict[str, Any]] = {}
+        owners: dict[int, str] = {}
+        for name, layer in self.items():
+            layers[name] = {**layer.numbers, **layer.errors}
+            owner = owners.setdefault(id(layer.A), name)
+            if owner != name:
+                layers[name][_SHARES] = owner
+            for factor, tensor in layer.tensors.items():
+                if factor != "A" or owner == name:
+                    tensors[f"{name}.{factor}"] = tensor.cpu().contiguous().clone()
+        version = _VERSIONS[len(owners) < len(layers)]
+        header = {"version": version, "layers": layers, "provenance": self.provenance}
         if state is not None:
             header["state"] = take_apart(dict(state), tensors, _STATE)
         with replacing(path) as temporary:
@@ -270,14 +300,18 @@ class _FactorFile(Mapping[str, LayerFactors]):
             self.tensors = set(file.keys())
             self.layers: dict[str, dict[str, Any]] = header["layers"]
             self.provenance: dict[str, Any] = header["provenance"]
+        # As long as a shared A is in use, the other layers get the same tensor.
+        self.inputs: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     def __getitem__(self, name: str) -> LayerFactors:
-        counts = self.layers[name]
+        numbers = dict(self.layers[name])
+        owner = numbers.pop(_SHARES, name)
         with _opened(self.path) as file:
-            kinds = [kind for kind in ("A", "G", *_OPTIONAL) if f"{name}.{kind}" in self.tensors]
-            return _layer_factors(
-                f"layer {name!r}", {kind: file.get_tensor(f"{name}.{kind}") for kind in kinds}, counts
-            )
+            kinds = [kind for kind in ("G", *_OPTIONAL) if f"{name}.{kind}" in self.tensors]
+            tensors = {kind: file.get_tensor(f"{name}.{kind}") for kind in kinds}
+            A = self.inputs.get(owner)
+            self.inputs[owner] = tensors["A"] = file.get_tensor(f"{owner}.A") if A is None else A
+            return _layer_factors(f"layer {name!r}", tensors, numbers)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -303,21 +337,29 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 def _read_header(file: Any) -> dict[str, Any]:
     """Return the header of an open factor file; the only place where it is checked."""
     header = parse_json((file.metadata() or {}).get(_HEADER, ""), f"the metadata entry {_HEADER!r}")
-    if header.get("version") != _VERSION:
-        raise ValueError(f"it has version {header.get('version')!r:.60}, this package reads {_VERSION}: update it")
+    if header.get("version") not in _VERSIONS:
+        raise ValueError(
+            f"it has version {header.get('version')!r:.60}, this package reads those up to {_VERSIONS[-1]}: update it"
+        )
     layers, provenance = header.get("layers"), header.get("provenance")
     if not isinstance(layers, dict) or not isinstance(provenance, dict):
         raise ValueError("its header has no layers, or no provenance")
     json.dumps(provenance, ensure_ascii=False).encode()  # so that it can be shown
     for name, counts in layers.items():
-        if not isinstance(counts, dict) or not {*_COUNTS[:2]} <= counts.keys() <= {*_COUNTS, "transposed"}:
+        if not isinstance(counts, dict) or not {*_COUNTS[:2]} <= counts.keys() <= {*_COUNTS, "transposed", *_ERRORS,
+                                                                                   _SHARES}:  # fmt: skip
             raise ValueError(f"layer {name!r} must have {', '.join(_COUNTS)} and transposed")
         for key, value in counts.items():
-            # Up to 2**53 a count is exact in float64, in which factors are merged.
-            fits = isinstance(value, bool) if key == "transposed" else type(value) is int and 0 <= value <= 2**53
+            if key == _SHARES:
+                fits = isinstance(value, str) and value in layers
+            elif key in _ERRORS:
+                fits = type(value) in (int, float) and 0 <= value < float("inf")
+            else:  # up to 2**53 a count is exact in float64, in which factors are merged
+                fits = isinstance(value, bool) if key == "transposed" else type(value) is int and 0 <= value <= 2**53
             if not fits:
                 raise ValueError(f"layer {name!r} cannot have {key} {value!r:.60}")
-    missing = {f"{name}.{factor}" for name in layers for factor in "AG"} - set(file.keys())
+    needed = {f"{counts.get(_SHARES, name)}.A" for name, counts in layers.items()} | {f"{name}.G" for name in layers}
+    missing = needed - set(file.keys())
     if missing:
         raise ValueError(f"it lacks the tensor {min(missing)!r}")
     return header
@@ -386,6 +428,18 @@ def is_factor_file(path: str | os.PathLike[str]) -> bool:
 
 def _merged_mean(one: Tensor | None, count_one: int, two: Tensor | None, count_two: int) -> Tensor | None:
     return None if one is None or two is None else _weighted_mean(one, count_one, two, count_two)
+
+
+def _merged_error(
+    one: Tensor, count_one: int, error_one: float | None, two: Tensor, count_two: int, error_two: float | None
+) -> float | None:
+    """Return the relative error of a weighted mean of two independent ones."""
+    if error_one is None or error_two is None:
+        return None
+    norm_one, norm_two = (float(torch.linalg.matrix_norm(tensor.double())) for tensor in (one, two))
+    both = one.double() * count_one + two.to(one.device).double() * count_two
+    error = math.hypot(count_one * error_one * norm_one, count_two * error_two * norm_two)
+    return error / max(float(torch.linalg.matrix_norm(both)), math.ulp(0.0))
 
 
 def _weighted_mean(one: Tensor, count_one: int, two: Tensor, count_two: int) -> Tensor:

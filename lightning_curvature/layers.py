@@ -17,6 +17,7 @@ import math
 import sys
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -103,6 +104,13 @@ def gradient_rows(module: nn.Module, gradient: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return rearrange(gradient, "... c h w -> (... h w) c")
     return rearrange(gradient, "... d -> (...) d")
+
+
+def num_rows(module: nn.Module, inputs: Tensor, output_shape: torch.Size) -> int:
+    """Return how many rows :func:`input_rows` and :func:`gradient_rows` have."""
+    if isinstance(module, nn.Conv2d):
+        return math.prod(output_shape) // module.out_channels
+    return math.prod(inputs.shape[:-1])
 
 
 def conv_patches(module: nn.Conv2d, images: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """A streaming, mergeable second moment."""
 
-from collections.abc import Iterator
+import copy
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +15,20 @@ class SecondMoment:
     """Uncentred second moment ``E[x x^T]`` of rows that arrive in batches.
 
     Products are taken in float32 (float64 for float64 rows) and summed in float64, so that a million small batches
-    lose nothing; the number of rows is a Python integer.
+    lose nothing. The moment is symmetric: a wide one is computed and kept as block rows that end at the diagonal, which
+    takes a little more than half of the multiplications and, in float64, about the memory of the whole in float32.
 
     Args:
         dim: Length ``d`` of a row.
-        device: Where the ``[d, d]`` sum lives.
+        device: Where the sum lives.
+
+    Attributes:
+        dim: Length of a row.
+        total: The sum: the block rows of :func:`block_rows`, one after the other, float64.
+        count: Positions behind it.
+        dtype: Dtype of the mean: float32, or float64 if float64 rows came in.
+        batches: Batches behind it.
+        squares: Sum of the squared Frobenius norms of the batches' own sums, float64, for :meth:`relative_error`.
 
     >>> moment = SecondMoment(2)
     >>> moment.add(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
@@ -26,23 +38,157 @@ class SecondMoment:
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-        self.count = 0
+        self.dim = dim
+        self.total = torch.zeros(packed_size(dim), dtype=torch.float64, device=device)
+        self.count = self.batches = 0
         self.dtype = torch.float32
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        self._mean: Callable[[], Tensor | None] = lambda: None
 
     @torch.no_grad()
-    def add(self, rows: Tensor, count: int | None = None) -> None:
-        """Add rows ``[n, d]``, any floating dtype; ``count`` positions (default ``n``) stand behind them."""
-        self.dtype = torch.promote_types(self.dtype, rows.dtype)
-        rows = rows.to(self.dtype)
+    def add(self, *rows: Tensor, count: int | None = None, scale: float = 1.0) -> None:
+        """Add one batch.
+
+        Args:
+            *rows: Rows ``[n, d]``, any floating dtype; the products of several are summed, none add to the count alone.
+            count: Positions that stand behind them; by default all n of all rows.
+            scale: Factor of the products.
+        """
+        if rows:
+            self._add_products(rows, scale)
+            self.batches += 1
+        self.count += sum(len(part) for part in rows) if count is None else count
+        self._mean = lambda: None
+
+    def _add_products(self, rows: Sequence[Tensor], scale: float) -> None:
+        for part in rows:
+            self.dtype = torch.promote_types(self.dtype, part.dtype)
+        operands = [part if _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
         # A step may still be running in its own precision, and a process allow products of fewer bits than it asks for.
-        with torch.autocast(rows.device.type, enabled=False), full_precision():
-            self.total += (rows.T @ rows).to(self.total.device)
-        self.count += rows.shape[0] if count is None else count
+        with torch.autocast(rows[0].device.type, enabled=False), full_precision():
+            for start, end, block in self._blocks():
+                products = [_product(part[:, start:end].T, part[:, :end]) for part in operands]
+                product = sum(products[1:], products[0]).to(block.device).double()
+                if scale != 1.0:
+                    product *= scale
+                block += product
+                self.squares += _squared_norm(product, start)
+
+    def merge_(self, other: "SecondMoment") -> None:
+        """Add the sum of other positions."""
+        self.total += other.total.to(self.total.device)
+        self.squares += other.squares.to(self.squares.device)
+        self.count += other.count
+        self.batches += other.batches
+        self.dtype = torch.promote_types(self.dtype, other.dtype)
+        self._mean = lambda: None
 
     def mean(self) -> Tensor:
-        """Return the moment ``[d, d]`` in float32, or float64 if float64 rows came in; zeros if none did."""
-        return (self.total / max(self.count, 1)).to(self.dtype)
+        """Return the moment ``[d, d]`` in float32, or float64 if float64 rows came in; zeros if none did.
+
+        As long as it is in use and nothing is added it is the same tensor, so that who shares a moment shares its mean.
+        """
+        mean = self._mean()
+        if mean is None:
+            mean = torch.empty(self.dim, self.dim, dtype=self.dtype, device=self.total.device)
+            for start, end, block in self._blocks():
+                mean[start:end, :end] = block / max(self.count, 1)
+                mean[:start, start:end] = mean[start:end, :start].T
+            self._mean = weakref.ref(mean)
+        return mean
+
+    def copy(self) -> "SecondMoment":
+        """Return a moment that goes its own way from here."""
+        return self.part(self.count, self.batches)
+
+    def part(self, count: int, batches: int) -> "SecondMoment":
+        """Return a part of the sum, behind which this many of its positions and batches stand."""
+        part, share = copy.copy(self), count / max(self.count, 1)
+        part.total, part.squares = self.total * share, self.squares * share
+        part.count, part.batches = count, batches
+        part._mean = lambda: None
+        return part
+
+    def move(self, device: torch.device) -> None:
+        """Move the sum to a device."""
+        self.total, self.squares = self.total.to(device), self.squares.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that :meth:`from_state_dict` needs, as tensors and primitives."""
+        state = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**state, "dtype": str(self.dtype)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "SecondMoment":
+        """Return the moment that :meth:`state_dict` was taken from, on the device of its tensors."""
+        moment = cls(state["dim"], "meta")
+        vars(moment).update(state, dtype=getattr(torch, state["dtype"].removeprefix("torch.")))
+        return moment
+
+    @classmethod
+    def of(cls, mean: Tensor, count: int) -> "SecondMoment":
+        """Return the sum that a mean ``[d, d]`` and the count behind it stand for; of the batches it knows nothing."""
+        moment = cls(len(mean), mean.device)
+        for start, end, block in moment._blocks():
+            block += mean[start:end, :end].double() * count
+        moment.count, moment.dtype = count, mean.dtype
+        return moment
+
+    def relative_error(self) -> float | None:
+        """Return the standard error of the mean, relative to its Frobenius norm; None if its batches cannot tell.
+
+        It is estimated from the spread of the batches, taken for independent and equally long.
+        """
+        whole = sum(float(_squared_norm(block, start)) for start, _, block in self._blocks())
+        if self.batches < 2 or not whole > 0:
+            return None
+        return math.sqrt(max(self.batches * float(self.squares) / whole - 1.0, 0.0) / (self.batches - 1))
+
+    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the block rows: first row, end of rows and columns, and the entries."""
+        offset = 0
+        for start, end in block_rows(self.dim):
+            size = (end - start) * end
+            yield start, end, self.total[offset : offset + size].view(end - start, end)
+            offset += size
+
+
+def block_rows(dim: int) -> list[tuple[int, int]]:
+    """Return the bounds of the block rows of a symmetric matrix: of rows ``start:end`` the columns ``:end`` are kept.
+
+    Up to 128 rows the plain product is as fast. The widths are those that were fastest on CPUs, see
+    ``docs/performance.md``.
+
+    >>> block_rows(300)
+    [(0, 128), (128, 256), (256, 300)]
+    """
+    width = 128 if dim <= 2048 else 256
+    return [(start, min(start + width, dim)) for start in range(0, dim, width)]
+
+
+def packed_size(dim: int) -> int:
+    """Return the number of entries that are kept of a symmetric matrix.
+
+    >>> packed_size(1024) / 1024**2
+    0.5625
+    """
+    return sum((end - start) * end for start, end in block_rows(dim))
+
+
+def _squared_norm(block: Tensor, start: int) -> Tensor:
+    """Return the squared Frobenius norm of what a block row stands for: left of its diagonal block, entries are two."""
+    whole, diagonal = torch.linalg.vector_norm(block), torch.linalg.vector_norm(block[:, start:])
+    return 2 * whole.square() - diagonal.square()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if _on_tensor_cores(left):
+        return torch.mm(left, right, out_dtype=torch.float32)  # products of halves are exact in float32
+    return torch.mm(left, right)
+
+
+def _on_tensor_cores(rows: Tensor) -> bool:
+    return rows.is_cuda and rows.dtype.itemsize == 2 and hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
 
 
 @contextmanager

@@ -32,14 +32,14 @@ def check_positions(positions: str) -> None:
 
 
 def counted_positions(
-    positions: str, call: LayerCall, rows: Sequence[Tensor], count: int, mask: Tensor | None
-) -> Tensor:
-    """Return which positions of a call count, bool ``[n]``.
+    positions: str, call: LayerCall, not_zero: Sequence[Tensor], count: int, mask: Tensor | None
+) -> Tensor | None:
+    """Return which positions of a call count, bool ``[n]``; None for all of them.
 
     Args:
         positions: The rule.
         call: Call of the layer.
-        rows: Gradients at its output, ``[n, d_out]``, of each backward pass that reached it.
+        not_zero: Where the gradient at its output is not zero, bool ``[n]``, of each backward pass that reached it.
         count: Number n of its positions.
         mask: Mask of the batch, ``[batch, position]``.
 
@@ -47,11 +47,10 @@ def counted_positions(
         RuntimeError: If the layer's outputs, or the mask, do not have the shape that the rule needs.
     """
     device = call.inputs.device
-    everything = torch.ones(count, dtype=torch.bool, device=device)
     if positions == "all" or isinstance(call.module, nn.Conv2d):
-        return everything
+        return None
     if positions == "contributing":
-        return torch.stack([row.any(1) for row in rows]).any(0) if rows else ~everything
+        return torch.stack(list(not_zero)).any(0) if not_zero else torch.zeros(count, dtype=torch.bool, device=device)
     shape = call.output_shape[:-1]
     if positions == "first":
         if len(shape) > 2:
@@ -59,7 +58,7 @@ def counted_positions(
                 f"positions='first': layer {call.name!r} has outputs {list(call.output_shape)}, expected "
                 "[batch, position, feature] or [batch, feature]."
             )
-        return everything if len(shape) == 1 else torch.arange(count, device=device) % shape[1] == 0
+        return None if len(shape) == 1 else torch.arange(count, device=device) % shape[1] == 0
     if mask is None or mask.shape != shape:
         found = None if mask is None else list(mask.shape)
         raise RuntimeError(

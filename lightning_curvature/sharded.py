@@ -69,7 +69,9 @@ class ShardedFactors(KroneckerFactors):
             owner = self.owners[name]
             layer = self._layers.get(name)
             own = {} if layer is None else layer.tensors
-            keys, numbers = self.ranks.gather((list(own), None if layer is None else layer.numbers))[owner]
+            keys, numbers = self.ranks.gather(
+                (list(own), None if layer is None else {**layer.numbers, **layer.errors})
+            )[owner]
             tensors = {key: self.ranks.send(own.get(key), owner) for key in keys}
             if self.ranks.rank == 0 and numbers is not None:
                 on_cpu: dict[str, Any] = {key: tensor.cpu() for key, tensor in tensors.items()}

@@ -1,5 +1,7 @@
 """Running sums of one layer's factors."""
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,26 +53,31 @@ class LayerSums:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape ``(d_out, d_in)`` of the weight matrix."""
-        return len(self.gradients.total), len(self.inputs.total)
+        return self.gradients.dim, self.inputs.dim
 
-    def add(self, inputs: Tensor, passes: Sequence[Tensor], draws: int, seen: int) -> None:
-        """Add positions.
+    def share_inputs(self, inputs: SecondMoment) -> None:
+        """Use the inputs' moment of another layer, which reads the same positions of the same tensors."""
+        self.moments = {"inputs": inputs} | {name: own for name, own in self.moments.items() if name != "inputs"}
+
+    def add_inputs(self, inputs: Tensor) -> None:
+        """Add inputs ``[n, d_in]`` at the positions that count; once for all layers that share the moment."""
+        self.inputs.add(inputs)
+
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], draws: int, seen: int) -> None:
+        """Add the gradients at the same positions.
 
         Args:
-            inputs: Inputs at the positions that count, ``[n, d_in]``.
+            inputs: The inputs there, ``[n, d_in]``.
             passes: Gradients at their outputs, ``[n, d_out]``, of each backward pass.
             draws: Passes over which to average; 1 if they are to be summed.
             seen: Positions that went through the layer, counted or not.
         """
-        self.inputs.add(inputs)
-        for gradients in passes:
-            scaled = gradients / draws**0.5
-            self.gradients.add(scaled, count=0)
-            if "A_coupled" in self.moments:
-                self.moments["A_coupled"].add(inputs * scaled.norm(dim=1, keepdim=True), count=0)
-                self.moments["G_coupled"].add(scaled * inputs.norm(dim=1, keepdim=True), count=0)
-        for name, moment in self.moments.items():
-            moment.count += len(inputs) if name != "inputs" else 0
+        rows = {"gradients": passes}
+        if "A_coupled" in self.moments:
+            rows["A_coupled"] = [inputs * part.norm(dim=1, keepdim=True) for part in passes]
+            rows["G_coupled"] = [part * inputs.norm(dim=1, keepdim=True) for part in passes]
+        for name, parts in rows.items():
+            self.moments[name].add(*parts, count=len(inputs), scale=1.0 / draws)
         self.num_seen += seen
 
     @property
@@ -88,55 +95,57 @@ class LayerSums:
     def of(cls, layer: LayerFactors) -> "LayerSums":
         """Return the sums that finished factors stand for."""
         d_out, d_in = layer.shape
-        sums = cls(d_in, d_out, layer.A.device, layer.transposed, layer.A_coupled is not None)
-        counts = {"inputs": layer.num_inputs, "gradients": layer.num_gradients}
+        sums = cls(d_in, d_out, torch.device("meta"), layer.transposed, layer.A_coupled is not None)
         means = {**layer.tensors, "inputs": layer.A, "gradients": layer.G}
-        for name, moment in sums.moments.items():
-            moment.count, moment.dtype = counts.get(name, layer.num_inputs), means[name].dtype
-            moment.total = means[name].double() * moment.count
+        for name in sums.moments:
+            count = layer.num_gradients if name == "gradients" else layer.num_inputs
+            sums.moments[name] = SecondMoment.of(means[name], count)
         sums.num_seen = layer.num_seen
         return sums
 
     def merge_(self, other: "LayerSums") -> None:
         """Add the sums of other positions."""
         for name, moment in self.moments.items():
-            more = other.moments[name]
-            moment.total += more.total.to(moment.total.device)
-            moment.count += more.count
-            moment.dtype = torch.promote_types(moment.dtype, more.dtype)
+            moment.merge_(other.moments[name])
         self.num_seen += other.num_seen
 
-    def over(self, ranks: Ranks, to: int | None = None) -> "LayerSums":
+    def over(self, ranks: Ranks, to: int | None = None, inputs: SecondMoment | None = None) -> "LayerSums":
         """Return the sums over all processes; those of one process alone are returned as they are. A collective.
 
         Args:
             ranks: The processes.
             to: The only process that needs the totals; None for all. Counts are right on each.
+            inputs: The inputs' moment over all processes, if it is known.
         """
         if ranks.size == 1:
             return self
-        merged = LayerSums.zero(self.kind, self.inputs.total.device)
+        merged = LayerSums.zero(self.kind, torch.device("meta"))
+        sent = {name: moment for name, moment in self.moments.items() if inputs is None or name != "inputs"}
         numbers = [self.num_seen]
-        for name, moment in self.moments.items():
-            merged.moments[name].total = ranks.sum(moment.total, to)
-            numbers += [moment.count, int(moment.dtype == torch.float64)]
+        for moment in sent.values():
+            numbers += [moment.count, moment.batches, int(moment.dtype == torch.float64)]
         merged.num_seen, *rest = ranks.sum(torch.tensor(numbers)).tolist()
-        for moment, count, doubles in zip(merged.moments.values(), rest[::2], rest[1::2], strict=True):
-            moment.count, moment.dtype = count, torch.float64 if doubles else torch.float32
+        if inputs is not None:
+            merged.share_inputs(inputs)
+        for index, (name, moment) in enumerate(sent.items()):
+            own = merged.moments[name]
+            own.total, own.squares = ranks.sum(moment.total, to), ranks.sum(moment.squares, to)
+            own.count, own.batches, doubles = rest[3 * index : 3 * index + 3]
+            own.dtype = torch.float64 if doubles else torch.float32
         return merged
 
     def share(self, ranks: Ranks) -> "LayerSums":
         """Return the part of sums over all processes with which this one goes on; the parts sum to them."""
-        part = LayerSums.zero(self.kind, self.inputs.total.device)
-        for name, moment in self.moments.items():
-            own = part.moments[name]
-            own.count, own.dtype = ranks.share(moment.count), moment.dtype
-            own.total = moment.total * (own.count / max(moment.count, 1))
+        part = copy.copy(self)
+        part.moments = {
+            name: moment.part(ranks.share(moment.count), ranks.share(moment.batches))
+            for name, moment in self.moments.items()
+        }
         part.num_seen = ranks.share(self.num_seen)
         return part
 
     def factors(self) -> LayerFactors:
-        """Return the normalised factors."""
+        """Return the normalised factors; layers that share the inputs' moment share the tensor."""
         coupled = {name: self.moments[name].mean() for name in self.moments.keys() - {"inputs", "gradients"}}
         return LayerFactors(
             A=self.inputs.mean(),
@@ -145,35 +154,59 @@ class LayerSums:
             num_gradients=self.gradients.count,
             num_seen=self.num_seen,
             transposed=self.transposed,
+            A_error=self.inputs.relative_error(),
+            G_error=self.gradients.relative_error(),
             **coupled,
         )
 
     def move(self, device: torch.device) -> None:
         """Move the sums to a device."""
         for moment in self.moments.values():
-            moment.total = moment.total.to(device)
+            moment.move(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that :meth:`from_state_dict` needs, as tensors and primitives."""
         return {
-            "moments": {
-                key: {"total": m.total, "count": m.count, "dtype": str(m.dtype)} for key, m in self.moments.items()
-            },
+            "moments": {name: moment.state_dict() for name, moment in self.moments.items()},
             "num_seen": self.num_seen,
             "transposed": self.transposed,
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "LayerSums":
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "LayerSums":
         """Return the sums that :meth:`state_dict` was taken from, on the device of its tensors."""
-        saved = state["moments"]
-        total = saved["inputs"]["total"]
-        sums = cls(len(total), len(saved["gradients"]["total"]), total.device, state["transposed"], len(saved) > 2)
-        for key, moment in sums.moments.items():
-            moment.total, moment.count = saved[key]["total"], saved[key]["count"]
-            moment.dtype = getattr(torch, saved[key]["dtype"].removeprefix("torch."))
+        sums = cls(0, 0, torch.device("meta"), state["transposed"])
+        sums.moments = {name: SecondMoment.from_state_dict(moment) for name, moment in state["moments"].items()}
         sums.num_seen = state["num_seen"]
         return sums
+
+
+def sharing(sums: Mapping[str, LayerSums]) -> dict[str, str]:
+    """Return, for each layer, the first one that has the same inputs' moment; itself if there is none."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(layer.inputs), name) for name, layer in sums.items()}
+
+
+def share_again(sums: Mapping[str, LayerSums], shared: Mapping[str, str]) -> None:
+    """Let layers share inputs' moments, as :func:`sharing` tells, that were made separately from shared ones."""
+    for name, other in shared.items():
+        sums[name].share_inputs(sums[other].inputs)
+
+
+def state_of(sums: Mapping[str, LayerSums]) -> dict[str, Any]:
+    """Return everything that :func:`sums_from` needs, as tensors and primitives; what is shared is there once."""
+    shared, states = sharing(sums), {name: layer.state_dict() for name, layer in sums.items()}
+    for name, other in shared.items():
+        if name != other:
+            del states[name]["moments"]["inputs"]
+    return {"sums": states, "shared": shared}
+
+
+def sums_from(state: Mapping[str, Any]) -> dict[str, LayerSums]:
+    """Return the sums that :func:`state_of` was given."""
+    sums = {name: LayerSums.from_state_dict(layer) for name, layer in state["sums"].items()}
+    share_again(sums, state["shared"])
+    return sums
 
 
 def sums_over(
@@ -181,6 +214,7 @@ def sums_over(
     kinds: Mapping[str, LayerKind],
     get: Callable[[str], LayerSums],
     to: Callable[[str], int | None] = lambda _: None,
+    shared: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, LayerSums]]:
     """Yield the sums of all processes by layer, one layer at a time. A collective.
 
@@ -189,15 +223,25 @@ def sums_over(
         kinds: Layers that this process has seen.
         get: Returns the sums of one of these.
         to: Returns the only process that needs the totals of a layer, or None.
+        shared: Which of these have inputs' moments in common, as :func:`sharing` tells. Layers that have on all
+            processes have one in the result, too.
 
     Raises:
         RuntimeError: If two processes have seen a layer of one name and of different kinds.
     """
     union: dict[str, LayerKind] = {}
+    told_shared = ranks.gather(dict(shared or {name: name for name in kinds}))
     for told in ranks.gather(dict(kinds)):
         for name, kind in told.items():
             if union.setdefault(name, kind) != kind:
                 raise RuntimeError(f"Layer {name!r} is {union[name]} on one process and {kind} on another.")
+    groups = {name: tuple(told.get(name) for told in told_shared) for name in union}
+    left = Counter(groups.values())
+    inputs: dict[tuple[str | None, ...], SecondMoment] = {}
     for name, kind in union.items():
         own = get(name) if name in kinds else LayerSums.zero(kind, ranks.device)
-        yield name, own.over(ranks, to(name))
+        summed = own.over(ranks, to(name), inputs.pop(groups[name], None))
+        left[groups[name]] -= 1
+        if left[groups[name]]:
+            inputs[groups[name]] = summed.inputs  # only as long as another layer needs it
+        yield name, summed

@@ -86,7 +86,7 @@ def test_files_that_are_no_factor_files(tmp_path):
     with pytest.raises(ValueError, match="not a complete factor file"):
         KroneckerFactors.load(bad)
     save_file({"x": torch.ones(1)}, bad, {"lightning_curvature.factors": json.dumps({"version": 99})})
-    with pytest.raises(ValueError, match="version 99, this package reads 1"):
+    with pytest.raises(ValueError, match="version 99, this package reads those up to 2"):
         KroneckerFactors.load(bad)
     with pytest.raises(FileNotFoundError):
         KroneckerFactors.load(tmp_path / "nowhere")

@@ -1,0 +1,111 @@
+"""Eigenbases that are worked out once: kept as long as the factor that they belong to, and in files if wanted.
+
+Layers that read the same tensor share the factor A (a transformer's gate and up projection, or query, key and value),
+and therefore its eigenbasis.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_curvature.basis import CurvatureBasis, decompose
+from lightning_curvature.checkpoints.atomic import replacing
+
+
+class _Kept(NamedTuple):
+    version: int
+    vectors: Tensor
+    values: Tensor
+
+
+_kept = WeakIdKeyDictionary()
+_folders: list[Path] = []
+
+
+@contextmanager
+def bases_in(folder: str | PathLike[str]) -> Iterator[None]:
+    """Keep eigenbases in a folder for the time of a ``with`` block, and take those that it holds already.
+
+    A file there is named by the SHA-256 of its factor's entries, so that a basis of other factors is never taken. Each
+    takes 8 bytes for each entry of the factor.
+
+    Args:
+        folder: Made if it is not there.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_curvature import LayerFactors
+        >>> layer = LayerFactors(A=torch.eye(3), G=torch.diag(torch.tensor([2.0, 1.0])), num_inputs=9, num_gradients=9)
+        >>> with tempfile.TemporaryDirectory() as folder, bases_in(folder):
+        ...     print(layer.basis.lam, len(list(Path(folder).iterdir())))
+        tensor([2., 1.], dtype=torch.float64) 2
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _folders.append(Path(folder))
+    try:
+        yield
+    finally:
+        _folders.pop()
+
+
+def known_basis(A: Tensor, G: Tensor) -> CurvatureBasis:
+    """Return the curvature basis of a layer, as :func:`lightning_curvature.basis.curvature_basis`, worked out once.
+
+    Args:
+        A: ``[d_in, d_in]``.
+        G: ``[d_out, d_out]``.
+
+    Raises:
+        FaultyLayerError: If a factor cannot be decomposed.
+    """
+    lefts, rights = _known(G, "Factor G"), _known(A, "Factor A")
+    return CurvatureBasis(lefts.vectors, lefts.values, rights.vectors, rights.values)
+
+
+def _known(factor: Tensor, what: str) -> _Kept:
+    found: _Kept | None = _kept.get(factor)  # type: ignore[no-untyped-call]
+    if found is None or found.version != factor._version:
+        found = _Kept(factor._version, *(_on_disk(factor, what, _folders[-1]) if _folders else decompose(factor, what)))
+        _kept[factor] = found
+    return found
+
+
+def _on_disk(factor: Tensor, what: str, folder: Path) -> tuple[Tensor, Tensor]:
+    entries = factor.detach().cpu().contiguous()
+    key = f"{entries.dtype} {list(entries.shape)}".encode()
+    path = folder / f"{hashlib.sha256(key + entries.flatten().view(torch.uint8).numpy().data).hexdigest()}.safetensors"
+    if path.exists():
+        try:
+            saved = load_file(path)
+            vectors, values = saved["vectors"], saved["values"]
+        except (SafetensorError, KeyError):
+            pass  # a damaged file is written anew
+        else:
+            if _is_basis(vectors, values, entries):
+                return vectors.to(factor.device), values.to(factor.device)
+    vectors, values = decompose(factor, what)
+    with replacing(path) as temporary:
+        save_file({"vectors": vectors.cpu().contiguous(), "values": values.cpu()}, temporary)
+    return vectors, values
+
+
+def _is_basis(vectors: Tensor, values: Tensor, factor: Tensor) -> bool:
+    """Tell whether these are orthonormal eigenvectors and eigenvalues of a factor, by what they do to a few vectors."""
+    if vectors.shape != factor.shape or values.shape != factor.shape[:1] or vectors.dtype != torch.float64:
+        return False
+    probes = torch.randn(len(factor), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inside = vectors.T @ probes
+    close = 1e-8 * float(values[0])
+    again = vectors @ (values[:, None] * inside)
+    return bool(
+        ((vectors @ inside - probes).abs() < 1e-8).all() and ((again - factor.double() @ probes).abs() < close).all()
+    )
