@@ -22,6 +22,17 @@ def check_energy(energy: Any, what: str = "energy") -> float:
     return float(energy)
 
 
+def check_share(value: Any, what: str) -> float:
+    """Return ``value`` as a float in ``(0, 1]``.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{what} must be a number in (0, 1], found {value!r}.")
+    return float(value)
+
+
 def check_count(value: Any, what: str) -> int:
     """Return ``value`` as a positive integer.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lightning_curvature.factors import LayerFactors
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.rows import BatchGradients, CallRows, read_batch, same_inputs
 from lightning_curvature.streams import SideStreams
@@ -63,6 +64,12 @@ class Accumulator:
         if self.owners is not None:
             return dict(self._totals)
         return {name: sums.inputs.count * self.ranks.num_data for name, sums in self._sums.items()}
+
+    def take(self) -> dict[str, LayerFactors]:
+        """Return the factors of all sums, and start anew; a sum goes as soon as its factors are there."""
+        sums, self._totals = dict(self.sums), {}
+        self._sums = {}
+        return {name: sums.pop(name).factors() for name in list(sums)}
 
     def reset(self) -> None:
         """Start to sum anew."""

@@ -23,7 +23,7 @@ from lightning_curvature.probes import Probes, Target, before_after
 from lightning_curvature.report import EditReport
 from lightning_curvature.siblings import edited_copy, weight_hashes
 from lightning_curvature.targets import Match
-from lightning_curvature.trainers import check_callbacks, check_strategy, check_validation
+from lightning_curvature.trainers import batches_before, check_callbacks, check_strategy, check_validation, last_batch
 from lightning_curvature.validation import collected_from
 
 _NO_DATA = (
@@ -72,12 +72,17 @@ class KFACEditCallback(Callback):
             latest complete window; until there is one, those of all steps so far. None means eight times the layer's
             larger dimension, and at least 4096: a confident model has large gradients at few positions only, and a
             short window sees too few of them.
+        every: Collect one window of training steps in so many, and the last one of the run (if its length is known: by
+            ``max_epochs`` or ``max_steps``). Until there is a window, each step is collected; so is each validation.
+            More makes training cheaper, and the factors in the middle of a run older; see ``docs/performance.md``.
+        share: Share of the positions of a collected batch that is used, in (0, 1], chosen at random.
         loop: Where to collect during fit: ``"train"``, or ``"validation"``.
         logits: Submodule or method of the module that returns the logits, if its cross-entropy cannot be found.
         probes: By name, files of JSON lines to measure a language model on: a path, or a dict with ``path`` and
             optionally ``metrics`` (a list of names) and ``tokenizer`` (a folder; by default the attribute ``tokenizer``
             of the module or the datamodule). See :class:`lightning_curvature.text.probes.JsonlProbe`.
-        accumulate_on: Where the factors are summed: ``"model"``, on the device of each layer, or ``"cpu"``.
+        accumulate_on: Where the factors are summed: ``"model"``, on the device of each layer; ``"cpu"``; or ``"auto"``,
+            on the device of each layer if they fit there, and otherwise on the CPU.
         save_factors: File to save the factors to, at the end of fit or of ``Trainer.validate``.
         name: Mark of the files beside a checkpoint, ``NAME-{name}.ckpt``. Several callbacks in one Trainer need
             different ones; results of probes are logged under ``curvature-{name}/`` unless it is ``"edited"``.
@@ -113,10 +118,12 @@ class KFACEditCallback(Callback):
         draws: int = 1,
         positions: str = "contributing",
         window: int | None = None,
+        every: int = 8,
+        share: float = 1.0,
         loop: str = "train",
         logits: str | None = None,
         probes: dict[str, Any] | None = None,
-        accumulate_on: str = "model",
+        accumulate_on: str = "auto",
         save_factors: str | None = None,
         name: str = "edited",
         seed: int = 0,
@@ -135,6 +142,7 @@ class KFACEditCallback(Callback):
             raise ValueError("score='ekfac' needs a second pass over the data: collect, correct_eigenvalues, edit.")
         self.target = None if target is None else Target(target)
         self.window = None if window is None else check_count(window, "window")
+        self.every = check_count(every, "every")
         self.loop = check_option(loop, LOOPS, "loop")
         self.probes = Probes(probes or {})
         self.save_factors = save_factors
@@ -145,10 +153,11 @@ class KFACEditCallback(Callback):
             "positions": positions,
             "logits": logits,
             "accumulate_on": accumulate_on,
+            "share": share,
             "seed": seed,
             **({"coupled": True} if score == "coupled" else {}),
         }
-        check_options(fisher, draws, positions, accumulate_on)
+        check_options(fisher, draws, positions, accumulate_on, share)
         self.report: EditReport | None = None
         self.match: Match | None = None
         self.probe_results: dict[str, float] = {}
@@ -169,7 +178,7 @@ class KFACEditCallback(Callback):
     @property
     def _settings(self) -> dict[str, Any]:
         """What a run that goes on with the factors of another one must have in common with it."""
-        kept = {key: value for key, value in self._options.items() if key not in ("accumulate_on", "seed")}
+        kept = {key: value for key, value in self._options.items() if key not in ("accumulate_on", "seed", "share")}
         return {**kept, "loop": self.loop, "window": self.window}
 
     @property
@@ -230,7 +239,7 @@ class KFACEditCallback(Callback):
         """Choose the layers, when the module has been built (``configure_model``) and before anything runs."""
         if self._collection is None:
             collector = Collector(pl_module, **self._options, ranks=self.editor.ranks, shard=self.shard_factors)
-            self._collection = Collection(collector, self.window, self._settings)
+            self._collection = Collection(collector, self.window, self._settings, self.every)
         return self._collection
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -248,7 +257,7 @@ class KFACEditCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start to record the step."""
-        if self.loop == "train":
+        if self.loop == "train" and self._running().is_due(batches_before(trainer), last_batch(trainer)):
             self._running().collector.open(batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
@@ -262,7 +271,7 @@ class KFACEditCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Finish the batch, and the window if it is full."""
-        if self.loop == "train":
+        if self._running().collector.is_open:
             self._running().end_step(trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

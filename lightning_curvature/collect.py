@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_curvature import fisher
-from lightning_curvature._checks import check_count, check_option, listing
+from lightning_curvature._checks import check_count, check_option, check_share, listing
 from lightning_curvature.accumulate import Accumulator
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.fisher import FISHER_KINDS
 from lightning_curvature.layers import is_conv1d, matrix_shape
 from lightning_curvature.losses import SoftmaxLoss
-from lightning_curvature.plan import MemoryPlan
+from lightning_curvature.plan import place_sums
 from lightning_curvature.positions import batch_mask, check_positions
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.rows import BatchGradients
@@ -27,13 +27,14 @@ from lightning_curvature.selection import LayerChoice, choose_layers
 from lightning_curvature.sums import LayerKind, LayerSums
 from lightning_curvature.taps import LayerCall, Taps, check_graphed, is_compiled
 
-ACCUMULATE_ON = ("model", "cpu")
+ACCUMULATE_ON = ("auto", "model", "cpu")
 
 Batch = TypeVar("Batch")
 
 
-def check_options(fisher: str, draws: int, positions: str, accumulate_on: str) -> None:
+def check_options(fisher: str, draws: int, positions: str, accumulate_on: str, share: float) -> None:
     """Raise ``ValueError`` if an argument of :class:`Collector` that needs no network is none of its options."""
+    check_share(share, "share")
     check_option(fisher, FISHER_KINDS, "fisher")
     check_count(draws, "draws")
     check_positions(positions)
@@ -51,7 +52,9 @@ class Collector:
         positions: Which positions count, see :mod:`lightning_curvature.positions`.
         seed: Seed of the collector's own random generator.
         logits: Name of a submodule or method that returns the logits, for models that hide their cross-entropy.
-        accumulate_on: Where the sums live: ``"model"``, on the device of each layer, or ``"cpu"``.
+        accumulate_on: Where the sums live: ``"model"``, on the device of each layer; ``"cpu"``; or ``"auto"``, on the
+            device of each layer if they fit there, and otherwise on the CPU.
+        share: Share of the positions that is used, in (0, 1], chosen at random in each batch.
         coupled: Also sum the norm-weighted moments that the score ``"coupled"`` needs, see
             :mod:`lightning_curvature.scores`: twice the memory and the products.
         group: ``(i, n)``: cut the chosen layers into n groups and collect the i-th (from 0) alone, where all of them
@@ -73,13 +76,14 @@ class Collector:
         positions: str = "contributing",
         seed: int = 0,
         logits: str | None = None,
-        accumulate_on: str = "model",
+        accumulate_on: str = "auto",
+        share: float = 1.0,
         coupled: bool = False,
         group: tuple[int, int] = (0, 1),
         ranks: Ranks | None = None,
         shard: bool = False,
     ) -> None:
-        check_options(fisher, draws, positions, accumulate_on)
+        check_options(fisher, draws, positions, accumulate_on, share)
         self.module = module
         self.fisher = fisher
         self.draws = draws
@@ -91,11 +95,13 @@ class Collector:
             "fisher": fisher,
             "draws": draws,
             "positions": positions,
+            **({"share": float(share)} if share < 1 else {}),
         }
         self.ranks = Ranks() if ranks is None else ranks
         self.seed = seed
         self.logits = logits
         self.accumulate_on = accumulate_on
+        self.share = float(share)
         self.coupled = coupled
         self.group = group
         self.kinds = {name: self._kind(module) for name, module in self.choice.modules.items()}
@@ -103,6 +109,7 @@ class Collector:
         owners = self.ranks.owners(sizes) if shard else None
         check_graphed(module)
         self.accumulator = Accumulator(self._new_sums, self._home, positions, self.ranks, owners)
+        self._homes: dict[torch.device, torch.device] = {}
         self._taps: Taps | None = None
         self._mask: Tensor | None = None
         self._pending: tuple[SoftmaxLoss, list[LayerCall]] | None = None
@@ -192,7 +199,7 @@ class Collector:
                 )
             if self.fisher == "exact" and self.accumulator.num_seen == 0:
                 rank_zero_info(f"fisher='exact' takes {passes} backward passes per batch.")
-            random = self._random(loss.logits.device)
+            random = torch.Generator(loss.logits.device).manual_seed(self._seed)
             gradients = list(fisher.gradient_passes(self.fisher, loss, calls, self.draws, random))
         # Only a finished batch is added: one that is interrupted is repeated when the run goes on. The graph, which an
         # edge keeps, must not outlive its batch.
@@ -227,7 +234,7 @@ class Collector:
         elif self._taken is None and self._taps is not None and self._taps.recording and self._taps.losses:
             self._warn_of_unseen_backward()
         if self._taken is not None:
-            self._taken.mask = self._mask
+            self._taken.mask, self._taken.share, self._taken.seed = self._mask, self.share, self._seed
         try:
             self.accumulator.add(self._taken, self.kinds)
         finally:
@@ -246,6 +253,11 @@ class Collector:
         return self.accumulator.sums
 
     @property
+    def is_open(self) -> bool:
+        """Whether a batch is being collected."""
+        return self._taps is not None
+
+    @property
     def holds_batch(self) -> bool:
         """Whether the gradients of a batch were taken, and not added yet."""
         return self._taken is not None or self._pending is not None
@@ -262,8 +274,15 @@ class Collector:
 
     def factors(self) -> KroneckerFactors:
         """Return the factors of all batches since the sums were last reset."""
-        provenance = {**self.provenance, "batches_skipped": self.accumulator.num_skipped}
-        return KroneckerFactors({name: sums.factors() for name, sums in self.sums.items()}, provenance)
+        return KroneckerFactors({name: sums.factors() for name, sums in self.sums.items()}, self._facts)
+
+    def finish(self) -> KroneckerFactors:
+        """Return the same factors, and drop the sums one by one, so that the two are never there as a whole."""
+        return KroneckerFactors(self.accumulator.take(), self._facts)
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        return {**self.provenance, "batches_skipped": self.accumulator.num_skipped}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an interrupted collection needs to go on as if nothing had happened: tensors and primitives.
@@ -294,25 +313,29 @@ class Collector:
                 f"{len(chosen)} layers cannot be cut into {count} groups; use at most {len(chosen)} passes."
             )
         group = [name for i, name in enumerate(chosen) if i * count // len(chosen) == index]
-        owners, by_device = self.accumulator.owners, dict[torch.device, dict[str, tuple[int, int]]]()
-        for name in group:
-            if owners is None or owners[name] == self.ranks.rank:
-                home = self._home(self.choice.modules[name].weight.device)
-                by_device.setdefault(home, {})[name] = (self.kinds[name].d_out, self.kinds[name].d_in)
-        for device, shapes in by_device.items():
-            plan = MemoryPlan(shapes, device)
-            rank_zero_info(str(plan))
-            plan.check()
+        for device in {self.choice.modules[name].weight.device for name in group}:
+            self._home(device, group)
         return group
 
-    def _home(self, device: Any) -> torch.device:
-        """Return where the sums of a layer on ``device`` live."""
-        return torch.device("cpu") if self.accumulate_on == "cpu" or device.type == "mps" else torch.device(device)
+    def _home(self, device: Any, chosen: Sequence[str] = ()) -> torch.device:
+        """Return where the sums of the layers on a device live, having checked that they fit there."""
+        device = torch.device(device)
+        if device not in self._homes:
+            owners = self.accumulator.owners
+            shapes = {
+                name: (self.kinds[name].d_out, self.kinds[name].d_in)
+                for name in self.chosen or chosen
+                if self.choice.modules[name].weight.device == device
+                and (owners is None or owners[name] == self.ranks.rank)
+            }
+            self._homes[device] = place_sums(shapes, device, self.accumulate_on)
+        return self._homes[device]
 
-    def _random(self, device: torch.device) -> torch.Generator:
-        """Return a generator for this batch: the same one if the batch is repeated, another one on other data."""
+    @property
+    def _seed(self) -> int:
+        """Seed of this batch: the same one if the batch is repeated, another one on other data."""
         seed = self.seed * 0x9E3779B1 + self.ranks.data * 0x85EBCA77 + self.accumulator.num_seen
-        return torch.Generator(device).manual_seed(seed % 2**32)
+        return seed % 2**32
 
     def _kind(self, layer: nn.Module) -> LayerKind:
         d_out, d_in = matrix_shape(layer)
@@ -355,7 +378,7 @@ def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable
     if not collector.sums:
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
     check_silent(collector.silent)
-    return collector.factors()
+    return collector.finish()
 
 
 def check_silent(silent: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """The factors of a run as it goes on: windows of training steps, validations, several processes, and resumed runs."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,21 @@ class Collection:
         window: Positions that each layer sees in a window of training steps, on all processes together; None for eight
             times its larger dimension and at least ``MIN_WINDOW``.
         settings: What must be the same in a run that goes on with these factors: primitives.
+        every: Collect one window in so many; see :meth:`is_due`.
     """
 
-    def __init__(self, collector: Collector, window: int | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, collector: Collector, window: int | None, settings: Mapping[str, Any], every: int = 1) -> None:
         self.collector = collector
         self.window = window
+        self.every = every
         self.settings = dict(settings)
         self._complete = KroneckerFactors()
         self._known = KroneckerFactors()
         self._starts = 0
         self._known_at = (0, 0)
+        self._batch = 0
+        self._began: int | None = None
+        self._pause = (0, 0)
 
     @property
     def ranks(self) -> Ranks:
@@ -108,12 +114,33 @@ class Collection:
         skipped = sum(facts["batches_skipped"] for facts in told)
         return {**told[0], "batches_skipped": skipped, "processes": self.ranks.size}
 
+    def is_due(self, batch: int, last: float) -> bool:
+        """Tell whether to collect from a training step.
+
+        Between two windows there is a pause, so that one in ``every`` is collected; but the last steps of a run are, so
+        that its factors are those of its end. What a window is worth depends on how fresh it is: steps further apart
+        would give it the same cost, and older weights.
+
+        Args:
+            batch: Training batches before this one.
+            last: Number of the last one; infinite if it is not known.
+        """
+        self._batch = batch
+        until, steps = self._pause
+        if batch < until and batch <= last - math.ceil(1.25 * steps):  # what is left may need a few steps more
+            return False
+        if self._began is None:
+            self._began = batch
+        return True
+
     def end_step(self, step: int) -> None:
         """End a training step, and the window if it is full."""
         self.collector.close()
         positions = self.collector.accumulator.num_positions
         if positions and all(count >= self._length(name) for name, count in positions.items()):
             self.collector.provenance["step"] = step
+            steps = self._batch + 1 - (self._batch if self._began is None else self._began)
+            self._pause, self._began = (self._batch + 1 + (self.every - 1) * steps, steps), None
             self.start(complete=True)
 
     def end_interrupted(self, step: int) -> None:
@@ -150,6 +177,8 @@ class Collection:
             "provenance": self.collector.provenance,
             "complete": any(self.ranks.gather(bool(self._complete))),
             "batches": self.collector.accumulator.num_seen,
+            "began": self._began,
+            "pause": list(self._pause),
         }
         return factors.gathered(), state
 
@@ -167,6 +196,7 @@ class Collection:
         factors, saved = found
         self.collector.load_state_dict(saved["collector"])
         self.collector.provenance = saved["provenance"]
+        self._began, self._pause = saved["began"], (saved["pause"][0], saved["pause"][1])
         if saved["complete"]:
             self._complete = self._part(factors)
         self._starts += 1
@@ -184,6 +214,8 @@ class Collection:
             return f"its factors cannot be read: {str(error).rstrip('.')}"
         if saved is None or saved.get("batches") != state["batches"]:
             return f"{file.name} was written with another checkpoint"
+        if "pause" not in saved:
+            return f"{file.name} was written by an earlier version"
         return factors, saved
 
     def _part(self, factors: KroneckerFactors) -> KroneckerFactors:

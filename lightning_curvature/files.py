@@ -128,10 +128,11 @@ def _edit(
         stack.enter_context(progress)
         record = None if delta is None else stack.enter_context(DeltaRecord(Path(delta), checkpoint, facts, hashes))
 
+        own = _OneByOne(factors)
+
         def edit(layer: str) -> Callable[[Tensor], Tensor]:
             def edited(old: Tensor) -> Tensor:
-                # A copy of the factors: their cached basis goes when the layer is done.
-                new, report = _edit_layer(editor, layer, old, dataclasses.replace(factors[layer]), energies[layer])
+                new, report = _edit_layer(editor, layer, old, own(layer), energies[layer])
                 reports[layer] = dataclasses.replace(report, tensor=names[layer])
                 if record is not None:
                     record.add(names[layer], old, new)
@@ -151,6 +152,25 @@ def _edit(
     return EditReport({layer: reports[layer] for layer in energies}, editor.method, factors.provenance)
 
 
+class _OneByOne:
+    """Factors of one layer after the other: an eigenbasis goes with its layer, or with the last in a row that share A.
+
+    Args:
+        factors: The factors.
+    """
+
+    def __init__(self, factors: KroneckerFactors) -> None:
+        self.factors = factors
+        self._A: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, name: str) -> LayerFactors:
+        """Return the factors of a layer, as tensors of their own: what is worked out from them goes with these."""
+        found = self.factors[name]
+        if self._A is None or self._A[0] is not found.A:
+            self._A = found.A, found.A.detach()
+        return dataclasses.replace(found, A=self._A[1], G=found.G.detach())
+
+
 def _edit_layer(
     editor: WeightEditor, layer: str, weight: Tensor, factors: LayerFactors, energy: float
 ) -> tuple[Tensor, LayerEdit]:
@@ -167,10 +187,9 @@ def plan_edit(
     checkpoint = _open_to_edit(source, allow_globals)
     energies = editor.plan(factors)
     names = match_layers(energies, checkpoint.shapes(), checkpoint.module_names)
-    reports = {}
+    reports, own = {}, _OneByOne(factors)
     for layer, energy in energies.items():
-        own = dataclasses.replace(factors[layer])
-        report = _edit_layer(editor, layer, checkpoint.read(names[layer]), own, energy)[1]
+        report = _edit_layer(editor, layer, checkpoint.read(names[layer]), own(layer), energy)[1]
         reports[layer] = dataclasses.replace(report, tensor=names[layer])
     if not any(report.changed for report in reports.values()):
         raise ValueError(_NOTHING)

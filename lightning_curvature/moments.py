@@ -177,7 +177,8 @@ def packed_size(dim: int) -> int:
 
 def _squared_norm(block: Tensor, start: int) -> Tensor:
     """Return the squared Frobenius norm of what a block row stands for: left of its diagonal block, entries are two."""
-    whole, diagonal = torch.linalg.vector_norm(block), torch.linalg.vector_norm(block[:, start:])
+    whole: Tensor = torch.linalg.vector_norm(block)
+    diagonal: Tensor = torch.linalg.vector_norm(block[:, start:])
     return 2 * whole.square() - diagonal.square()
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_curvature.moments import packed_size
 
 _SUM, _FACTOR = 8, 4  # bytes of an entry: sums are float64, finished factors float32
 
@@ -25,35 +28,40 @@ class MemoryPlan:
         >>> plan = MemoryPlan({"mlp.down_proj": (4096, 11008)}, torch.device("cpu"))
         >>> print(plan)
         Memory of the K-FAC factors of 1 layer, on cpu (A: [d_in, d_in], G: [d_out, d_out]):
-          mlp.down_proj  4096 x 11008  1.54 GiB
-          together 1.54 GiB: 1.03 GiB of sums (float64), 0.51 GiB of finished factors (float32)
+          mlp.down_proj  4096 x 11008  1.04 GiB
+          together 1.04 GiB: 0.53 GiB of sums (float64, half of them), 0.51 GiB of finished factors (float32)
+        Layers that read the same tensor share A, and need less.
     """
 
     layers: Mapping[str, tuple[int, int]]
     device: torch.device
 
     @property
-    def num_entries(self) -> int:
-        """Entries of all factors."""
-        return sum(d_out**2 + d_in**2 for d_out, d_in in self.layers.values())
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of sums and finished factors together."""
-        return self.num_entries * (_SUM + _FACTOR)
+        return sum(map(sum, self._bytes.values()))
+
+    @property
+    def _bytes(self) -> dict[str, tuple[int, int]]:
+        """Bytes of the sums and of the factors of each layer."""
+        return {
+            name: (sum(_SUM * packed_size(dim) for dim in shape), sum(_FACTOR * dim**2 for dim in shape))
+            for name, shape in self.layers.items()
+        }
 
     def __str__(self) -> str:
         width = max(map(len, self.layers), default=0)
         rows = [
-            f"  {name:<{width}}  {d_out} x {d_in}  {size((d_out**2 + d_in**2) * (_SUM + _FACTOR))}"
+            f"  {name:<{width}}  {d_out} x {d_in}  {size(sum(self._bytes[name]))}"
             for name, (d_out, d_in) in self.layers.items()
         ]
         table = "\n".join(rows)
+        sums, factors = (sum(part) for part in zip(*self._bytes.values(), strict=True))
         return (
             f"Memory of the K-FAC factors of {len(rows)} layer{'s' * (len(rows) != 1)}, on {self.device} "
             f"(A: [d_in, d_in], G: [d_out, d_out]):\n{table}\n  together {size(self.num_bytes)}: "
-            f"{size(self.num_entries * _SUM)} of sums (float64), {size(self.num_entries * _FACTOR)} of finished "
-            "factors (float32)"
+            f"{size(sums)} of sums (float64, half of them), {size(factors)} of finished factors (float32)\n"
+            "Layers that read the same tensor share A, and need less."
         )
 
     def check(self, available: int | None = None) -> None:
@@ -72,6 +80,28 @@ class MemoryPlan:
                 f"{self}\n{self.device} has {size(free)} left: that does not fit. Choose fewer layers (layers=){cpu}, "
                 "or collect the layers in groups, one pass over the data each (lightning-curvature collect --passes)."
             )
+
+
+def place_sums(layers: Mapping[str, tuple[int, int]], device: torch.device, accumulate_on: str) -> torch.device:
+    """Return where the sums of the layers on a device live; say what they take.
+
+    Args:
+        layers: Shape ``(d_out, d_in)`` of the weight of each layer.
+        device: Where the layers are.
+        accumulate_on: ``"model"``, ``"cpu"``, or ``"auto"``: there if they fit, and otherwise on the CPU.
+
+    Raises:
+        DoesNotFitError: If they fit nowhere.
+    """
+    cpu = torch.device("cpu")
+    plan = MemoryPlan(layers, cpu if accumulate_on == "cpu" or device.type == "mps" else device)  # MPS has no float64
+    if layers:
+        if accumulate_on == "auto" and plan.device != cpu and plan.num_bytes > free_memory(device):
+            rank_zero_info(f"{plan}\nThat does not fit there: they are summed on the CPU.")
+            plan = MemoryPlan(layers, cpu)
+        rank_zero_info(str(plan))
+        plan.check()
+    return plan.device
 
 
 def free_memory(device: torch.device) -> int:

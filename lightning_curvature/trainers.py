@@ -1,5 +1,9 @@
 """Which Trainers a collection can run in: strategies, and other callbacks."""
 
+import math
+from typing import Any
+
+import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import (
@@ -85,3 +89,18 @@ def check_callbacks(own: Callback, callbacks: list[Callback], collects_in_valida
             callbacks.remove(own)
             callbacks.insert(callbacks.index(callback), own)
     return averages
+
+
+def batches_before(trainer: pl.Trainer) -> int:
+    """Return how many training batches a fit has run before this one; also if it was interrupted and goes on."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed)
+
+
+def last_batch(trainer: pl.Trainer) -> float:
+    """Return the number of the last training batch of a fit, from 0; infinite if it is not known."""
+    epochs = trainer.max_epochs
+    batches = math.inf if epochs is None or epochs < 0 else epochs * float(trainer.num_training_batches)
+    if trainer.max_steps >= 0:
+        batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
+    return batches - 1

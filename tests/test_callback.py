@@ -117,7 +117,7 @@ def test_accumulation_and_clipping_leave_empirical_factors_alone(tmp_path):
 
 
 def test_the_latest_complete_window_counts(tmp_path):
-    callback, seen = KFACEditCallback(layers=["net.3"], window=64), []
+    callback, seen = KFACEditCallback(layers=["net.3"], window=64, every=1), []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -133,7 +133,7 @@ def test_the_latest_complete_window_counts(tmp_path):
 def test_the_window_does_not_depend_on_the_cut_into_batches(tmp_path):
     def fit(batch_size):
         pl.seed_everything(0)
-        callback = KFACEditCallback(layers=["net.3"], window=64, fisher="empirical")
+        callback = KFACEditCallback(layers=["net.3"], window=64, every=1, fisher="empirical")
         module = models.Classifier()
         module.lr = 0.0
         trainer = models.trainer(tmp_path, callback, max_epochs=1, enable_checkpointing=False)

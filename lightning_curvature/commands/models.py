@@ -25,7 +25,8 @@ def collect(
     draws: int = 1,
     positions: str = "contributing",
     passes: int = 1,
-    accumulate_on: str = "model",
+    accumulate_on: str = "auto",
+    share: float = 1.0,
     save_every: int = 50,
     seed: int = 0,
 ) -> Output:
@@ -47,7 +48,9 @@ def collect(
         draws: Backward passes per batch of sketched and sampled.
         positions: contributing, all or first.
         passes: Groups of layers, each with a pass of its own over the text, to save memory.
-        accumulate_on: Where the factors are summed: model (the device of each layer) or cpu.
+        accumulate_on: Where the factors are summed: model (the device of each layer), cpu, or auto (the device of each
+            layer if they fit there).
+        share: Share of the positions of each batch that is used, chosen at random.
         save_every: Batches between two saves of the progress.
         seed: Seed of the random draws.
     """
@@ -57,7 +60,7 @@ def collect(
     factors = collect_text(
         load_model(model, checkpoint), load_tokenizer(model), corpus, out, layers=layers or ["last-mlp"],
         tokens=tokens, context=context, batch_size=batch_size, fisher=fisher, draws=draws, positions=positions,
-        passes=passes, accumulate_on=accumulate_on, save_every=save_every, seed=seed,
+        passes=passes, accumulate_on=accumulate_on, share=share, save_every=save_every, seed=seed,
     )  # fmt: skip
     rows = [
         [name, *f.shape, f.num_inputs, f"{1 - f.num_inputs / max(f.num_seen, 1):.1%}"] for name, f in factors.items()

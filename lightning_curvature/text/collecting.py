@@ -98,7 +98,7 @@ def collect_text(
         if not collector.sums:
             raise RuntimeError("No batch was collected: every one held NaN or infinite values.")
         collector.provenance |= {"corpus": Path(corpus).name, "tokens": seen}
-        collector.factors().save(pieces[index])
+        collector.finish().save(pieces[index])
         state = {"pass": index + 1, "batches": 0, "collector": None}
         _save(partial, run, index + 1, 0, None)
     loaded = [KroneckerFactors.load(piece) for piece in pieces]

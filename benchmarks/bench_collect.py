@@ -1,0 +1,354 @@
+"""What collecting costs: time and memory, beside naive hooks and two libraries.
+
+Protocol. Three networks: a language model with gated MLPs (gate, up, down), one with two MLP projections, and a ViT,
+each with random weights and random data, float32. All MLP projections are collected. Variants take turns in rounds on
+the same batches, and every figure is a ratio within a round: median, and range in brackets.
+
+1. *in training*: forward, backward, AdamW. ``plain`` is that alone; the others add what the name says. "Extra" is the
+   time beyond plain, in units of plain; "of naive" is that extra over the one of naive hooks, which add ``x.T @ x`` and
+   ``g.T @ g`` of every layer to float32 sums in every step. The "limit" is the time of the products alone: one matrix
+   product of each distinct factor's shapes, by half, measured in the same rounds.
+2. *one pass over a frozen model*: no weight gradients. ``kronfluence`` and ``curvlinops`` see the same model, rows and
+   layers; "sampled" draws labels from the softmax, one for each position (curvlinops: ``mc_samples=1``).
+3. *memory*: the peak during one step beyond that of the plain step, by torch's profiler, over the bytes of the distinct
+   factors in float32; captured tensors (inputs and gradients of the layers in one batch) are named beside it.
+4. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
+
+    pip install -e ".[bench]"
+    python benchmarks/bench_collect.py --out benchmarks/results/collect.json
+"""
+
+import argparse
+import copy
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measuring import in_turn, peak_bytes, ratios, spread, write
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from lightning_curvature.collect import Collector, collect
+
+STEPS = 4  # training steps of a round
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; a gated MLP or one of two projections."""
+
+    def __init__(self, width: int, gated: bool, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = width // 32, causal
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.mlp = nn.ModuleDict({"up": nn.Linear(width, 4 * width, bias=False)})
+        if gated:
+            self.mlp["gate"] = nn.Linear(width, 4 * width, bias=False)
+        self.mlp["down"] = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, t, width]`` to the same."""
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
+        h = self.norm2(x)
+        up = self.mlp["up"](h)
+        return x + self.mlp["down"](F.silu(self.mlp["gate"](h)) * up if "gate" in self.mlp else F.gelu(up))
+
+
+class Network(nn.Module):
+    """Blocks between an embedding and a head; logits are ``[rows, classes]``, so that all three libraries read them."""
+
+    def __init__(self, kind: str, width: int, depth: int, length: int) -> None:
+        super().__init__()
+        self.image, classes = kind == "vit", 10 if kind == "vit" else 2048
+        self.embed = nn.Linear(48, width, bias=False) if self.image else nn.Embedding(classes, width)
+        self.place = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(width, kind == "gated", not self.image) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Token ids ``[b, t]``, or patches ``[b, t, 48]``, to logits."""
+        x = self.embed(x) + self.place
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.head(x[:, 0]) if self.image else self.head(x).flatten(0, 1)
+
+
+class Subject:
+    """A network, its data, and the steps that are timed."""
+
+    def __init__(self, kind: str, width: int = 256, depth: int = 4, length: int = 256, rows: int = 4) -> None:
+        torch.manual_seed(0)
+        self.model = Network(kind, width, depth, length)
+        shape = (STEPS * rows, length)
+        if kind == "vit":
+            inputs, labels = torch.randn(*shape, 48), torch.randint(10, shape[:1])
+        else:
+            inputs, labels = torch.randint(2048, shape), torch.randint(2048, shape)
+        labels = labels.view(STEPS * rows, -1)
+        self.batches = [(x, y.flatten()) for x, y in zip(inputs.split(rows), labels.split(rows), strict=True)]
+        self.rows = [*zip(inputs, labels, strict=True)]
+        self.names = [name for name, module in self.model.named_modules() if ".mlp." in name]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+
+    @property
+    def layers(self) -> dict[str, nn.Linear]:
+        """The collected layers."""
+        return {name: self.model.get_submodule(name) for name in self.names}
+
+    def step(self, batch: tuple[Tensor, Tensor], collector: Collector | None = None) -> None:
+        """One training step."""
+        if collector is not None:
+            collector.open(batch)
+        loss = F.cross_entropy(self.model(batch[0]), batch[1])
+        if collector is not None:
+            collector.before_backward(loss)
+            collector.stop()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if collector is not None:
+            collector.close()
+
+    def trained(self, **options: object) -> object:
+        """Return work that trains on all batches and collects from them."""
+        collector = Collector(self.model, self.names, **options)
+
+        def work() -> None:
+            for batch in self.batches:
+                self.step(batch, collector)
+
+        return work
+
+    def plain(self) -> None:
+        """Train on all batches."""
+        for batch in self.batches:
+            self.step(batch)
+
+    def naive(self) -> object:
+        """Return work that trains with the hooks that anyone would write first."""
+        sums = {name: (torch.zeros(m.in_features, m.in_features), torch.zeros(m.out_features, m.out_features))
+                for name, m in self.layers.items()}  # fmt: skip
+
+        def hook(A: Tensor, G: Tensor):
+            @torch.no_grad()
+            def forward(_module, args, output):
+                x = args[0].flatten(0, -2)
+                A.add_(x.T @ x)
+
+                def backward(gradient):
+                    g = gradient.flatten(0, -2)
+                    G.add_(g.T @ g)
+
+                output.register_hook(backward)
+
+            return forward
+
+        def work() -> None:
+            handles = [module.register_forward_hook(hook(*sums[name])) for name, module in self.layers.items()]
+            self.plain()
+            for handle in handles:
+                handle.remove()
+
+        return work
+
+    def products(self) -> object:
+        """Return the products alone that a step cannot do without: one of each distinct factor, counted by half."""
+        positions = self.batches[0][0].shape[0] * self.batches[0][0].shape[1]
+        widths = []
+        for name, module in self.layers.items():
+            widths += [module.out_features] + ([] if name.endswith("gate") else [module.in_features])
+        data = {width: torch.randn(positions, width) for width in set(widths)}
+
+        def work() -> None:
+            for _ in self.batches:
+                for width in widths:
+                    data[width].T @ data[width]
+
+        return work
+
+    def pass_over(self, fisher: str) -> None:
+        """Collect in one pass over the frozen model."""
+        collect(self.model, self.batches, lambda batch: F.cross_entropy(self.model(batch[0]), batch[1]),
+                layers=self.names, fisher=fisher, positions="all")  # fmt: skip
+
+    def curvlinops(self, fisher: str) -> None:
+        """The same pass by curvlinops."""
+        from curvlinops import KFACLinearOperator
+
+        kind = {"sampled": "mc", "empirical": "empirical"}[fisher]
+        KFACLinearOperator(
+            self.model, nn.CrossEntropyLoss(), [module.weight for module in self.layers.values()], self.batches,
+            fisher_type=kind, kfac_approx="expand", check_deterministic=False, num_data=len(self.rows),
+            num_per_example_loss_terms=self.batches[0][1].numel() // len(self.batches[0][0]),
+        ).compute_kronecker_factors()  # fmt: skip
+
+    def kronfluence(self, fisher: str) -> object:
+        """Return work that makes the same pass by kronfluence, on a copy of the model, which it wraps."""
+        from kronfluence import prepare_model
+        from kronfluence.arguments import FactorArguments
+        from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
+        from kronfluence.task import Task
+        from kronfluence.utils.state import State
+
+        names = self.names
+
+        class Pass(Task):
+            def compute_train_loss(self, batch, model, sample=False):
+                logits, labels = model(batch[0]), batch[1]
+                if sample:
+                    labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+                return F.cross_entropy(logits, labels, reduction="sum")
+
+            def compute_measurement(self, batch, model):
+                raise NotImplementedError
+
+            def get_influence_tracked_modules(self):
+                return names
+
+        task = Pass()
+        model = prepare_model(copy.deepcopy(self.model), task)
+        arguments = FactorArguments(use_empirical_fisher=fisher == "empirical")
+        return lambda: fit_covariance_matrices_with_loader(
+            model, State(cpu=True), task, self.batches, arguments, disable_tqdm=True
+        )
+
+    def captured_bytes(self) -> int:
+        """Bytes of the layers' distinct inputs and of the gradients at their outputs, in one batch."""
+        positions = self.batches[0][0].shape[0] * self.batches[0][0].shape[1]
+        return 4 * positions * self._widths(self.layers)
+
+    def factor_bytes(self) -> int:
+        """Bytes of the distinct factors, float32."""
+        return 4 * self._widths(self.layers, power=2)
+
+    @staticmethod
+    def _widths(layers: dict[str, nn.Linear], power: int = 1) -> int:
+        return sum(
+            module.out_features**power + (0 if name.endswith("gate") else module.in_features**power)
+            for name, module in layers.items()
+        )
+
+
+def in_training(subject: Subject, rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
+    """Measure the variants of a training step."""
+    seconds = in_turn(
+        {
+            "plain": subject.plain,
+            "naive hooks": subject.naive(),
+            "empirical": subject.trained(fisher="empirical"),
+            "empirical, half of the positions": subject.trained(fisher="empirical", share=0.5),
+            "sketched": subject.trained(fisher="sketched"),
+            "sketched, its backward pass alone": subject.trained(fisher="sketched", share=1e-9),
+            "sampled": subject.trained(fisher="sampled"),
+            "sketched, 2 draws": subject.trained(fisher="sketched", draws=2),
+            "sketched, coupled": subject.trained(fisher="sketched", coupled=True),
+            "the products alone": subject.products(),
+        },
+        rounds,
+    )
+    limit = [0.5 * own / plain for own, plain in zip(seconds["the products alone"], seconds["plain"], strict=True)]
+    rows: list[list[object]] = [["limit", spread(limit), ""]]
+    naive = [ratio - 1 for ratio in ratios(seconds, "naive hooks", "plain")]
+    for name in [*seconds][1:-1]:
+        extra = [ratio - 1 for ratio in ratios(seconds, name, "plain")]
+        rows.append([name, spread(extra), spread([o / n for o, n in zip(extra, naive, strict=True)])])
+    return rows, seconds
+
+
+def frozen(subject: Subject, rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
+    """Measure one pass of ours and of the two libraries."""
+    variants = {"plain": subject.plain}
+    for kind in ("empirical", "sampled"):
+        variants[f"ours, {kind}"] = lambda kind=kind: subject.pass_over(kind)
+        variants[f"kronfluence, {kind}"] = subject.kronfluence(kind)
+        variants[f"curvlinops, {kind}"] = lambda kind=kind: subject.curvlinops(kind)
+    seconds = in_turn(variants, rounds)
+    rows = []
+    for kind in ("empirical", "sampled"):
+        names = [f"{who}, {kind}" for who in ("ours", "kronfluence", "curvlinops")]
+        of_plain = [spread(ratios(seconds, name, "plain")) for name in names]
+        rows.append([kind, *of_plain, *(spread(ratios(seconds, names[0], name)) for name in names[1:])])
+    return rows, seconds
+
+
+def memory(subject: Subject) -> tuple[list[list[object]], dict[str, int]]:
+    """Measure the peak of one training step beyond that of a plain one."""
+    batch = subject.batches[0]
+    subject.step(batch)
+    plain = peak_bytes(lambda: subject.step(batch))
+    rows, peaks = [], {"plain": plain, "factors": subject.factor_bytes(), "captured": subject.captured_bytes()}
+
+    def naive() -> None:
+        subject.batches, kept = [batch], subject.batches
+        work = subject.naive()
+        work()
+        subject.batches = kept
+
+    variants = {"naive hooks": naive}
+    for kind in ("empirical", "sketched"):
+        variants[kind] = lambda kind=kind: subject.step(batch, Collector(subject.model, subject.names, fisher=kind))
+    for name, work in variants.items():
+        peaks[name] = peak_bytes(work)
+        extra = peaks[name] - plain
+        over = (extra - peaks["captured"]) / peaks["factors"]
+        rows.append([name, *(f"{value / 2**20:.1f}" for value in (plain, extra, peaks["captured"], peaks["factors"])),
+                     f"{over:.2f}"])  # fmt: skip
+    return rows, peaks
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--parts", nargs="+", default=["training", "pass", "memory", "sizes"])
+    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
+    args = parser.parse_args()
+    logging.disable(logging.INFO)
+    warnings.filterwarnings("ignore")
+    kinds = {"gated": "gated MLP, 256/1024, 4 blocks", "plain": "plain MLP, 256/1024, 4 blocks",
+             "vit": "ViT, 256/1024, 4 blocks"}  # fmt: skip
+    results: dict[str, object] = {}
+    for kind, title in kinds.items():
+        subject = Subject(kind)
+        if "training" in args.parts:
+            rows, results[f"training, {kind}"] = in_training(subject, args.rounds)
+            print(f"\n{title}: in training\n")
+            print(tabulate(rows, ["", "extra", "of naive"], tablefmt="github"), flush=True)
+        if "pass" in args.parts:
+            rows, results[f"pass, {kind}"] = frozen(subject, args.rounds)
+            print(f"\n{title}: one pass over the frozen model, training step = 1\n")
+            headers = ["", "ours", "kronfluence", "curvlinops", "ours / kronfluence", "ours / curvlinops"]
+            print(tabulate(rows, headers, tablefmt="github"), flush=True)
+        if "memory" in args.parts:
+            rows, results[f"memory, {kind}"] = memory(subject)
+            print(f"\n{title}: peak memory of a step, MiB\n")
+            headers = ["", "plain", "extra", "captured", "factors", "(extra - captured) / factors"]
+            print(tabulate(rows, headers, tablefmt="github"), flush=True)
+    if "sizes" in args.parts:
+        rows = []
+        for sizes in ({}, {"width": 128}, {"width": 512}, {"width": 1024, "depth": 2}, {"depth": 2}, {"depth": 8},
+                      {"length": 64, "rows": 16}, {"length": 1024, "rows": 1}):  # fmt: skip
+            subject = Subject("gated", **sizes)
+            seconds = in_turn({"plain": subject.plain, "naive": subject.naive(), "limit": subject.products(),
+                               "ours": subject.trained(fisher="empirical")}, max(args.rounds // 2, 1))  # fmt: skip
+            extras = {name: [r - 1 for r in ratios(seconds, name, "plain")] for name in ("naive", "ours")}
+            limit = [r / 2 for r in ratios(seconds, "limit", "plain")]
+            of_naive = [ours / naive for ours, naive in zip(extras["ours"], extras["naive"], strict=True)]
+            label = {"width": 256, "depth": 4, "length": 256, "rows": 4, **sizes}
+            rows.append([*label.values(), spread(limit), spread(extras["naive"]), spread(extras["ours"]),
+                         spread(of_naive)])  # fmt: skip
+            results[f"sizes, {label}"] = seconds
+        print("\ngated MLP, empirical in every step, growing sizes\n")
+        headers = ["width", "blocks", "tokens", "rows", "limit", "naive", "ours", "ours / naive"]
+        print(tabulate(rows, headers, tablefmt="github"), flush=True)
+    write(args.out, results)
+
+
+if __name__ == "__main__":
+    main()
