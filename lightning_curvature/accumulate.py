@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_curvature.factors import LayerFactors
 from lightning_curvature.ranks import Ranks
@@ -90,18 +91,18 @@ class Accumulator:
             if batch is not None and rows is None:
                 self._warn_of_skipped()
             groups = same_inputs(rows or [])
-            draws = 1 if batch is None else batch.draws
+            scale = 1.0 if batch is None else batch.scale
             if self.owners is None:
                 for group in groups if self.ranks.counts else []:
                     self._share_inputs(group, kinds)
-                    self._add_group(group, self._sums, draws)
+                    self._add_group(group, self._sums, scale)
                 return
             by_layer = {name: calls for group in groups for name, calls in group.items()}
 
             def of_batch(name: str) -> LayerSums:
                 sums = LayerSums.zero(kinds[name], self.ranks.device)
                 if self.ranks.counts:  # one that does not count takes part, and adds nothing
-                    self._add_group({name: by_layer[name]}, {name: sums}, draws)
+                    self._add_group({name: by_layer[name]}, {name: sums}, scale)
                 return sums
 
             self._exchange({name: kinds[name] for name in by_layer}, of_batch, done=False)
@@ -125,7 +126,9 @@ class Accumulator:
                 for name in here:
                     self._sums[name].share_inputs(inputs)
 
-    def _add_group(self, group: Mapping[str, Sequence[CallRows]], sums: Mapping[str, LayerSums], draws: int) -> None:
+    def _add_group(
+        self, group: Mapping[str, Sequence[CallRows]], sums: Mapping[str, LayerSums], scale: float | Tensor
+    ) -> None:
         """Add the calls of layers that read the same inputs."""
         shared = sharing({name: sums[name] for name in group})
         for calls in zip(*group.values(), strict=True):
@@ -134,7 +137,7 @@ class Accumulator:
                 name = own.call.name
                 if shared[name] == name:
                     sums[name].add_inputs(inputs)
-                sums[name].add_gradients(inputs, own.gradient_rows(), draws, own.num_seen)
+                sums[name].add_gradients(inputs, own.gradient_rows(), scale, own.num_seen)
 
     def join(self) -> None:
         """Take part in what the others still add, until all are done. A collective where the sums are spread."""

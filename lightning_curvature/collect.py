@@ -204,7 +204,7 @@ class Collector:
         # Only a finished batch is added: one that is interrupted is repeated when the run goes on. The graph, which an
         # edge keeps, must not outlive its batch.
         calls = [dataclasses.replace(call, edge=None) for call in calls]
-        self._taken = BatchGradients(calls, gradients, passes if self.fisher != "exact" else 1)
+        self._taken = BatchGradients(calls, gradients, 1.0 if self.fisher == "exact" else 1.0 / passes)
         taps.calls, taps.losses = [], []
 
     def stop(self) -> None:
@@ -230,7 +230,8 @@ class Collector:
                 raise RuntimeError(
                     "The training's backward sent no gradient to the chosen layers; use another fisher=."
                 )
-            self._taken = BatchGradients(calls, [fisher.empirical_gradients(loss, calls)], 1)
+            gradients = [call.gradient for call in calls]
+            self._taken = BatchGradients(calls, [gradients], fisher.empirical_unit(loss).square())
         elif self._taken is None and self._taps is not None and self._taps.recording and self._taps.losses:
             self._warn_of_unseen_backward()
         if self._taken is not None:

@@ -37,13 +37,13 @@ class EigenvalueSums(LayerSums):
     def add_inputs(self, inputs: Tensor) -> None:
         """Do nothing: inputs count with the gradients."""
 
-    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], draws: int, seen: int) -> None:  # noqa: ARG002
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float | Tensor, seen: int) -> None:  # noqa: ARG002
         """Add positions, as :meth:`LayerSums.add_gradients`."""
         basis = self.layer.basis
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         along_inputs = (inputs.to(dtype) @ basis.U_A.to(inputs.device, dtype)).square()
         for gradients in passes:
-            along_outputs = (gradients.to(dtype) @ basis.U_G.to(inputs.device, dtype)).square() / draws
+            along_outputs = (gradients.to(dtype) @ basis.U_G.to(inputs.device, dtype)).square() * scale
             self.total += (along_outputs.T @ along_inputs).to(self.total.device)
         self.count += len(inputs)
 

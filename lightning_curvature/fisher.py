@@ -189,8 +189,8 @@ def _backward(loss: SoftmaxLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradi
     return gradients
 
 
-def empirical_gradients(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Gradients:
-    """Return the gradients of the summed loss on the data's labels, from those that the training's backward left.
+def empirical_unit(loss: SoftmaxLoss) -> Tensor:
+    """Return the factor, float64, that makes gradients of the training's backward those of the plain summed loss.
 
     The factor that arrived at the loss (gradient accumulation, loss scaling, a user's own weight) and the reduction's
     denominator are divided out.
@@ -208,11 +208,7 @@ def empirical_gradients(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Gradie
             "fisher='empirical': the training weighs its loss positions differently, so gradients of the plain loss "
             "cannot be told from them. Use fisher='sketched', which does not depend on the training loss."
         )
-    unit = denominator.double() / factor.double()
-    return [
-        None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) * unit.to(g.device)
-        for g in (call.gradient for call in calls)
-    ]
+    return denominator.double() / factor.double()
 
 
 def check_single_path(loss: SoftmaxLoss, calls: Sequence[LayerCall], objective: Tensor | None) -> None:

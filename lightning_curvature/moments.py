@@ -28,7 +28,8 @@ class SecondMoment:
         count: Positions behind it.
         dtype: Dtype of the mean: float32, or float64 if float64 rows came in.
         batches: Batches behind it.
-        squares: Sum of the squared Frobenius norms of the batches' own sums, float64, for :meth:`relative_error`.
+        squares: Sum over batches of the squared norm of the last block row of their own sums, float64, for
+            :meth:`relative_error`.
 
     >>> moment = SecondMoment(2)
     >>> moment.add(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
@@ -46,13 +47,13 @@ class SecondMoment:
         self._mean: Callable[[], Tensor | None] = lambda: None
 
     @torch.no_grad()
-    def add(self, *rows: Tensor, count: int | None = None, scale: float = 1.0) -> None:
+    def add(self, *rows: Tensor, count: int | None = None, scale: float | Tensor = 1.0) -> None:
         """Add one batch.
 
         Args:
             *rows: Rows ``[n, d]``, any floating dtype; the products of several are summed, none add to the count alone.
             count: Positions that stand behind them; by default all n of all rows.
-            scale: Factor of the products.
+            scale: Factor of the products, a number or a scalar tensor.
         """
         if rows:
             self._add_products(rows, scale)
@@ -60,19 +61,21 @@ class SecondMoment:
         self.count += sum(len(part) for part in rows) if count is None else count
         self._mean = lambda: None
 
-    def _add_products(self, rows: Sequence[Tensor], scale: float) -> None:
+    def _add_products(self, rows: Sequence[Tensor], scale: float | Tensor) -> None:
         for part in rows:
             self.dtype = torch.promote_types(self.dtype, part.dtype)
+        scale = scale.to(self.total.device) if isinstance(scale, Tensor) else scale
         operands = [part if _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
         # A step may still be running in its own precision, and a process allow products of fewer bits than it asks for.
         with torch.autocast(rows[0].device.type, enabled=False), full_precision():
             for start, end, block in self._blocks():
                 products = [_product(part[:, start:end].T, part[:, :end]) for part in operands]
-                product = sum(products[1:], products[0]).to(block.device).double()
-                if scale != 1.0:
+                product = sum(products[1:], products[0]).to(block.device)
+                if isinstance(scale, Tensor) or scale != 1.0:
                     product *= scale
                 block += product
-                self.squares += _squared_norm(product, start)
+                if end == self.dim:
+                    self.squares += torch.linalg.vector_norm(product.double()).square()
 
     def merge_(self, other: "SecondMoment") -> None:
         """Add the sum of other positions."""
@@ -137,9 +140,10 @@ class SecondMoment:
     def relative_error(self) -> float | None:
         """Return the standard error of the mean, relative to its Frobenius norm; None if its batches cannot tell.
 
-        It is estimated from the spread of the batches, taken for independent and equally long.
+        It is estimated from the spread of the batches, taken for independent and equally long, on the last rows.
         """
-        whole = sum(float(_squared_norm(block, start)) for start, _, block in self._blocks())
+        *_, (_, _, last) = self._blocks()
+        whole = float(torch.linalg.vector_norm(last).square())
         if self.batches < 2 or not whole > 0:
             return None
         return math.sqrt(max(self.batches * float(self.squares) / whole - 1.0, 0.0) / (self.batches - 1))
@@ -173,13 +177,6 @@ def packed_size(dim: int) -> int:
     0.5625
     """
     return sum((end - start) * end for start, end in block_rows(dim))
-
-
-def _squared_norm(block: Tensor, start: int) -> Tensor:
-    """Return the squared Frobenius norm of what a block row stands for: left of its diagonal block, entries are two."""
-    whole: Tensor = torch.linalg.vector_norm(block)
-    diagonal: Tensor = torch.linalg.vector_norm(block[:, start:])
-    return 2 * whole.square() - diagonal.square()
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

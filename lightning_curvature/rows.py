@@ -26,7 +26,7 @@ class BatchGradients:
     Args:
         calls: Calls of the chosen layers.
         passes: Of each backward pass, the gradients at the outputs of the calls.
-        draws: Passes over which to average; 1 if they are to be summed.
+        scale: Factor of the products of gradients: over passes that are averaged, or the square of their unit.
         mask: Mask of the batch, for ``positions="mask:KEY"``.
         share: Share of the positions that is used, chosen at random.
         seed: Seed of that choice.
@@ -34,7 +34,7 @@ class BatchGradients:
 
     calls: Sequence[LayerCall]
     passes: Sequence[Gradients]
-    draws: int
+    scale: float | Tensor = 1.0
     mask: Tensor | None = None
     share: float = 1.0
     seed: int = 0

@@ -63,13 +63,13 @@ class LayerSums:
         """Add inputs ``[n, d_in]`` at the positions that count; once for all layers that share the moment."""
         self.inputs.add(inputs)
 
-    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], draws: int, seen: int) -> None:
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float | Tensor, seen: int) -> None:
         """Add the gradients at the same positions.
 
         Args:
             inputs: The inputs there, ``[n, d_in]``.
             passes: Gradients at their outputs, ``[n, d_out]``, of each backward pass.
-            draws: Passes over which to average; 1 if they are to be summed.
+            scale: Factor of their products.
             seen: Positions that went through the layer, counted or not.
         """
         rows = {"gradients": passes}
@@ -77,7 +77,7 @@ class LayerSums:
             rows["A_coupled"] = [inputs * part.norm(dim=1, keepdim=True) for part in passes]
             rows["G_coupled"] = [part * inputs.norm(dim=1, keepdim=True) for part in passes]
         for name, parts in rows.items():
-            self.moments[name].add(*parts, count=len(inputs), scale=1.0 / draws)
+            self.moments[name].add(*parts, count=len(inputs), scale=scale)
         self.num_seen += seen
 
     @property
