@@ -127,9 +127,11 @@ class Collection:
         """
         self._batch = batch
         until, steps = self._pause
-        if batch < until and batch <= last - math.ceil(1.25 * steps):  # what is left may need a few steps more
-            return False
+        left = last - batch + 1
         if self._began is None:
+            # The last window begins a little early, for it may take more steps than the one before.
+            if batch < until and not steps <= left <= math.ceil(1.25 * steps):
+                return False
             self._began = batch
         return True
 

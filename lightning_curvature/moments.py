@@ -28,8 +28,7 @@ class SecondMoment:
         count: Positions behind it.
         dtype: Dtype of the mean: float32, or float64 if float64 rows came in.
         batches: Batches behind it.
-        squares: Sum over batches of the squared norm of the last block row of their own sums, float64, for
-            :meth:`relative_error`.
+        squares: Sum of the squared Frobenius norms of the batches' own sums, float64, for :meth:`relative_error`.
 
     >>> moment = SecondMoment(2)
     >>> moment.add(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
@@ -74,8 +73,7 @@ class SecondMoment:
                 if isinstance(scale, Tensor) or scale != 1.0:
                     product *= scale
                 block += product
-                if end == self.dim:
-                    self.squares += torch.linalg.vector_norm(product.double()).square()
+                self.squares += _squared_norm(product, start)
 
     def merge_(self, other: "SecondMoment") -> None:
         """Add the sum of other positions."""
@@ -140,10 +138,9 @@ class SecondMoment:
     def relative_error(self) -> float | None:
         """Return the standard error of the mean, relative to its Frobenius norm; None if its batches cannot tell.
 
-        It is estimated from the spread of the batches, taken for independent and equally long, on the last rows.
+        It is estimated from the spread of the batches, taken for independent and equally long.
         """
-        *_, (_, _, last) = self._blocks()
-        whole = float(torch.linalg.vector_norm(last).square())
+        whole = sum(float(_squared_norm(block, start)) for start, _, block in self._blocks())
         if self.batches < 2 or not whole > 0:
             return None
         return math.sqrt(max(self.batches * float(self.squares) / whole - 1.0, 0.0) / (self.batches - 1))
@@ -177,6 +174,13 @@ def packed_size(dim: int) -> int:
     0.5625
     """
     return sum((end - start) * end for start, end in block_rows(dim))
+
+
+def _squared_norm(block: Tensor, start: int) -> Tensor:
+    """Return the squared Frobenius norm of what a block row stands for: left of its diagonal block, entries are two."""
+    whole: Tensor = torch.linalg.vector_norm(block, dtype=torch.float64)
+    diagonal: Tensor = torch.linalg.vector_norm(block[:, start:], dtype=torch.float64)
+    return 2 * whole.square() - diagonal.square()
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

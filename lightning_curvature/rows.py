@@ -93,7 +93,7 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
     Raises:
         RuntimeError: If a layer's input was overwritten, or positions cannot be told.
     """
-    rows, finite, samples = [], dict[Any, Tensor](), dict[Any, Tensor]()
+    rows, finite, samples = [], dict[Any, Tensor](), dict[int, tuple[Tensor, int]]()
     for index, call in enumerate(batch.calls):
         call.check_input()
         inputs = whole(call.inputs)
@@ -116,8 +116,8 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
         if batch.share < 1.0:
             if own.num_seen not in samples:
                 samples[own.num_seen] = _sample(own.num_seen, batch)
-            sample = samples[own.num_seen]
-            own.num_seen, sample = int(sample.sum()), sample.to(inputs.device, non_blocking=True)
+            sample, own.num_seen = samples[own.num_seen]
+            sample = sample.to(inputs.device, non_blocking=True)
             own.counted = sample if own.counted is None else own.counted & sample
         rows.append(own)
     readers = Counter(own.key for own in rows)
@@ -157,10 +157,11 @@ def _reading(call: LayerCall) -> tuple[Any, ...]:
     return (local.data_ptr(), call.version, local.dtype, local.device, local.shape, local.stride(), inputs.shape, how)
 
 
-def _sample(count: int, batch: BatchGradients) -> Tensor:
-    """Choose positions, the same ones for all layers that have as many, bool ``[count]`` on the CPU."""
+def _sample(count: int, batch: BatchGradients) -> tuple[Tensor, int]:
+    """Choose positions, the same for all layers that have as many: bool ``[count]`` on the CPU, and their number."""
     generator = torch.Generator().manual_seed((batch.seed + count) % 2**63)
-    return torch.rand(count, generator=generator) < batch.share
+    sample = torch.rand(count, generator=generator) < batch.share
+    return sample, int(sample.sum())
 
 
 def _fingerprint(mask: Tensor) -> Tensor:

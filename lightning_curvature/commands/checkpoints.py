@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_curvature import files
+from lightning_curvature.bases import bases_in
 from lightning_curvature.bulk import BulkStepEditor
 from lightning_curvature.checkpoints.outputs import check_outputs
 from lightning_curvature.commands.output import Output, extra
@@ -34,6 +35,7 @@ def edit(
     dry_run: bool = False,
     save_delta: Path | None = None,
     to_hf: Path | None = None,
+    bases: Path | None = None,
     overwrite: bool = False,
     allow_global: list[str] | None = None,
 ) -> Output:
@@ -65,6 +67,7 @@ def edit(
         save_delta: Also write a delta file, with which revert gets the original back.
         to_hf: Write a Hugging Face folder from a .ckpt or .pt whose module holds a Hugging Face model; names a folder
             with the model's config.json, from which the tokenizer and all other files are copied, too.
+        bases: Folder in which eigenbases are kept, so that other edits with these factors need not work them out again.
         overwrite: Replace what is at out.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
@@ -72,36 +75,37 @@ def edit(
     check_outputs([path for path in (out, save_delta) if path is not None], inputs, overwrite)
     share = DEFAULT_ENERGY if energy is None else energy
     editor, loaded = CurvatureEditor(share, layers, score, soft), KroneckerFactors.open(factors)
-    found: dict[str, Any] = {}
-    if perplexity is not None or forget is not None:
-        with extra("text"):
-            from lightning_curvature.text.choosing import Chooser
-        weights = None if model in (None, checkpoint) else checkpoint
-        if weights is not None and weights.is_dir():
-            raise ValueError(f"{weights} is a folder with a model of its own: leave --model out.")
-        chooser = Chooser(model or checkpoint, weights, loaded, allow_global or ())
-        if forget is not None:
-            loaded = chooser.add_margins(forget, half)
-            editor = BulkStepEditor(strength, share, layers, score, soft)
-        if perplexity is not None:
-            if energy is not None:
-                raise ValueError("--perplexity finds the energy, one for all layers: give no --energy.")
-            if corpus is None:
-                raise ValueError("--perplexity needs a text to measure it on: --corpus.")
-            found = chooser.find(editor, perplexity, corpus, tokens, context)
-            editor = editor.at(found["energy"])
-    elif corpus is not None:
-        raise ValueError("--corpus is a text to choose an energy on: say what the edit may cost with --perplexity.")
-    said = f"{found['text']}\n" if found else ""
-    if dry_run:
-        plan = files.plan_edit(editor, checkpoint, loaded, allow_global or ())
-        return Output(f"{said}{plan}", {**dataclasses.asdict(plan), **({"target": found} if found else {})})
-    report = files.edit_checkpoint(
-        editor, checkpoint, loaded, out, overwrite=overwrite, delta=save_delta, allow_globals=allow_global or (),
-        to_hf=to_hf,
-    )  # fmt: skip
-    shown = f"{said}{report}\n{files.matches(report)}\nWritten to {out}"
-    return Output(shown, {"out": str(out), **dataclasses.asdict(report), **({"target": found} if found else {})})
+    with bases_in(bases):
+        found: dict[str, Any] = {}
+        if perplexity is not None or forget is not None:
+            with extra("text"):
+                from lightning_curvature.text.choosing import Chooser
+            weights = None if model in (None, checkpoint) else checkpoint
+            if weights is not None and weights.is_dir():
+                raise ValueError(f"{weights} is a folder with a model of its own: leave --model out.")
+            chooser = Chooser(model or checkpoint, weights, loaded, allow_global or ())
+            if forget is not None:
+                loaded = chooser.add_margins(forget, half)
+                editor = BulkStepEditor(strength, share, layers, score, soft)
+            if perplexity is not None:
+                if energy is not None:
+                    raise ValueError("--perplexity finds the energy, one for all layers: give no --energy.")
+                if corpus is None:
+                    raise ValueError("--perplexity needs a text to measure it on: --corpus.")
+                found = chooser.find(editor, perplexity, corpus, tokens, context)
+                editor = editor.at(found["energy"])
+        elif corpus is not None:
+            raise ValueError("--corpus is a text to choose an energy on: say what the edit may cost with --perplexity.")
+        said = f"{found['text']}\n" if found else ""
+        if dry_run:
+            plan = files.plan_edit(editor, checkpoint, loaded, allow_global or ())
+            return Output(f"{said}{plan}", {**dataclasses.asdict(plan), **({"target": found} if found else {})})
+        report = files.edit_checkpoint(
+            editor, checkpoint, loaded, out, overwrite=overwrite, delta=save_delta, allow_globals=allow_global or (),
+            to_hf=to_hf,
+        )  # fmt: skip
+        shown = f"{said}{report}\n{files.matches(report)}\nWritten to {out}"
+        return Output(shown, {"out": str(out), **dataclasses.asdict(report), **({"target": found} if found else {})})
 
 
 def revert(

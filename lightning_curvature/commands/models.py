@@ -6,6 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from lightning_curvature.bases import bases_in
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.commands.output import Output, extra
 from lightning_curvature.factors import KroneckerFactors
@@ -190,6 +191,7 @@ def sweep(
     tokens: int = 20_000,
     context: int = 128,
     batch_size: int = 32,
+    bases: Path | None = None,
 ) -> Output:
     """Edit a saved Hugging Face causal LM in many ways, and show what each leaves and costs; resumable.
 
@@ -211,16 +213,18 @@ def sweep(
         tokens: Tokens of the corpus to read at most.
         context: Tokens of a window of the corpus.
         batch_size: Sequences per forward pass.
+        bases: Folder in which eigenbases are kept, so that edits with these factors need not work them out again.
     """
     with extra("text"):
         from lightning_curvature.text.choosing import ENERGIES, Chooser, best_within
     with extra("plots"):
         from lightning_curvature import plots
     chosen = ENERGIES if energies is None else [float(energy) for energy in energies]
-    rows = Chooser(model, checkpoint, KroneckerFactors.load(factors)).sweep(
-        out / "sweep.csv", sequences, half, corpus, energies=chosen, layers=layers, scores=scores or ["kfac"],
-        soft=soft, tokens=tokens, context=context, batch_size=batch_size,
-    )  # fmt: skip
+    with bases_in(bases):
+        rows = Chooser(model, checkpoint, KroneckerFactors.load(factors)).sweep(
+            out / "sweep.csv", sequences, half, corpus, energies=chosen, layers=layers, scores=scores or ["kfac"],
+            soft=soft, tokens=tokens, context=context, batch_size=batch_size,
+        )  # fmt: skip
     front = pareto(rows, minimize=["strict", "perplexity"])
     plots.save(plots.pareto(rows, front, "perplexity", "strict"), out / "sweep.png")
     headers = {"edit": "edit", "energy": "energy", "strict": "strict", "times": "perplexity, times"}
