@@ -198,14 +198,18 @@ def shrink(scores: Tensor, energy: float) -> tuple[Tensor, float]:
 
 
 def _columns_above(lam: Tensor, mu: Tensor, threshold: float) -> Tensor:
-    """For each i, count the j with ``lam_i * mu_j >= threshold``: a bisection over j, for all rows at once."""
-    low = torch.zeros_like(lam, dtype=torch.int64)
-    high = torch.full_like(low, len(mu))
-    for _ in range(len(mu).bit_length()):
-        middle = (low + high) // 2
-        above = (lam * mu[middle.clamp(max=len(mu) - 1)] >= threshold) & (middle < high)
-        low, high = torch.where(above, middle + 1, low), torch.where(above, high, middle)
-    return low
+    """For each i, count the j with ``lam_i * mu_j >= threshold``."""
+    ascending = mu.flip(0)
+    columns = len(mu) - torch.searchsorted(ascending, threshold / lam)
+    while True:  # a quotient is rounded: the products decide, for all equal ones at once
+        after, last = columns.clamp(max=len(mu) - 1), (columns - 1).clamp(min=0)
+        more = (columns < len(mu)) & (lam * mu[after] >= threshold)
+        fewer = (columns > 0) & (lam * mu[last] < threshold)
+        if not bool((more | fewer).any()):
+            return columns
+        added = len(mu) - torch.searchsorted(ascending, mu[after])
+        left = len(mu) - torch.searchsorted(ascending, mu[last], right=True)
+        columns = torch.where(more, added, torch.where(fewer, left, columns))
 
 
 def _bits(value: float) -> int:

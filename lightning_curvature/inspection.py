@@ -36,6 +36,7 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
                 "num_inputs": layer.num_inputs,
                 "num_gradients": layer.num_gradients,
                 "num_seen": layer.num_seen,
+                "errors": layer.errors,
                 "share_of_pairs": {
                     str(energy): select_staircase(lam, mu, energy).kept / (len(lam) * len(mu))
                     for energy in (0.5, 0.9, 0.99)
@@ -70,9 +71,10 @@ def description(found: Mapping[str, Any]) -> str:
             if edit is None
             else f"{total}; edited:\n{json.dumps(edit, indent=2)}"
         )
-    headers = ["layer", "weight", "positions", "half of the mass in", "90 %", "99 %"]
+    headers = ["layer", "weight", "positions", "error of A", "of G", "half of the mass in", "90 %", "99 %"]
     rows = [
         [name, "{} x {}".format(*layer["shape"]), layer["num_inputs"],
+         *(f"{layer['errors'][key]:.1%}" if key in layer["errors"] else "" for key in ("A_error", "G_error")),
          *(f"{share:.2%}" for share in layer["share_of_pairs"].values())]
         for name, layer in found["layers"].items()
     ]  # fmt: skip

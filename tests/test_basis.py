@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_curvature.basis import curvature_basis, decompose, project_weight, select_staircase
+from lightning_curvature.basis import _columns_above, curvature_basis, decompose, project_weight, select_staircase
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import LayerFactors
 from tests import reference
@@ -94,3 +94,22 @@ def test_project_weight_checks_shapes_and_takes_a_mask():
     torch.testing.assert_close(project_weight(weight, basis, torch.full((2, 3), 0.5)), weight / 2)
     with pytest.raises(ValueError, match=r"for a weight \[2, 3\]; found weight \[3, 2\]"):
         project_weight(weight.T, basis, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["different", "equal in groups", "all equal", "zeros"])
+def test_thresholds_are_compared_with_products_not_quotients(kind):
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(40):
+        lam, mu = (torch.rand(size, generator=generator, dtype=torch.float64).sort(descending=True).values
+                   for size in (1 + trial, 60 - trial))  # fmt: skip
+        if kind == "equal in groups":
+            mu = (mu * 4).round() / 40
+        elif kind == "all equal":
+            lam, mu = torch.full_like(lam, 1 / 3), torch.full_like(mu, 1 / 7)
+        elif kind == "zeros":
+            lam, mu = (lam * 3).floor() / 3, mu * 1e-3
+        masses = torch.outer(lam, mu)
+        for mass in masses.flatten()[:: max(masses.numel() // 7, 1)].tolist():
+            for threshold in (mass, mass * (1 + 2e-16), mass * (1 - 2e-16), 0.7 * mass):
+                if threshold > 0:
+                    assert torch.equal(_columns_above(lam, mu, threshold), (masses >= threshold).sum(1))

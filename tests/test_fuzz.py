@@ -547,6 +547,8 @@ def rewrite(path, change):
 
 FACTORS = [
     (lambda h, own: own.update(version=3), "has version 3, this package reads those up to 2: update it"),
+    (lambda h, own: own["layers"]["b"].update(shares_A_with="z"), "layer 'b' cannot have shares_A_with 'z'"),
+    (lambda h, own: own["layers"]["b"].update(A_error=-1), "layer 'b' cannot have A_error -1"),
     (lambda h, own: own.update(layers=[]), "its header has no layers, or no provenance"),
     (lambda h, own: own["layers"]["b"].pop("num_inputs"), "layer 'b' must have num_inputs, num_gradients, num_seen"),
     (lambda h, own: own["layers"]["b"].update(num_seen=-1), "layer 'b' cannot have num_seen -1"),
