@@ -43,6 +43,7 @@ def bases_in(folder: str | PathLike[str] | None) -> Iterator[None]:
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> from lightning_curvature import LayerFactors
         >>> layer = LayerFactors(A=torch.eye(3), G=torch.diag(torch.tensor([2.0, 1.0])), num_inputs=9, num_gradients=9)
         >>> with tempfile.TemporaryDirectory() as folder, bases_in(folder):
