@@ -12,7 +12,9 @@ the same batches, and every figure is a ratio within a round: median, and range 
    layers; "sampled" draws labels from the softmax, one for each position (curvlinops: ``mc_samples=1``).
 3. *memory*: the peak during one step beyond that of the plain step, by torch's profiler, over the bytes of the distinct
    factors in float32; captured tensors (inputs and gradients of the layers in one batch) are named beside it.
-4. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
+4. *alone*: plain, naive and ``empirical`` of the gated model, with no other variant between them; *blocks*: products of
+   1024 rows, block rows up to the diagonal against the full product.
+5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
 
     pip install -e ".[bench]"
     python benchmarks/bench_collect.py --out benchmarks/results/collect.json
@@ -31,6 +33,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_curvature.collect import Collector, collect
+from lightning_curvature.moments import block_rows
 
 STEPS = 4  # training steps of a round
 
@@ -261,6 +264,38 @@ def in_training(subject: Subject, rounds: int) -> tuple[list[list[object]], dict
     return rows, seconds
 
 
+def alone(rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
+    """Measure ``empirical`` and naive hooks with nothing else in turn."""
+    subject = Subject("gated")
+    seconds = in_turn(
+        {"plain": subject.plain, "naive": subject.naive(), "ours": subject.trained(fisher="empirical")}, rounds
+    )
+    extras = [[ratio - 1 for ratio in ratios(seconds, name, "plain")] for name in ("naive", "ours")]
+    of_naive = [ours / naive for naive, ours in zip(*extras, strict=True)]
+    return [[spread(extras[0]), spread(extras[1]), spread(of_naive)]], seconds
+
+
+def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
+    """Measure the products of block rows against full ones, over matrices that do not stay in a cache."""
+    rows, results = [], {}
+    for width in (64, 128, 256, 512, 1024, 2048):
+        data = [torch.randn(1024, width) for _ in range(max(12 * 1024 // width, 2))]
+        bounds = block_rows(width)
+
+        def full(data=data):
+            for x in data:
+                x.T @ x
+
+        def lower(data=data, bounds=bounds):
+            for x in data:
+                for start, end in bounds:
+                    x[:, start:end].T @ x[:, :end]
+
+        results[str(width)] = seconds = in_turn({"full": full, "blocks": lower}, rounds)
+        rows.append([width, len(bounds), spread(ratios(seconds, "blocks", "full"))])
+    return rows, results
+
+
 def frozen(subject: Subject, rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
     """Measure one pass of ours and of the two libraries."""
     variants = {"plain": subject.plain}
@@ -306,7 +341,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--parts", nargs="+", default=["training", "pass", "memory", "sizes"])
+    parser.add_argument("--parts", nargs="+", default=["training", "pass", "memory", "alone", "blocks", "sizes"])
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     args = parser.parse_args()
     logging.disable(logging.INFO)
@@ -330,6 +365,14 @@ def main() -> None:
             print(f"\n{title}: peak memory of a step, MiB\n")
             headers = ["", "plain", "extra", "captured", "factors", "(extra - captured) / factors"]
             print(tabulate(rows, headers, tablefmt="github"), flush=True)
+    if "alone" in args.parts:
+        rows, results["alone"] = alone(2 * args.rounds)
+        print("\ngated MLP, empirical in every step, alone\n")
+        print(tabulate(rows, ["naive", "ours", "ours / naive"], tablefmt="github"), flush=True)
+    if "blocks" in args.parts:
+        rows, results["blocks"] = blocks(2 * args.rounds)
+        print("\nProducts of block rows, full product = 1\n")
+        print(tabulate(rows, ["width", "blocks", "of the full product"], tablefmt="github"), flush=True)
     if "sizes" in args.parts:
         rows = []
         for sizes in ({}, {"width": 128}, {"width": 512}, {"width": 1024, "depth": 2}, {"depth": 2}, {"depth": 8},
