@@ -1,4 +1,4 @@
-"""What collecting costs: time and memory, beside naive hooks and two libraries.
+r"""What collecting costs: time and memory, beside naive hooks and two libraries.
 
 Protocol. Three networks: a language model with gated MLPs (gate, up, down), one with two MLP projections, and a ViT,
 each with random weights and random data, float32. All MLP projections are collected. Variants take turns in rounds on
@@ -15,14 +15,19 @@ the same batches, and every figure is a ratio within a round: median, and range 
 4. *alone*: plain, naive and ``empirical`` of the gated model, with no other variant between them; *blocks*: products of
    1024 rows, block rows up to the diagonal against the full product.
 5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
+6. *peak*, on a GPU: operations that one update of a factor needs (``d^2`` for each of 8192 positions, bfloat16) in a
+   second, over those of one 8192 x 8192 x 8192 product of bfloat16 matrices.
 
     pip install -e ".[bench]"
     python benchmarks/bench_collect.py --out benchmarks/results/collect.json
+    python benchmarks/bench_collect.py --device cuda --dtype bfloat16 --width 1024 --length 512 --rows 16 \
+        --parts training memory peak --out benchmarks/results/collect-gpu.json
 """
 
 import argparse
 import copy
 import logging
+import statistics
 import warnings
 from pathlib import Path
 
@@ -33,7 +38,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_curvature.collect import Collector, collect
-from lightning_curvature.moments import block_rows
+from lightning_curvature.moments import SecondMoment, block_rows
 
 STEPS = 4  # training steps of a round
 
@@ -85,15 +90,18 @@ class Network(nn.Module):
 class Subject:
     """A network, its data, and the steps that are timed."""
 
-    def __init__(self, kind: str, width: int = 256, depth: int = 4, length: int = 256, rows: int = 4) -> None:
+    def __init__(
+        self, kind: str, width: int = 256, depth: int = 4, length: int = 256, rows: int = 4, device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
-        self.model = Network(kind, width, depth, length)
+        self.model = Network(kind, width, depth, length).to(device, dtype)
         shape = (STEPS * rows, length)
         if kind == "vit":
-            inputs, labels = torch.randn(*shape, 48), torch.randint(10, shape[:1])
+            inputs, labels = torch.randn(*shape, 48, dtype=dtype), torch.randint(10, shape[:1])
         else:
             inputs, labels = torch.randint(2048, shape), torch.randint(2048, shape)
-        labels = labels.view(STEPS * rows, -1)
+        inputs, labels = inputs.to(device), labels.view(STEPS * rows, -1).to(device)
         self.batches = [(x, y.flatten()) for x, y in zip(inputs.split(rows), labels.split(rows), strict=True)]
         self.rows = [*zip(inputs, labels, strict=True)]
         self.names = [name for name, module in self.model.named_modules() if ".mlp." in name]
@@ -135,7 +143,7 @@ class Subject:
 
     def naive(self) -> object:
         """Return work that trains with the hooks that anyone would write first."""
-        sums = {name: (torch.zeros(m.in_features, m.in_features), torch.zeros(m.out_features, m.out_features))
+        sums = {name: tuple(torch.zeros(size, size, device=m.weight.device) for size in m.weight.shape[::-1])
                 for name, m in self.layers.items()}  # fmt: skip
 
         def hook(A: Tensor, G: Tensor):
@@ -166,7 +174,7 @@ class Subject:
         widths = []
         for name, module in self.layers.items():
             widths += [module.out_features] + ([] if name.endswith("gate") else [module.in_features])
-        data = {width: torch.randn(positions, width) for width in set(widths)}
+        data = {width: torch.randn(positions, width).to(self.model.place) for width in set(widths)}
 
         def work() -> None:
             for _ in self.batches:
@@ -214,17 +222,17 @@ class Subject:
             def get_influence_tracked_modules(self):
                 return names
 
-        task = Pass()
+        task, model_on_gpu = Pass(), self.model.place.is_cuda
         model = prepare_model(copy.deepcopy(self.model), task)
         arguments = FactorArguments(use_empirical_fisher=fisher == "empirical")
         return lambda: fit_covariance_matrices_with_loader(
-            model, State(cpu=True), task, self.batches, arguments, disable_tqdm=True
+            model, State(cpu=not model_on_gpu), task, self.batches, arguments, disable_tqdm=True
         )
 
     def captured_bytes(self) -> int:
         """Bytes of the layers' distinct inputs and of the gradients at their outputs, in one batch."""
         positions = self.batches[0][0].shape[0] * self.batches[0][0].shape[1]
-        return 4 * positions * self._widths(self.layers)
+        return self.model.place.dtype.itemsize * positions * self._widths(self.layers)
 
     def factor_bytes(self) -> int:
         """Bytes of the distinct factors, float32."""
@@ -296,6 +304,29 @@ def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
     return rows, results
 
 
+def share_of_peak(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
+    """Measure updates of one factor on a GPU against a large matrix product, both in bfloat16."""
+    positions, repeats, rows, results = 8192, 20, [], {}
+    square = torch.randn(8192, 8192, device="cuda").bfloat16()
+    for width in (512, 1024, 2048, 4096, 8192, 11008):
+        data, moment = torch.randn(positions, width, device="cuda").bfloat16(), SecondMoment(width, "cuda")
+        results[str(width)] = seconds = in_turn(
+            {
+                "peak": lambda: [square @ square for _ in range(repeats)],
+                "update": lambda x=data, m=moment: [m.add(x) for _ in range(repeats)],
+                "full": lambda x=data: [torch.mm(x.T, x, out_dtype=torch.float32) for _ in range(repeats)],
+            },
+            rounds,
+        )
+        peak = [2 * 8192**3 * repeats / own for own in seconds["peak"]]
+        needed = [width**2 * positions * repeats / own for own in seconds["update"]]
+        full = [2 * width**2 * positions * repeats / own for own in seconds["full"]]
+        rows.append([width, f"{1000 * statistics.median(seconds['update']) / repeats:.2f}",
+                     f"{statistics.median(needed) / 1e12:.0f}",
+                     *(spread([a / b for a, b in zip(own, peak, strict=True)]) for own in (needed, full))])  # fmt: skip
+    return rows, results
+
+
 def frozen(subject: Subject, rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
     """Measure one pass of ours and of the two libraries."""
     variants = {"plain": subject.plain}
@@ -342,15 +373,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--parts", nargs="+", default=["training", "pass", "memory", "alone", "blocks", "sizes"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of weights and data")
+    parser.add_argument("--width", type=int, default=256, help="of parts training, pass and memory")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row there")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a batch there")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     args = parser.parse_args()
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
-    kinds = {"gated": "gated MLP, 256/1024, 4 blocks", "plain": "plain MLP, 256/1024, 4 blocks",
-             "vit": "ViT, 256/1024, 4 blocks"}  # fmt: skip
+    shape = f"{args.width}/{4 * args.width}, 4 blocks, {args.dtype}, {args.device}"
+    kinds = {"gated": f"gated MLP, {shape}", "plain": f"plain MLP, {shape}", "vit": f"ViT, {shape}"}
     results: dict[str, object] = {}
     for kind, title in kinds.items():
-        subject = Subject(kind)
+        subject = Subject(kind, width=args.width, length=args.length, rows=args.rows, device=args.device,
+                          dtype=getattr(torch, args.dtype))  # fmt: skip
         if "training" in args.parts:
             rows, results[f"training, {kind}"] = in_training(subject, args.rounds)
             print(f"\n{title}: in training\n")
@@ -373,6 +410,11 @@ def main() -> None:
         rows, results["blocks"] = blocks(2 * args.rounds)
         print("\nProducts of block rows, full product = 1\n")
         print(tabulate(rows, ["width", "blocks", "of the full product"], tablefmt="github"), flush=True)
+    if "peak" in args.parts:
+        rows, results["peak"] = share_of_peak(args.rounds)
+        print("\nOne update of a factor, 8192 positions, bfloat16\n")
+        print(tabulate(rows, ["width", "ms", "TFLOP/s needed", "of the peak", "full product, of the peak"],
+                       tablefmt="github"), flush=True)  # fmt: skip
     if "sizes" in args.parts:
         rows = []
         for sizes in ({}, {"width": 128}, {"width": 512}, {"width": 1024, "depth": 2}, {"depth": 2}, {"depth": 8},

@@ -11,10 +11,11 @@ random. Variants take turns in rounds; medians, and ranges in brackets.
    LAPACK's reduction to a tridiagonal matrix with eigenvectors of the kept part alone (scipy), and four layers one
    after the other against two threads with one core each.
 4. *sweep*: ten energies of one layer with coefficients computed once, against ten separate edits with the same bases.
-5. *large*: with ``--large``, a layer of 11008 x 4096 in a process of its own: seconds, and peak resident memory beyond
-   its factors and weight.
+5. *large*: with ``--large``, a layer of 11008 x 4096 in a process of its own: seconds, and peak memory beyond its
+   factors and weight (resident; on a GPU, what torch's allocator gave out).
 
     python benchmarks/bench_edit.py --large --out benchmarks/results/edit.json
+    python benchmarks/bench_edit.py --device cuda --parts edits --large --out benchmarks/results/edit-gpu.json
 """
 
 import argparse
@@ -31,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg.lapack as lapack
 import torch
-from measuring import in_turn, ratios, spread, write
+from measuring import in_turn, peak_bytes, ratios, spread, write
 from tabulate import tabulate
 from torch import Tensor
 
@@ -62,10 +63,11 @@ def spectrum(dim: int, power: float) -> Tensor:
     return (torch.arange(1, dim + 1, dtype=torch.float64) + 0.5 * noise) ** -power
 
 
-def layer(shape: tuple[int, int]) -> tuple[Tensor, LayerFactors]:
+def layer(shape: tuple[int, int], device: str = "cpu") -> tuple[Tensor, LayerFactors]:
     """Return a weight ``[d_out, d_in]`` and its factors."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.02
-    return weight, LayerFactors(A=covariance(shape[1]), G=covariance(shape[0], 1), num_inputs=9, num_gradients=9)
+    A, G = covariance(shape[1]).to(device), covariance(shape[0], 1).to(device)
+    return weight.to(device), LayerFactors(A=A, G=G, num_inputs=9, num_gradients=9)
 
 
 def by_heap(lam: Tensor, mu: Tensor, energy: float) -> Tensor:
@@ -114,11 +116,11 @@ def selection(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
     return rows, results
 
 
-def edits(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
+def edits(rounds: int, device: str) -> tuple[list[list[object]], dict[str, object]]:
     """Measure edits against what they cannot do without."""
     rows, results, editor = [], {}, CurvatureEditor(0.85)
     for shape in ((512, 256), (1024, 1024), (2048, 512), (512, 2048), (2048, 2048)):
-        weight, factors = layer(shape)
+        weight, factors = layer(shape, device)
         A, G, W = (tensor.double() for tensor in (factors.A, factors.G, weight))
 
         def edit(weight=weight, factors=factors):
@@ -207,16 +209,21 @@ def peak() -> int:
     return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 
 
-def large() -> None:
+def large(device: str) -> None:
     """Edit one layer of a 7B model, and print what it took."""
-    weight, factors = layer(LARGE)
+    weight, factors = layer(LARGE, device)
     now = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the factors
-    start = time.perf_counter()
-    _, edit = CurvatureEditor(0.85).edit_weight("fc", weight, factors, 0.85, False)
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the factors
+    start, found = time.perf_counter(), []
+
+    def work() -> None:
+        found.append(CurvatureEditor(0.85).edit_weight("fc", weight, factors, 0.85, False)[1])
+
+    taken = peak_bytes(work) if device != "cpu" else work()
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak": peak() - now, "stated": edit_bytes(*LARGE), "kept": edit.kept,
-                      "relative_change": edit.relative_change}))  # fmt: skip
+    print(json.dumps({"seconds": seconds, "peak": taken or peak() - now, "stated": edit_bytes(*LARGE),
+                      "kept": found[0].kept, "relative_change": found[0].relative_change}))  # fmt: skip
 
 
 def main() -> None:
@@ -225,11 +232,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", default=["selection", "edits", "decompositions", "sweep"])
     parser.add_argument("--large", action="store_true", help="also edit a layer of 11008 x 4096")
+    parser.add_argument("--device", default="cpu", help="of parts edits and large")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     args = parser.parse_args()
     if args.alone:
-        large()
+        large(args.device)
         return
     results = {}
     for title, work, headers in (
@@ -242,10 +250,10 @@ def main() -> None:
     ):  # fmt: skip
         if work.__name__ not in args.parts:
             continue
-        rows, results[title] = work(args.rounds)
+        rows, results[title] = work(args.rounds, args.device) if work is edits else work(args.rounds)
         print(f"\n{title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}", flush=True)
     if args.large:
-        command = [sys.executable, __file__, "--alone"]
+        command = [sys.executable, __file__, "--alone", "--device", args.device]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         results["large"] = found
         print(

@@ -108,9 +108,10 @@ def select_staircase(lam: Tensor, mu: Tensor, energy: float) -> Staircase:
         Staircase(columns=tensor([1, 1]), energy_kept=0.75)
     """
     energy = check_energy(energy)
-    lam, mu = lam.double(), mu.double()
+    device = lam.device
+    lam, mu = lam.double().cpu(), mu.double().cpu()  # on a GPU, each step of the search would wait for it
     if energy == 1.0:
-        return Staircase(torch.full_like(lam, len(mu), dtype=torch.int64), 1.0)
+        return Staircase(torch.full_like(lam, len(mu), dtype=torch.int64, device=device), 1.0)
     sums = torch.cat([mu.new_zeros(1), mu.cumsum(0)])
     total = float(lam.sum() * mu.sum())
     wanted = energy * total * (1 - 1e-12)
@@ -129,7 +130,7 @@ def select_staircase(lam: Tensor, mu: Tensor, energy: float) -> Staircase:
         else:
             high = middle - 1
     columns, mass = kept(_float(low) * (1 - TIE))
-    return Staircase(columns, mass / total)
+    return Staircase(columns.to(device), mass / total)
 
 
 def select_largest(scores: Tensor, energy: float) -> tuple[Tensor, float]:

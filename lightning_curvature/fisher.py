@@ -201,6 +201,8 @@ def empirical_unit(loss: SoftmaxLoss) -> Tensor:
     if loss.factor is None or loss.denominator is None:
         raise RuntimeError("The training's backward never reached the loss; fisher='empirical' has nothing to read.")
     arrived, denominator = whole(loss.factor), whole(loss.denominator)
+    if arrived.numel() == 1:  # nothing to compare, so that an accelerator is not waited for
+        return denominator.double() / torch.where(arrived == 0, 1, arrived).double().reshape(())
     factors = arrived[arrived != 0]  # with reduction="none" a weight of zero leaves a position out
     factor = factors[0] if factors.numel() else arrived.new_ones(())
     if bool((factors != factor).any()):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LAUNCHED = 1024  # rows of one product on a GPU, where many small ones cost more than they save
+
 
 class SecondMoment:
     """Uncentred second moment ``E[x x^T]`` of rows that arrive in batches.
@@ -67,13 +69,15 @@ class SecondMoment:
         operands = [part if _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
         # A step may still be running in its own precision, and a process allow products of fewer bits than it asks for.
         with torch.autocast(rows[0].device.type, enabled=False), full_precision():
-            for start, end, block in self._blocks():
+            for blocks in _together(self._blocks(), _LAUNCHED if rows[0].is_cuda else 1):
+                start, end = blocks[0][0], blocks[-1][1]
                 products = [_product(part[:, start:end].T, part[:, :end]) for part in operands]
-                product = sum(products[1:], products[0]).to(block.device)
+                product = sum(products[1:], products[0]).to(self.total.device)
                 if isinstance(scale, Tensor) or scale != 1.0:
                     product *= scale
-                block += product
-                self.squares += _squared_norm(product, start)
+                _add_squares(self.squares, product, start)
+                for first, last, block in blocks:
+                    block += product[first - start : last - start, :last]
 
     def merge_(self, other: "SecondMoment") -> None:
         """Add the sum of other positions."""
@@ -140,7 +144,10 @@ class SecondMoment:
 
         It is estimated from the spread of the batches, taken for independent and equally long.
         """
-        whole = sum(float(_squared_norm(block, start)) for start, _, block in self._blocks())
+        sum_of_squares = torch.zeros_like(self.squares)
+        for start, _, block in self._blocks():
+            _add_squares(sum_of_squares, block, start)
+        whole = float(sum_of_squares)
         if self.batches < 2 or not whole > 0:
             return None
         return math.sqrt(max(self.batches * float(self.squares) / whole - 1.0, 0.0) / (self.batches - 1))
@@ -152,6 +159,18 @@ class SecondMoment:
             size = (end - start) * end
             yield start, end, self.total[offset : offset + size].view(end - start, end)
             offset += size
+
+
+def _together(blocks: Iterator[tuple[int, int, Tensor]], rows: int) -> Iterator[list[tuple[int, int, Tensor]]]:
+    """Yield block rows in groups of at least this many rows, as far as there are that many."""
+    group: list[tuple[int, int, Tensor]] = []
+    for block in blocks:
+        group.append(block)
+        if block[1] - group[0][0] >= rows:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def block_rows(dim: int) -> list[tuple[int, int]]:
@@ -176,11 +195,12 @@ def packed_size(dim: int) -> int:
     return sum((end - start) * end for start, end in block_rows(dim))
 
 
-def _squared_norm(block: Tensor, start: int) -> Tensor:
-    """Return the squared Frobenius norm of what a block row stands for: left of its diagonal block, entries are two."""
-    whole: Tensor = torch.linalg.vector_norm(block, dtype=torch.float64)
-    diagonal: Tensor = torch.linalg.vector_norm(block[:, start:], dtype=torch.float64)
-    return 2 * whole.square() - diagonal.square()
+def _add_squares(total: Tensor, block: Tensor, start: int) -> None:
+    """Add the squared Frobenius norm of what block rows stand for: left of the diagonal block, entries are two."""
+    for part, times in ((block[:, start:], 1), (block[:, :start], 2)):
+        if part.numel():
+            norm = torch.linalg.vector_norm(part, dtype=torch.float64)
+            total.addcmul_(norm, norm, value=times)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 An accelerator is waited for once for the whole batch, in :func:`read_batch`.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -56,6 +55,8 @@ class CallRows:
         gradients: Gradients at its output, of each backward pass that reached it.
         counted: Which positions count, bool ``[n]``; None for all.
         num_counted: How many do.
+        fingerprint: A number that differs between two choices of positions but for a chance of 2**-62.
+        index: Where they are, int64 ``[num_counted]``; None if all count.
         num_seen: Positions of the call, or of the share of them that is used.
         key: Equal for two calls that read the same positions of the same tensor in the same way.
     """
@@ -65,22 +66,28 @@ class CallRows:
     gradients: list[Tensor]
     counted: Tensor | None = None
     num_counted: int = 0
+    fingerprint: int = 0
+    index: Tensor | None = None
     num_seen: int = 0
     key: tuple[Any, ...] = field(default=())
 
     def input_rows(self) -> Tensor:
-        """Return the inputs at the positions that count, ``[num_counted, d_in]``."""
-        return self._select(input_rows(self.call.module, self.inputs))
+        """Return the inputs at the positions that count, ``[num_counted, d_in]``.
+
+        Autocast rounds them inside the layer. On a GPU they are rounded here, too, so that tensor cores can take their
+        products; elsewhere that would save nothing.
+        """
+        inputs, dtype = self.inputs, self.call.output_dtype
+        if inputs.is_cuda and dtype.itemsize < inputs.dtype.itemsize:
+            inputs = inputs.to(dtype)
+        return self._select(input_rows(self.call.module, inputs))
 
     def gradient_rows(self) -> list[Tensor]:
         """Return the gradients at these positions, ``[num_counted, d_out]``, of each backward pass."""
         return [self._select(gradient_rows(self.call.module, gradient)) for gradient in self.gradients]
 
     def _select(self, rows: Tensor) -> Tensor:
-        if self.counted is None or self.num_counted == len(rows):
-            return rows
-        # Their number is known, so that nothing has to be read from the device, as a mask for an index would.
-        return rows[self.counted.byte().argsort(descending=True, stable=True)[: self.num_counted]]
+        return rows if self.index is None else rows[self.index]
 
 
 def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
@@ -93,47 +100,73 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
     Raises:
         RuntimeError: If a layer's input was overwritten, or positions cannot be told.
     """
-    rows, finite, samples = [], dict[Any, Tensor](), dict[int, tuple[Tensor, int]]()
+    rows, sums, samples = [], dict[Any, Tensor](), dict[int, tuple[Tensor, int]]()
+    extremes: list[tuple[CallRows, Tensor]] = []
     for index, call in enumerate(batch.calls):
         call.check_input()
         inputs = whole(call.inputs)
         gradients = [whole(gradient) for passed in batch.passes if (gradient := passed[index]) is not None]
         own = CallRows(call, inputs, gradients, key=_reading(call))
-        if own.key not in finite:
-            finite[own.key] = _is_finite(inputs)
-        not_zero = []
+        own.num_seen = own.num_counted = num_rows(call.module, inputs, call.output_shape)
+        if own.key not in sums:
+            sums[own.key] = _sum(inputs)
         for number, gradient in enumerate(gradients):
             if positions == "contributing" and is_matmul(call.module):
-                # Extremes keep NaN and infinities, and are several times faster than a search for what is not zero.
-                flat = gradient_rows(call.module, gradient)
-                top, bottom = flat.amax(1), flat.amin(1)
-                not_zero.append((top != 0) | (bottom != 0))
-                finite[index, number] = (torch.isfinite(top) & torch.isfinite(bottom)).all()
+                extremes.append((own, _extreme(gradient_rows(call.module, gradient))))
             else:
-                finite[index, number] = _is_finite(gradient)
-        own.num_seen = own.num_counted = num_rows(call.module, inputs, call.output_shape)
-        own.counted = counted_positions(positions, call, not_zero, own.num_seen, batch.mask)
+                sums[index, number] = _sum(gradient)
+        rows.append(own)
+    not_zero: dict[int, list[Tensor]] = {}
+    for parts in _of_one_length(extremes).values():
+        stacked = torch.stack([extreme for _, extreme in parts])
+        sums[id(parts)] = _sum(stacked)
+        for (own, _), flags in zip(parts, (stacked != 0).unbind(), strict=True):
+            not_zero.setdefault(id(own), []).append(flags)
+    for own in rows:
+        own.counted = counted_positions(positions, own.call, not_zero.get(id(own), []), own.num_seen, batch.mask)
         if batch.share < 1.0:
             if own.num_seen not in samples:
                 samples[own.num_seen] = _sample(own.num_seen, batch)
             sample, own.num_seen = samples[own.num_seen]
-            sample = sample.to(inputs.device, non_blocking=True)
+            sample = sample.to(own.inputs.device, non_blocking=True)
             own.counted = sample if own.counted is None else own.counted & sample
-        rows.append(own)
-    readers = Counter(own.key for own in rows)
-    asked = [*finite.values()]
-    for own in rows:
-        if own.counted is not None:
-            asked += [own.counted.sum(), _fingerprint(own.counted) if readers[own.key] > 1 else own.counted.any()]
+    masks = _of_one_length([(own, own.counted) for own in rows if own.counted is not None])
+    asked = [torch.isfinite(total)[None].to(torch.int64) for total in sums.values()]
+    for parts in masks.values():
+        stacked = torch.stack([counted for _, counted in parts])
+        asked += [stacked.sum(1), (stacked * _weights(stacked.shape[1]).to(stacked.device, non_blocking=True)).sum(1)]
     # The only wait for an accelerator: everything that is to be known of the batch is read at once.
-    answers = iter(torch.stack([number.to(asked[0].device, torch.int64) for number in asked]).tolist())
-    if not all(next(answers) for _ in finite):
+    answers = iter(torch.cat([numbers.to(asked[0].device) for numbers in asked]).tolist())
+    if not all(next(answers) for _ in sums):
         return None
-    for own in rows:
-        if own.counted is not None:
-            own.num_counted = next(answers)
-            own.key += (own.num_counted, next(answers))
+    for parts in masks.values():
+        for name in ("num_counted", "fingerprint"):
+            for own, _ in parts:
+                setattr(own, name, next(answers))
+    _index_rows([own for own in rows if own.counted is not None])
     return rows
+
+
+def _index_rows(rows: Sequence[CallRows]) -> None:
+    """Make the indices of the positions that count; where they are the same ones, once."""
+    made: dict[tuple[Any, ...], Tensor] = {}
+    for own in rows:
+        count, counted = own.num_counted, own.counted
+        own.key += (count, own.fingerprint)
+        if counted is not None and count < len(counted):
+            which = (counted.device, len(counted), count, own.fingerprint)
+            if which not in made:
+                # Their number is known, so that nothing has to be read from the device, as a mask for an index would.
+                made[which] = counted.byte().argsort(descending=True, stable=True)[:count]
+            own.index = made[which]
+
+
+def _of_one_length(items: Sequence[tuple[CallRows, Tensor]]) -> dict[Any, list[tuple[CallRows, Tensor]]]:
+    """Return tensors ``[n]``, and whose they are, in groups of one device and one length: they are read together."""
+    groups: dict[Any, list[tuple[CallRows, Tensor]]] = {}
+    for item in items:
+        groups.setdefault((item[1].device, len(item[1])), []).append(item)
+    return groups
 
 
 def same_inputs(rows: Sequence[CallRows]) -> list[dict[str, list[CallRows]]]:
@@ -164,16 +197,19 @@ def _sample(count: int, batch: BatchGradients) -> tuple[Tensor, int]:
     return sample, int(sample.sum())
 
 
-def _fingerprint(mask: Tensor) -> Tensor:
-    """Return a number that differs for two masks but for a chance of 2**-62."""
-    return (mask * _weights(len(mask)).to(mask.device, non_blocking=True)).sum()
-
-
 @lru_cache(maxsize=8)
 def _weights(count: int) -> Tensor:
     return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(count))
 
 
-def _is_finite(values: Tensor) -> Tensor:
-    """Tell whether no value is NaN or infinite; a sum keeps either, and is several times faster than isfinite."""
-    return torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
+def _sum(values: Tensor) -> Tensor:
+    """Return the sum: it keeps NaN and infinite values, and is several times faster than a search for them."""
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _extreme(rows: Tensor) -> Tensor:
+    """Return the largest absolute value of each row of ``[n, d]``; it keeps NaN and infinite values, too."""
+    if rows.is_cuda:
+        extreme: Tensor = torch.linalg.vector_norm(rows, torch.inf, dim=1)  # one kernel
+        return extreme
+    return torch.maximum(rows.amax(1), -rows.amin(1))  # several times faster on a CPU
