@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LAUNCHED = 1024  # rows of one product on a GPU, where many small ones cost more than they save
+_LAUNCHED = 2**22  # entries of one product on a GPU, where the start of many small ones costs more than they save
+_UNDERFLOW = 1e-30  # squares of float32 entries are lost below
 
 
 class SecondMoment:
@@ -148,9 +149,10 @@ class SecondMoment:
         for start, _, block in self._blocks():
             _add_squares(sum_of_squares, block, start)
         whole = float(sum_of_squares)
-        if self.batches < 2 or not whole > 0:
+        squares = float(self.squares)
+        if self.batches < 2 or not (whole > 0 and _UNDERFLOW < squares < math.inf):
             return None
-        return math.sqrt(max(self.batches * float(self.squares) / whole - 1.0, 0.0) / (self.batches - 1))
+        return math.sqrt(max(self.batches * squares / whole - 1.0, 0.0) / (self.batches - 1))
 
     def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the block rows: first row, end of rows and columns, and the entries."""
@@ -161,12 +163,12 @@ class SecondMoment:
             offset += size
 
 
-def _together(blocks: Iterator[tuple[int, int, Tensor]], rows: int) -> Iterator[list[tuple[int, int, Tensor]]]:
-    """Yield block rows in groups of at least this many rows, as far as there are that many."""
+def _together(blocks: Iterator[tuple[int, int, Tensor]], entries: int) -> Iterator[list[tuple[int, int, Tensor]]]:
+    """Yield block rows in groups whose product has at least this many entries, as far as there are that many."""
     group: list[tuple[int, int, Tensor]] = []
     for block in blocks:
         group.append(block)
-        if block[1] - group[0][0] >= rows:
+        if (block[1] - group[0][0]) * block[1] >= entries:
             yield group
             group = []
     if group:
@@ -199,7 +201,7 @@ def _add_squares(total: Tensor, block: Tensor, start: int) -> None:
     """Add the squared Frobenius norm of what block rows stand for: left of the diagonal block, entries are two."""
     for part, times in ((block[:, start:], 1), (block[:, :start], 2)):
         if part.numel():
-            norm = torch.linalg.vector_norm(part, dtype=torch.float64)
+            norm = torch.linalg.vector_norm(part).double()
             total.addcmul_(norm, norm, value=times)
 
 
