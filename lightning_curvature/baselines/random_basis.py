@@ -8,6 +8,12 @@ from lightning_curvature.editing import DEFAULT_ENERGY, Projection, WeightEditor
 from lightning_curvature.factors import LayerFactors
 
 
+def random_orthogonal(dim: int, generator: torch.Generator) -> Tensor:
+    """Return a random orthogonal matrix, float64 ``[dim, dim]``."""
+    basis: Tensor = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
+    return basis
+
+
 class RandomBasisEditor(WeightEditor):
     """Keeps a random share of the coefficients of a weight in random orthonormal bases.
 
@@ -30,8 +36,7 @@ class RandomBasisEditor(WeightEditor):
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return a weight with all but ``energy`` of its coefficients in random bases removed."""
         generator = torch.Generator().manual_seed(self.seed)
-        U_G, U_A = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))[0]
-                    for d in weight.shape)  # fmt: skip
+        U_G, U_A = (random_orthogonal(d, generator) for d in weight.shape)
         kept = max(round(energy * weight.numel()), 1)
         keep = torch.zeros(weight.numel(), dtype=torch.float64)
         keep[torch.randperm(weight.numel(), generator=generator)[:kept]] = 1.0

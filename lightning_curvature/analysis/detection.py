@@ -1,0 +1,112 @@
+"""Telling memorized examples from others without labels, from one forward pass.
+
+The score of an example is the share of its activation energy in the flat half of the eigenbasis of ``A``, the second
+moment of a layer's inputs over a population: memorized examples use directions that few others use. Source of the
+idea: github.com/smarter/memorization_kfac, notes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+from lightning_curvature.analysis.inputs import check_activations
+from lightning_curvature.baselines.random_basis import random_orthogonal
+from lightning_curvature.factors import LayerFactors
+
+FLAT = 0.5
+"""Share of the eigenvectors of ``A`` that counts as flat, those of lowest eigenvalue."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well scores tell memorized examples from others.
+
+    Args:
+        auroc: Area under the ROC curve by score; 0.5 is chance.
+        memorized: Scores of the memorized examples by score, ``[n]``.
+        other: Scores of the others.
+    """
+
+    auroc: Mapping[str, float]
+    memorized: Mapping[str, tuple[float, ...]]
+    other: Mapping[str, tuple[float, ...]]
+
+    def plot(self) -> Any:
+        """Return a figure of the areas, and of the scores that separate best."""
+        from lightning_curvature.analysis.plots import detection
+
+        return detection(self)
+
+
+def flat_shares(A: Tensor | LayerFactors, inputs: Tensor, flat: float = FLAT) -> Tensor:
+    """Return the share of each example's activation energy in the flat part of the eigenbasis of A.
+
+    Args:
+        A: Second moment of the layer's inputs, ``[d_in, d_in]``, or the layer's factors.
+        inputs: Its inputs, ``[examples, positions, d_in]``.
+        flat: Share of the eigenvectors that counts as flat.
+
+    Returns:
+        Shares in [0, 1], higher where an example looks more memorized, float64 ``[examples]``.
+
+    Raises:
+        ValueError: If a shape does not fit, or ``flat`` leaves no direction on one of the sides.
+    """
+    vectors = A.basis.U_A if isinstance(A, LayerFactors) else torch.linalg.eigh(A.double()).eigenvectors.flip(1)
+    return _share(vectors, inputs, flat)
+
+
+def random_shares(inputs: Tensor, flat: float = FLAT, seed: int = 0) -> Tensor:
+    """Return the same share for random orthonormal directions, a control; arguments as :func:`flat_shares`."""
+    return _share(random_orthogonal(inputs.shape[2], torch.Generator().manual_seed(seed)), inputs, flat)
+
+
+def _share(vectors: Tensor, inputs: Tensor, flat: float) -> Tensor:
+    rows = check_activations(inputs, len(vectors), "flat_shares").to(vectors)
+    count = round(flat * len(vectors))
+    if not 0 < count < len(vectors):
+        raise ValueError(f"flat={flat} takes {count} of {len(vectors)} directions; use a share between 0 and 1.")
+    energy = (rows @ vectors[:, -count:]).square().sum((1, 2))
+    shares: Tensor = energy / rows.square().sum((1, 2)).clamp(min=torch.finfo(rows.dtype).tiny)
+    return shares
+
+
+def activation_norms(inputs: Tensor) -> Tensor:
+    """Return the mean norm of each example's activations ``[examples, positions, d_in]``, a control."""
+    norms: Tensor = inputs.double().norm(dim=2).mean(1)
+    return norms
+
+
+def auroc(memorized: Tensor, other: Tensor) -> float:
+    """Return the probability that a memorized example has a higher score than another one, ties counted by half.
+
+    >>> auroc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0]))
+    0.875
+    """
+    scores = torch.cat([memorized, other]).double()
+    target = torch.cat([torch.ones(len(memorized)), torch.zeros(len(other))]).long()
+    # torchmetrics would squeeze scores outside [0, 1] through a sigmoid, which ties large ones: ranks keep the order.
+    ranks = torch.unique(scores, return_inverse=True)[1].double()
+    return float(binary_auroc(ranks / max(float(ranks.max()), 1.0), target))
+
+
+def detect(memorized: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Detection:
+    """Compare scores: for each, how well it tells memorized examples from others.
+
+    Args:
+        memorized: By name of a score, the scores of memorized examples, ``[n]``, higher where they look memorized.
+        other: The same scores of others, ``[m]``.
+
+    Raises:
+        ValueError: If the two have different scores.
+    """
+    if list(memorized) != list(other):
+        raise ValueError(f"The same scores are needed for both, found {list(memorized)} and {list(other)}.")
+    return Detection(
+        {name: auroc(memorized[name], other[name]) for name in memorized},
+        *({name: tuple(scores.tolist()) for name, scores in kind.items()} for kind in (memorized, other)),
+    )

@@ -1,0 +1,83 @@
+"""Which examples use a direction most, and whether they are the memorized ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.analysis.inputs import check_activations
+from lightning_curvature.factors import LayerFactors
+
+
+@dataclass(frozen=True)
+class DirectionUse:
+    """The examples that use some input directions of a layer most.
+
+    Args:
+        layer: Name of the layer.
+        flat: Whether these are its flattest directions; else its sharpest.
+        directions: Places in the eigenbasis of ``A``, sharpest first.
+        top: For each direction, the examples that use it most, the strongest use first.
+        precision: Share of memorized examples among them, for each direction.
+        chance: Share of memorized examples among all.
+    """
+
+    layer: str
+    flat: bool
+    directions: tuple[int, ...]
+    top: tuple[tuple[int, ...], ...]
+    precision: tuple[float, ...]
+    chance: float
+
+    @property
+    def mean_precision(self) -> float:
+        """Mean over the directions."""
+        return sum(self.precision) / len(self.precision)
+
+    def plot(self) -> Any:
+        """Return a figure of the precision of each direction beside chance."""
+        from lightning_curvature.analysis.plots import direction_precision
+
+        return direction_precision([self])
+
+
+def direction_use(
+    layer: str,
+    factors: LayerFactors,
+    inputs: Tensor,
+    memorized: Sequence[bool],
+    flat: bool,
+    count: int = 20,
+    examples: int = 20,
+) -> DirectionUse:
+    """Find the examples that use the flattest, or the sharpest, input directions of a layer most.
+
+    An example uses a direction ``v`` by the largest share ``(v . a)^2 / |a|^2`` over its positions.
+
+    Args:
+        layer: Name of the layer.
+        factors: Its factors.
+        inputs: Its inputs, ``[examples, positions, d_in]``.
+        memorized: Whether each example is memorized.
+        flat: Look at the directions of lowest eigenvalue of ``A``; else at those of highest.
+        count: Directions to look at, at most ``d_in``.
+        examples: Examples to keep of each.
+
+    Raises:
+        ValueError: If a shape does not fit, or there are fewer examples than are asked for.
+    """
+    vectors = factors.basis.U_A
+    rows = check_activations(inputs, len(vectors), "direction_use").to(vectors)
+    if len(rows) != len(memorized) or len(rows) < examples:
+        raise ValueError(f"{examples} of {len(rows)} examples were asked for, {len(memorized)} of them are labelled.")
+    count = min(count, len(vectors))
+    places = range(len(vectors) - count, len(vectors)) if flat else range(count)
+    shares = torch.nn.functional.normalize(rows, dim=2) @ vectors[:, places.start : places.stop]
+    top = shares.square().amax(1).topk(examples, dim=0).indices.T.cpu()
+    labels = torch.tensor(list(memorized), dtype=torch.float64)
+    return DirectionUse(
+        layer, flat, tuple(places), tuple(tuple(row) for row in top.tolist()), tuple(labels[top].mean(1).tolist()),
+        float(labels.mean()),
+    )  # fmt: skip

@@ -1,0 +1,69 @@
+"""What layers read, example by example."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature._checks import did_you_mean, listing
+from lightning_curvature.probes import evaluating
+from lightning_curvature.taps import layer_inputs
+
+
+def layer_activations(
+    module: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    layers: Sequence[str],
+    positions: slice | None = None,
+) -> dict[str, Tensor]:
+    """Return the inputs of linear layers, from one forward pass over some examples, in eval mode.
+
+    Args:
+        module: The network.
+        batches: Data; all examples must have as many positions.
+        run: Runs the network on a batch.
+        layers: Names of the layers.
+        positions: Positions to keep, such as ``slice(0, 1)`` for a class token; None for all.
+
+    Returns:
+        By layer, ``[examples, positions, d_in]``, float32, on the CPU; a layer that reads ``[n, d_in]`` has one
+        position.
+
+    Raises:
+        ValueError: If there is no such layer, or no example.
+        RuntimeError: If a layer does not run exactly once in each forward pass.
+    """
+    modules = dict(module.named_modules())
+    for name in layers:
+        if name not in modules:
+            raise ValueError(f"There is no layer {name!r}.{did_you_mean(name, modules)}")
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with evaluating(module):
+        for batch in batches:
+            with layer_inputs({name: modules[name] for name in layers}) as inputs:
+                run(batch)
+            for name, calls in inputs.items():
+                if len(calls) != 1:
+                    raise RuntimeError(f"Layer {name!r} ran {len(calls)} times in one forward pass, expected once.")
+                rows = calls[0].float().cpu()
+                rows = rows[:, None] if rows.dim() == 2 else rows.flatten(1, -2)
+                found[name].append(rows if positions is None else rows[:, positions].clone())
+    if not all(found.values()):
+        raise ValueError(f"There are no examples to read the inputs of {listing(layers)} from.")
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def check_activations(inputs: Tensor, d_in: int, what: str) -> Tensor:
+    """Return activations ``[n, p, d_in]`` in float64.
+
+    Raises:
+        ValueError: If they do not have this shape.
+    """
+    if inputs.dim() != 3 or inputs.shape[2] != d_in or not inputs.numel():
+        raise ValueError(
+            f"{what}: expected activations [examples, positions, {d_in}], as layer_activations returns them, found "
+            f"{list(inputs.shape)}."
+        )
+    return inputs.double()

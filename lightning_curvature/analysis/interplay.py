@@ -1,0 +1,70 @@
+"""Whether layers can be judged one by one: the loss of several edits together against the sum of each alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_curvature.editing import WeightEditor
+from lightning_curvature.factors import KroneckerFactors
+
+
+@dataclass(frozen=True)
+class Interplay:
+    """What edits of several groups of layers do to measures of a model, alone and together.
+
+    Args:
+        before: Measures of the unedited model.
+        alone: Measures with one group edited, by group.
+        together: Measures with all groups edited.
+    """
+
+    before: Mapping[str, float]
+    alone: Mapping[str, Mapping[str, float]]
+    together: Mapping[str, float]
+
+    def excess(self, measure: str) -> float:
+        """Return the change of all edits together minus the sum of the changes of each alone."""
+        summed = sum(own[measure] - self.before[measure] for own in self.alone.values())
+        return self.together[measure] - self.before[measure] - summed
+
+    def plot(self, measure: str) -> Any:
+        """Return a figure of one measure: each alone, their sum, and all together."""
+        from lightning_curvature.analysis.plots import interplay_bars
+
+        return interplay_bars(self, measure)
+
+
+def interplay(
+    module: nn.Module,
+    factors: KroneckerFactors,
+    editor: WeightEditor,
+    groups: Mapping[str, Sequence[str]],
+    measure: Callable[[], Mapping[str, float]],
+) -> Interplay:
+    """Edit groups of layers, one at a time and all together, and measure a model each time; edits are taken back.
+
+    Args:
+        module: The model.
+        factors: Factors of all layers of the groups.
+        editor: How to edit them.
+        groups: Names of layers, by name of the group; no layer is in two of them.
+        measure: Returns measures of the model as it is, such as losses (whose changes add up where layers do not
+            interact).
+
+    Raises:
+        ValueError: If a group is empty, has a layer without factors, or shares one with another.
+    """
+    names = [name for group in groups.values() for name in group]
+    missing = [name for name in names if name not in factors]
+    if missing or len(set(names)) < len(names) or not all(groups.values()):
+        raise ValueError(
+            f"Each group needs layers of its own, with factors; without: {missing}, in all: {sorted(names)}."
+        )
+
+    def edited(layers: Sequence[str]) -> dict[str, float]:
+        with editor.applied(module, KroneckerFactors({name: factors[name] for name in layers}, factors.provenance)):
+            return dict(measure())
+
+    return Interplay(dict(measure()), {name: edited(group) for name, group in groups.items()}, edited(names))

@@ -1,0 +1,105 @@
+"""Whether the curvature basis orders directions as the loss does: predicted against measured curvature."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.regression import spearman_corrcoef
+
+from lightning_curvature.analysis.bands import BANDS
+from lightning_curvature.analysis.curvature import Products, inner
+from lightning_curvature.factors import LayerFactors
+from lightning_curvature.scores import score_coefficients
+
+
+@dataclass(frozen=True)
+class CurvatureOrder:
+    """Curvature of directions ``u_i v_j^T`` sampled over the whole spectrum of a layer.
+
+    Args:
+        layer: Name of the layer.
+        place: Place of each direction in the order by ``lam_i mu_j``, from 0, the sharpest, to 1.
+        ggn: ``v^T GGN v`` of the mean loss over the data.
+        hessian: ``v^T H v``.
+        predicted: What each score predicts.
+    """
+
+    layer: str
+    place: tuple[float, ...]
+    ggn: tuple[float, ...]
+    hessian: tuple[float, ...]
+    predicted: Mapping[str, tuple[float, ...]]
+
+    def correlation(self, score: str, measured: str = "ggn", start: float = 0.0, end: float = 1.0) -> float:
+        """Return Spearman's rank correlation of predicted and measured curvature, in a part of the spectrum.
+
+        Args:
+            score: One of ``predicted``.
+            measured: ``"ggn"`` or ``"hessian"``.
+            start: Where the part starts, as :attr:`place`.
+            end: Where it ends.
+        """
+        chosen = [index for index, place in enumerate(self.place) if start <= place <= end]
+        one, two = (torch.tensor(values, dtype=torch.float64)[chosen]
+                    for values in (self.predicted[score], getattr(self, measured)))  # fmt: skip
+        return float(spearman_corrcoef(one, two))
+
+    def by_band(self, score: str, measured: str = "ggn") -> dict[str, float]:
+        """Return the correlation over the whole spectrum and in each band, the sharpest first."""
+        bands = pairwise((0.0, *BANDS))
+        return {"all": self.correlation(score, measured)} | {
+            f"{start:.0%} to {end:.0%}": self.correlation(score, measured, start, end) for start, end in bands
+        }
+
+    def plot(self) -> Any:
+        """Return a figure of measured against predicted curvature."""
+        from lightning_curvature.analysis.plots import curvature_order
+
+        return curvature_order(self)
+
+
+def curvature_order(
+    products: Products,
+    layer: str,
+    factors: LayerFactors,
+    scores: Sequence[str] = ("kfac",),
+    count: int = 200,
+    seed: int = 0,
+) -> CurvatureOrder:
+    """Measure the curvature of directions over the whole spectrum of a layer, beside what is predicted.
+
+    Args:
+        products: Products of the loss over some data, with targets; the layer must be among theirs.
+        layer: Name of the layer.
+        factors: Its factors; the weight must be stored as ``[d_out, d_in]``.
+        scores: Scores to compare, see :mod:`lightning_curvature.scores`.
+        count: Directions, as many in each part of the order by ``lam_i mu_j``.
+        seed: Seed of the sample.
+
+    Raises:
+        ValueError: If the factors do not fit the layer, or lack what a score needs.
+    """
+    weight = products.weights[layer]
+    if tuple(weight.shape) != factors.shape:
+        raise ValueError(f"Layer {layer!r}: factors for {list(factors.shape)}, the weight is {list(weight.shape)}.")
+    basis = factors.basis
+    tables = {score: score_coefficients(score, torch.ones(factors.shape), factors) for score in ("kfac", *scores)}
+    ordered = tables["kfac"].flatten().argsort(descending=True)
+    generator = torch.Generator().manual_seed(seed)
+    places = ((torch.arange(count) + torch.rand(count, generator=generator)) / count * len(ordered)).long()
+    zeros = {name: torch.zeros_like(other) for name, other in products.weights.items() if name != layer}
+    ggn, hessian = [], []
+    for flat in ordered[places].tolist():
+        i, j = divmod(flat, factors.shape[1])
+        direction = zeros | {layer: torch.outer(basis.U_G[:, i], basis.U_A[:, j]).to(weight)}
+        ggn.append(float(products.quadratics(direction).mean()))
+        hessian.append(inner(direction, products.hessian(direction)))
+    predicted = {score: _at(tables[score], ordered[places]) for score in scores}
+    return CurvatureOrder(layer, tuple((places / len(ordered)).tolist()), tuple(ggn), tuple(hessian), predicted)
+
+
+def _at(table: Tensor, places: Tensor) -> tuple[float, ...]:
+    return tuple(table.flatten()[places].tolist())
