@@ -11,7 +11,8 @@ random. Variants take turns in rounds; medians, and ranges in brackets.
    LAPACK's reduction to a tridiagonal matrix with eigenvectors of the kept part alone (scipy), and four layers one
    after the other against two threads with one core each.
 4. *sweep*: ten energies of one layer with coefficients computed once, against ten separate edits with the same bases.
-5. *large*: with ``--large``, a layer of 11008 x 4096 in a process of its own: seconds, and peak memory beyond its
+5. *needed*: with ``--factors``, the share of eigenvectors that the kept pairs of factor files touch.
+6. *large*: with ``--large``, a layer of 11008 x 4096 in a process of its own: seconds, and peak memory beyond its
    factors and weight (resident; on a GPU, what torch's allocator gave out).
 
     python benchmarks/bench_edit.py --large --out benchmarks/results/edit.json
@@ -36,7 +37,7 @@ from measuring import in_turn, peak_bytes, ratios, spread, write
 from tabulate import tabulate
 from torch import Tensor
 
-from lightning_curvature import CurvatureEditor, LayerFactors
+from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.basis import select_staircase
 from lightning_curvature.files import edit_bytes
 from lightning_curvature.plan import size
@@ -203,6 +204,19 @@ def sweep(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
     return [["2048 x 512", *times, spread(ratios(seconds, "together", "separate"))]], {"sweep": seconds}
 
 
+def needed(paths: list[Path]) -> list[list[object]]:
+    """Return which share of the eigenvectors of G and of A the kept pairs of factor files touch, over their layers."""
+    rows = []
+    for path, energy in itertools.product(paths, (0.7, 0.8, 0.9)):
+        shares = []
+        for factors in KroneckerFactors.open(path).values():
+            basis = factors.basis
+            columns = select_staircase(basis.lam, basis.mu, energy).columns
+            shares.append((float((columns > 0).double().mean()), float(columns.max()) / len(basis.mu)))
+        rows.append([path, energy, *(spread(list(part)) for part in zip(*shares, strict=True))])
+    return rows
+
+
 def peak() -> int:
     """Return the largest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -235,6 +249,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="of parts edits and large")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
+    parser.add_argument("--factors", nargs="*", type=Path, default=[], help="factor files for the part needed")
     args = parser.parse_args()
     if args.alone:
         large(args.device)
@@ -252,6 +267,9 @@ def main() -> None:
             continue
         rows, results[title] = work(args.rounds, args.device) if work is edits else work(args.rounds)
         print(f"\n{title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}", flush=True)
+    if args.factors:
+        headers = ["file", "energy", "of G", "of A"]
+        print(f"\nEigenvectors that an edit needs\n\n{tabulate(needed(args.factors), headers, tablefmt='github')}")
     if args.large:
         command = [sys.executable, __file__, "--alone", "--device", args.device]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

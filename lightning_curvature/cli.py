@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 from docstring_parser import parse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from lightning_curvature.commands import checkpoints, demos, models
+from lightning_curvature.commands import analysis, checkpoints, demos, models
 from lightning_curvature.commands.output import Output
 
 LIGHTNING = ("fit", "validate", "test")
@@ -32,6 +32,8 @@ COMMANDS: dict[str, Callable[..., Output]] = {
     "mine": models.mine,
     "evaluate": models.evaluate,
     "sweep": models.sweep,
+    "report": analysis.report,
+    "detect": analysis.detect,
 }
 POSITIONAL = ("path",)
 

@@ -198,3 +198,48 @@ def noised_examples(
             fontsize=9, color=color,
         )  # fmt: skip
     return figure
+
+
+def layer_map(edits: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw, for each edited layer, the share of its coefficients that is kept and its relative change.
+
+    Args:
+        edits: By layer, the fields of :class:`lightning_curvature.report.LayerEdit`.
+    """
+    names = list(edits)
+    figure = Figure(figsize=(10.0, 1.0 + 0.28 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.barh(names, [100 * edit["kept"] / edit["total"] for edit in edits.values()], color=_COLORS["perplexity"])
+    left.set(xlabel="coefficients kept, %")
+    right.barh(names, [edit["relative_change"] for edit in edits.values()], color=_COLORS["memorized"])
+    right.set(xlabel="relative change of the weight", xlim=(0, 1.0))
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25, axis="x")
+    return figure
+
+
+def direction_images(
+    images: Tensor, rows: Mapping[str, Sequence[int]], wrong: Sequence[bool], count: int = 12
+) -> Figure:
+    """Draw the images that use some directions most, one row for each direction; those with a wrong label are framed.
+
+    Args:
+        images: ``[n, h, w]``.
+        rows: By title of a direction, indices of images.
+        wrong: Whether the label of each image is wrong.
+        count: Images to draw of each.
+    """
+    figure = Figure(figsize=(1.0 * count + 1.6, 1.05 * len(rows) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    figure.suptitle("Images that use a direction most (red frame: wrong label)")
+    for line, (title, indices) in zip(grid, rows.items(), strict=True):
+        for axes in line:
+            axes.set_xticks([])
+            axes.set_yticks([])
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+        for axes, index in zip(line, indices, strict=False):
+            axes.imshow(images[index].numpy(), cmap="gray_r")
+            axes.spines[:].set(color=_COLORS["memorized"] if wrong[index] else "#d5dbe1", linewidth=2.5)
+    return figure

@@ -100,7 +100,7 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
     Raises:
         RuntimeError: If a layer's input was overwritten, or positions cannot be told.
     """
-    rows, sums, samples = [], dict[Any, Tensor](), dict[int, tuple[Tensor, int]]()
+    rows, sums, samples = [], dict[Any, Tensor](), dict[Any, tuple[Tensor, int]]()
     extremes: list[tuple[CallRows, Tensor]] = []
     for index, call in enumerate(batch.calls):
         call.check_input()
@@ -125,16 +125,16 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
     for own in rows:
         own.counted = counted_positions(positions, own.call, not_zero.get(id(own), []), own.num_seen, batch.mask)
         if batch.share < 1.0:
-            if own.num_seen not in samples:
-                samples[own.num_seen] = _sample(own.num_seen, batch)
-            sample, own.num_seen = samples[own.num_seen]
-            sample = sample.to(own.inputs.device, non_blocking=True)
+            which = (own.num_seen, own.inputs.device)
+            if which not in samples:
+                samples[which] = _sample(*which, batch)
+            sample, own.num_seen = samples[which]
             own.counted = sample if own.counted is None else own.counted & sample
     masks = _of_one_length([(own, own.counted) for own in rows if own.counted is not None])
     asked = [torch.isfinite(total)[None].to(torch.int64) for total in sums.values()]
     for parts in masks.values():
         stacked = torch.stack([counted for _, counted in parts])
-        asked += [stacked.sum(1), (stacked * _weights(stacked.shape[1]).to(stacked.device, non_blocking=True)).sum(1)]
+        asked += [stacked.sum(1), (stacked * _weights(stacked.shape[1], stacked.device)).sum(1)]
     # The only wait for an accelerator: everything that is to be known of the batch is read at once.
     answers = iter(torch.cat([numbers.to(asked[0].device) for numbers in asked]).tolist())
     if not all(next(answers) for _ in sums):
@@ -190,16 +190,16 @@ def _reading(call: LayerCall) -> tuple[Any, ...]:
     return (local.data_ptr(), call.version, local.dtype, local.device, local.shape, local.stride(), inputs.shape, how)
 
 
-def _sample(count: int, batch: BatchGradients) -> tuple[Tensor, int]:
-    """Choose positions, the same for all layers that have as many: bool ``[count]`` on the CPU, and their number."""
+def _sample(count: int, device: torch.device, batch: BatchGradients) -> tuple[Tensor, int]:
+    """Choose positions, the same for all layers that have as many: bool ``[count]`` on a device, and their number."""
     generator = torch.Generator().manual_seed((batch.seed + count) % 2**63)
     sample = torch.rand(count, generator=generator) < batch.share
-    return sample, int(sample.sum())
+    return sample.to(device, non_blocking=True), int(sample.sum())
 
 
 @lru_cache(maxsize=8)
-def _weights(count: int) -> Tensor:
-    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(count))
+def _weights(count: int, device: torch.device) -> Tensor:
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(count)).to(device)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -384,9 +384,8 @@ def test_one_example_is_sharp_and_the_population_is_flat():
         torch.testing.assert_close(torch.tensor(curve), torch.tensor([0.5, 0.25, 3 / 8, 4 / 12]))
     assert found.traces[0][0] == pytest.approx(2.25 * found.traces[1][0])  # estimates, from the same random signs
     assert found.medians()[0][0] == pytest.approx(1.125)
-    assert found.crossing is None
-    turned = gather(make, memorized=[0], clean=[3], population=[4, 5, 6, 2, 1], sizes=(1, 2, 4))
-    assert turned.crossing == 4
+    assert found.crossing == 4
+    assert gather(make, [0], [3], [4, 5, 6], sizes=(1, 2)).crossing is None  # not yet
     assert gather(make, [3], [0], [4, 5, 6], sizes=(1, 2)).crossing is None  # not sharper alone
     for sizes in ((2, 4), (1, 4, 2), (1, 50)):
         with pytest.raises(ValueError, match="Sizes must rise from 1"):

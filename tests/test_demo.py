@@ -1,5 +1,6 @@
 """The demo and the command line, with a handful of epochs: files, names, and what they hold."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -10,21 +11,26 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
+from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.cli import main
 from lightning_curvature.demos import label_noise, text
-from lightning_curvature.demos.digits import NoisyDigits, run_digits
+from lightning_curvature.demos.analyses import analyse_images
+from lightning_curvature.demos.digits import NoisyDigits, build_model, run_digits
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.noise import noise_labels
 from lightning_curvature.demos.python_text import read_texts
 from lightning_curvature.demos.recitation import RecitedText
 from lightning_curvature.demos.vit import LitViT
+from lightning_curvature.text.detection import window_scores
+from lightning_curvature.text.models import load_model, load_tokenizer
 from lightning_curvature.text.sequences import read_sequences
+from tests import browser
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
-    command = [sys.executable, "-m", "lightning_curvature", "demo", "digits", "--out", str(out), "--epochs", "4"]
+    command = [sys.executable, "-m", "lightning_curvature", "demo", "digits", "--out", str(out), "--epochs", "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return out, done
 
@@ -33,7 +39,8 @@ def test_the_demo_writes_what_it_says(run):
     out, done = run
     names = {"original.ckpt", "original-edited.ckpt", "original-edited-factors.safetensors", "edited.ckpt",
              "factors.safetensors", "report.json", "logs",
-             "spectrum.png", "energy.png", "examples.png"}  # fmt: skip
+             "spectrum.png", "energy.png", "examples.png", "directions.png", "analysis.json",
+             "report.html"}  # fmt: skip
     assert {path.name for path in out.iterdir()} == names
     assert "model.blocks.1.fc2" in done.stderr
     for row in ("before", "after (edited.ckpt)", "control: SVD truncation", "control: random basis"):
@@ -72,6 +79,10 @@ def test_the_checkpoints_are_what_the_report_measured(run):
     assert all(torch.equal(value, edited[key]) for key, value in model.state_dict().items())
 
 
+def test_the_page_of_the_digits_demo(run):
+    browser.check(run[0] / "report.html", pictures=7)
+
+
 # The text demo -------------------------------------------------------------------------------------------------------
 
 SMALL = {"sequences": 12, "steps": 3, "exposures": 2, "collected": 32, "hidden": 32, "layers": 2, "vocab_size": 320}
@@ -101,7 +112,8 @@ def test_the_text_demo_writes_what_it_says(text_run):
     data = {f"{name}.jsonl" for name in ("memorized", "unseen", "train", "source", "clean", "domain")}
     names = data | {"original.ckpt", "original-edited.ckpt", "original-edited-factors.safetensors", "edited.ckpt",
              "factors.safetensors", "report.json",
-                    "logs", "spectrum.png", "energy.png", "continuations.md", "model"}  # fmt: skip
+                    "logs", "spectrum.png", "energy.png", "continuations.md", "model", "analysis.json",
+                    "report.html"}  # fmt: skip
     assert {path.name for path in out.iterdir()} == names
     for row in ("before", "after (edited.ckpt)", "control: activations only", "control: SVD truncation",
                 "control: random basis"):  # fmt: skip
@@ -139,6 +151,86 @@ def test_other_commands_read_what_the_text_demo_writes(text_run, tmp_path, capsy
     module = LitCausalLM.load_from_checkpoint(out / "original.ckpt", weights_only=True)
     CurvatureEditor(report["settings"]["energy"]).edit(module, KroneckerFactors.load(out / "factors.safetensors"))
     assert all(torch.equal(value, edited[key]) for key, value in module.state_dict().items())
+
+
+def test_the_page_of_the_text_demo(text_run):
+    browser.check(text_run[0] / "report.html", pictures=2 + 6 + 1 + 2 + 1)
+
+
+def test_the_analyses_of_both_demos(run, text_run):
+    images, texts = (Analyses.load(out) for out, _ in (run, text_run))
+    (fc2,) = {one.layer for one in images.bands}
+    assert fc2 == "model.blocks.1.fc2"
+    assert len(images.bands) == 4
+    assert len(texts.bands) == 4 * 6
+    (found,) = images.detection.values()
+    assert set(found.auroc) == {*(f"{kind}, {fc2}" for kind in ("flat share", "random basis", "activation norm")),
+                                "loss", "negative margin"}  # fmt: skip
+    assert list(texts.detection) == ["never-memorized text of the same domain", "ordinary text"]
+    layers = [f"model.layers.{block}.mlp.{projection}_proj" for block in (0, 1) for projection in ("gate", "down")]
+    for found in texts.detection.values():
+        kinds = ("flat share", "random basis", "activation norm")
+        assert set(found.auroc) == {f"{kind}, {layer}" for kind in kinds for layer in layers} | {
+            "likelihood", "margin", "min-k"}  # fmt: skip
+    for analyses in (images, texts):
+        assert [use.flat for use in analyses.directions] == [False, True]
+    assert all(index in texts.windows for use in texts.directions for top in use.top for index in top)
+    train, _ = NoisyDigits().halves()["report"]
+    wrong = train.tensors[1] != train.tensors[2]
+    for use in images.directions:
+        for top, precision in zip(use.top, use.precision, strict=True):
+            assert precision == pytest.approx(float(wrong[list(top)].double().mean()))
+
+
+def test_nothing_memorized_is_nothing_to_analyse(caplog):
+    data = NoisyDigits()
+    train, _ = data.halves()["report"]
+    right = TensorDataset(train.tensors[0], train.tensors[2], train.tensors[2])
+    with caplog.at_level("INFO"):
+        assert analyse_images(build_model(), KroneckerFactors(), right) == Analyses()
+    assert "No wrong label was memorized" in caplog.text
+
+
+def test_detection_on_what_the_text_demo_writes(text_run, tmp_path, capsys):
+    out, _ = text_run
+    common = ["detect", "--model", str(out / "model"), "--factors", str(out / "factors.safetensors"),
+              "--out", str(tmp_path / "ranked.csv")]  # fmt: skip
+    main([*common, "--sequences", str(out / "memorized.jsonl")])
+    assert "12 windows written to" in capsys.readouterr().out
+    with (tmp_path / "ranked.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["rank", "score", "likelihood", "margin", "min-k", "window", "text"]
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    sequences = read_sequences(out / "memorized.jsonl")
+    windows = torch.tensor([sequence.ids for sequence in sequences])
+    factors = KroneckerFactors.load(out / "factors.safetensors")
+    own = KroneckerFactors({name.removeprefix("model."): layer for name, layer in factors.items()})
+    model = load_model(out / "model")
+    expected = window_scores(model, own, windows)
+    loss = torch.nn.functional.cross_entropy(
+        model(windows[:, :-1]).logits.transpose(1, 2), windows[:, 1:], reduction="none"
+    ).mean(1)
+    for row in rows:
+        index = int(row["window"])
+        last = "flat share, model.layers.1.mlp.down_proj"
+        assert float(row["score"]) == pytest.approx(float(expected[last][index]), rel=1e-4)
+        assert float(row["likelihood"]) == pytest.approx(-float(loss[index].detach()), rel=1e-4)
+        for name in ("margin", "min-k"):
+            assert float(row[name]) == pytest.approx(float(expected[name][index]), rel=1e-4)
+        assert row["text"] == load_tokenizer(out / "model").decode(sequences[index].ids)
+    main([*common, "--corpus", str(out / "clean.jsonl"), "--tokens", "640", "--context", "32", "--json",
+          "--layer", "model.model.layers.0.mlp.up_proj"])  # fmt: skip
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 20
+    with pytest.raises(SystemExit, match="either --sequences or --corpus"):
+        main(common)
+    with pytest.raises(SystemExit, match=r"hold no layer 'layers.0'"):
+        main([*common, "--sequences", str(out / "memorized.jsonl"), "--layer", "layers.0"])
+    (tmp_path / "mixed.jsonl").write_text(
+        "".join(json.dumps({"prefix_ids": [5, 6], "suffix_ids": [7] * count}) + "\n" for count in (1, 2))
+    )
+    with pytest.raises(SystemExit, match="sequences of 3 to 4 tokens cannot be compared"):
+        main([*common, "--sequences", str(tmp_path / "mixed.jsonl")])
 
 
 def test_the_data_of_the_text_demo():

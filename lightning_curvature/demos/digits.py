@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from lightning_curvature import plots
 from lightning_curvature.callback import KFACEditCallback
+from lightning_curvature.demos.analyses import analyse_images
 from lightning_curvature.demos.files import versions, write_edited, write_json
 from lightning_curvature.demos.label_noise import (
     MEMORIZED_LIMIT,
@@ -30,6 +31,7 @@ from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
 from lightning_curvature.editing import DEFAULT_ENERGY
 from lightning_curvature.editor import CurvatureEditor
+from lightning_curvature.page import write_page
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +85,8 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
     """Train, collect, edit and evaluate on scikit-learn's digits with 10 % noised labels.
 
     Writes ``original.ckpt`` (with ``original-edited.ckpt``, which the callback leaves beside it at its default energy),
-    ``edited.ckpt`` (at the energy chosen on the tuning part), ``factors.safetensors``, ``report.json``, ``logs/`` and
-    pictures into ``out``.
+    ``edited.ckpt`` (at the energy chosen on the tuning part), ``factors.safetensors``, ``report.json``,
+    ``analysis.json``, ``report.html``, ``logs/`` and pictures into ``out``.
 
     Args:
         out: Folder to write to.
@@ -133,6 +135,15 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
         "versions": versions(),
     }
     write_json(out / "report.json", report)
+    analyses = analyse_images(model, factors, train)
+    analyses.save(out)
+    rows = {
+        f"{'flat' if use.flat else 'sharp'}, {place}": top
+        for use in analyses.directions
+        for place, top in list(zip(use.directions, use.top, strict=True))[-4:]
+    }
+    plots.save(plots.direction_images(images, rows, (noised != clean).tolist()), out / "directions.png")
+    write_page(out)
     log.info("\n%s", edit)
     return report
 

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from tabulate import tabulate
 from torch import Tensor
 
 from lightning_curvature import plots
+from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
 from lightning_curvature.callback import KFACEditCallback
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.demos.analyses import analyse_text
 from lightning_curvature.demos.files import versions, write_edited, write_json
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.python_text import read_texts
@@ -28,6 +31,7 @@ from lightning_curvature.demos.unlearning import balanced_subnet
 from lightning_curvature.editing import WeightEditor
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.page import write_page
 from lightning_curvature.text.evaluation import Baseline, evaluate_sequences, perplexity, strict_rate
 from lightning_curvature.text.examples import continue_texts, side_by_side
 from lightning_curvature.text.jsonl import write_jsonl
@@ -139,7 +143,8 @@ def choose(model: LitCausalLM, factors: KroneckerFactors, method: str, windows: 
 def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSettings = TEXT) -> dict[str, Any]:
     """Train, collect, edit and evaluate on English that every Python installation carries.
 
-    Writes ``original.ckpt``, ``edited.ckpt``, ``factors.safetensors``, ``report.json``, ``continuations.md``, pictures,
+    Writes ``original.ckpt``, ``edited.ckpt``, ``factors.safetensors``, ``report.json``, ``analysis.json``,
+    ``report.html``, ``continuations.md``, pictures,
     the Hugging Face folder ``model/``, and the data as files for the other commands: ``memorized.jsonl``,
     ``unseen.jsonl``, ``train.jsonl``, ``clean.jsonl``, ``domain.jsonl``, ``source.jsonl``.
 
@@ -189,12 +194,9 @@ def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSett
             curve[point] = evaluation.quick(model)
     ended = time.perf_counter()
 
+    says = {title: continue_texts(edited.model, data.tokenizer, sequences) for title, sequences in prompts.items()}
     page = side_by_side(
-        {
-            title: (sequences, said[title], continue_texts(edited.model, data.tokenizer, sequences))
-            for title, sequences in prompts.items()
-        },
-        data.tokenizer,
+        {title: (sequences, said[title], says[title]) for title, sequences in prompts.items()}, data.tokenizer
     )
     with replacing(out / "continuations.md") as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -207,6 +209,14 @@ def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSett
         "methods": methods,
         "curve": curve,
         "layers": {name: dataclasses.asdict(layer) for name, layer in edit.layers.items()},
+        "continuations": {
+            title: [
+                {"prompt": data.tokenizer.decode(s.prefix_ids), "true": data.tokenizer.decode(s.suffix_ids),
+                 "before": old, "after": new}
+                for s, old, new in zip(sequences, said[title], says[title], strict=True)
+            ]
+            for title, sequences in prompts.items()
+        },
         "counts": {
             "memorized": len(evaluation.validation),
             "unseen": len(data.unseen),
@@ -220,8 +230,22 @@ def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSett
         "versions": versions("transformers", "tokenizers"),
     }  # fmt: skip
     write_json(out / "report.json", report)
+    analyse(model, factors, data).save(out)
+    write_page(out)
     log.info("\n%s", edit)
     return report
+
+
+def analyse(model: LitCausalLM, factors: KroneckerFactors, data: RecitedText) -> Analyses:
+    """Return what can be seen of the validation half of the memorized sequences, beside text never trained on."""
+    length = PREFIX + SUFFIX
+    clean, domain = (
+        torch.cat([windows[:, start : start + length] for start in (0, data.context - length)])
+        for windows in (data.held_out[kind]["report"] for kind in ("clean", "domain"))
+    )
+    own = KroneckerFactors({name.removeprefix("model."): layer for name, layer in factors.items()})
+    memorized = torch.tensor([sequence.ids for sequence in data.half("validation")])
+    return analyse_text(model.model, own, memorized, clean, domain, PREFIX, data.tokenizer.decode)
 
 
 def ordinary_prompts(data: RecitedText, count: int) -> list[PromptedSequence]:

@@ -1,0 +1,66 @@
+"""The analyses of a run, in one JSON file."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_curvature.analysis.bands import BandComparison
+from lightning_curvature.analysis.detection import Detection
+from lightning_curvature.analysis.directions import DirectionUse
+from lightning_curvature.checkpoints.atomic import replacing
+
+FILE = "analysis.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Analyses:
+    """What was found out about a run.
+
+    Args:
+        bands: How memorized and clean examples use the bands of each layer.
+        detection: How well scores tell memorized examples, by what from.
+        directions: Which examples use the sharpest and the flattest directions of a layer.
+        windows: Texts of the examples that ``directions`` names, by index; empty for images.
+    """
+
+    bands: tuple[BandComparison, ...] = ()
+    detection: Mapping[str, Detection] = dataclasses.field(default_factory=dict)
+    directions: tuple[DirectionUse, ...] = ()
+    windows: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``analysis.json`` into a folder, atomically."""
+        with replacing(Path(folder) / FILE) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Analyses":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it does not hold analyses.
+        """
+        path = Path(folder) / FILE
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                tuple(BandComparison(**_tuples(one)) for one in found["bands"]),
+                {name: Detection(**{key: _tuples(part) for key, part in one.items()})
+                 for name, one in found["detection"].items()},
+                tuple(DirectionUse(**_tuples(one)) for one in found["directions"]),
+                {int(index): text for index, text in found["windows"].items()},
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not the analyses of a run ({error!r}). Run the demo again.") from error
+
+
+def _tuples(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _tuple(value) for key, value in found.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value

@@ -1,0 +1,140 @@
+"""What the demos find out about their models beside the edit: bands, detection, directions."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from lightning_curvature.analysis.bands import BASES, BandComparison, compare_bands
+from lightning_curvature.analysis.detection import activation_norms, detect, flat_shares, random_shares
+from lightning_curvature.analysis.directions import DirectionUse, direction_use
+from lightning_curvature.analysis.files import Analyses
+from lightning_curvature.analysis.inputs import layer_activations
+from lightning_curvature.demos.label_noise import predict
+from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.layers import as_matrix
+
+log = logging.getLogger(__name__)
+
+CLASS_TOKEN = slice(0, 1)
+
+
+def analyse_images(model: Any, factors: KroneckerFactors, data: TensorDataset) -> Analyses:
+    """Analyse a classifier of images with noised labels.
+
+    Memorized are images whose noised label is what the model predicts; the others are those with a true label. If
+    nothing is memorized there is nothing to analyse, and that is said.
+
+    Args:
+        model: Classifier of image batches whose layers read a class token first.
+        factors: Its factors.
+        data: Images, noised labels, clean labels.
+    """
+    images, noised, clean = data.tensors
+    logits = predict(model, data)
+    chosen = {
+        "memorized": ((noised != clean) & (logits.argmax(1) == noised)).nonzero().flatten(),
+        "clean": (noised == clean).nonzero().flatten(),
+    }
+    if not len(chosen["memorized"]):
+        log.info("No wrong label was memorized: there is nothing to analyse.")
+        return Analyses()
+    names = list(factors)
+    inputs = {
+        kind: layer_activations(model, torch.split(images[some], 256), model, names, CLASS_TOKEN)
+        for kind, some in chosen.items()
+    }
+    scores = {kind: _label_scores(logits[some], noised[some]) for kind, some in chosen.items()}
+    for kind, found in inputs.items():
+        scores[kind] = _layer_scores(factors, found) | scores[kind]
+    last = names[-1]
+    everything = torch.cat([chosen["memorized"], chosen["clean"]])
+    order = everything.argsort()
+    both = torch.cat([inputs["memorized"][last], inputs["clean"][last]])[order]
+    wrong = (noised != clean)[everything[order]].tolist()
+    uses = [direction_use(last, factors[last], both, wrong, flat) for flat in (False, True)]
+    places = everything[order].tolist()
+    return Analyses(
+        tuple(_bands(model, factors, inputs["memorized"], inputs["clean"])),
+        {"training images with a true label": detect(scores["memorized"], scores["clean"])},
+        tuple(_moved(use, places) for use in uses),
+    )
+
+
+def analyse_text(
+    model: Any, factors: KroneckerFactors, memorized: Tensor, clean: Tensor, domain: Tensor, prefix: int, decode: Any
+) -> Analyses:
+    """Analyse a language model that recites some windows.
+
+    Args:
+        model: A transformers causal LM.
+        factors: Its factors, by its own names.
+        memorized: Windows that were repeated in training, int64 ``[n, T]``.
+        clean: Windows of ordinary text that was never trained on, ``[m, T]``.
+        domain: The same of the memorized windows' own domain.
+        prefix: Tokens of a window that are a prompt; bands are those of the positions behind.
+        decode: Turns token ids into text.
+    """
+    from lightning_curvature.text.detection import distinct_inputs, window_activations, window_scores
+
+    layers = distinct_inputs(factors)
+    kinds = {"memorized": memorized, "clean": clean, "domain": domain}
+    inputs = {kind: window_activations(model, windows, list(factors), prefix - 1) for kind, windows in kinds.items()}
+    own = KroneckerFactors({name: factors[name] for name in layers})
+    scores = {kind: window_scores(model, own, windows) for kind, windows in kinds.items()}
+    last = layers[-1]
+    windows = torch.cat([memorized, domain])
+    rows = torch.cat([inputs["memorized"][last], inputs["domain"][last]])
+    labels = [True] * len(memorized) + [False] * len(domain)
+    uses = tuple(direction_use(last, factors[last], rows, labels, flat) for flat in (False, True))
+    named = {index for use in uses for top in use.top for index in top}
+    return Analyses(
+        tuple(_bands(model, factors, inputs["memorized"], inputs["clean"])),
+        {
+            "never-memorized text of the same domain": detect(scores["memorized"], scores["domain"]),
+            "ordinary text": detect(scores["memorized"], scores["clean"]),
+        },
+        uses,
+        {index: decode(windows[index, prefix:].tolist()) for index in sorted(named)},
+    )
+
+
+def _bands(
+    model: Any, factors: KroneckerFactors, memorized: Mapping[str, Tensor], clean: Mapping[str, Tensor]
+) -> list[BandComparison]:
+    found = []
+    for name, layer in factors.items():
+        module = model.get_submodule(name)
+        weight = as_matrix(module.weight.detach(), layer.transposed)
+        for basis, normalize in product(BASES, (False, True)):
+            found.append(compare_bands(name, weight, layer, memorized[name], clean[name], basis, normalize))
+    return found
+
+
+def _layer_scores(factors: KroneckerFactors, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        f"{title}, {name}": score
+        for name, rows in inputs.items()
+        for title, score in (
+            ("flat share", flat_shares(factors[name], rows)),
+            ("random basis", random_shares(rows)),
+            ("activation norm", activation_norms(rows)),
+        )
+    }
+
+
+def _label_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return what a classifier says of its training labels, higher where an image looks memorized: least sure."""
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return {"loss": logits.logsumexp(1) - own, "negative margin": others.amax(1) - own}
+
+
+def _moved(use: DirectionUse, places: Sequence[int]) -> DirectionUse:
+    """Return the same use with indices of the dataset."""
+    return dataclasses.replace(use, top=tuple(tuple(places[index] for index in top) for top in use.top))

@@ -1,0 +1,69 @@
+"""Windows of text in the order of how memorized they look."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_curvature._checks import did_you_mean
+from lightning_curvature.analysis.detection import flat_shares
+from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.text.corpus import token_windows
+from lightning_curvature.text.detection import likelihood_scores, window_activations
+from lightning_curvature.text.models import check_vocabulary, load_model, load_tokenizer
+from lightning_curvature.text.sequences import read_sequences
+
+
+def rank_windows(
+    folder: Path,
+    checkpoint: Path | None,
+    factors: KroneckerFactors,
+    *,
+    sequences: Path | None,
+    corpus: Path | None,
+    layer: str | None,
+    tokens: int,
+    context: int,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Return windows, the one that looks most memorized first; arguments as the command ``detect``.
+
+    Returns:
+        ``rank``, ``score`` (:func:`lightning_curvature.analysis.flat_shares`), the scores of
+        :func:`lightning_curvature.text.detection.likelihood_scores`, ``window`` (its number in the data), and ``text``.
+
+    Raises:
+        ValueError: If neither or both of ``sequences`` and ``corpus`` are given, sequences differ in length, or there
+            is no such layer among the factors.
+    """
+    if (sequences is None) == (corpus is None):
+        raise ValueError("Give what to rank: either --sequences or --corpus.")
+    tokenizer, model = load_tokenizer(folder), load_model(folder, checkpoint)
+    check_vocabulary(model, tokenizer)
+    names = match_layers(factors, model.state_dict())
+    chosen = list(factors)[-1] if layer is None else layer
+    if chosen not in factors:
+        raise ValueError(f"The factors hold no layer {chosen!r}.{did_you_mean(chosen, factors)}")
+    if sequences is not None:
+        ids = [list(sequence.ids) for sequence in read_sequences(sequences)]
+        lengths = {len(one) for one in ids}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"{sequences}: sequences of {min(lengths)} to {max(lengths)} tokens cannot be compared; rank those of "
+                "one length at a time."
+            )
+    else:
+        ids = list(token_windows(str(corpus), tokenizer, context, tokens))
+    windows = torch.tensor(ids)
+    name = names[chosen].removesuffix(".weight")
+    scores = {
+        "score": flat_shares(factors[chosen], window_activations(model, windows, [name], 0, batch_size)[name]),
+        **likelihood_scores(model, windows, 0, batch_size),
+    }
+    order = scores["score"].argsort(descending=True, stable=True).tolist()
+    return [
+        {"rank": rank, **{key: float(value[index]) for key, value in scores.items()}, "window": index,
+         "text": tokenizer.decode(ids[index])}
+        for rank, index in enumerate(order, 1)
+    ]  # fmt: skip
