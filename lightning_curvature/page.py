@@ -54,6 +54,7 @@ def write_page(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder} is no folder. Name the folder that a run wrote to.")
     report = _read_report(folder / "report.json")
     factor_files = [path for path in sorted(folder.glob("*.safetensors")) if is_factor_file(path)]
+    distinct = {KroneckerFactors.open(path).digest(): path for path in reversed(factor_files)}
     edited = [found for path in sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
               if path not in factor_files and (found := describe(path)).get("edit")]  # fmt: skip
     if not (report or factor_files or edited):
@@ -67,11 +68,11 @@ def write_page(folder: Path) -> Path:
         ("layers", "What was edited", _layers(report)),
         ("energy", "Energy", _energy(report)),
         ("examples", "Examples, before and after", _examples(folder, report)),
-        ("spectra", "Spectra", _spectra(factor_files, report)),
+        ("spectra", "Spectra", _spectra([*distinct.values()], report)),
         ("bands", "Bands of the spectrum", _bands(analyses)),
         ("detection", "Telling memorized examples without labels", _detection(analyses)),
         ("directions", "What flat directions hold", _directions(folder, analyses)),
-        ("provenance", "Provenance", _provenance(factor_files, edited, report)),
+        ("provenance", "Provenance", _provenance([*distinct.values()], edited, report)),
     ]
     shown = [{"id": key, "title": title, "blocks": list(blocks)} for key, title, blocks in sections]
     environment = jinja2.Environment(

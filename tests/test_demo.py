@@ -80,7 +80,7 @@ def test_the_checkpoints_are_what_the_report_measured(run):
 
 
 def test_the_page_of_the_digits_demo(run):
-    browser.check(run[0] / "report.html", pictures=7)
+    browser.check(run[0] / "report.html", pictures=8)
 
 
 # The text demo -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def bands(comparisons: Sequence[BandComparison]) -> Figure:
     layers = list(dict.fromkeys(one.layer for one in comparisons))
     columns = min(len(layers), 3)
     rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(1.2 + 3.9 * columns, 0.9 + 3.0 * rows), layout="constrained")
+    figure = Figure(figsize=(max(1.2 + 3.9 * columns, 8.0), 0.9 + 3.0 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     styles = {("curvature", False): ("#c0392b", "o-"), ("curvature", True): ("#c0392b", "o--"),
               ("svd", False): ("#7f8c8d", "s-"), ("svd", True): ("#7f8c8d", "s--")}  # fmt: skip
