@@ -385,6 +385,10 @@ def test_one_example_is_sharp_and_the_population_is_flat():
     assert found.traces[0][0] == pytest.approx(2.25 * found.traces[1][0])  # estimates, from the same random signs
     assert found.medians()[0][0] == pytest.approx(1.125)
     assert found.crossing == 4
+    axes = found.plot().axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "memorized, median of 2", "clean, median of 2", "crossing: 4"]  # fmt: skip
+    assert tuple(axes.lines[2].get_ydata()) == found.medians()[0]
     assert gather(make, [0], [3], [4, 5, 6], sizes=(1, 2)).crossing is None  # not yet
     assert gather(make, [3], [0], [4, 5, 6], sizes=(1, 2)).crossing is None  # not sharper alone
     for sizes in ((2, 4), (1, 4, 2), (1, 50)):
@@ -409,6 +413,9 @@ def test_order_of_directions_where_it_is_exact():
     for values in (found.ggn, found.hessian, found.predicted["ekfac"]):
         torch.testing.assert_close(torch.tensor(values), torch.tensor(found.predicted["kfac"]), atol=1e-12, rtol=1e-6)
     assert list(found.place) == sorted(found.place)
+    panels = found.plot().axes
+    assert [axes.get_xlabel() for axes in panels] == ["predicted: kfac", "predicted: ekfac"]
+    assert tuple(panels[0].lines[0].get_ydata()) == found.ggn
     assert found.correlation("kfac") > 0.95  # pairs of equal curvature are ordered by rounding
     assert found.correlation("kfac", "hessian", 0.0, 0.5) == pytest.approx(1.0, abs=0.02)
     assert list(found.by_band("kfac")) == ["all", "0% to 10%", "10% to 25%", "25% to 50%", "50% to 100%"]
