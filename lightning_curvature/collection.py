@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning_curvature._checks import listing
 from lightning_curvature.collect import Collector
-from lightning_curvature.factors import KroneckerFactors, load_state
+from lightning_curvature.factor_files import load_state
+from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.sharded import ShardedFactors
 from lightning_curvature.sums import LayerSums, sums_over

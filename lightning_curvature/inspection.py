@@ -12,7 +12,8 @@ from lightning_curvature.basis import select_staircase
 from lightning_curvature.checkpoints.formats import open_checkpoint
 from lightning_curvature.checkpoints.safetensors import SafetensorsFile
 from lightning_curvature.deltas import DELTA, read_header
-from lightning_curvature.factors import KroneckerFactors, is_factor_file
+from lightning_curvature.factor_files import is_factor_file
+from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.plan import size
 
 

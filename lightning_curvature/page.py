@@ -17,7 +17,8 @@ from lightning_curvature.analysis import plots as analysis_plots
 from lightning_curvature.analysis.bands import LABELS
 from lightning_curvature.analysis.files import FILE, Analyses
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.factors import KroneckerFactors, is_factor_file
+from lightning_curvature.factor_files import is_factor_file
+from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.inspection import describe
 
 PAGE = "report.html"

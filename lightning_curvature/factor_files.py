@@ -1,0 +1,161 @@
+"""Reading files of factors."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_curvature.checkpoints.archive import check_tensors, read_archive
+from lightning_curvature.checkpoints.tree import parse_json, put_together
+from lightning_curvature.layer_factors import COUNTS, ERRORS, OPTIONAL, LayerFactors
+
+HEADER = "lightning_curvature.factors"
+SHARES = "shares_A_with"
+VERSIONS = (1, 2)
+"""Of files: those whose layers have each an A of their own, and those in which layers share one."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class FactorFile(Mapping[str, LayerFactors]):
+    """The layers of a factor file."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        with _opened(path) as file:
+            header = _read_header(file)
+            self.tensors = set(file.keys())
+            self.layers: dict[str, dict[str, Any]] = header["layers"]
+            self.provenance: dict[str, Any] = header["provenance"]
+        # As long as a shared A is in use, the other layers get the same tensor.
+        self.inputs: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+
+    def __getitem__(self, name: str) -> LayerFactors:
+        numbers = dict(self.layers[name])
+        owner = numbers.pop(SHARES, name)
+        with _opened(self.path) as file:
+            kinds = [kind for kind in ("G", *OPTIONAL) if f"{name}.{kind}" in self.tensors]
+            tensors = {kind: file.get_tensor(f"{name}.{kind}") for kind in kinds}
+            A = self.inputs.get(owner)
+            self.inputs[owner] = tensors["A"] = file.get_tensor(f"{owner}.A") if A is None else A
+            return _layer_factors(f"layer {name!r}", tensors, numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a factor file; what is wrong with it becomes an error that names it."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: not a complete factor file (it is a folder). Name the file in it.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a complete factor file ({error}). Factor files are written by KroneckerFactors.save."
+        ) from error
+
+
+def _read_header(file: Any) -> dict[str, Any]:
+    """Return the header of an open factor file; the only place where it is checked."""
+    header = parse_json((file.metadata() or {}).get(HEADER, ""), f"the metadata entry {HEADER!r}")
+    if header.get("version") not in VERSIONS:
+        raise ValueError(
+            f"it has version {header.get('version')!r:.60}, this package reads those up to {VERSIONS[-1]}: update it"
+        )
+    layers, provenance = header.get("layers"), header.get("provenance")
+    if not isinstance(layers, dict) or not isinstance(provenance, dict):
+        raise ValueError("its header has no layers, or no provenance")
+    json.dumps(provenance, ensure_ascii=False).encode()  # so that it can be shown
+    for name, counts in layers.items():
+        if not isinstance(counts, dict) or not {*COUNTS[:2]} <= counts.keys() <= {*COUNTS, "transposed", *ERRORS,
+                                                                                   SHARES}:  # fmt: skip
+            raise ValueError(f"layer {name!r} must have {', '.join(COUNTS)} and transposed")
+        for key, value in counts.items():
+            if key == SHARES:
+                fits = isinstance(value, str) and value in layers
+            elif key in ERRORS:
+                fits = type(value) in (int, float) and 0 <= value < float("inf")
+            else:  # up to 2**53 a count is exact in float64, in which factors are merged
+                fits = isinstance(value, bool) if key == "transposed" else type(value) is int and 0 <= value <= 2**53
+            if not fits:
+                raise ValueError(f"layer {name!r} cannot have {key} {value!r:.60}")
+    needed = {f"{counts.get(SHARES, name)}.A" for name, counts in layers.items()} | {f"{name}.G" for name in layers}
+    missing = needed - set(file.keys())
+    if missing:
+        raise ValueError(f"it lacks the tensor {min(missing)!r}")
+    return header
+
+
+def _layer_factors(where: str, tensors: Mapping[str, Any], counts: Mapping[str, Any]) -> LayerFactors:
+    """Return the factors that were read of one layer; errors begin with ``where``."""
+    try:
+        layer = LayerFactors(**tensors, **counts)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    for kind, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES or not tensor.numel():
+            raise ValueError(f"{where}: {kind} must hold floating numbers, found {[*tensor.shape]} {tensor.dtype}.")
+    return layer
+
+
+def read_paper_factors(path: str | os.PathLike[str], names: str) -> dict[str, LayerFactors]:
+    """Read a file of the code of arXiv:2510.24256; arguments and errors as those of the method ``load``."""
+    content = read_archive(path)
+    layers = {}
+    content = content if isinstance(content, dict) else {"": content}
+    for key, entry in content.items():
+        found = re.fullmatch(r"blk(\d+)\.(\w+)", str(key))
+        if found is None or not isinstance(entry, dict) or not {"A", "G", "n_tokens"} <= entry.keys():
+            raise ValueError(f"{path}: expected entries 'blk23.gate' with A, G and n_tokens, found {str(key)!r:.60}.")
+        tensors = {kind: entry[kind] for kind in "AG"}
+        tokens = entry["n_tokens"]
+        check_tensors(tensors | ({"n_tokens": tokens} if isinstance(tokens, Tensor) else {}), path)
+        tokens = tokens.item() if isinstance(tokens, Tensor) and tokens.numel() == 1 else tokens
+        if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not 0 <= tokens <= 2**53:
+            raise ValueError(f"{path}: n_tokens of {key!r} must be a number of positions, found {type(tokens)}.")
+        counts = dict.fromkeys(COUNTS[:2], int(tokens))
+        layers[names.format(block=found[1], projection=found[2])] = _layer_factors(f"{path}: {key!r}", tensors, counts)
+    if not layers or len(layers) < len(content):
+        raise ValueError(
+            f"{path}: {len(content)} entries become {len(layers)} layers by names={names!r}. Use both places, for "
+            "example 'model.layers.{block}.mlp.{projection}_proj'."
+        )
+    return layers
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the ``state`` with which a factor file was saved, or None; tensors are on the CPU.
+
+    Raises:
+        FileNotFoundError: As :meth:`lightning_curvature.KroneckerFactors.load`.
+        ValueError: As :meth:`lightning_curvature.KroneckerFactors.load`.
+    """
+    with _opened(path) as file:
+        state = _read_header(file).get("state")
+        if not isinstance(state, dict | None):
+            raise ValueError(f"its state is a {type(state).__name__}, not an object")
+        return None if state is None else dict(put_together(state, file.get_tensor))
+
+
+def is_factor_file(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a safetensors file was written by :meth:`lightning_curvature.KroneckerFactors.save`."""
+    if Path(path).is_dir():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return HEADER in (file.metadata() or {})
+    except SafetensorError:
+        return False

@@ -1,0 +1,109 @@
+"""K-FAC factors of one layer."""
+
+import dataclasses
+import hashlib
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.bases import known_basis
+from lightning_curvature.basis import CurvatureBasis
+
+OPTIONAL = ("A_coupled", "G_coupled", "eigenvalues", "margins")
+COUNTS = ("num_inputs", "num_gradients", "num_seen")
+ERRORS = ("A_error", "G_error")
+"""Fields of :class:`LayerFactors` that may be missing."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """K-FAC factors of one layer: normalised second moments and the counts behind them.
+
+    Args:
+        A: ``E[a a^T]`` of the layer's inputs, ``[d_in, d_in]``, floating.
+        G: ``E[g g^T]`` of the gradients of the summed loss with respect to its outputs, ``[d_out, d_out]``, floating.
+        num_inputs: Positions behind ``A``.
+        num_gradients: Positions behind ``G`` (positions, not draws).
+        num_seen: Positions that went through the layer, counted or not; by default ``num_inputs``.
+        transposed: Whether the layer stores its weight as ``[d_in, d_out]`` (transformers ``Conv1D``).
+        A_coupled: ``E[|g|^2 a a^T]``, ``[d_in, d_in]``, for the score ``"coupled"``.
+        G_coupled: ``E[|a|^2 g g^T]``, ``[d_out, d_out]``, for the score ``"coupled"``.
+        eigenvalues: ``E[(u_i^T g)^2 (v_j^T a)^2]`` in the curvature basis, ``[d_out, d_in]``, for ``"ekfac"``.
+        margins: Gradient of the summed logit margins of recited sequences with respect to the weight,
+            ``[d_out, d_in]``, for :class:`lightning_curvature.bulk.BulkStepEditor`.
+        A_error: Standard error of ``A``, relative to its Frobenius norm, from the spread of the batches; None if it is
+            not known.
+        G_error: The same of ``G``.
+
+    Raises:
+        ValueError: If a factor is not a square floating matrix, an optional one does not have its shape, or a count is
+            negative.
+    """
+
+    A: Tensor
+    G: Tensor
+    num_inputs: int
+    num_gradients: int
+    num_seen: int = -1
+    transposed: bool = False
+    A_coupled: Tensor | None = None
+    G_coupled: Tensor | None = None
+    eigenvalues: Tensor | None = None
+    margins: Tensor | None = None
+    A_error: float | None = None
+    G_error: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, factor in (("A", self.A), ("G", self.G)):
+            if factor.dim() != 2 or factor.shape[0] != factor.shape[1] or not factor.is_floating_point():
+                raise ValueError(
+                    f"Factor {name} must be a square floating matrix, found {list(factor.shape)} {factor.dtype}."
+                )
+        if self.num_inputs < 0 or self.num_gradients < 0:
+            raise ValueError(f"Counts must not be negative, found {self.num_inputs} and {self.num_gradients}.")
+        shapes = {
+            "A_coupled": self.A.shape,
+            "G_coupled": self.G.shape,
+            "eigenvalues": self.shape,
+            "margins": self.shape,
+        }
+        for name, shape in shapes.items():
+            extra = getattr(self, name)
+            if extra is not None and tuple(extra.shape) != tuple(shape):
+                raise ValueError(f"{name} must have the shape {list(shape)}, found {list(extra.shape)}.")
+        if self.num_seen < 0:
+            object.__setattr__(self, "num_seen", self.num_inputs)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(d_out, d_in)`` of the weight matrix that these factors describe."""
+        return self.G.shape[0], self.A.shape[0]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that are there, by name."""
+        found = {name: getattr(self, name) for name in ("A", "G", *OPTIONAL)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Everything but tensors and errors, by name."""
+        return {name: getattr(self, name) for name in (*COUNTS, "transposed")}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The standard errors that are known, by name."""
+        return {name: error for name in ERRORS if (error := getattr(self, name)) is not None}
+
+    def digest(self) -> str:
+        """Return a SHA-256 over counts and tensors."""
+        digest = hashlib.sha256(f"{self.num_inputs}\0{self.num_gradients}\0{self.shape}\0".encode())
+        for name, tensor in self.tensors.items():
+            digest.update(f"{name}\0".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def basis(self) -> CurvatureBasis:
+        """The curvature basis; each factor is decomposed once, and its eigenvectors are kept as long as it is."""
+        return known_basis(self.A, self.G)
