@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from subjects import Subject, Text, subject
-from tables import DOCS, RESULTS, mean, parser, read, replace_section, run, table
+from tables import DOCS, RESULTS, parser, read, replace_section, run, summary
 from torch import Tensor
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
@@ -204,19 +204,11 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     yield from together(model, seed)
 
 
-def tabled(runs: Sequence[Sequence[Row]], name: str, digits: int = 2) -> str:
+def tabled(runs: Sequence[Sequence[Row]], name: str, digits: int) -> str:
     """Return one table, mean and spread over seeds."""
-    rows: dict[str, list[Row]] = {}
-    for one in runs:
-        for row in one:
-            if row["table"] == name:
-                rows.setdefault(str(row["row"]), []).append(row)
-    columns = list(dict.fromkeys(key for some in rows.values() for row in some for key in row))[2:]
-    body = [
-        [title, *(mean([float(row[key]) for row in some if key in row], len(runs), digits) for key in columns)]
-        for title, some in rows.items()
-    ]
-    return table(body, ["", *columns])
+    found = [{str(row["row"]): row for row in one if row["table"] == name} for one in runs]
+    columns = dict.fromkeys(key for one in found for row in one.values() for key in row if key not in ("table", "row"))
+    return summary(found, {key: (key, 1.0, digits) for key in columns})
 
 
 def page(runs: Sequence[Sequence[Row]]) -> str:

@@ -56,8 +56,14 @@ def write_page(folder: Path) -> Path:
     report = _read_report(folder / "report.json")
     factor_files = [path for path in sorted(folder.glob("*.safetensors")) if is_factor_file(path)]
     distinct = {KroneckerFactors.open(path).digest(): path for path in reversed(factor_files)}
-    edited = [found for path in sorted([*folder.glob("*.ckpt"), *folder.glob("*.safetensors")])
-              if path not in factor_files and (found := describe(path)).get("edit")]  # fmt: skip
+    edited, unread = [], []
+    for path in sorted([*folder.glob("*.ckpt"), *(set(folder.glob("*.safetensors")) - set(factor_files))]):
+        try:
+            found = describe(path)
+        except ValueError as error:  # it may need classes that nobody allowed, and the rest can be shown without it
+            unread.append(str(error))
+        else:
+            edited += [found] if found.get("edit") else []
     if not (report or factor_files or edited):
         raise FileNotFoundError(
             f"{folder} holds no report.json, no factors (*.safetensors) and no edited checkpoint (*.ckpt): nothing to "
@@ -73,7 +79,7 @@ def write_page(folder: Path) -> Path:
         ("bands", "Bands of the spectrum", _bands(analyses)),
         ("detection", "Telling memorized examples without labels", _detection(analyses)),
         ("directions", "What flat directions hold", _directions(folder, analyses)),
-        ("provenance", "Provenance", _provenance([*distinct.values()], edited, report)),
+        ("provenance", "Provenance", _provenance([*distinct.values()], edited, unread, report)),
     ]
     shown = [{"id": key, "title": title, "blocks": list(blocks)} for key, title, blocks in sections]
     environment = jinja2.Environment(
@@ -116,20 +122,23 @@ def _outcome(report: Report) -> Iterator[Block]:
         rows = {"before": before, f"after, default energy {report['default']['energy']:g}": report["default"],
                 "after": after}  # fmt: skip
     names = [name for name in before if all(name in row for row in rows.values())]
-    if "perplexity" in before:
+    if {"strict", "perplexity"} <= set(names):
         yield _text(
-            f"Of {report['counts']['memorized']} memorized sequences the model recites {before['strict']:.1%} exactly "
-            f"before the edit and {after['strict']:.1%} after it; perplexity of clean text is "
+            f"The model recites {before['strict']:.1%} of the memorized sequences exactly before the edit and "
+            f"{after['strict']:.1%} after it; perplexity of clean text is "
             f"{after['perplexity'] / before['perplexity']:.3f} times what it was."
         )
-    else:
+    if {"memorized", "val_accuracy"} <= set(names):
         yield _text(
-            f"Of {report['counts']['noised']} wrong training labels the model repeats {before['memorized']:.1%} before "
-            f"the edit and {after['memorized']:.1%} after it; validation accuracy goes from "
-            f"{before['val_accuracy']:.1%} to {after['val_accuracy']:.1%}."
+            f"The model repeats {before['memorized']:.1%} of the wrong training labels before the edit and "
+            f"{after['memorized']:.1%} after it; validation accuracy goes from {before['val_accuracy']:.1%} to "
+            f"{after['val_accuracy']:.1%}."
         )
+    if "counts" in report:
+        counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report["counts"].items())
+        yield _text(f"Measured on: {counts}.")
     yield _metrics(rows, names, "Rates in %; perplexity and log-probability (min_k) as they are.", strong=len(rows) - 1)
-    controls = {_METHODS.get(name, name): row for name, row in report["methods"].items()}
+    controls = {_METHODS.get(name, name): row for name, row in report.get("methods", {}).items()}
     if len(controls) > 1:
         columns = [name for name in names if all(name in row for row in controls.values())]
         yield _metrics(controls, columns, "The edit beside controls, each chosen by the same rule on other data.", 0)
@@ -156,7 +165,7 @@ def _energy(report: Report) -> Iterator[Block]:
         return
     points = {float(energy): metrics for energy, metrics in curve.items()}
     draw = plots.recitation_curves if "strict" in report["before"] else plots.energy_curves
-    figure = draw(points, report["before"], report["settings"]["energy"])
+    figure = draw(points, report["before"], report.get("settings", {}).get("energy"))
     yield _picture(figure, "Each point is one edit of the same model; the dashed line is the energy that was chosen.")
 
 
@@ -240,7 +249,9 @@ def _directions(folder: Path, analyses: Analyses) -> Iterator[Block]:
                            [_table(["", "window"], rows, "Windows that use it most.")])  # fmt: skip
 
 
-def _provenance(factor_files: Sequence[Path], edited: Sequence[Mapping[str, Any]], report: Report) -> Iterator[Block]:
+def _provenance(
+    factor_files: Sequence[Path], edited: Sequence[Mapping[str, Any]], unread: Sequence[str], report: Report
+) -> Iterator[Block]:
     for path in factor_files:
         factors = KroneckerFactors.open(path)
         facts = {"SHA-256": factors.digest(), **factors.provenance}
@@ -248,6 +259,8 @@ def _provenance(factor_files: Sequence[Path], edited: Sequence[Mapping[str, Any]
     for found in edited:
         yield _details(f"Edited checkpoint {Path(found['path']).name}",
                        [{"kind": "code", "text": json.dumps(found["edit"], indent=2)}])  # fmt: skip
+    for reason in unread:
+        yield _text(f"Not read: {reason}")
     for title in ("settings", "seconds", "versions"):
         if title in report:
             rows = [[key, f"{value:.4g}" if isinstance(value, float) else str(value)]

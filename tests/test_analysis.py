@@ -1,5 +1,6 @@
 """Each analysis on a case whose answer is known."""
 
+import dataclasses
 import math
 
 import pytest
@@ -72,6 +73,8 @@ def test_activations_that_cannot_be_read():
     model, x = Twice(), torch.randn(5, 4, 3)
     with pytest.raises(ValueError, match=r"There is no layer 'onc'. Did you mean .*'once'"):
         layer_activations(model, [x], model, ["onc"])
+    with pytest.raises(ValueError, match=r"Layer 'drop' is a Dropout; only linear layers"):
+        layer_activations(model, [x], model, ["drop"])
     with pytest.raises(RuntimeError, match=r"Layer 'often' ran 2 times in one forward pass"):
         layer_activations(model, [x], model, ["often"])
     with pytest.raises(RuntimeError, match=r"Layer 'never' ran 0 times"):
@@ -421,6 +424,8 @@ def test_order_of_directions_where_it_is_exact():
     assert list(found.by_band("kfac")) == ["all", "0% to 10%", "10% to 25%", "25% to 50%", "50% to 100%"]
     with pytest.raises(ValueError, match=r"Layer '0': factors for \[1, 20\], the weight is \[5, 8\]"):
         curvature_order(products, "0", diagonal(range(20, 0, -1)))
+    with pytest.raises(ValueError, match=r"Layer '0' stores its weight as \[d_in, d_out\]"):
+        curvature_order(products, "0", dataclasses.replace(factors, transposed=True))
 
 
 # Pictures ----------------------------------------------------------------------------------------------------------

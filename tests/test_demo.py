@@ -30,7 +30,7 @@ from tests import browser
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
-    command = [sys.executable, "-m", "lightning_curvature", "demo", "digits", "--out", str(out), "--epochs", "12"]
+    command = [sys.executable, "-m", "lightning_curvature", "demo", "digits", "--out", str(out), "--epochs", "40"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return out, done
 
@@ -56,7 +56,7 @@ def test_the_report_holds_before_after_and_controls(run):
     subnet = report["methods"].pop("bsn")
     assert set(subnet) == {"ratio", *label_noise.METRICS}
     assert subnet["ratio"] in label_noise.RATIOS
-    assert 0 <= subnet["memorized"] <= 1  # after a few epochs there is little to forget
+    assert subnet["memorized"] < report["before"]["memorized"]
     for method, row in report["methods"].items():
         energy = row["energy"]
         assert row == {"energy": energy} | report["curves"]["report"][method][str(energy)]

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from lightning_curvature import moments
 from lightning_curvature.moments import SecondMoment
 
 
@@ -34,3 +36,24 @@ def test_batches_and_dtypes():
     assert half.mean().dtype == torch.float32
     whole.add(x.double())
     assert whole.mean().dtype == torch.float64
+
+
+@pytest.mark.parametrize("entries", [1, 40_000, 10**9])
+def test_products_of_several_block_rows(monkeypatch, entries):
+    """What only a GPU does: a product covers several block rows, and each takes its part."""
+    together = moments._together
+    monkeypatch.setattr(moments, "_together", lambda blocks, _: together(blocks, entries))
+    moment, rows = SecondMoment(300), [torch.randn(20, 300) for _ in range(3)]
+    for part in rows:
+        moment.add(part, scale=0.5)
+    joined = torch.cat(rows).double()
+    torch.testing.assert_close(moment.mean(), (0.5 * joined.T @ joined / 60).float())
+    squares = sum((0.5 * part.T.double() @ part.double()).square().sum() for part in rows)
+    torch.testing.assert_close(moment.squares, squares, rtol=1e-5, atol=0)
+
+
+def test_an_error_that_rounding_lost_is_not_stated():
+    moment = SecondMoment(3)
+    for seed in range(4):
+        moment.add(torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)), scale=1e-20)
+    assert moment.relative_error() is None

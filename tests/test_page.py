@@ -1,6 +1,7 @@
 """The page of a run, from whatever is in its folder; tests/test_demo.py opens those of the demos in a browser."""
 
 import json
+from fractions import Fraction
 
 import pytest
 import torch
@@ -43,6 +44,22 @@ def test_an_edited_checkpoint_alone(tmp_path, factors):
     page = write_page(tmp_path).read_text()
     assert "Edited checkpoint edited.ckpt" in page
     assert factors.digest() in page
+
+
+def test_a_checkpoint_that_must_not_be_read_is_named(tmp_path, factors):
+    factors.save(tmp_path / "factors.safetensors")
+    torch.save({"state_dict": {}, "hyper_parameters": Fraction(1, 3)}, tmp_path / "last.ckpt")
+    page = write_page(tmp_path).read_text()
+    assert "Not read: " in page
+    assert "fractions.Fraction" in page
+
+
+def test_a_report_of_other_metrics(tmp_path):
+    row = {"mae": 0.25}
+    (tmp_path / "report.json").write_text(json.dumps({"before": row, "after": {"mae": 0.5}}))
+    page = write_page(tmp_path).read_text()
+    assert "<td>25.0</td>" in page
+    assert "<td>50.0</td>" in page
 
 
 def test_bands_that_do_not_rise_are_named(tmp_path, factors):

@@ -81,6 +81,21 @@ def activation_norms(inputs: Tensor) -> Tensor:
     return norms
 
 
+def layer_scores(factors: Mapping[str, LayerFactors], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the flat share of each example in each layer, beside a random basis and the activation norm.
+
+    Args:
+        factors: Factors by layer.
+        inputs: Inputs of these layers, ``[examples, positions, d_in]``.
+
+    Returns:
+        ``"flat share, LAYER"``, ``"random basis, LAYER"`` and ``"activation norm, LAYER"``, each ``[examples]``.
+    """
+    scores = {f"flat share, {name}": flat_shares(factors[name], rows) for name, rows in inputs.items()}
+    scores |= {f"random basis, {name}": random_shares(rows) for name, rows in inputs.items()}
+    return scores | {f"activation norm, {name}": activation_norms(rows) for name, rows in inputs.items()}
+
+
 def auroc(memorized: Tensor, other: Tensor) -> float:
     """Return the probability that a memorized example has a higher score than another one, ties counted by half.
 

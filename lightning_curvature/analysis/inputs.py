@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature._checks import did_you_mean, listing
+from lightning_curvature.layers import is_matmul
 from lightning_curvature.probes import evaluating
 from lightning_curvature.taps import layer_inputs
 
@@ -32,13 +33,15 @@ def layer_activations(
         position.
 
     Raises:
-        ValueError: If there is no such layer, or no example.
+        ValueError: If there is no such layer, it is not linear, or there is no example.
         RuntimeError: If a layer does not run exactly once in each forward pass.
     """
     modules = dict(module.named_modules())
     for name in layers:
         if name not in modules:
             raise ValueError(f"There is no layer {name!r}.{did_you_mean(name, modules)}")
+        if not is_matmul(modules[name]):
+            raise ValueError(f"Layer {name!r} is a {type(modules[name]).__name__}; only linear layers can be analysed.")
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     with evaluating(module):
         for batch in batches:

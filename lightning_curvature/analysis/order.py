@@ -83,6 +83,8 @@ def curvature_order(
         ValueError: If the factors do not fit the layer, or lack what a score needs.
     """
     weight = products.weights[layer]
+    if factors.transposed:
+        raise ValueError(f"Layer {layer!r} stores its weight as [d_in, d_out] (Conv1D), which is not supported here.")
     if tuple(weight.shape) != factors.shape:
         raise ValueError(f"Layer {layer!r}: factors for {list(factors.shape)}, the weight is {list(weight.shape)}.")
     basis = factors.basis

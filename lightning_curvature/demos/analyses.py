@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_curvature.analysis.bands import BASES, BandComparison, compare_bands
-from lightning_curvature.analysis.detection import activation_norms, detect, flat_shares, random_shares
+from lightning_curvature.analysis.detection import detect, layer_scores
 from lightning_curvature.analysis.directions import DirectionUse, direction_use
 from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.analysis.inputs import layer_activations
@@ -51,7 +51,7 @@ def analyse_images(model: Any, factors: KroneckerFactors, data: TensorDataset) -
     }
     scores = {kind: _label_scores(logits[some], noised[some]) for kind, some in chosen.items()}
     for kind, found in inputs.items():
-        scores[kind] = _layer_scores(factors, found) | scores[kind]
+        scores[kind] = layer_scores(factors, found) | scores[kind]
     last = names[-1]
     everything = torch.cat([chosen["memorized"], chosen["clean"]])
     order = everything.argsort()
@@ -114,18 +114,6 @@ def _bands(
         for basis, normalize in product(BASES, (False, True)):
             found.append(compare_bands(name, weight, layer, memorized[name], clean[name], basis, normalize))
     return found
-
-
-def _layer_scores(factors: KroneckerFactors, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        f"{title}, {name}": score
-        for name, rows in inputs.items()
-        for title, score in (
-            ("flat share", flat_shares(factors[name], rows)),
-            ("random basis", random_shares(rows)),
-            ("activation norm", activation_norms(rows)),
-        )
-    }
 
 
 def _label_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

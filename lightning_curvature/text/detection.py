@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curvature.analysis.detection import activation_norms, flat_shares, random_shares
+from lightning_curvature.analysis.detection import layer_scores
 from lightning_curvature.analysis.inputs import layer_activations
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.metrics.functional import min_k_scores
@@ -75,12 +75,9 @@ def window_scores(
         batch_size: Windows per forward pass.
 
     Returns:
-        ``flat share``, ``random basis`` and ``activation norm`` of each layer of distinct inputs, with the layer's name
-        behind a comma, and those of :func:`likelihood_scores`.
+        Those of :func:`lightning_curvature.analysis.detection.layer_scores`, of each layer of distinct inputs, and
+        those of :func:`likelihood_scores`.
     """
     layers = distinct_inputs(factors)
     inputs = window_activations(model, windows, layers, start, batch_size)
-    scores = {f"flat share, {name}": flat_shares(factors[name], inputs[name]) for name in layers}
-    scores |= {f"random basis, {name}": random_shares(inputs[name]) for name in layers}
-    scores |= {f"activation norm, {name}": activation_norms(inputs[name]) for name in layers}
-    return scores | likelihood_scores(model, windows, start, batch_size)
+    return layer_scores(factors, inputs) | likelihood_scores(model, windows, start, batch_size)
