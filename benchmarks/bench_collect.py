@@ -12,8 +12,8 @@ the same batches, and every figure is a ratio within a round: median, and range 
    layers; "sampled" draws labels from the softmax, one for each position (curvlinops: ``mc_samples=1``).
 3. *memory*: the peak during one step beyond that of the plain step, by torch's profiler, over the bytes of the distinct
    factors in float32; captured tensors (inputs and gradients of the layers in one batch) are named beside it.
-4. *alone*: plain, naive and ``empirical`` of the gated model, with no other variant between them; *blocks*: products of
-   1024 rows, block rows up to the diagonal against the full product.
+4. *alone*: plain, naive, ``empirical``, and watching the layers without any product, of the gated model, with no other
+   variant between them; *blocks*: products of 1024 rows, block rows up to the diagonal against the full product.
 5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
 6. *peak*, on a GPU: operations that one update of a factor needs (``d^2`` for each of 8192 positions, bfloat16) in a
    second, over those of one 8192 x 8192 x 8192 product of bfloat16 matrices.
@@ -276,11 +276,13 @@ def alone(rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
     """Measure ``empirical`` and naive hooks with nothing else in turn."""
     subject = Subject("gated")
     seconds = in_turn(
-        {"plain": subject.plain, "naive": subject.naive(), "ours": subject.trained(fisher="empirical")}, rounds
-    )
-    extras = [[ratio - 1 for ratio in ratios(seconds, name, "plain")] for name in ("naive", "ours")]
-    of_naive = [ours / naive for naive, ours in zip(*extras, strict=True)]
-    return [[spread(extras[0]), spread(extras[1]), spread(of_naive)]], seconds
+        {"plain": subject.plain, "naive": subject.naive(), "ours": subject.trained(fisher="empirical"),
+         "watching": subject.trained(fisher="empirical", share=1e-9)},
+        rounds,
+    )  # fmt: skip
+    extras = [[ratio - 1 for ratio in ratios(seconds, name, "plain")] for name in ("naive", "ours", "watching")]
+    of_naive = [[own / naive for naive, own in zip(extras[0], part, strict=True)] for part in extras[1:]]
+    return [[*map(spread, extras), *map(spread, of_naive)]], seconds
 
 
 def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
@@ -405,7 +407,8 @@ def main() -> None:
     if "alone" in args.parts:
         rows, results["alone"] = alone(2 * args.rounds)
         print("\ngated MLP, empirical in every step, alone\n")
-        print(tabulate(rows, ["naive", "ours", "ours / naive"], tablefmt="github"), flush=True)
+        print(tabulate(rows, ["naive", "ours", "watching", "ours / naive", "watching / naive"],
+                       tablefmt="github"), flush=True)  # fmt: skip
     if "blocks" in args.parts:
         rows, results["blocks"] = blocks(2 * args.rounds)
         print("\nProducts of block rows, full product = 1\n")
