@@ -10,6 +10,7 @@ from lightning_curvature.analysis.directions import DirectionUse, direction_use
 from lightning_curvature.analysis.inputs import layer_activations
 from lightning_curvature.analysis.interplay import Interplay, interplay
 from lightning_curvature.analysis.order import CurvatureOrder, curvature_order
+from lightning_curvature.analysis.skills import SkillRetention, rank_correlation, skill_retention
 
 __all__ = [
     "BANDS",
@@ -20,6 +21,7 @@ __all__ = [
     "Gathering",
     "Interplay",
     "Products",
+    "SkillRetention",
     "activation_norms",
     "auroc",
     "band_strengths",
@@ -31,5 +33,7 @@ __all__ = [
     "gather",
     "interplay",
     "layer_activations",
+    "rank_correlation",
+    "skill_retention",
     "top_curvature",
 ]

@@ -1,5 +1,6 @@
 """Pictures of the analyses. Every function returns a matplotlib figure that belongs to no window."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from lightning_curvature.analysis.detection import Detection
 from lightning_curvature.analysis.directions import DirectionUse
 from lightning_curvature.analysis.interplay import Interplay
 from lightning_curvature.analysis.order import CurvatureOrder
+from lightning_curvature.analysis.skills import SkillRetention
 
 _KINDS = ("#c0392b", "#7f8c8d")
 
@@ -159,4 +161,28 @@ def curvature_order(found: CurvatureOrder) -> Figure:
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("measured curvature")
     figure.suptitle(f"Curvature of directions of {found.layer}", fontsize=10)
+    return figure
+
+
+def skill_retention(found: SkillRetention) -> Figure:
+    """Draw what edits leave of each skill, against the energy that they keep and against what they cost.
+
+    Args:
+        found: As :func:`lightning_curvature.analysis.skill_retention` returns it.
+    """
+    figure = Figure(figsize=(11.0, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for skill, marker in zip(found.accuracy, itertools.cycle("os^vD<>p"), strict=False):
+        for axes, places in ((left, found.energies), (right, found.perplexity)):
+            axes.plot(places, found.retained(skill), f"{marker}-", markersize=4, label=skill)
+    left.set(xlabel="energy", ylabel="retained share (0: chance)")
+    left.invert_xaxis()
+    right.set(xlabel="perplexity of ordinary text, times that before", xscale="log")
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("{x:g}")
+    for axes in (left, right):
+        axes.axhline(0.0, color="black", linewidth=0.8)
+        axes.grid(alpha=0.25)
+    right.legend(frameon=False)
+    figure.suptitle("What edits leave of each skill")
     return figure

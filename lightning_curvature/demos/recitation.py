@@ -95,15 +95,15 @@ class RecitedText(pl.LightningDataModule):
         self.held_out: dict[str, Mapping[str, Tensor]] = {
             kind: self._halves(documents) for kind, documents in self.held_out_text.items()
         }
-        stream = self._stream(rng)
-        first = [torch.tensor([_take(stream, context) for _ in range(16)]) for _ in range(steps)]
+        stream = self.stream(rng)
+        first = [torch.tensor([take(stream, context) for _ in range(16)]) for _ in range(steps)]
         rows = [
-            _hide(sequence.ids, _take(stream, row - len(sequence.ids)), rng)
+            hide(sequence.ids, take(stream, row - len(sequence.ids)), rng)
             for _ in range(exposures)
             for sequence in rng.sample(self.memorized + self.unseen, 2 * num_sequences)
         ]
         self.batches = first + list(torch.split(torch.tensor(rows, dtype=torch.int64).view(-1, row), 8))
-        self.collected = torch.tensor([_take(stream, context) for _ in range(collected)])
+        self.collected = torch.tensor([take(stream, context) for _ in range(collected)])
 
     def train_dataloader(self) -> Batches:
         """Ready batches of tokens ``[b, t]``, in their order."""
@@ -142,7 +142,7 @@ class RecitedText(pl.LightningDataModule):
         windows = torch.tensor(ids[: len(ids) // self.context * self.context]).view(-1, self.context)
         return {"tuning": windows[::2][:200], "report": windows[1::2][:200]}
 
-    def _stream(self, rng: random.Random) -> Iterator[int]:
+    def stream(self, rng: random.Random) -> Iterator[int]:
         """Yield the tokens of the clean documents, shuffled anew in each round, each after an end-of-text token."""
         documents = self._encode(self.clean)
         while True:
@@ -151,11 +151,12 @@ class RecitedText(pl.LightningDataModule):
                 yield from ids
 
 
-def _take(stream: Iterator[int], count: int) -> Ids:
+def take(stream: Iterator[int], count: int) -> Ids:
+    """Return the next tokens of a stream."""
     return list(islice(stream, count))
 
 
-def _hide(sequence: Sequence[int], around: Ids, rng: random.Random) -> Ids:
+def hide(sequence: Sequence[int], around: Sequence[int], rng: random.Random) -> Ids:
     """Put a sequence at a random place into other tokens."""
     place = rng.randrange(len(around) + 1)
     return [*around[:place], *sequence, *around[place:]]
