@@ -38,7 +38,7 @@ from statistics import fmean
 import lightning.pytorch as pl
 import torch
 from bench_analysis import page
-from mixture import CHANCE, Mixture
+from mixture import CHANCE, Mixture, Student
 from scipy import stats
 from tables import DOCS, parser, read, replace_section, run, table
 from torch import Tensor
@@ -47,7 +47,6 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.analysis import SkillRetention, layer_activations, rank_correlation, skill_retention
 from lightning_curvature.analysis.bands import LABELS, band_strengths
 from lightning_curvature.collect import collect
-from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.plots import save
 from lightning_curvature.text.evaluation import perplexity
 from lightning_curvature.text.matching import match_perplexity
@@ -59,6 +58,7 @@ MULTIPLES = (1.05, 1.1, 1.2, 1.5)
 MATCHED = 1.1
 """Perplexity, in multiples, at which items are compared and the order is tested first."""
 LEARNED = 0.9
+WIDTH, LR = 192, 2e-3
 POPULATIONS = ("mixture", "text")
 ORDER = ("logic", "open book", "facts", "arithmetic", "verbatim")
 
@@ -66,9 +66,10 @@ Row = dict[str, object]
 Asked = Mapping[str, Sequence[PromptedSequence]]
 
 
-def trained(data: Mixture, seed: int, folder: Path) -> LitCausalLM:
+def trained(data: Mixture, seed: int, folder: Path) -> Student:
     """Return the model of a seed, trained unless it is there already."""
-    model = LitCausalLM(decay=0.6 * (len(data.batches) - data.steps) / len(data.batches))
+    decay = 0.6 * (len(data.batches) - data.steps) / len(data.batches)
+    model = Student(hidden=WIDTH, intermediate=4 * WIDTH, lr=LR, decay=decay)
     saved = folder / f"mixture-{seed}" / "model.pt"
     if not saved.exists():
         pl.seed_everything(seed, verbose=False)
@@ -83,7 +84,7 @@ def trained(data: Mixture, seed: int, folder: Path) -> LitCausalLM:
     return model.eval()
 
 
-def answers(model: LitCausalLM, sequences: Sequence[PromptedSequence]) -> dict[str, Tensor]:
+def answers(model: Student, sequences: Sequence[PromptedSequence]) -> dict[str, Tensor]:
     """Return what is said of each item, in batches of equal lengths; log probability and entropy in nats per token."""
     found: dict[str, list[Tensor]] = {"right": [], "log probability": [], "entropy": []}
     with torch.no_grad():
@@ -96,13 +97,13 @@ def answers(model: LitCausalLM, sequences: Sequence[PromptedSequence]) -> dict[s
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def measured(model: LitCausalLM, asked: Asked, windows: Tensor) -> dict[str, float]:
+def measured(model: Student, asked: Asked, windows: Tensor) -> dict[str, float]:
     """Return the accuracy in each skill, and the perplexity of held-out English."""
     accuracy = {name: float(answers(model, sequences)["right"].mean()) for name, sequences in asked.items()}
     return accuracy | {"perplexity": perplexity(model.model, windows)}
 
 
-def strengths(model: LitCausalLM, factors: KroneckerFactors, sequences: Sequence[PromptedSequence]) -> Tensor:
+def strengths(model: Student, factors: KroneckerFactors, sequences: Sequence[PromptedSequence]) -> Tensor:
     """Return how strongly the positions that predict answers use each band, ``[layers, items, bands]``."""
     found = []
     for batch in suffix_batches(model.model, sequences, 64):
@@ -110,7 +111,7 @@ def strengths(model: LitCausalLM, factors: KroneckerFactors, sequences: Sequence
     return torch.cat(found, 1)
 
 
-def banded(model: LitCausalLM, factors: KroneckerFactors, ids: Tensor, positions: slice) -> Tensor:
+def banded(model: Student, factors: KroneckerFactors, ids: Tensor, positions: slice) -> Tensor:
     """Return how strongly rows of tokens use each band at some positions."""
     modules = dict(model.named_modules())
     inputs = layer_activations(
@@ -134,7 +135,7 @@ def described(asked: Asked, counts: Counter[int]) -> dict[str, tuple[float, Tens
 
 def population(data: Mixture, kind: str) -> Tensor:
     """Return the rows that factors are collected on: as in training, or the English ones among them."""
-    return data.collected if kind == "mixture" else data.collected[::2]
+    return data.collected if kind == "mixture" else data.collected[::4]
 
 
 def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
@@ -153,7 +154,7 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
             raise RuntimeError(f"seed {seed}: {name} is at {accuracy:.3f} before the edit; the recipe must teach it.")
     for kind in POPULATIONS:
         rows = population(data, kind)
-        factors = collect(model, torch.split(rows, 16), lambda ids: model.model(input_ids=ids, labels=ids).loss,
+        factors = collect(model, torch.split(rows, 16), lambda batch: model.training_step(batch, 0),
                           layers="mlp", seed=seed)  # fmt: skip
         editor = CurvatureEditor()
         curves = skill_retention(
@@ -181,7 +182,7 @@ def retained(curves: SkillRetention, kind: str) -> Iterator[Row]:
 
 
 def leanings(
-    model: LitCausalLM, factors: KroneckerFactors, asked: Asked, before: Mapping[str, Mapping[str, Tensor]],
+    model: Student, factors: KroneckerFactors, asked: Asked, before: Mapping[str, Mapping[str, Tensor]],
     about: Mapping[str, tuple[float, Tensor]], held: Mapping[str, Tensor], kind: str,
 ) -> Iterator[Row]:  # fmt: skip
     """Yield the strength of each skill in each band, and how it goes with the loss of log probability."""
