@@ -68,11 +68,11 @@ Asked = Mapping[str, Sequence[PromptedSequence]]
 
 def trained(data: Mixture, seed: int, folder: Path) -> Student:
     """Return the model of a seed, trained unless it is there already."""
+    pl.seed_everything(seed, verbose=False)
     decay = 0.6 * (len(data.batches) - data.steps) / len(data.batches)
     model = Student(hidden=WIDTH, intermediate=4 * WIDTH, lr=LR, decay=decay)
     saved = folder / f"mixture-{seed}" / "model.pt"
     if not saved.exists():
-        pl.seed_everything(seed, verbose=False)
         trainer = pl.Trainer(
             max_epochs=1, accelerator="cpu", precision="bf16-mixed", gradient_clip_val=1.0, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
