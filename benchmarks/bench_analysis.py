@@ -16,11 +16,13 @@ For each seed, the model of a demo, and factors collected as the demos do.
 6. *layers together*: the change of loss (nats) and of recitation when the flat part of each block's MLP is removed
    alone and in all blocks together (energy 0.85); then all MLPs, all attention, and both.
 
-Memorized are the validation half of the repeated sequences, or the report half of the images with a wrong label.
+Memorized are sequences of the validation half of the repeated ones that the model recites, or images of the report
+half whose wrong label it predicts; the changes of 6 are those of all of them.
 Mean and sample standard deviation over seeds.
 
     python benchmarks/bench_analysis.py python --models runs/models
     python benchmarks/bench_analysis.py digits --models runs/models
+    python benchmarks/bench_analysis.py mnist --models runs/models --root FOLDER  # of MNIST/raw
     python benchmarks/bench_analysis.py tables  # from results into docs/analysis.md
 """
 
@@ -42,10 +44,12 @@ from lightning_curvature.analysis.bands import LABELS
 from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.collect import collect
 from lightning_curvature.demos.analyses import analyse_images
+from lightning_curvature.demos.label_noise import predict
 from lightning_curvature.demos.recitation import PREFIX, SUFFIX
-from lightning_curvature.demos.text import analyse
+from lightning_curvature.demos.text_analyses import analyse_text
 from lightning_curvature.editing import DEFAULT_ENERGY
 from lightning_curvature.eigenvalues import correct_eigenvalues
+from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.suffixes import Suffixes, suffix_logits
 
 EXAMPLES, SIZES = 16, (1, 2, 4, 8, 16, 32, 64, 128)
@@ -58,7 +62,7 @@ Row = dict[str, object]
 def analyses(model: Subject, factors: KroneckerFactors) -> Analyses:
     """Return what the demos write."""
     if isinstance(model, Text):
-        return analyse(model.model, factors, model.data)
+        return analyse_text(model.model, factors, model.data)
     return analyse_images(model.model, factors, model.halves["report"][0])
 
 
@@ -66,12 +70,13 @@ def pools(model: Subject) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return memorized and clean examples, others to average with, and the share of memorized ones in training."""
     if isinstance(model, Text):
         length = PREFIX + SUFFIX
-        memorized = torch.tensor([sequence.ids for sequence in model.data.half("validation")])
+        memorized = torch.tensor([sequence.ids for sequence in recited(model.lm, model.data.half("validation"))])
         clean = model.data.held_out["clean"]["report"][:, :length]
         return memorized, clean, model.data.collected[:200, :length], 1 / 8
     images, noised, given = model.halves["report"][0].tensors
     rows = torch.arange(len(images))
-    wrong, right = rows[noised != given], rows[noised == given]
+    said = predict(model.model, model.halves["report"][0]).argmax(1)
+    wrong, right = rows[(noised != given) & (said == noised)], rows[noised == given]
     return wrong, right[:200], right[200:400], 1 / 10
 
 
@@ -223,11 +228,11 @@ def page(runs: Sequence[Sequence[Row]]) -> str:
 
 def main() -> None:
     """Run the benchmark, or make its tables."""
-    arguments = parser(__doc__, ("python", "digits"))
+    arguments = parser(__doc__, ("python", "digits", "mnist"))
     arguments.add_argument("--pages", action="store_true", help="also write analysis.json beside each model")
     args = arguments.parse_args()
     if args.data == "tables":
-        for name in ("python", "digits"):
+        for name in ("python", "digits", "mnist"):
             if (RESULTS / f"analysis-{name}.json").exists():
                 runs, facts = read("analysis", name)
                 replace_section(DOCS / "analysis.md", f"analysis-{name}", f"\n{page(runs)}\n{facts}\n")

@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -71,7 +72,7 @@ def _command_parser(function: Callable[..., Output]) -> ArgumentParser:
     parser = ArgumentParser(
         formatter_class=_HelpFormatter,
         description=doc.short_description,
-        epilog=f"example:\n  {example.description}",
+        epilog=f"example:\n{textwrap.indent(example.description or '', '  ')}",
     )
     hints = get_type_hints(function)
     texts = {parameter.arg_name: parameter.description for parameter in doc.params}

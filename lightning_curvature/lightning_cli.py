@@ -20,15 +20,38 @@ class CurvatureCLI(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in LIGHTNING}
 
 
+class _Instances(CurvatureCLI):
+    """Makes what a configuration of ``fit`` names, and runs nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer."""
+        super().instantiate_classes()
+        self.subcommand = None
+
+
 def run(args: list[str]) -> None:
     """Run a subcommand of LightningCLI.
 
     Args:
         args: Command line. After ``--config``, the name of an example of this package may stand for its path.
     """
+    _make(CurvatureCLI, args)
+
+
+def instances(config: str) -> tuple[pl.LightningModule, pl.LightningDataModule]:
+    """Return the model and the data that a configuration of ``fit`` names, as :func:`run` would make them.
+
+    Args:
+        config: Path of the YAML file, also one that LightningCLI has saved, or the name of an example.
+    """
+    cli = _make(_Instances, ["fit", "--config", config])
+    return cli.model, cli.datamodule
+
+
+def _make(kind: type[CurvatureCLI], args: list[str]) -> CurvatureCLI:
     # The command line is given as an argument because the name of an example may stand in it.
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
-    CurvatureCLI(
+    return kind(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.analysis import (
@@ -31,6 +32,7 @@ from lightning_curvature.analysis import (
 from lightning_curvature.analysis.bands import all_rising
 from lightning_curvature.analysis.curvature import inner
 from lightning_curvature.analysis.detection import random_shares
+from lightning_curvature.analysis.labels import rank_labelled
 from lightning_curvature.analysis.plots import bands, direction_precision
 from lightning_curvature.eigenvalues import correct_eigenvalues
 
@@ -452,6 +454,32 @@ def test_every_analysis_draws_itself():
         lambda: {"loss": 1.0},
     )  # fmt: skip
     assert [bar.get_width() for bar in together.plot("loss").axes[0].patches] == [0.0, 0.0, 0.0]
+
+
+# Labelled examples -------------------------------------------------------------------------------------------------
+
+
+def test_only_labelled_examples_of_a_classifier_are_ranked():
+    model, factors = nn.Linear(20, 3), diagonal(range(20, 0, -1))
+
+    def rank(*tensors):
+        return rank_labelled(nn.Sequential(model), DataLoader(TensorDataset(*tensors), 2, shuffle=True), "0", factors)
+
+    rows = rank(torch.cat([axis(0), axis(19), axis(3)]).squeeze(1).float(), torch.tensor([0, 1, 2]))
+    assert [row["index"] for row in rows] == [1, 0, 2]
+    assert [row["label"] for row in rows] == [1, 0, 2]
+    assert [row["score"] for row in rows] == [1.0, 0.0, 0.0]
+    x, y = torch.ones(4, 20), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"Examples must be \(inputs, label\), found batches of type list"):
+        rank(x)
+    with pytest.raises(ValueError, match=r"Labels must be class indices \[n\], found torch.float32 \[4, 1\]"):
+        rank(x, torch.ones(4, 1))
+    with pytest.raises(
+        ValueError, match=r"returned \[4, 2, 3\] for inputs \[4, 2, 20\], expected logits \[4, classes\]"
+    ):
+        rank(torch.ones(4, 2, 20), y)
+    with pytest.raises(ValueError, match="A DataLoader of a dataset with numbered examples is needed, found list"):
+        rank_labelled(model, [(x, y)], "0", factors)
 
 
 # Skills under edits ------------------------------------------------------------------------------------------------

@@ -20,8 +20,11 @@ from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.noise import noise_labels
 from lightning_curvature.demos.python_text import read_texts
 from lightning_curvature.demos.recitation import RecitedText
+from lightning_curvature.demos.settings import TextSettings
+from lightning_curvature.demos.text_analyses import analyse_text
 from lightning_curvature.demos.vit import LitViT
 from lightning_curvature.text.detection import window_scores
+from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.models import load_model, load_tokenizer
 from lightning_curvature.text.sequences import read_sequences
 from tests import browser
@@ -85,7 +88,7 @@ def test_the_page_of_the_digits_demo(run):
 
 # The text demo -------------------------------------------------------------------------------------------------------
 
-SMALL = {"sequences": 12, "steps": 3, "exposures": 2, "collected": 32, "hidden": 32, "layers": 2, "vocab_size": 320}
+SMALL = {"sequences": 12, "steps": 3, "exposures": 100, "collected": 32, "hidden": 128, "layers": 2, "vocab_size": 320}
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +194,26 @@ def test_nothing_memorized_is_nothing_to_analyse(caplog):
     assert "No wrong label was memorized" in caplog.text
 
 
+def test_memorized_is_what_is_recited(text_run, caplog):
+    out, _ = text_run
+    data = text.make_data(0, TextSettings(**SMALL))
+    model = LitCausalLM.load_from_checkpoint(out / "original.ckpt", weights_only=True).eval()
+    count = round(json.loads((out / "report.json").read_text())["before"]["strict"] * len(data.half("validation")))
+    assert len(recited(model.model, data.half("validation"))) == count
+    for found in Analyses.load(out).detection.values():
+        assert {len(scores) for scores in found.memorized.values()} == {count}
+    torch.nn.init.zeros_(model.model.lm_head.weight)
+    with caplog.at_level("INFO"):
+        assert analyse_text(model, KroneckerFactors(), data) == Analyses()
+    assert "No sequence was recited" in caplog.text
+
+
 def test_detection_on_what_the_text_demo_writes(text_run, tmp_path, capsys):
     out, _ = text_run
     common = ["detect", "--model", str(out / "model"), "--factors", str(out / "factors.safetensors"),
               "--out", str(tmp_path / "ranked.csv")]  # fmt: skip
     main([*common, "--sequences", str(out / "memorized.jsonl")])
-    assert "12 windows written to" in capsys.readouterr().out
+    assert "12 examples written to" in capsys.readouterr().out
     with (tmp_path / "ranked.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["rank", "score", "likelihood", "margin", "min-k", "window", "text"]

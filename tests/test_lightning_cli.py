@@ -1,7 +1,10 @@
 """LightningCLI: the package's examples, a user's own script, help."""
 
+import csv
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,10 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_curvature import KFACEditCallback, KroneckerFactors
+from lightning_curvature.analysis import flat_shares, layer_activations
 from lightning_curvature.cli import main
+from lightning_curvature.demos.digits import NoisyDigits
+from lightning_curvature.demos.vit import LitViT
 from lightning_curvature.text.jsonl import write_jsonl
 from lightning_curvature.text.lit import PretrainedLM
 from tests import language, models
@@ -27,6 +33,47 @@ def test_digits_from_yaml_alone(tmp_path, monkeypatch):
     assert torch.load(edited, weights_only=True)["lightning_curvature"]["method"] == "kfac"
     (config,) = tmp_path.rglob("config.yaml")
     assert yaml.safe_load(config.read_text())["trainer"]["callbacks"][0]["init_args"]["energy"] == 0.85
+
+
+@pytest.mark.filterwarnings("ignore:.*wandb.*")
+def test_the_training_images_are_ranked_from_what_a_fit_leaves(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "digits.yaml", "--trainer.check_val_every_n_epoch", "1", *QUIET,
+          "--trainer.max_epochs", "1"])  # fmt: skip
+    (config,) = tmp_path.rglob("config.yaml")
+    (checkpoint,) = (path for path in tmp_path.rglob("*.ckpt") if "edited" not in path.name)
+    rank = ["detect", "--factors", "factors.safetensors", "--out", "ranked.csv"]
+    images = [*rank, "--checkpoint", str(checkpoint), "--positions", "first", "--config"]
+    main([*images, str(config)])
+    assert f"{len(NoisyDigits().train)} examples written to ranked.csv" in capsys.readouterr().out
+    with Path("ranked.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["rank", "index", "score", "loss", "negative margin", "label", "predicted"]
+    assert [row["rank"] for row in rows[:3]] == ["1", "2", "3"]
+    model, (pictures, labels, _) = (
+        LitViT.load_from_checkpoint(checkpoint, weights_only=True).eval(),
+        NoisyDigits().train[:],
+    )
+    ((layer, factors),) = KroneckerFactors.load("factors.safetensors").items()
+    inputs = layer_activations(model, [pictures], model, [layer], slice(0, 1))[layer]
+    expected, logits = flat_shares(factors, inputs), model(pictures).detach()
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    order = [int(row["index"]) for row in rows]
+    assert sorted(order) == list(range(len(labels)))
+    torch.testing.assert_close(torch.tensor(scores).double(), expected[order], atol=1e-5, rtol=1e-5)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(torch.tensor([float(row["loss"]) for row in rows]), loss[order], atol=1e-4, rtol=1e-4)
+    for row, index in zip(rows, order, strict=True):
+        assert int(row["label"]) == labels[index]
+        assert (float(row["negative margin"]) < 0) == (row["label"] == row["predicted"])
+    main([*images, "digits.yaml", "--json"])  # the example that was fitted
+    assert json.loads(capsys.readouterr().out)["rows"][0]["index"] == order[0]
+    with pytest.raises(SystemExit, match="positions must be one of"):
+        main([*images, "digits.yaml", "--positions", "last"])
+    for wrong in ([], ["--config", "digits.yaml"], [*images[5:], "digits.yaml", "--model", "m"]):
+        with pytest.raises(SystemExit, match="for images --config with --checkpoint"):
+            main([*rank, *wrong])
 
 
 def test_validate_collects_over_text(tmp_path, monkeypatch):

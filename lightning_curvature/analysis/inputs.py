@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature._checks import did_you_mean, listing
+from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.layers import is_matmul
 from lightning_curvature.probes import evaluating
 from lightning_curvature.taps import layer_inputs
@@ -56,6 +58,24 @@ def layer_activations(
     if not all(found.values()):
         raise ValueError(f"There are no examples to read the inputs of {listing(layers)} from.")
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def chosen_layer(factors: KroneckerFactors, layer: str | None, module: nn.Module) -> tuple[str, LayerFactors]:
+    """Return a module's own name of a layer that a factor file names, and its factors.
+
+    Args:
+        factors: Factors, whose names may differ from the module's by a prefix.
+        layer: Name of the layer among them; None for the last one.
+        module: The module.
+
+    Raises:
+        ValueError: If there is no such layer among the factors, or in the module.
+    """
+    names = match_layers(factors, module.state_dict())
+    chosen = list(factors)[-1] if layer is None else layer
+    if chosen not in factors:
+        raise ValueError(f"The factors hold no layer {chosen!r}.{did_you_mean(chosen, factors)}")
+    return names[chosen].removesuffix(".weight"), factors[chosen]
 
 
 def check_activations(inputs: Tensor, d_in: int, what: str) -> Tensor:

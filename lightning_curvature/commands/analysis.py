@@ -2,10 +2,15 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
+import torch
 from tabulate import tabulate
 
+from lightning_curvature.analysis.inputs import chosen_layer
+from lightning_curvature.analysis.labels import rank_labelled
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.weights import load_weights, read_weights
 from lightning_curvature.commands.output import Output, extra
 from lightning_curvature.factors import KroneckerFactors
 
@@ -27,47 +32,77 @@ def report(path: Path) -> Output:
 
 
 def detect(
-    model: Path,
     factors: Path,
     out: Path,
+    model: Path | None = None,
     sequences: Path | None = None,
     corpus: Path | None = None,
-    layer: str | None = None,
+    config: str | None = None,
     checkpoint: Path | None = None,
+    layer: str | None = None,
+    positions: str = "all",
     tokens: int = 100_000,
     context: int = 64,
     batch_size: int = 32,
 ) -> Output:
-    """Rank windows of text by how memorized they look to a saved causal LM, without labels, and write CSV.
+    """Rank windows of text, or training images, by how memorized they look to a model, without labels; write CSV.
 
-    The score is the share of a window's activation energy in the flat half of a layer's curvature basis.
+    The score is the share of an example's activation energy in the flat half of a layer's curvature basis. Text needs
+    --model with --sequences or --corpus, images need --config with --checkpoint.
 
     Example:
         lightning-curvature detect --model MODEL --factors F.safetensors --corpus text.jsonl --out ranked.csv
+        lightning-curvature detect --config config.yaml --checkpoint last.ckpt --factors F.safetensors --out ranked.csv
 
     Args:
-        model: Folder written by save_pretrained, with its tokenizer.
         factors: Factor file of the model (.safetensors).
-        out: CSV file to write: rank, score, likelihood, margin, min-k, number of the window, text.
+        out: CSV file to write: rank, score, what the model's own predictions say, number of the example, text or label.
+        model: Folder of a causal LM, written by save_pretrained, with its tokenizer.
         sequences: JSON lines with prefix_ids and suffix_ids, all of one length, to rank.
         corpus: Text file, or JSON lines with a field "text", of which windows are ranked.
+        config: Configuration of lightning-curvature fit, such as LightningCLI saves; its training set is ranked.
+        checkpoint: Take the weights from this checkpoint (.ckpt, .pt, .safetensors).
         layer: The layer whose inputs count; by default the last one of the factor file.
-        checkpoint: Take the weights from this checkpoint (.ckpt, .pt, .safetensors) instead.
+        positions: Positions of an image that count: all, or first for a class token.
         tokens: Tokens of the corpus to read at most.
         context: Tokens of a window of the corpus.
-        batch_size: Windows per forward pass.
+        batch_size: Examples per forward pass.
     """
-    with extra("text"):
-        from lightning_curvature.text.ranking import rank_windows
-    rows = rank_windows(
-        model, checkpoint, KroneckerFactors.load(factors), sequences=sequences, corpus=corpus, layer=layer,
-        tokens=tokens, context=context, batch_size=batch_size,
-    )  # fmt: skip
+    if config is not None and checkpoint is not None and (model, sequences, corpus) == (None, None, None):
+        rows = _rank_images(config, checkpoint, KroneckerFactors.load(factors), layer, positions, batch_size)
+    elif config is not None or model is None:
+        raise ValueError(
+            "Give the model: for text --model with --sequences or --corpus, for images --config with --checkpoint."
+        )
+    else:
+        with extra("text"):
+            from lightning_curvature.text.ranking import rank_windows
+        rows = rank_windows(
+            model, checkpoint, KroneckerFactors.load(factors), sequences=sequences, corpus=corpus, layer=layer,
+            tokens=tokens, context=context, batch_size=batch_size,
+        )  # fmt: skip
     with replacing(out) as temporary, Path(temporary).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    shown = [[row["rank"], f"{row['score']:.4f}", f"{row['likelihood']:.3f}", " ".join(row["text"].split())[:60]]
-             for row in rows[:10]]  # fmt: skip
-    table = tabulate(shown, ["rank", "score", "likelihood", "text"], disable_numparse=True)
-    return Output(f"{table}\n{len(rows)} windows written to {out}", {"out": str(out), "rows": rows})
+    table = tabulate([{name: _short(value) for name, value in row.items()} for row in rows[:10]], "keys",
+                     disable_numparse=True)  # fmt: skip
+    return Output(f"{table}\n{len(rows)} examples written to {out}", {"out": str(out), "rows": rows})
+
+
+def _rank_images(
+    config: str, checkpoint: Path, factors: KroneckerFactors, layer: str | None, positions: str, batch_size: int
+) -> list[dict[str, Any]]:
+    from lightning_curvature.lightning_cli import instances  # which imports the command line
+
+    module, data = instances(config)
+    load_weights(module, read_weights(checkpoint), checkpoint)
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    name, own = chosen_layer(factors, layer, module)
+    data.prepare_data()
+    data.setup("fit")
+    return rank_labelled(module, data.train_dataloader(), name, own, positions, batch_size)
+
+
+def _short(value: float | int | str) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else " ".join(str(value).split())[:60]

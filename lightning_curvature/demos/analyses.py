@@ -1,4 +1,4 @@
-"""What the demos find out about their models beside the edit: bands, detection, directions."""
+"""What the digits demo finds out about its model beside the edit: bands, detection, directions."""
 
 import dataclasses
 import logging
@@ -15,6 +15,7 @@ from lightning_curvature.analysis.detection import detect, layer_scores
 from lightning_curvature.analysis.directions import DirectionUse, direction_use
 from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.analysis.inputs import layer_activations
+from lightning_curvature.analysis.labels import label_scores
 from lightning_curvature.demos.label_noise import predict
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.layers import as_matrix
@@ -49,7 +50,7 @@ def analyse_images(model: Any, factors: KroneckerFactors, data: TensorDataset) -
         kind: layer_activations(model, torch.split(images[some], 256), model, names, CLASS_TOKEN)
         for kind, some in chosen.items()
     }
-    scores = {kind: _label_scores(logits[some], noised[some]) for kind, some in chosen.items()}
+    scores = {kind: label_scores(logits[some], noised[some]) for kind, some in chosen.items()}
     for kind, found in inputs.items():
         scores[kind] = layer_scores(factors, found) | scores[kind]
     last = names[-1]
@@ -60,53 +61,16 @@ def analyse_images(model: Any, factors: KroneckerFactors, data: TensorDataset) -
     uses = [direction_use(last, factors[last], both, wrong, flat) for flat in (False, True)]
     places = everything[order].tolist()
     return Analyses(
-        tuple(_bands(model, factors, inputs["memorized"], inputs["clean"])),
+        tuple(bands_of(model, factors, inputs["memorized"], inputs["clean"])),
         {"training images with a true label": detect(scores["memorized"], scores["clean"])},
         tuple(_moved(use, places) for use in uses),
     )
 
 
-def analyse_text(
-    model: Any, factors: KroneckerFactors, memorized: Tensor, clean: Tensor, domain: Tensor, prefix: int, decode: Any
-) -> Analyses:
-    """Analyse a language model that recites some windows.
-
-    Args:
-        model: A transformers causal LM.
-        factors: Its factors, by its own names.
-        memorized: Windows that were repeated in training, int64 ``[n, T]``.
-        clean: Windows of ordinary text that was never trained on, ``[m, T]``.
-        domain: The same of the memorized windows' own domain.
-        prefix: Tokens of a window that are a prompt; bands are those of the positions behind.
-        decode: Turns token ids into text.
-    """
-    from lightning_curvature.text.detection import distinct_inputs, window_activations, window_scores
-
-    layers = distinct_inputs(factors)
-    kinds = {"memorized": memorized, "clean": clean, "domain": domain}
-    inputs = {kind: window_activations(model, windows, list(factors), prefix - 1) for kind, windows in kinds.items()}
-    own = KroneckerFactors({name: factors[name] for name in layers})
-    scores = {kind: window_scores(model, own, windows) for kind, windows in kinds.items()}
-    last = layers[-1]
-    windows = torch.cat([memorized, domain])
-    rows = torch.cat([inputs["memorized"][last], inputs["domain"][last]])
-    labels = [True] * len(memorized) + [False] * len(domain)
-    uses = tuple(direction_use(last, factors[last], rows, labels, flat) for flat in (False, True))
-    named = {index for use in uses for top in use.top for index in top}
-    return Analyses(
-        tuple(_bands(model, factors, inputs["memorized"], inputs["clean"])),
-        {
-            "never-memorized text of the same domain": detect(scores["memorized"], scores["domain"]),
-            "ordinary text": detect(scores["memorized"], scores["clean"]),
-        },
-        uses,
-        {index: decode(windows[index, prefix:].tolist()) for index in sorted(named)},
-    )
-
-
-def _bands(
+def bands_of(
     model: Any, factors: KroneckerFactors, memorized: Mapping[str, Tensor], clean: Mapping[str, Tensor]
 ) -> list[BandComparison]:
+    """Return how strongly memorized and clean activations of each layer use the bands, in each basis and norm."""
     found = []
     for name, layer in factors.items():
         module = model.get_submodule(name)
@@ -114,13 +78,6 @@ def _bands(
         for basis, normalize in product(BASES, (False, True)):
             found.append(compare_bands(name, weight, layer, memorized[name], clean[name], basis, normalize))
     return found
-
-
-def _label_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return what a classifier says of its training labels, higher where an image looks memorized: least sure."""
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return {"loss": logits.logsumexp(1) - own, "negative margin": others.amax(1) - own}
 
 
 def _moved(use: DirectionUse, places: Sequence[int]) -> DirectionUse:

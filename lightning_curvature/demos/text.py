@@ -11,22 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.loggers import CSVLogger
 from tabulate import tabulate
 from torch import Tensor
 
 from lightning_curvature import plots
-from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
 from lightning_curvature.callback import KFACEditCallback
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.demos.analyses import analyse_text
 from lightning_curvature.demos.files import versions, write_edited, write_json
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.python_text import read_texts
 from lightning_curvature.demos.recitation import PREFIX, SUFFIX, RecitedText
 from lightning_curvature.demos.settings import TEXT, TextSettings
+from lightning_curvature.demos.text_analyses import analyse_text
 from lightning_curvature.demos.unlearning import balanced_subnet
 from lightning_curvature.editing import WeightEditor
 from lightning_curvature.editor import CurvatureEditor
@@ -230,22 +228,10 @@ def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSett
         "versions": versions("transformers", "tokenizers"),
     }  # fmt: skip
     write_json(out / "report.json", report)
-    analyse(model, factors, data).save(out)
+    analyse_text(model, factors, data).save(out)
     write_page(out)
     log.info("\n%s", edit)
     return report
-
-
-def analyse(model: LitCausalLM, factors: KroneckerFactors, data: RecitedText) -> Analyses:
-    """Return what can be seen of the validation half of the memorized sequences, beside text never trained on."""
-    length = PREFIX + SUFFIX
-    clean, domain = (
-        torch.cat([windows[:, start : start + length] for start in (0, data.context - length)])
-        for windows in (data.held_out[kind]["report"] for kind in ("clean", "domain"))
-    )
-    own = KroneckerFactors({name.removeprefix("model."): layer for name, layer in factors.items()})
-    memorized = torch.tensor([sequence.ids for sequence in data.half("validation")])
-    return analyse_text(model.model, own, memorized, clean, domain, PREFIX, data.tokenizer.decode)
 
 
 def ordinary_prompts(data: RecitedText, count: int) -> list[PromptedSequence]:

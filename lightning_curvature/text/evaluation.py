@@ -1,6 +1,6 @@
 """What a language model recites, and how well it still models text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,28 @@ def strict_rate(model: nn.Module, sequences: Sequence[PromptedSequence], batch_s
     for said in continuations(model, sequences, batch_size, strict_only=True):
         strict.update(said.greedy.cpu(), said.target.cpu())
     return float(strict.compute())
+
+
+def recited(
+    model: nn.Module,
+    sequences: Sequence[PromptedSequence],
+    batch_size: int = 32,
+    done: Callable[[int], object] = lambda _: None,
+) -> list[PromptedSequence]:
+    """Return the sequences that a model recites exactly: one forward pass, almost no generation.
+
+    Args:
+        model: A transformers causal LM in eval mode.
+        sequences: Prefixes and true suffixes.
+        batch_size: Sequences per forward pass.
+        done: Called with the number of sequences of each batch when it is done.
+    """
+    places: list[int] = []
+    for said in continuations(model, sequences, batch_size, strict_only=True):
+        matches = (said.greedy == said.target).all(1).tolist()
+        places += [place for place, match in zip(said.indices, matches, strict=True) if match]
+        done(len(matches))
+    return [sequences[place] for place in sorted(places)]
 
 
 def next_token_logits(model: nn.Module, windows: Tensor, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lightning_curvature._checks import check_count, check_energy
 from lightning_curvature.text.corpus import read_documents
-from lightning_curvature.text.decoding import continuations
+from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.sequences import PromptedSequence
 
 log = logging.getLogger(__name__)
@@ -67,16 +67,12 @@ def mine(
         PromptedSequence(tuple(documents[n][i : i + prefix]), tuple(documents[n][i + prefix : i + length]))
         for n, i in sample
     ]
-    recited: list[PromptedSequence] = []
     with tqdm(total=len(candidates), unit="window", desc="Testing for recitation", disable=None) as progress:
-        for said in continuations(model, candidates, batch_size, strict_only=True):
-            matches = (said.greedy == said.target).all(1).tolist()
-            recited += [candidates[i] for i, match in zip(said.indices, matches, strict=True) if match]
-            progress.update(len(matches))
-    kept = _distinct(recited, similarity)
+        found = recited(model, candidates, batch_size, progress.update)
+    kept = _distinct(found, similarity)
     log.info(
         "%d of %d windows are recited, %d of them near-duplicates of others.",
-        len(recited), len(candidates), len(recited) - len(kept),
+        len(found), len(candidates), len(found) - len(kept),
     )  # fmt: skip
     return [
         PromptedSequence(s.prefix_ids, s.suffix_ids, tokenizer.decode(s.prefix_ids), tokenizer.decode(s.suffix_ids))

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from lightning_curvature._checks import did_you_mean
 from lightning_curvature.analysis.detection import flat_shares
-from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.analysis.inputs import chosen_layer
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.detection import likelihood_scores, window_activations
@@ -41,10 +40,7 @@ def rank_windows(
         raise ValueError("Give what to rank: either --sequences or --corpus.")
     tokenizer, model = load_tokenizer(folder), load_model(folder, checkpoint)
     check_vocabulary(model, tokenizer)
-    names = match_layers(factors, model.state_dict())
-    chosen = list(factors)[-1] if layer is None else layer
-    if chosen not in factors:
-        raise ValueError(f"The factors hold no layer {chosen!r}.{did_you_mean(chosen, factors)}")
+    name, own = chosen_layer(factors, layer, model)
     if sequences is not None:
         ids = [list(sequence.ids) for sequence in read_sequences(sequences)]
         lengths = {len(one) for one in ids}
@@ -56,9 +52,8 @@ def rank_windows(
     else:
         ids = list(token_windows(str(corpus), tokenizer, context, tokens))
     windows = torch.tensor(ids)
-    name = names[chosen].removesuffix(".weight")
     scores = {
-        "score": flat_shares(factors[chosen], window_activations(model, windows, [name], 0, batch_size)[name]),
+        "score": flat_shares(own, window_activations(model, windows, [name], 0, batch_size)[name]),
         **likelihood_scores(model, windows, 0, batch_size),
     }
     order = scores["score"].argsort(descending=True, stable=True).tolist()

@@ -1,0 +1,110 @@
+"""Labelled examples, such as images, in the order of how memorized they look to a classifier."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from lightning_curvature._checks import check_option
+from lightning_curvature.analysis.detection import flat_shares
+from lightning_curvature.analysis.inputs import layer_activations
+from lightning_curvature.factors import LayerFactors
+
+POSITIONS: Mapping[str, slice | None] = {"all": None, "first": slice(0, 1)}
+
+
+def label_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return what a classifier says of labels, each ``[n]``, higher where they look memorized: least sure.
+
+    Args:
+        logits: Logits ``[n, classes]``.
+        labels: Labels, int64 ``[n]``.
+
+    Returns:
+        ``loss``, in nats, and ``negative margin``: the largest other logit minus the label's.
+    """
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return {"loss": logits.logsumexp(1) - own, "negative margin": others.amax(1) - own}
+
+
+def rank_labelled(
+    module: nn.Module,
+    loader: Any,
+    layer: str,
+    factors: LayerFactors,
+    positions: str = "all",
+    batch_size: int = 32,
+) -> list[dict[str, Any]]:
+    """Return the examples of a dataset, the one that looks most memorized first: one forward pass, no labels needed.
+
+    Args:
+        module: A classifier: of a batch of inputs it returns logits ``[n, classes]``, or an object with ``logits``.
+        loader: DataLoader of the dataset, which is read in its own order, whatever the loader's; examples are
+            ``(inputs, label)``, or tuples that begin so.
+        layer: The layer whose inputs count.
+        factors: Its factors.
+        positions: ``"all"``, or ``"first"`` for those of a class token.
+        batch_size: Examples per forward pass.
+
+    Returns:
+        ``rank``, ``index`` (the example's number in the dataset), ``score``
+        (:func:`lightning_curvature.analysis.flat_shares`), those of :func:`label_scores`, ``label``, and ``predicted``.
+
+    Raises:
+        ValueError: If the data, or what the module returns, are no such thing.
+    """
+    check_option(positions, POSITIONS, "positions")
+    found: dict[str, list[Tensor]] = {}
+    for inputs, labels in _labelled(loader, batch_size):
+        rows, logits = _read(module, inputs, layer, POSITIONS[positions])
+        scores = {"score": flat_shares(factors, rows), **label_scores(logits, labels)}
+        for name, values in (scores | {"label": labels, "predicted": logits.argmax(1)}).items():
+            found.setdefault(name, []).append(values)
+    columns = {name: torch.cat(parts) for name, parts in found.items()}
+    order = columns["score"].argsort(descending=True, stable=True)
+    columns = {"rank": torch.arange(1, len(order) + 1), "index": order} | {
+        name: values[order] for name, values in columns.items()
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+
+
+def _read(module: nn.Module, inputs: Tensor, layer: str, positions: slice | None) -> tuple[Tensor, Tensor]:
+    """Return what a layer reads of a batch, and the logits."""
+    device, outputs = next(module.parameters()).device, list[Any]()
+
+    def run(batch: Tensor) -> None:
+        outputs.append(module(batch.to(device)))
+
+    rows = layer_activations(module, [inputs], run, [layer], positions)[layer]
+    logits = getattr(outputs[0], "logits", outputs[0])
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{type(module).__name__} returned {shape} for inputs {list(inputs.shape)}, expected logits "
+            f"[{len(inputs)}, classes]."
+        )
+    return rows, logits.float().cpu()
+
+
+def _labelled(loader: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and labels of a loader's dataset in its own order."""
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"A DataLoader of a dataset with numbered examples is needed, found {type(loader).__name__} of "
+            f"{type(dataset).__name__}."
+        )
+    collate = default_collate if loader.batch_sampler is None else loader.collate_fn
+    for batch in DataLoader(dataset, batch_size, collate_fn=collate):
+        if not (isinstance(batch, (list, tuple)) and len(batch) > 1 and all(isinstance(p, Tensor) for p in batch[:2])):
+            raise ValueError(
+                f"Examples must be (inputs, label), found batches of type {type(batch).__name__}. Text for a language "
+                "model is ranked by its folder (detect --model)."
+            )
+        inputs, labels = batch[:2]
+        if labels.dim() != 1 or labels.is_floating_point():
+            raise ValueError(f"Labels must be class indices [n], found {labels.dtype} {list(labels.shape)}.")
+        yield inputs, labels

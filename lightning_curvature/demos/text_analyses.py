@@ -1,0 +1,60 @@
+"""What the text demo finds out about its model beside the edit: bands, detection, directions."""
+
+import logging
+
+import torch
+
+from lightning_curvature.analysis.detection import detect
+from lightning_curvature.analysis.directions import direction_use
+from lightning_curvature.analysis.files import Analyses
+from lightning_curvature.demos.analyses import bands_of
+from lightning_curvature.demos.language_model import LitCausalLM
+from lightning_curvature.demos.recitation import PREFIX, SUFFIX, RecitedText
+from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.text.detection import distinct_inputs, window_activations, window_scores
+from lightning_curvature.text.evaluation import recited
+
+log = logging.getLogger(__name__)
+
+
+def analyse_text(model: LitCausalLM, factors: KroneckerFactors, data: RecitedText) -> Analyses:
+    """Analyse a language model that recites some windows.
+
+    Memorized are sequences of the validation half that the model recites exactly; the others are windows of as many
+    tokens that it was never trained on. Bands are those of the positions behind the prompt. If nothing is recited
+    there is nothing to analyse, and that is said.
+
+    Args:
+        model: The model.
+        factors: Its factors.
+        data: What it was trained on, and what it was not.
+    """
+    lm, length = model.model, PREFIX + SUFFIX
+    found = recited(lm, data.half("validation"))
+    if not found:
+        log.info("No sequence was recited: there is nothing to analyse.")
+        return Analyses()
+    kinds = {"memorized": torch.tensor([sequence.ids for sequence in found])}
+    for kind in ("clean", "domain"):
+        held = data.held_out[kind]["report"]
+        kinds[kind] = torch.cat([held[:, start : start + length] for start in (0, data.context - length)])
+    own = KroneckerFactors({name.removeprefix("model."): layer for name, layer in factors.items()})
+    inputs = {kind: window_activations(lm, windows, list(own), PREFIX - 1) for kind, windows in kinds.items()}
+    layers = distinct_inputs(own)
+    scored = KroneckerFactors({name: own[name] for name in layers})
+    scores = {kind: window_scores(lm, scored, windows) for kind, windows in kinds.items()}
+    last = layers[-1]
+    windows = torch.cat([kinds["memorized"], kinds["domain"]])
+    rows = torch.cat([inputs["memorized"][last], inputs["domain"][last]])
+    labels = [index < len(found) for index in range(len(windows))]
+    uses = tuple(direction_use(last, own[last], rows, labels, flat) for flat in (False, True))
+    named = {index for use in uses for top in use.top for index in top}
+    return Analyses(
+        tuple(bands_of(lm, own, inputs["memorized"], inputs["clean"])),
+        {
+            "never-memorized text of the same domain": detect(scores["memorized"], scores["domain"]),
+            "ordinary text": detect(scores["memorized"], scores["clean"]),
+        },
+        uses,
+        {index: data.tokenizer.decode(windows[index, PREFIX:].tolist()) for index in sorted(named)},
+    )
