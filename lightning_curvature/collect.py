@@ -187,8 +187,11 @@ class Collector:
         if self.fisher == "empirical":
             if objective is None and loss.output is not None:
                 objective = loss.output.sum()
-            self._pending, self._objective = (loss, calls), objective
             fisher.check_single_path(loss, calls, objective)
+            # Of the loss, what arrives is still to come; its logits are not needed any more.
+            loss = dataclasses.replace(loss, logits=loss.logits.new_empty(0))
+            self._pending, self._objective = (loss, calls), objective
+            taps.losses = []
             return
         with taps.own_pass():
             passes = fisher.count_passes(self.fisher, loss, calls, self.draws)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_RECENT = 8  # batches that are summed in float32 before they go into the float64 sum
 _LAUNCHED = 2**22  # entries of one product on a GPU, where the start of many small ones costs more than they save
 _UNDERFLOW = 1e-30  # squares of float32 entries are lost below
 
@@ -17,9 +18,10 @@ _UNDERFLOW = 1e-30  # squares of float32 entries are lost below
 class SecondMoment:
     """Uncentred second moment ``E[x x^T]`` of rows that arrive in batches.
 
-    Products are taken in float32 (float64 for float64 rows) and summed in float64, so that a million small batches
-    lose nothing. The moment is symmetric: a wide one is computed and kept as block rows that end at the diagonal, which
-    takes a little more than half of the multiplications and, in float64, about the memory of the whole in float32.
+    Products are taken in float32 (float64 for float64 rows), up to eight batches are summed as they are taken, and
+    these groups are summed in float64, so that a million small batches lose nothing. The moment is symmetric: a wide
+    one is computed and kept as block rows that end at the diagonal, which takes a little more than half of the
+    multiplications, and in float64 about the memory of the whole in float32.
 
     Args:
         dim: Length ``d`` of a row.
@@ -27,11 +29,15 @@ class SecondMoment:
 
     Attributes:
         dim: Length of a row.
-        total: The sum: the block rows of :func:`block_rows`, one after the other, float64.
-        count: Positions behind it.
+        total: The sum but for the last group: the block rows of :func:`block_rows`, one after the other, float64.
+        recent: The sum of the last group, likewise, in the dtype of the products; None if it has no batch.
+        recent_count: Positions behind the last group.
+        recent_batches: Batches behind it.
+        count: Positions behind both.
         dtype: Dtype of the mean: float32, or float64 if float64 rows came in.
-        batches: Batches behind it.
-        squares: Sum of the squared Frobenius norms of the batches' own sums, float64, for :meth:`relative_error`.
+        groups: Groups behind ``total``.
+        squares: Of these, for :meth:`relative_error`, the sums of the squared Frobenius norms of their own sums, and of
+            their squared counts, float64 ``[2]``.
 
     >>> moment = SecondMoment(2)
     >>> moment.add(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
@@ -43,9 +49,10 @@ class SecondMoment:
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.dim = dim
         self.total = torch.zeros(packed_size(dim), dtype=torch.float64, device=device)
-        self.count = self.batches = 0
+        self.recent: Tensor | None = None
+        self.count = self.groups = self.recent_count = self.recent_batches = 0
         self.dtype = torch.float32
-        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.squares = torch.zeros(2, dtype=torch.float64, device=device)
         self._mean: Callable[[], Tensor | None] = lambda: None
 
     @torch.no_grad()
@@ -57,35 +64,64 @@ class SecondMoment:
             count: Positions that stand behind them; by default all n of all rows.
             scale: Factor of the products, a number or a scalar tensor.
         """
+        count = sum(len(part) for part in rows) if count is None else count
+        self.count += count
+        self.recent_count += count
+        self.recent_batches += 1
         if rows:
             self._add_products(rows, scale)
-            self.batches += 1
-        self.count += sum(len(part) for part in rows) if count is None else count
+        # The first groups are small, so that a few batches can tell of their spread.
+        if self.recent_batches >= min(max(self.groups, 1), _RECENT):
+            self.settle()
         self._mean = lambda: None
 
     def _add_products(self, rows: Sequence[Tensor], scale: float | Tensor) -> None:
+        dtype = self.dtype
         for part in rows:
-            self.dtype = torch.promote_types(self.dtype, part.dtype)
-        scale = scale.to(self.total.device) if isinstance(scale, Tensor) else scale
-        operands = [part if _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
+            dtype = torch.promote_types(dtype, part.dtype)
+        device, self.dtype = self.total.device, dtype
+        recent = torch.zeros_like(self.total, dtype=dtype) if self.recent is None else self.recent.to(dtype)
+        self.recent = recent
+        operands = [part if _on_tensor_cores(part) else part.to(dtype) for part in rows]
         # A step may still be running in its own precision, and a process allow products of fewer bits than it asks for.
         with torch.autocast(rows[0].device.type, enabled=False), full_precision():
-            for blocks in _together(self._blocks(), _LAUNCHED if rows[0].is_cuda else 1):
-                start, end = blocks[0][0], blocks[-1][1]
-                products = [_product(part[:, start:end].T, part[:, :end]) for part in operands]
-                product = sum(products[1:], products[0]).to(self.total.device)
-                if isinstance(scale, Tensor) or scale != 1.0:
-                    product *= scale
-                _add_squares(self.squares, product, start)
-                for first, last, block in blocks:
-                    block += product[first - start : last - start, :last]
+            if _all_on_cpu(recent, *rows):
+                for start, end, block in self._blocks(recent):
+                    for part in operands:
+                        torch.addmm(block, part[:, start:end].T, part[:, :end], alpha=float(scale), out=block)
+            else:
+                self._add_from_device(recent, operands, scale.to(device) if isinstance(scale, Tensor) else scale)
+
+    def _add_from_device(self, recent: Tensor, operands: Sequence[Tensor], scale: float | Tensor) -> None:
+        """Add products that a GPU takes, wherever they are summed; nothing is read from it."""
+        for blocks in _together(self._blocks(recent), _LAUNCHED if operands[0].is_cuda else 1):
+            start, end = blocks[0][0], blocks[-1][1]
+            products = [_product(part[:, start:end].T, part[:, :end]) for part in operands]
+            product = sum(products[1:], products[0]).to(recent.device)
+            if isinstance(scale, Tensor) or scale != 1.0:
+                product *= scale
+            for first, last, block in blocks:
+                block += product[first - start : last - start, :last]
+
+    def settle(self) -> None:
+        """Add the last group to the total, and begin a new one."""
+        if not self.recent_batches:
+            return
+        if self.recent is not None:
+            self.squares[0] += self._square_norm(self.recent)
+            self.total += self.recent
+        self.squares[1] += float(self.recent_count) ** 2
+        self.groups += 1
+        self.recent, self.recent_count, self.recent_batches = None, 0, 0
 
     def merge_(self, other: "SecondMoment") -> None:
         """Add the sum of other positions."""
+        self.settle()
+        other.settle()
         self.total += other.total.to(self.total.device)
         self.squares += other.squares.to(self.squares.device)
         self.count += other.count
-        self.batches += other.batches
+        self.groups += other.groups
         self.dtype = torch.promote_types(self.dtype, other.dtype)
         self._mean = lambda: None
 
@@ -96,8 +132,9 @@ class SecondMoment:
         """
         mean = self._mean()
         if mean is None:
+            self.settle()
             mean = torch.empty(self.dim, self.dim, dtype=self.dtype, device=self.total.device)
-            for start, end, block in self._blocks():
+            for start, end, block in self._blocks(self.total):
                 mean[start:end, :end] = block / max(self.count, 1)
                 mean[:start, start:end] = mean[start:end, :start].T
             self._mean = weakref.ref(mean)
@@ -105,18 +142,20 @@ class SecondMoment:
 
     def copy(self) -> "SecondMoment":
         """Return a moment that goes its own way from here."""
-        return self.part(self.count, self.batches)
+        return self.part(self.count, self.groups)
 
-    def part(self, count: int, batches: int) -> "SecondMoment":
-        """Return a part of the sum, behind which this many of its positions and batches stand."""
+    def part(self, count: int, groups: int) -> "SecondMoment":
+        """Return a part of the sum, behind which this many of its positions and groups stand."""
+        self.settle()
         part, share = copy.copy(self), count / max(self.count, 1)
         part.total, part.squares = self.total * share, self.squares * share
-        part.count, part.batches = count, batches
+        part.count, part.groups = count, groups
         part._mean = lambda: None
         return part
 
     def move(self, device: torch.device) -> None:
         """Move the sum to a device."""
+        self.recent = None if self.recent is None else self.recent.to(device)
         self.total, self.squares = self.total.to(device), self.squares.to(device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,34 +171,42 @@ class SecondMoment:
         return moment
 
     @classmethod
-    def of(cls, mean: Tensor, count: int) -> "SecondMoment":
-        """Return the sum that a mean ``[d, d]`` and the count behind it stand for; of the batches it knows nothing."""
+    def of(cls, mean: Tensor, count: int, error: float | None = None) -> "SecondMoment":
+        """Return the sum that a mean ``[d, d]`` stands for, its count, and what :meth:`relative_error` said of it."""
         moment = cls(len(mean), mean.device)
-        for start, end, block in moment._blocks():
+        for start, end, block in moment._blocks(moment.total):
             block += mean[start:end, :end].double() * count
         moment.count, moment.dtype = count, mean.dtype
+        # Its groups are not known: as if they were many and small.
+        moment.squares[0] = math.nan if error is None else error**2 * moment._square_norm(moment.total)
         return moment
 
     def relative_error(self) -> float | None:
         """Return the standard error of the mean, relative to its Frobenius norm; None if its batches cannot tell.
 
-        It is estimated from the spread of the batches, taken for independent and equally long.
+        The groups are taken for independent. Let ``S`` be the sum, ``V`` the variance of its entries, summed, and ``q``
+        the sum of the groups' squared shares of the positions. Then the squared norms of the groups' sums add up to
+        ``q |E S|^2 + V``, and ``|S|^2`` is ``|E S|^2 + V``, in expectation, which tells ``V``.
         """
-        sum_of_squares = torch.zeros_like(self.squares)
-        for start, _, block in self._blocks():
-            _add_squares(sum_of_squares, block, start)
-        whole = float(sum_of_squares)
-        squares = float(self.squares)
-        if self.batches < 2 or not (whole > 0 and _UNDERFLOW < squares < math.inf):
+        self.settle()
+        whole, (squares, counts) = float(self._square_norm(self.total)), self.squares.tolist()
+        q = counts / max(self.count, 1) ** 2
+        if not (q < 1 and whole > 0 and _UNDERFLOW < squares < math.inf):
             return None
-        return math.sqrt(max(self.batches * squares / whole - 1.0, 0.0) / (self.batches - 1))
+        return math.sqrt(max(squares / whole - q, 0.0) / (1.0 - q))
 
-    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+    def _square_norm(self, packed: Tensor) -> Tensor:
+        """Return the squared Frobenius norm, float64, of what block rows stand for: all beside the diagonal is twice."""
+        diagonal = torch.cat([block[:, start:].flatten() for start, _, block in self._blocks(packed)])
+        whole, once = (torch.linalg.vector_norm(part).double().square() for part in (packed, diagonal))
+        return whole.mul(2).sub(once)
+
+    def _blocks(self, packed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the block rows: first row, end of rows and columns, and the entries."""
         offset = 0
         for start, end in block_rows(self.dim):
             size = (end - start) * end
-            yield start, end, self.total[offset : offset + size].view(end - start, end)
+            yield start, end, packed[offset : offset + size].view(end - start, end)
             offset += size
 
 
@@ -197,12 +244,8 @@ def packed_size(dim: int) -> int:
     return sum((end - start) * end for start, end in block_rows(dim))
 
 
-def _add_squares(total: Tensor, block: Tensor, start: int) -> None:
-    """Add the squared Frobenius norm of what block rows stand for: left of the diagonal block, entries are two."""
-    for part, times in ((block[:, start:], 1), (block[:, :start], 2)):
-        if part.numel():
-            norm = torch.linalg.vector_norm(part).double()
-            total.addcmul_(norm, norm, value=times)
+def _all_on_cpu(*tensors: Tensor) -> bool:
+    return all(tensor.is_cpu for tensor in tensors)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -97,9 +97,10 @@ class LayerSums:
         d_out, d_in = layer.shape
         sums = cls(d_in, d_out, torch.device("meta"), layer.transposed, layer.A_coupled is not None)
         means = {**layer.tensors, "inputs": layer.A, "gradients": layer.G}
+        errors = {"inputs": layer.A_error, "gradients": layer.G_error}
         for name in sums.moments:
             count = layer.num_gradients if name == "gradients" else layer.num_inputs
-            sums.moments[name] = SecondMoment.of(means[name], count)
+            sums.moments[name] = SecondMoment.of(means[name], count, errors.get(name))
         sums.num_seen = layer.num_seen
         return sums
 
@@ -123,22 +124,25 @@ class LayerSums:
         sent = {name: moment for name, moment in self.moments.items() if inputs is None or name != "inputs"}
         numbers = [self.num_seen]
         for moment in sent.values():
-            numbers += [moment.count, moment.batches, int(moment.dtype == torch.float64)]
+            moment.settle()
+            numbers += [moment.count, moment.groups, int(moment.dtype == torch.float64)]
         merged.num_seen, *rest = ranks.sum(torch.tensor(numbers)).tolist()
         if inputs is not None:
             merged.share_inputs(inputs)
         for index, (name, moment) in enumerate(sent.items()):
             own = merged.moments[name]
             own.total, own.squares = ranks.sum(moment.total, to), ranks.sum(moment.squares, to)
-            own.count, own.batches, doubles = rest[3 * index : 3 * index + 3]
+            own.count, own.groups, doubles = rest[3 * index : 3 * index + 3]
             own.dtype = torch.float64 if doubles else torch.float32
         return merged
 
     def share(self, ranks: Ranks) -> "LayerSums":
         """Return the part of sums over all processes with which this one goes on; the parts sum to them."""
+        if ranks.size == 1:
+            return self
         part = copy.copy(self)
         part.moments = {
-            name: moment.part(ranks.share(moment.count), ranks.share(moment.batches))
+            name: moment.part(ranks.share(moment.count), ranks.share(moment.groups))
             for name, moment in self.moments.items()
         }
         part.num_seen = ranks.share(self.num_seen)

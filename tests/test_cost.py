@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import peak_bytes
-from lightning_curvature import KFACEditCallback, fisher
+from lightning_curvature import KFACEditCallback, fisher, moments
 from lightning_curvature.collect import Collector, collect
 from lightning_curvature.collection import Collection
 from lightning_curvature.moments import SecondMoment, block_rows, packed_size
@@ -122,6 +122,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["sketched", "sampled", "empirical"])
 def test_a_step_waits_once(step, kind, monkeypatch):
     """The one time is the list of numbers that the end of a batch reads, all together."""
+    monkeypatch.setattr(moments, "_all_on_cpu", lambda *_: False)
     lists, tolist = [], torch.Tensor.tolist
     collector = Collector(step.model, NAMES, fisher=kind, share=0.5)
     step(collector)
@@ -201,7 +202,6 @@ def test_several_sets_of_rows_and_scales():
     assert torch.equal(other.total, moment.total)
     other.add(count=4)  # positions at which nothing arrived
     torch.testing.assert_close(other.mean(), moment.mean() / 2)
-    assert (moment.batches, other.batches) == (1, 1)
 
 
 def test_the_standard_error_is_that_of_repeated_collections():

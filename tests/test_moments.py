@@ -13,6 +13,7 @@ def test_a_million_small_batches_lose_nothing():
     for _ in range(1000):
         moment.add(small)
     for _ in range(999):  # the other 999,000 batches, added as the accumulator adds them
+        moment.settle()
         moment.total += 1000 * step
         moment.count += 1000
     exact = (4096.0**2 + 1e6 * step) / 1_000_001
@@ -43,13 +44,31 @@ def test_products_of_several_block_rows(monkeypatch, entries):
     """What only a GPU does: a product covers several block rows, and each takes its part."""
     together = moments._together
     monkeypatch.setattr(moments, "_together", lambda blocks, _: together(blocks, entries))
+    monkeypatch.setattr(moments, "_all_on_cpu", lambda *_: False)
     moment, rows = SecondMoment(300), [torch.randn(20, 300) for _ in range(3)]
     for part in rows:
         moment.add(part, scale=0.5)
     joined = torch.cat(rows).double()
     torch.testing.assert_close(moment.mean(), (0.5 * joined.T @ joined / 60).float())
     squares = sum((0.5 * part.T.double() @ part.double()).square().sum() for part in rows)
-    torch.testing.assert_close(moment.squares, squares, rtol=1e-5, atol=0)
+    counts = torch.tensor(3 * 20.0**2, dtype=torch.float64)
+    torch.testing.assert_close(moment.squares, torch.stack([squares, counts]), rtol=1e-5, atol=0)
+
+
+def test_groups_grow_to_eight_batches():
+    torch.manual_seed(0)
+    moment, batches = SecondMoment(5), [torch.randn(4, 5) for _ in range(40)]
+    ends = []
+    for number, rows in enumerate(batches, 1):
+        moment.add(rows)
+        if moment.recent is None:
+            ends.append(number)
+    assert ends == [1, 2, 4, 7, 11, 16, 22, 29, 37]
+    assert (moment.groups, moment.recent_batches, moment.recent_count) == (9, 3, 12)
+    assert moment.recent.dtype == torch.float32
+    joined = torch.cat(batches)
+    torch.testing.assert_close(moment.mean(), joined.T @ joined / 160)
+    assert (moment.groups, moment.recent, moment.count) == (10, None, 160)
 
 
 def test_an_error_that_rounding_lost_is_not_stated():
