@@ -196,10 +196,11 @@ class SecondMoment:
         return math.sqrt(max(squares / whole - q, 0.0) / (1.0 - q))
 
     def _square_norm(self, packed: Tensor) -> Tensor:
-        """Return the squared Frobenius norm, float64, of what block rows stand for: all beside the diagonal is twice."""
+        """Return the squared Frobenius norm, float64, of what block rows stand for: off the diagonal, all is twice."""
         diagonal = torch.cat([block[:, start:].flatten() for start, _, block in self._blocks(packed)])
-        whole, once = (torch.linalg.vector_norm(part).double().square() for part in (packed, diagonal))
-        return whole.mul(2).sub(once)
+        whole, once = (torch.linalg.vector_norm(part).double() for part in (packed, diagonal))
+        norm: Tensor = 2 * whole * whole - once * once
+        return norm
 
     def _blocks(self, packed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the block rows: first row, end of rows and columns, and the entries."""
