@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -69,6 +71,28 @@ def test_groups_grow_to_eight_batches():
     joined = torch.cat(batches)
     torch.testing.assert_close(moment.mean(), joined.T @ joined / 160)
     assert (moment.groups, moment.recent, moment.count) == (10, None, 160)
+
+
+def test_the_error_of_a_mean_goes_on_with_it():
+    torch.manual_seed(0)
+    one, two = SecondMoment(150), SecondMoment(150)
+    for number in range(20):
+        one.add(torch.randn(8, 150))
+        two.add(torch.randn(8 + number, 150))
+    error = one.relative_error()
+    again = SecondMoment.of(one.mean(), one.count, error)
+    assert again.relative_error() == pytest.approx(error, rel=1e-5)
+    sums = [float(moment.mean().norm()) * moment.count for moment in (one, two)]
+    expected = math.hypot(sums[0] * error, sums[1] * two.relative_error())
+    again.merge_(SecondMoment.of(two.mean(), two.count, two.relative_error()))
+    whole = float(again.mean().norm()) * again.count
+    assert again.relative_error() == pytest.approx(expected / whole, rel=1e-5)
+    again.merge_(SecondMoment.of(two.mean(), two.count))
+    assert again.relative_error() is None
+    empty = SecondMoment(3)  # all that counts came with one batch
+    empty.add(torch.empty(0, 3))
+    empty.add(torch.ones(2, 3))
+    assert empty.relative_error() is None
 
 
 def test_an_error_that_rounding_lost_is_not_stated():

@@ -216,7 +216,7 @@ def on_two_processes(apart, shard):
     state = collector.state_dict()
     shares = state["shared"].get("up") == "gate"
     return (
-        {name: (layer.A, layer.num_inputs) for name, layer in factors.items()},
+        {name: (layer.A, layer.num_inputs, layer.A_error) for name, layer in factors.items()},
         shares,
         (bool(factors) and factors["gate"].A is factors["up"].A),
     )
@@ -232,6 +232,18 @@ def test_layers_share_on_all_processes_or_on_none(apart):
         want = rows if shift else torch.cat([x for rank in (0, 1) for x, _ in batches(seed=rank)])
         torch.testing.assert_close(found[name][0], want.T @ want / 48)
         assert found[name][1] == 48
+
+
+def test_the_standard_error_after_several_processes():
+    (found, _, _), _ = processes.run(2, on_two_processes, False, False)
+    one, two = (gathered(Gated(), batches(seed=rank)) for rank in (0, 1))
+    for name, layer in one.merge(two).items():
+        assert found[name][2] == pytest.approx(layer.A_error, rel=1e-5)
+    # Where sums are spread, each batch of each process is a group.
+    (found, _, _), _ = processes.run(2, on_two_processes, False, True)
+    own = torch.stack([x.T @ x for rank in (0, 1) for x, _ in batches(seed=rank)])
+    spread = (own - own.mean(0)).square().sum((1, 2)).sum() * 8 / 7
+    assert found["gate"][2] == pytest.approx(float(spread.sqrt() / own.sum(0).norm()), rel=1e-4)
 
 
 def test_sums_that_are_spread_over_processes_hold_each_a_of_its_own():
