@@ -114,10 +114,19 @@ class SecondMoment:
         self.groups += 1
         self.recent, self.recent_count, self.recent_batches = None, 0, 0
 
+    def settled(self) -> "SecondMoment":
+        """Return the same moment with its last group in the total; this one stays as it is, whoever looks at it."""
+        if not self.recent_batches:
+            return self
+        settled = copy.copy(self)
+        settled.total, settled.squares = self.total.clone(), self.squares.clone()
+        settled.settle()
+        return settled
+
     def merge_(self, other: "SecondMoment") -> None:
         """Add the sum of other positions."""
         self.settle()
-        other.settle()
+        other = other.settled()
         self.total += other.total.to(self.total.device)
         self.squares += other.squares.to(self.squares.device)
         self.count += other.count
@@ -132,9 +141,9 @@ class SecondMoment:
         """
         mean = self._mean()
         if mean is None:
-            self.settle()
-            mean = torch.empty(self.dim, self.dim, dtype=self.dtype, device=self.total.device)
-            for start, end, block in self._blocks(self.total):
+            total = self.settled().total
+            mean = torch.empty(self.dim, self.dim, dtype=self.dtype, device=total.device)
+            for start, end, block in self._blocks(total):
                 mean[start:end, :end] = block / max(self.count, 1)
                 mean[:start, start:end] = mean[start:end, :start].T
             self._mean = weakref.ref(mean)
@@ -146,9 +155,8 @@ class SecondMoment:
 
     def part(self, count: int, groups: int) -> "SecondMoment":
         """Return a part of the sum, behind which this many of its positions and groups stand."""
-        self.settle()
-        part, share = copy.copy(self), count / max(self.count, 1)
-        part.total, part.squares = self.total * share, self.squares * share
+        part, share = copy.copy(self.settled()), count / max(self.count, 1)
+        part.total, part.squares = part.total * share, part.squares * share
         part.count, part.groups = count, groups
         part._mean = lambda: None
         return part
@@ -188,8 +196,8 @@ class SecondMoment:
         the sum of the groups' squared shares of the positions. Then the squared norms of the groups' sums add up to
         ``q |E S|^2 + V``, and ``|S|^2`` is ``|E S|^2 + V``, in expectation, which tells ``V``.
         """
-        self.settle()
-        whole, (squares, counts) = float(self._square_norm(self.total)), self.squares.tolist()
+        settled = self.settled()
+        whole, (squares, counts) = float(self._square_norm(settled.total)), settled.squares.tolist()
         q = counts / max(self.count, 1) ** 2
         if not (q < 1 and whole > 0 and _UNDERFLOW < squares < math.inf):
             return None

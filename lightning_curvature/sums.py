@@ -121,10 +121,9 @@ class LayerSums:
         if ranks.size == 1:
             return self
         merged = LayerSums.zero(self.kind, torch.device("meta"))
-        sent = {name: moment for name, moment in self.moments.items() if inputs is None or name != "inputs"}
+        sent = {name: moment.settled() for name, moment in self.moments.items() if inputs is None or name != "inputs"}
         numbers = [self.num_seen]
         for moment in sent.values():
-            moment.settle()
             numbers += [moment.count, moment.groups, int(moment.dtype == torch.float64)]
         merged.num_seen, *rest = ranks.sum(torch.tensor(numbers)).tolist()
         if inputs is not None:
@@ -162,6 +161,11 @@ class LayerSums:
             G_error=self.gradients.relative_error(),
             **coupled,
         )
+
+    def settle(self) -> None:
+        """Let nothing but the totals take memory; what comes next begins new groups."""
+        for moment in self.moments.values():
+            moment.settle()
 
     def move(self, device: torch.device) -> None:
         """Move the sums to a device."""

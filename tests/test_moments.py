@@ -53,6 +53,7 @@ def test_products_of_several_block_rows(monkeypatch, entries):
     joined = torch.cat(rows).double()
     torch.testing.assert_close(moment.mean(), (0.5 * joined.T @ joined / 60).float())
     squares = sum((0.5 * part.T.double() @ part.double()).square().sum() for part in rows)
+    moment.settle()
     counts = torch.tensor(3 * 20.0**2, dtype=torch.float64)
     torch.testing.assert_close(moment.squares, torch.stack([squares, counts]), rtol=1e-5, atol=0)
 
@@ -70,6 +71,9 @@ def test_groups_grow_to_eight_batches():
     assert moment.recent.dtype == torch.float32
     joined = torch.cat(batches)
     torch.testing.assert_close(moment.mean(), joined.T @ joined / 160)
+    assert (moment.groups, moment.recent_batches) == (9, 3)  # who looks at it changes nothing
+    assert moment.relative_error() == moment.settled().relative_error()
+    moment.settle()
     assert (moment.groups, moment.recent, moment.count) == (10, None, 160)
 
 
