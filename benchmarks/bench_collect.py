@@ -286,7 +286,7 @@ def alone(rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
 
 
 def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
-    """Measure the products of block rows against full ones, over matrices that do not stay in a cache."""
+    """Measure products of block rows, and whole updates, against full products, over matrices that leave the cache."""
     rows, results = [], {}
     for width in (64, 128, 256, 512, 1024, 2048):
         data = [torch.randn(1024, width) for _ in range(max(12 * 1024 // width, 2))]
@@ -301,8 +301,14 @@ def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
                 for start, end in bounds:
                     x[:, start:end].T @ x[:, :end]
 
-        results[str(width)] = seconds = in_turn({"full": full, "blocks": lower}, rounds)
-        rows.append([width, len(bounds), spread(ratios(seconds, "blocks", "full"))])
+        sums = [SecondMoment(width) for _ in data]
+
+        def update(data=data, sums=sums):
+            for moment, x in zip(sums, data, strict=True):
+                moment.add(x)
+
+        results[str(width)] = seconds = in_turn({"full": full, "blocks": lower, "update": update}, rounds)
+        rows.append([width, len(bounds), *(spread(ratios(seconds, name, "full")) for name in ("blocks", "update"))])
     return rows, results
 
 
@@ -412,7 +418,7 @@ def main() -> None:
     if "blocks" in args.parts:
         rows, results["blocks"] = blocks(2 * args.rounds)
         print("\nProducts of block rows, full product = 1\n")
-        print(tabulate(rows, ["width", "blocks", "of the full product"], tablefmt="github"), flush=True)
+        print(tabulate(rows, ["width", "blocks", "of the full product", "with the sum"], tablefmt="github"), flush=True)
     if "peak" in args.parts:
         rows, results["peak"] = share_of_peak(args.rounds)
         print("\nOne update of a factor, 8192 positions, bfloat16\n")
