@@ -33,7 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import lightning.pytorch as pl
 import torch
@@ -226,7 +226,7 @@ def intervals(runs: Sequence[Sequence[Row]], kind: str) -> str:
             if len(gaps) < 2:
                 cells.append("")
                 continue
-            reach = stats.t.ppf(0.975, len(gaps) - 1) * stats.tstd(gaps) / len(gaps) ** 0.5
+            reach = stats.t.ppf(0.975, len(gaps) - 1) * stdev(gaps) / len(gaps) ** 0.5
             middle = fmean(gaps)
             verdict = "holds" if middle - reach > 0 else "reversed" if middle + reach < 0 else "open"
             cells.append(f"{middle:+.2f} ({middle - reach:+.2f} to {middle + reach:+.2f}): {verdict}")
