@@ -480,6 +480,12 @@ def test_only_labelled_examples_of_a_classifier_are_ranked():
         rank(torch.ones(4, 2, 20), y)
     with pytest.raises(ValueError, match="A DataLoader of a dataset with numbered examples is needed, found list"):
         rank_labelled(model, [(x, y)], "0", factors)
+    with pytest.raises(ValueError, match="found DataLoader of list, which has none"):
+        rank_labelled(model, DataLoader([]), "0", factors)
+    with pytest.raises(ValueError, match="Labels 0 to 3 are not among the 3 classes of Sequential"):
+        rank(x, torch.tensor([0, 3, 1, 1]))
+    pairs = DataLoader([*zip(x, y, strict=True)], 3)
+    assert len(rank_labelled(nn.Sequential(model), pairs, "0", factors)) == 4
 
 
 # Skills under edits ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_curvature._checks import check_option
 from lightning_curvature.analysis.detection import flat_shares
@@ -60,6 +60,11 @@ def rank_labelled(
     found: dict[str, list[Tensor]] = {}
     for inputs, labels in _labelled(loader, batch_size):
         rows, logits = _read(module, inputs, layer, POSITIONS[positions])
+        if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+            raise ValueError(
+                f"Labels {int(labels.min())} to {int(labels.max())} are not among the {logits.shape[1]} classes of "
+                f"{type(module).__name__}."
+            )
         scores = {"score": flat_shares(factors, rows), **label_scores(logits, labels)}
         for name, values in (scores | {"label": labels, "predicted": logits.argmax(1)}).items():
             found.setdefault(name, []).append(values)
@@ -91,11 +96,11 @@ def _read(module: nn.Module, inputs: Tensor, layer: str, positions: slice | None
 
 def _labelled(loader: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and labels of a loader's dataset in its own order."""
-    dataset = getattr(loader, "dataset", None)
-    if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
+    dataset: Any = getattr(loader, "dataset", None)
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and len(dataset)):
         raise ValueError(
             f"A DataLoader of a dataset with numbered examples is needed, found {type(loader).__name__} of "
-            f"{type(dataset).__name__}."
+            f"{type(dataset).__name__}, which has none."
         )
     collate = default_collate if loader.batch_sampler is None else loader.collate_fn
     for batch in DataLoader(dataset, batch_size, collate_fn=collate):
