@@ -101,9 +101,13 @@ def test_every_help_text_has_an_example_that_parses(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
     assert stop.value.code == 0
-    example = capsys.readouterr().out.partition("example:\n")[2].strip()
-    assert example.startswith(f"lightning-curvature {command} ")
-    make_parser().parse_args(example.split()[1:])
+    examples = capsys.readouterr().out.partition("example:\n")[2].strip().splitlines()
+    for example in examples:
+        program, *words = example.split()
+        assert program == "lightning-curvature"
+        assert " ".join(words).startswith(f"{command} ")
+        make_parser().parse_args(words)
+    assert examples
 
 
 def test_completion_as_jsonargparse_offers_it():
