@@ -12,7 +12,7 @@ from lightning_curvature.factor_files import load_state
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.sharded import ShardedFactors
-from lightning_curvature.sums import LayerSums, sums_over
+from lightning_curvature.sums import STATE_VERSION, LayerSums, sums_over
 
 MIN_WINDOW = 4096
 """Positions of the shortest default window; docs/decisions.md shows why."""
@@ -217,8 +217,8 @@ class Collection:
             return f"its factors cannot be read: {str(error).rstrip('.')}"
         if saved is None or saved.get("batches") != state["batches"]:
             return f"{file.name} was written with another checkpoint"
-        if "pause" not in saved:
-            return f"{file.name} was written by an earlier version"
+        if saved["collector"].get("version") != STATE_VERSION:
+            return f"{file.name} was written by another version of this package"
         return factors, saved
 
     def _part(self, factors: KroneckerFactors) -> KroneckerFactors:

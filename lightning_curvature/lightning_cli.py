@@ -41,10 +41,13 @@ def run(args: list[str]) -> None:
 def instances(config: str) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """Return the model and the data that a configuration of ``fit`` names, as :func:`run` would make them.
 
+    Its trainer is made, too, for the machine that this is: the run may have been on another one.
+
     Args:
         config: Path of the YAML file, also one that LightningCLI has saved, or the name of an example.
     """
-    cli = _make(_Instances, ["fit", "--config", config])
+    here = [f"--trainer.{name}=auto" for name in ("accelerator", "devices", "strategy")]
+    cli = _make(_Instances, ["fit", "--config", config, *here])
     return cli.model, cli.datamodule
 
 

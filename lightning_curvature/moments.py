@@ -76,13 +76,12 @@ class SecondMoment:
         self._mean = lambda: None
 
     def _add_products(self, rows: Sequence[Tensor], scale: float | Tensor) -> None:
-        dtype = self.dtype
         for part in rows:
-            dtype = torch.promote_types(dtype, part.dtype)
-        device, self.dtype = self.total.device, dtype
-        recent = torch.zeros_like(self.total, dtype=dtype) if self.recent is None else self.recent.to(dtype)
+            self.dtype = torch.promote_types(self.dtype, part.dtype)
+        recent = self.recent
+        recent = torch.zeros_like(self.total, dtype=self.dtype) if recent is None else recent.to(self.dtype)
         self.recent = recent
-        operands = [part if _on_tensor_cores(part) else part.to(dtype) for part in rows]
+        operands = [part if _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
         # A step may still be running in its own precision, and a process allow products of fewer bits than it asks for.
         with torch.autocast(rows[0].device.type, enabled=False), full_precision():
             if _all_on_cpu(recent, *rows):
@@ -90,10 +89,11 @@ class SecondMoment:
                     for part in operands:
                         torch.addmm(block, part[:, start:end].T, part[:, :end], alpha=float(scale), out=block)
             else:
-                self._add_from_device(recent, operands, scale.to(device) if isinstance(scale, Tensor) else scale)
+                self._add_from_device(recent, operands, scale)
 
     def _add_from_device(self, recent: Tensor, operands: Sequence[Tensor], scale: float | Tensor) -> None:
         """Add products that a GPU takes, wherever they are summed; nothing is read from it."""
+        scale = scale.to(recent.device) if isinstance(scale, Tensor) else scale
         for blocks in _together(self._blocks(recent), _LAUNCHED if operands[0].is_cuda else 1):
             start, end = blocks[0][0], blocks[-1][1]
             products = [_product(part[:, start:end].T, part[:, :end]) for part in operands]

@@ -12,6 +12,9 @@ from lightning_curvature.factors import LayerFactors
 from lightning_curvature.moments import SecondMoment
 from lightning_curvature.ranks import Ranks
 
+STATE_VERSION = 2
+"""Of what :func:`state_of` returns; sums of another version are not read."""
+
 
 class LayerKind(NamedTuple):
     """What the sums of a layer depend on; arguments of :class:`LayerSums`."""
@@ -207,7 +210,7 @@ def state_of(sums: Mapping[str, LayerSums]) -> dict[str, Any]:
     for name, other in shared.items():
         if name != other:
             del states[name]["moments"]["inputs"]
-    return {"sums": states, "shared": shared}
+    return {"version": STATE_VERSION, "sums": states, "shared": shared}
 
 
 def sums_from(state: Mapping[str, Any]) -> dict[str, LayerSums]:

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
+from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, collection
 from lightning_curvature.checkpoints.archive import KEY
 from lightning_curvature.checkpoints.formats import content_hash, open_checkpoint, tensor_hashes
 from tests import models
@@ -126,7 +126,7 @@ def test_factors_of_validation_are_resumed(tmp_path):
 
 
 @pytest.mark.filterwarnings(NO_WARNING)
-def test_what_cannot_be_resumed_starts_anew_with_a_warning(tmp_path):
+def test_what_cannot_be_resumed_starts_anew_with_a_warning(tmp_path, monkeypatch):
     run(tmp_path, KFACEditCallback(), enable_checkpointing=False).save_checkpoint(tmp_path / "x.ckpt")
     file = tmp_path / "x-edited-factors.safetensors"
 
@@ -142,6 +142,11 @@ def test_what_cannot_be_resumed_starts_anew_with_a_warning(tmp_path):
     KroneckerFactors.load(file).save(file)
     with pytest.warns(UserWarning, match=r"x-edited-factors.safetensors was written with another checkpoint"):
         assert resume() == 192
+    file.write_bytes(whole)
+    monkeypatch.setattr(collection, "STATE_VERSION", 3)
+    with pytest.warns(UserWarning, match=r"starts anew: x-edited-factors.safetensors was written by another version"):
+        assert resume() == 192
+    monkeypatch.undo()
     file.write_bytes(whole[:-10])
     with pytest.warns(UserWarning, match=r"starts anew: its factors cannot be read: .* not a complete factor file"):
         assert resume() == 192

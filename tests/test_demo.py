@@ -241,6 +241,8 @@ def test_detection_on_what_the_text_demo_writes(text_run, tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 20
     with pytest.raises(SystemExit, match="either --sequences or --corpus"):
         main(common)
+    with pytest.raises(SystemExit, match="--positions first is for images"):
+        main([*common, "--sequences", str(out / "memorized.jsonl"), "--positions", "first"])
     with pytest.raises(SystemExit, match=r"hold no layer 'layers.0'"):
         main([*common, "--sequences", str(out / "memorized.jsonl"), "--layer", "layers.0"])
     (tmp_path / "mixed.jsonl").write_text(

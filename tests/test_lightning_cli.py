@@ -67,6 +67,11 @@ def test_the_training_images_are_ranked_from_what_a_fit_leaves(tmp_path, monkeyp
     for row, index in zip(rows, order, strict=True):
         assert int(row["label"]) == labels[index]
         assert (float(row["negative margin"]) < 0) == (row["label"] == row["predicted"])
+    elsewhere = yaml.safe_load(config.read_text())
+    elsewhere["trainer"] |= {"accelerator": "tpu", "devices": 8, "strategy": "ddp_spawn"}
+    Path("elsewhere.yaml").write_text(yaml.safe_dump(elsewhere))
+    main([*images, "elsewhere.yaml"])
+    assert f"{len(rows)} examples" in capsys.readouterr().out
     main([*images, "digits.yaml", "--json"])  # the example that was fitted
     assert json.loads(capsys.readouterr().out)["rows"][0]["index"] == order[0]
     with pytest.raises(SystemExit, match="positions must be one of"):

@@ -74,6 +74,8 @@ def detect(
         raise ValueError(
             "Give the model: for text --model with --sequences or --corpus, for images --config with --checkpoint."
         )
+    elif positions != "all":
+        raise ValueError(f"--positions {positions} is for images; of a window of text all positions count.")
     else:
         with extra("text"):
             from lightning_curvature.text.ranking import rank_windows

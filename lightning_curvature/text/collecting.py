@@ -18,6 +18,7 @@ from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.collect import Collector
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.positions import POSITIONS
+from lightning_curvature.sums import STATE_VERSION
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
 from lightning_curvature.text.models import check_vocabulary
@@ -74,7 +75,7 @@ def collect_text(
     if "positions" in options:
         check_option(options["positions"], POSITIONS, "positions")  # there are no masks in a text
     settings = {"tokens": tokens, "context": context, "batch_size": batch_size, "passes": passes, **options}
-    run = _fingerprint(model, tokenizer, corpus, **settings)
+    run = _fingerprint(model, tokenizer, corpus, sums=STATE_VERSION, **settings)
     state = _load(partial, run) or {"pass": 0, "batches": 0, "collector": None}
     device = next(model.parameters()).device
     pieces = [Path(f"{partial}.{index}") for index in range(passes)]
