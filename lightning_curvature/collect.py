@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_curvature import fisher
 from lightning_curvature._checks import check_count, check_option, check_share, listing
 from lightning_curvature.accumulate import Accumulator
+from lightning_curvature.compiled import check_graphed, is_compiled
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.fisher import FISHER_KINDS
 from lightning_curvature.layers import is_conv1d, matrix_shape
@@ -25,7 +26,7 @@ from lightning_curvature.ranks import Ranks
 from lightning_curvature.rows import BatchGradients
 from lightning_curvature.selection import LayerChoice, choose_layers
 from lightning_curvature.sums import LayerKind, LayerSums
-from lightning_curvature.taps import LayerCall, Taps, check_graphed, is_compiled
+from lightning_curvature.taps import LayerCall, Taps
 
 ACCUMULATE_ON = ("auto", "model", "cpu")
 

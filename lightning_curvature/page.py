@@ -1,15 +1,11 @@
 """One HTML page of a run, which opens without a network: everything is inside it, pictures as SVG."""
 
-import base64
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from lightning_curvature import plots
 from lightning_curvature._version import __version__
@@ -20,6 +16,7 @@ from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.factor_files import is_factor_file
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.inspection import describe
+from lightning_curvature.page_blocks import Block, details, paragraph, picture, png, table
 
 PAGE = "report.html"
 MANY = 2
@@ -27,7 +24,6 @@ MANY = 2
 SHOWN_DIRECTIONS = 3
 SHOWN_WINDOWS = 5
 
-Block = dict[str, Any]
 Report = Mapping[str, Any]
 
 _METHODS = {
@@ -123,20 +119,20 @@ def _outcome(report: Report) -> Iterator[Block]:
                 "after": after}  # fmt: skip
     names = [name for name in before if all(name in row for row in rows.values())]
     if {"strict", "perplexity"} <= set(names):
-        yield _text(
+        yield paragraph(
             f"The model recites {before['strict']:.1%} of the memorized sequences exactly before the edit and "
             f"{after['strict']:.1%} after it; perplexity of clean text is "
             f"{after['perplexity'] / before['perplexity']:.3f} times what it was."
         )
     if {"memorized", "val_accuracy"} <= set(names):
-        yield _text(
+        yield paragraph(
             f"The model repeats {before['memorized']:.1%} of the wrong training labels before the edit and "
             f"{after['memorized']:.1%} after it; validation accuracy goes from {before['val_accuracy']:.1%} to "
             f"{after['val_accuracy']:.1%}."
         )
     if "counts" in report:
         counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report["counts"].items())
-        yield _text(f"Measured on: {counts}.")
+        yield paragraph(f"Measured on: {counts}.")
     yield _metrics(rows, names, "Rates in %; perplexity and log-probability (min_k) as they are.", strong=len(rows) - 1)
     controls = {_METHODS.get(name, name): row for name, row in report.get("methods", {}).items()}
     if len(controls) > 1:
@@ -149,14 +145,14 @@ def _layers(report: Report) -> Iterator[Block]:
         return
     edits = report["layers"]
     headers = ["layer", "energy", "reached", "kept", "of", "share kept", "relative change", "positions", "not counted"]
-    yield _table(
+    yield table(
         headers,
         [[name, f"{e['energy']:.3g}", f"{e['energy_kept']:.4f}", f"{e['kept']:,}", f"{e['total']:,}",
           f"{e['kept'] / e['total']:.2%}", f"{e['relative_change']:.3f}", f"{e['num_inputs']:,}", f"{e['dropped']:.1%}"]
          for name, e in edits.items()],
         "Kept: coefficients of the weight in the curvature basis. Relative change: ||W' - W|| / ||W||.",
     )  # fmt: skip
-    yield _picture(plots.layer_map(edits), "How much of each edited layer is kept, and how far it moves.")
+    yield picture(plots.layer_map(edits), "How much of each edited layer is kept, and how far it moves.")
 
 
 def _energy(report: Report) -> Iterator[Block]:
@@ -166,18 +162,18 @@ def _energy(report: Report) -> Iterator[Block]:
     points = {float(energy): metrics for energy, metrics in curve.items()}
     draw = plots.recitation_curves if "strict" in report["before"] else plots.energy_curves
     figure = draw(points, report["before"], report.get("settings", {}).get("energy"))
-    yield _picture(figure, "Each point is one edit of the same model; the dashed line is the energy that was chosen.")
+    yield picture(figure, "Each point is one edit of the same model; the dashed line is the energy that was chosen.")
 
 
 def _examples(folder: Path, report: Report) -> Iterator[Block]:
     if (folder / "examples.png").exists():
-        yield _file(folder / "examples.png", "Training images with a wrong label, before and after the edit.")
+        yield png(folder / "examples.png", "Training images with a wrong label, before and after the edit.")
     for title, shown in report.get("continuations", {}).items():
-        yield _text(f"{title} text. Red: recited exactly; green: no longer.")
+        yield paragraph(f"{title} text. Red: recited exactly; green: no longer.")
         blocks = [{"kind": "continuation", **one} for one in shown]
         yield from blocks[:SHOWN_DIRECTIONS]
         if len(blocks) > SHOWN_DIRECTIONS:
-            yield _details(f"{len(blocks) - SHOWN_DIRECTIONS} more", blocks[SHOWN_DIRECTIONS:])
+            yield details(f"{len(blocks) - SHOWN_DIRECTIONS} more", blocks[SHOWN_DIRECTIONS:])
 
 
 def _spectra(factor_files: Sequence[Path], report: Report) -> Iterator[Block]:
@@ -186,13 +182,13 @@ def _spectra(factor_files: Sequence[Path], report: Report) -> Iterator[Block]:
         for name, layer in KroneckerFactors.open(path).items():
             edit = report.get("layers", {}).get(name)
             energy = edit["energy"] if edit else 0.9
-            pictures.append(_picture(plots.spectrum(layer, energy, name), (
+            pictures.append(picture(plots.spectrum(layer, energy, name), (
                 f"Curvature of the directions u_i v_j^T of {name}; the line bounds the pairs that energy {energy:.3g} "
                 "keeps.")))  # fmt: skip
-        yield _text(f"From {path.name}.")
+        yield paragraph(f"From {path.name}.")
         yield from pictures[-MANY:]
         if len(pictures) > MANY:
-            yield _details(f"{len(pictures) - MANY} more layers", pictures[:-MANY])
+            yield details(f"{len(pictures) - MANY} more layers", pictures[:-MANY])
 
 
 def _bands(analyses: Analyses) -> Iterator[Block]:
@@ -200,7 +196,7 @@ def _bands(analyses: Analyses) -> Iterator[Block]:
         return
     curvature = [one for one in analyses.bands if one.basis == "curvature" and not one.normalized]
     crossing = [one for one in curvature if one.ratio[0] < 1 < one.ratio[-1]]
-    yield _text(
+    yield paragraph(
         "Where memorized examples answer more strongly than clean ones: mean norm of the part of a layer's output that "
         "comes from each band of its weight, memorized over clean (arXiv:2510.24256, section 4). "
         f"The ratio rises from each band to the next flatter one in {sum(one.rising for one in curvature)} of "
@@ -209,25 +205,25 @@ def _bands(analyses: Analyses) -> Iterator[Block]:
     for one in curvature:
         if not one.rising:
             ratios = ", ".join(f"{label} {ratio:.2f}" for label, ratio in zip(LABELS, one.ratio, strict=True))
-            yield _text(f"It does not rise in {one.layer}: {ratios}.")
+            yield paragraph(f"It does not rise in {one.layer}: {ratios}.")
     caption = "In the curvature basis and in the SVD basis, with and without scaling each vector to unit norm."
-    yield _picture(analysis_plots.bands(analyses.bands), caption)
+    yield picture(analysis_plots.bands(analyses.bands), caption)
     rows = [
         [one.layer, one.basis, "yes" if one.normalized else "no",
          *(f"{r:.2f} ({low:.2f} to {high:.2f})" for r, low, high in zip(one.ratio, one.low, one.high, strict=True))]
         for one in analyses.bands
     ]  # fmt: skip
     headers = ["layer", "basis", "unit vectors", *LABELS]
-    yield _details("As numbers", [_table(headers, rows, "Ratio, with its 95 % bootstrap interval over examples.")])
+    yield details("As numbers", [table(headers, rows, "Ratio, with its 95 % bootstrap interval over examples.")])
 
 
 def _detection(analyses: Analyses) -> Iterator[Block]:
     for against, found in analyses.detection.items():
-        yield _text(
+        yield paragraph(
             f"Memorized examples against {against}, by scores from one forward pass; 0.5 is chance, and an area below "
             "it means that low scores tell."
         )
-        yield _picture(found.plot(), "Area under the ROC curve of each score; right: the best one.")
+        yield picture(found.plot(), "Area under the ROC curve of each score; right: the best one.")
 
 
 def _directions(folder: Path, analyses: Analyses) -> Iterator[Block]:
@@ -236,17 +232,17 @@ def _directions(folder: Path, analyses: Analyses) -> Iterator[Block]:
     count = len(analyses.directions[0].top[0])
     means = "; ".join(f"{'flattest' if one.flat else 'sharpest'} {len(one.directions)} directions "
                       f"{one.mean_precision:.2f}" for one in analyses.directions)  # fmt: skip
-    yield _text(f"Share of memorized ones among the {count} examples that use a direction most, {means}; by chance "
+    yield paragraph(f"Share of memorized ones among the {count} examples that use a direction most, {means}; by chance "
                 f"{analyses.directions[0].chance:.2f}.")  # fmt: skip
-    yield _picture(analysis_plots.direction_precision(analyses.directions), "Precision of each direction.")
+    yield picture(analysis_plots.direction_precision(analyses.directions), "Precision of each direction.")
     if (folder / "directions.png").exists():
-        yield _file(folder / "directions.png", "The images that use the flattest and the sharpest directions most.")
+        yield png(folder / "directions.png", "The images that use the flattest and the sharpest directions most.")
     for one in analyses.directions if analyses.windows else ():
         for place, top, precision in [*zip(one.directions, one.top, one.precision, strict=True)][-SHOWN_DIRECTIONS:]:
             rows = [[f"{rank}.", analyses.windows[index]] for rank, index in enumerate(top[:SHOWN_WINDOWS], 1)]
             kind = "flat" if one.flat else "sharp"
-            yield _details(f"Direction {place}, {kind}: {precision:.2f} of its examples are memorized",
-                           [_table(["", "window"], rows, "Windows that use it most.")])  # fmt: skip
+            yield details(f"Direction {place}, {kind}: {precision:.2f} of its examples are memorized",
+                           [table(["", "window"], rows, "Windows that use it most.")])  # fmt: skip
 
 
 def _provenance(
@@ -255,32 +251,17 @@ def _provenance(
     for path in factor_files:
         factors = KroneckerFactors.open(path)
         facts = {"SHA-256": factors.digest(), **factors.provenance}
-        yield _table(["", ""], [[key, str(value)] for key, value in facts.items()], f"Factors {path.name}")
+        yield table(["", ""], [[key, str(value)] for key, value in facts.items()], f"Factors {path.name}")
     for found in edited:
-        yield _details(f"Edited checkpoint {Path(found['path']).name}",
+        yield details(f"Edited checkpoint {Path(found['path']).name}",
                        [{"kind": "code", "text": json.dumps(found["edit"], indent=2)}])  # fmt: skip
     for reason in unread:
-        yield _text(f"Not read: {reason}")
+        yield paragraph(f"Not read: {reason}")
     for title in ("settings", "seconds", "versions"):
         if title in report:
             rows = [[key, f"{value:.4g}" if isinstance(value, float) else str(value)]
                     for key, value in report[title].items()]  # fmt: skip
-            yield _table(["", ""], rows, title.capitalize())
-
-
-# Blocks ------------------------------------------------------------------------------------------------------------
-
-
-def _text(text: str) -> Block:
-    return {"kind": "text", "text": text}
-
-
-def _details(title: str, blocks: Sequence[Block]) -> Block:
-    return {"kind": "details", "title": title, "blocks": list(blocks)}
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str, strong: Sequence[int] = ()) -> Block:
-    return {"kind": "table", "headers": headers, "rows": rows, "caption": caption, "strong": list(strong)}
+            yield table(["", ""], rows, title.capitalize())
 
 
 def _metrics(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], caption: str, strong: int) -> Block:
@@ -288,20 +269,4 @@ def _metrics(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], captio
     body = [[title, f"{row['energy']:.3g}" if "energy" in row else "",
              *(f"{row[name]:.2f}" if name in plain else f"{100 * row[name]:.1f}" for name in names)]
             for title, row in rows.items()]  # fmt: skip
-    return _table(["", "energy", *(name.replace("_", " ") for name in names)], body, caption, [strong])
-
-
-def _picture(figure: Figure, caption: str) -> Block:
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "lightning_curvature"}):
-        figure.savefig(buffer, format="svg", dpi=110, metadata={"Date": None})
-    return _source(buffer.getvalue(), "svg+xml", caption)
-
-
-def _file(path: Path, caption: str) -> Block:
-    return _source(path.read_bytes(), "png", caption)
-
-
-def _source(content: bytes, kind: str, caption: str) -> Block:
-    return {"kind": "picture", "caption": caption,
-            "source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}"}  # fmt: skip
+    return table(["", "energy", *(name.replace("_", " ") for name in names)], body, caption, [strong])

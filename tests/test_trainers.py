@@ -23,8 +23,8 @@ from torch.nn.utils import prune
 
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.collect import Collector, collect
+from lightning_curvature.compiled import check_graphed
 from lightning_curvature.moments import SecondMoment
-from lightning_curvature.taps import check_graphed
 from lightning_curvature.trainers import check_strategy
 from tests import models
 
