@@ -189,6 +189,10 @@ def test_progress_of_another_run_is_refused(folder, tmp_path, monkeypatch):
         run(net, context=16, fisher="sampled")
     with pytest.raises(ValueError, match=r"\['model'\] differ"):
         run(language.model("llama", seed=3))
+    monkeypatch.setattr(collecting, "STATE_VERSION", 1)
+    with pytest.raises(ValueError, match=r"\['version of the sums'\] differ"):
+        run(net)
+    monkeypatch.setattr(collecting, "STATE_VERSION", 2)
     tokenizer = language.tokenizer(39)
     with pytest.raises(ValueError, match=r"\['tokenizer'\] differ"):
         run(net)

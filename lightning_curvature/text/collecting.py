@@ -75,7 +75,7 @@ def collect_text(
     if "positions" in options:
         check_option(options["positions"], POSITIONS, "positions")  # there are no masks in a text
     settings = {"tokens": tokens, "context": context, "batch_size": batch_size, "passes": passes, **options}
-    run = _fingerprint(model, tokenizer, corpus, sums=STATE_VERSION, **settings)
+    run = _fingerprint(model, tokenizer, corpus, **settings)
     state = _load(partial, run) or {"pass": 0, "batches": 0, "collector": None}
     device = next(model.parameters()).device
     pieces = [Path(f"{partial}.{index}") for index in range(passes)]
@@ -138,6 +138,7 @@ def _fingerprint(model: Any, tokenizer: Any, corpus: str | os.PathLike[str], **o
         "model": weights.hexdigest(),
         "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
         "corpus": [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns],
+        "version of the sums": STATE_VERSION,
         **options,
     }
     return json.dumps(facts, sort_keys=True)
