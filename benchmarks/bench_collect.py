@@ -10,8 +10,8 @@ the same batches, and every figure is a ratio within a round: median, and range 
    product of each distinct factor's shapes, by half, measured in the same rounds.
 2. *one pass over a frozen model*: no weight gradients. ``kronfluence`` and ``curvlinops`` see the same model, rows and
    layers; "sampled" draws labels from the softmax, one for each position (curvlinops: ``mc_samples=1``).
-3. *memory*: the peak during one step beyond that of the plain step, by torch's profiler, over the bytes of the distinct
-   factors in float32; captured tensors (inputs and gradients of the layers in one batch) are named beside it.
+3. *memory*: the peak of four training steps beyond that of plain ones, sums included, by torch's profiler, over the
+   bytes of the distinct factors in float32; captured tensors (inputs and gradients of the layers in one batch) are named beside it.
 4. *alone*: plain, naive, ``empirical``, and watching the layers without any product, of the gated model, with no other
    variant between them; *blocks*: products of 1024 rows, block rows up to the diagonal against the full product.
 5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
@@ -352,21 +352,13 @@ def frozen(subject: Subject, rounds: int) -> tuple[list[list[object]], dict[str,
 
 
 def memory(subject: Subject) -> tuple[list[list[object]], dict[str, int]]:
-    """Measure the peak of one training step beyond that of a plain one."""
-    batch = subject.batches[0]
-    subject.step(batch)
-    plain = peak_bytes(lambda: subject.step(batch))
+    """Measure the peak of training on all batches, with sums that begin empty, beyond that of training alone."""
+    subject.plain()
+    plain = peak_bytes(subject.plain)
     rows, peaks = [], {"plain": plain, "factors": subject.factor_bytes(), "captured": subject.captured_bytes()}
-
-    def naive() -> None:
-        subject.batches, kept = [batch], subject.batches
-        work = subject.naive()
-        work()
-        subject.batches = kept
-
-    variants = {"naive hooks": naive}
+    variants = {"naive hooks": lambda: subject.naive()()}
     for kind in ("empirical", "sketched"):
-        variants[kind] = lambda kind=kind: subject.step(batch, Collector(subject.model, subject.names, fisher=kind))
+        variants[kind] = lambda kind=kind: subject.trained(fisher=kind)()
     for name, work in variants.items():
         peaks[name] = peak_bytes(work)
         extra = peaks[name] - plain

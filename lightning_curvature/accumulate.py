@@ -70,8 +70,6 @@ class Accumulator:
         """Return the factors of all sums, and start anew; a sum goes as soon as its factors are there."""
         sums, self._totals = dict(self.sums), {}
         self._sums = {}
-        for layer in sums.values():
-            layer.settle()
         return {name: sums.pop(name).factors() for name in list(sums)}
 
     def reset(self) -> None:

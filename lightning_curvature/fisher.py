@@ -107,33 +107,42 @@ def gradient_passes(
         draws: Random vectors (or labels) per loss position.
         generator: Source of randomness, on the device of the logits; the global random state is not touched.
     """
-    logits = whole(loss.logits.detach()).movedim(loss.class_dim, -1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    p = logits.softmax(-1) * loss.counted[..., None]
-    for v in _seeds(kind, p, loss, calls, draws, generator):
+    for v in _seeds(kind, loss, calls, draws, generator):
         yield _backward(loss, v.movedim(-1, loss.class_dim), calls)
 
 
 def _seeds(
-    kind: str, p: Tensor, loss: SoftmaxLoss, calls: Sequence[LayerCall], draws: int, generator: torch.Generator
+    kind: str, loss: SoftmaxLoss, calls: Sequence[LayerCall], draws: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    counted = loss.counted[..., None]
+    """Yield the vectors v, classes last. Logits may be the largest tensor of a step: nothing of their size stays."""
     if kind == "exact":
-        groups = _groups(loss, calls)
+        p, counted, groups = _probabilities(loss), loss.counted[..., None], _groups(loss, calls)
         for group in range(int(groups.max()) + 1):
             here = counted & (groups == group)[..., None]
             for label in range(p.shape[-1]):
                 yield torch.where(here, p[..., label, None].sqrt() * _minus_onehot(p, label), 0.0)
         return
+    draw = _sketch if kind == "sketched" else _minus_sampled
     for _ in range(draws):
-        if kind == "sketched":
-            signs = torch.empty_like(p).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-            weighted = p.sqrt() * signs
-            yield weighted - p * weighted.sum(-1, keepdim=True)
-        else:
-            rows = torch.where(counted, p, 1.0).reshape(-1, p.shape[-1])
-            labels = torch.multinomial(rows, 1, generator=generator).view(counted.shape)
-            yield torch.where(counted, p.scatter_add(-1, labels, torch.full_like(p, -1.0)), 0.0)
+        yield draw(_probabilities(loss), loss.counted[..., None], generator)
+
+
+def _probabilities(loss: SoftmaxLoss) -> Tensor:
+    """Return the softmax, classes last; zeros where the loss does not count."""
+    logits = whole(loss.logits.detach()).movedim(loss.class_dim, -1)
+    return logits.softmax(-1, torch.promote_types(logits.dtype, torch.float32)).mul_(loss.counted[..., None])
+
+
+def _sketch(p: Tensor, _counted: Tensor, generator: torch.Generator) -> Tensor:
+    s = p.sqrt_()
+    v = torch.empty_like(s).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).mul_(s)
+    return v.addcmul_(s.square_(), v.sum(-1, keepdim=True), value=-1)
+
+
+def _minus_sampled(p: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
+    rows = p.masked_fill_(~counted, 1.0).reshape(-1, p.shape[-1])
+    labels = torch.multinomial(rows, 1, generator=generator).view(counted.shape)
+    return p.mul_(counted).scatter_add_(-1, labels, -counted.to(p.dtype))
 
 
 def _minus_onehot(p: Tensor, label: int) -> Tensor:

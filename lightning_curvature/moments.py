@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_RECENT = 8  # batches that are summed in float32 before they go into the float64 sum
+_RECENT = 8  # batches of a group
+_CACHED = 2**16  # entries of a sum that stay in a CPU's cache
 _LAUNCHED = 2**22  # entries of one product on a GPU, where the start of many small ones costs more than they save
 _UNDERFLOW = 1e-30  # squares of float32 entries are lost below
 
@@ -18,10 +19,11 @@ _UNDERFLOW = 1e-30  # squares of float32 entries are lost below
 class SecondMoment:
     """Uncentred second moment ``E[x x^T]`` of rows that arrive in batches.
 
-    Products are taken in float32 (float64 for float64 rows), up to eight batches are summed as they are taken, and
-    these groups are summed in float64, so that a million small batches lose nothing. The moment is symmetric: a wide
-    one is computed and kept as block rows that end at the diagonal, which takes a little more than half of the
-    multiplications, and in float64 about the memory of the whole in float32.
+    The sum is kept in two float32 parts (float64 for float64 rows): a matrix product adds to the low one as it is
+    taken, and after up to eight batches, a group, the high one takes over what it can hold. What its rounding loses
+    stays in the low one, so that a million small batches lose nothing. The moment is symmetric: a wide one is computed
+    and kept as block rows that end at the diagonal, which takes a little more than half of the multiplications, and
+    for both parts about the memory of the whole.
 
     Args:
         dim: Length ``d`` of a row.
@@ -29,13 +31,13 @@ class SecondMoment:
 
     Attributes:
         dim: Length of a row.
-        total: The sum but for the last group: the block rows of :func:`block_rows`, one after the other, float64.
-        recent: The sum of the last group, likewise, in the dtype of the products; None if it has no batch.
+        total: The high part: the block rows of :func:`block_rows`, one after the other.
+        rest: The low part, likewise: what rounding the high one left, and the last group.
+        count: Positions behind both.
         recent_count: Positions behind the last group.
         recent_batches: Batches behind it.
-        count: Positions behind both.
-        dtype: Dtype of the mean: float32, or float64 if float64 rows came in.
-        groups: Groups behind ``total``.
+        dtype: Dtype of the parts and of the mean: float32, or float64 if float64 rows came in.
+        groups: Groups before the last one.
         squares: Of these, for :meth:`relative_error`, the sums of the squared Frobenius norms of their own sums, and of
             their squared counts, float64 ``[2]``.
 
@@ -48,8 +50,7 @@ class SecondMoment:
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.dim = dim
-        self.total = torch.zeros(packed_size(dim), dtype=torch.float64, device=device)
-        self.recent: Tensor | None = None
+        self.total, self.rest = (torch.zeros(packed_size(dim), device=device) for _ in range(2))
         self.count = self.groups = self.recent_count = self.recent_batches = 0
         self.dtype = torch.float32
         self.squares = torch.zeros(2, dtype=torch.float64, device=device)
@@ -76,50 +77,70 @@ class SecondMoment:
         self._mean = lambda: None
 
     def _add_products(self, rows: Sequence[Tensor], scale: float | Tensor) -> None:
-        for part in rows:
-            self.dtype = torch.promote_types(self.dtype, part.dtype)
-        recent = self.recent
-        recent = torch.zeros_like(self.total, dtype=self.dtype) if recent is None else recent.to(self.dtype)
-        self.recent = recent
+        self._promote(*(part.dtype for part in rows))
         operands = [part if _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
         # A step may still be running in its own precision, and a process allow products of fewer bits than it asks for.
         with torch.autocast(rows[0].device.type, enabled=False), full_precision():
-            if _all_on_cpu(recent, *rows):
-                for start, end, block in self._blocks(recent):
+            if _all_on_cpu(self.rest, *rows):
+                for start, end, block in self._blocks(self.rest):
                     for part in operands:
                         torch.addmm(block, part[:, start:end].T, part[:, :end], alpha=float(scale), out=block)
             else:
-                self._add_from_device(recent, operands, scale)
+                self._add_from_device(operands, scale)
 
-    def _add_from_device(self, recent: Tensor, operands: Sequence[Tensor], scale: float | Tensor) -> None:
+    def _add_from_device(self, operands: Sequence[Tensor], scale: float | Tensor) -> None:
         """Add products that a GPU takes, wherever they are summed; nothing is read from it."""
-        scale = scale.to(recent.device) if isinstance(scale, Tensor) else scale
-        for blocks in _together(self._blocks(recent), _LAUNCHED if operands[0].is_cuda else 1):
+        scale = scale.to(self.rest.device) if isinstance(scale, Tensor) else scale
+        for blocks in _together(self._blocks(self.rest), _LAUNCHED if operands[0].is_cuda else 1):
             start, end = blocks[0][0], blocks[-1][1]
             products = [_product(part[:, start:end].T, part[:, :end]) for part in operands]
-            product = sum(products[1:], products[0]).to(recent.device)
+            product = sum(products[1:], products[0]).to(self.rest.device)
             if isinstance(scale, Tensor) or scale != 1.0:
                 product *= scale
             for first, last, block in blocks:
                 block += product[first - start : last - start, :last]
 
+    def _promote(self, *dtypes: torch.dtype) -> None:
+        for dtype in dtypes:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+        self.total, self.rest = self.total.to(self.dtype), self.rest.to(self.dtype)
+
     def settle(self) -> None:
-        """Add the last group to the total, and begin a new one."""
+        """Let the high part take over the last group, and begin a new one."""
         if not self.recent_batches:
             return
-        if self.recent is not None:
-            self.squares[0] += self._square_norm(self.recent)
-            self.total += self.recent
+        self.squares[0] += self._square_norm(self.rest)
         self.squares[1] += float(self.recent_count) ** 2
         self.groups += 1
-        self.recent, self.recent_count, self.recent_batches = None, 0, 0
+        self.recent_count = self.recent_batches = 0
+        self._carry()
+
+    def _carry(self, more: Tensor | None = None) -> None:
+        """Let the high part take over what it can hold of the low one, and of more, packed likewise."""
+        size = _CACHED if self.total.is_cpu else _LAUNCHED
+        parts = [part.split(size) for part in (self.total, self.rest, *(() if more is None else (more,)))]
+        for high, low, *others in zip(*parts, strict=True):
+            whole = high.to(torch.float64, copy=True)
+            for other in (low, *others):
+                whole += other
+            high.copy_(whole)
+            low.copy_(whole.sub_(high))
+
+    def double(self) -> Tensor:
+        """Return the sum of both parts in float64, packed."""
+        return self.total.double() + self.rest
+
+    def set_double(self, whole: Tensor, dtype: torch.dtype) -> None:
+        """Take a packed float64 sum for both parts, of some dtype, on its device."""
+        self.dtype, self.total = dtype, whole.to(dtype)
+        self.rest = (whole - self.total).to(dtype)
 
     def settled(self) -> "SecondMoment":
         """Return the same moment with its last group in the total; this one stays as it is, whoever looks at it."""
         if not self.recent_batches:
             return self
         settled = copy.copy(self)
-        settled.total, settled.squares = self.total.clone(), self.squares.clone()
+        settled.total, settled.rest, settled.squares = (x.clone() for x in (self.total, self.rest, self.squares))
         settled.settle()
         return settled
 
@@ -127,11 +148,12 @@ class SecondMoment:
         """Add the sum of other positions."""
         self.settle()
         other = other.settled()
-        self.total += other.total.to(self.total.device)
+        self._promote(other.dtype)
+        self.rest += other.rest.to(self.rest.device)
+        self._carry(other.total.to(self.total.device))
         self.squares += other.squares.to(self.squares.device)
         self.count += other.count
         self.groups += other.groups
-        self.dtype = torch.promote_types(self.dtype, other.dtype)
         self._mean = lambda: None
 
     def mean(self) -> Tensor:
@@ -141,10 +163,9 @@ class SecondMoment:
         """
         mean = self._mean()
         if mean is None:
-            total = self.settled().total
-            mean = torch.empty(self.dim, self.dim, dtype=self.dtype, device=total.device)
-            for start, end, block in self._blocks(total):
-                mean[start:end, :end] = block / max(self.count, 1)
+            mean = torch.empty(self.dim, self.dim, dtype=self.dtype, device=self.total.device)
+            for (start, end, high), (_, _, low) in zip(self._blocks(self.total), self._blocks(self.rest), strict=True):
+                mean[start:end, :end] = (high.double() + low) / max(self.count, 1)
                 mean[:start, start:end] = mean[start:end, :start].T
             self._mean = weakref.ref(mean)
         return mean
@@ -156,15 +177,15 @@ class SecondMoment:
     def part(self, count: int, groups: int) -> "SecondMoment":
         """Return a part of the sum, behind which this many of its positions and groups stand."""
         part, share = copy.copy(self.settled()), count / max(self.count, 1)
-        part.total, part.squares = part.total * share, part.squares * share
+        part.set_double(part.double() * share, part.dtype)
+        part.squares = part.squares * share
         part.count, part.groups = count, groups
         part._mean = lambda: None
         return part
 
     def move(self, device: torch.device) -> None:
         """Move the sum to a device."""
-        self.recent = None if self.recent is None else self.recent.to(device)
-        self.total, self.squares = self.total.to(device), self.squares.to(device)
+        self.total, self.rest, self.squares = (x.to(device) for x in (self.total, self.rest, self.squares))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that :meth:`from_state_dict` needs, as tensors and primitives."""
@@ -182,9 +203,9 @@ class SecondMoment:
     def of(cls, mean: Tensor, count: int, error: float | None = None) -> "SecondMoment":
         """Return the sum that a mean ``[d, d]`` stands for, its count, and what :meth:`relative_error` said of it."""
         moment = cls(len(mean), mean.device)
-        for start, end, block in moment._blocks(moment.total):
-            block += mean[start:end, :end].double() * count
-        moment.count, moment.dtype = count, mean.dtype
+        rows = [mean[start:end, :end].double().flatten() * count for start, end in block_rows(len(mean))]
+        moment.set_double(torch.cat(rows), mean.dtype)
+        moment.count = count
         # Its groups are not known: as if they were many and small.
         moment.squares[0] = math.nan if error is None else error**2 * moment._square_norm(moment.total)
         return moment

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_curvature.moments import packed_size
 
-_SUM, _FACTOR = 12, 4  # bytes of an entry: sums are float64, the last batches and finished factors float32
+_SUM, _FACTOR = 8, 4  # bytes of an entry: sums have two float32 parts, finished factors one
 
 
 class DoesNotFitError(RuntimeError):
@@ -28,8 +28,8 @@ class MemoryPlan:
         >>> plan = MemoryPlan({"mlp.down_proj": (4096, 11008)}, torch.device("cpu"))
         >>> print(plan)
         Memory of the K-FAC factors of 1 layer, on cpu (A: [d_in, d_in], G: [d_out, d_out]):
-          mlp.down_proj  4096 x 11008  1.31 GiB
-          together 1.31 GiB: 0.79 GiB of sums (half in float64 and float32), 0.51 GiB of finished factors (float32)
+          mlp.down_proj  4096 x 11008  1.04 GiB
+          together 1.04 GiB: 0.52 GiB of sums (half of each, twice float32), 0.51 GiB of finished factors (float32)
         Layers that read the same tensor share A, and need less.
     """
 
@@ -60,7 +60,7 @@ class MemoryPlan:
         return (
             f"Memory of the K-FAC factors of {len(rows)} layer{'s' * (len(rows) != 1)}, on {self.device} "
             f"(A: [d_in, d_in], G: [d_out, d_out]):\n{table}\n  together {size(self.num_bytes)}: "
-            f"{size(sums)} of sums (half in float64 and float32), {size(factors)} of finished factors (float32)\n"
+            f"{size(sums)} of sums (half of each, twice float32), {size(factors)} of finished factors (float32)\n"
             "Layers that read the same tensor share A, and need less."
         )
 

@@ -12,7 +12,7 @@ from lightning_curvature.factors import LayerFactors
 from lightning_curvature.moments import SecondMoment
 from lightning_curvature.ranks import Ranks
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """Of what :func:`state_of` returns; sums of another version are not read."""
 
 
@@ -133,9 +133,9 @@ class LayerSums:
             merged.share_inputs(inputs)
         for index, (name, moment) in enumerate(sent.items()):
             own = merged.moments[name]
-            own.total, own.squares = ranks.sum(moment.total, to), ranks.sum(moment.squares, to)
             own.count, own.groups, doubles = rest[3 * index : 3 * index + 3]
-            own.dtype = torch.float64 if doubles else torch.float32
+            own.set_double(ranks.sum(moment.double(), to), torch.float64 if doubles else torch.float32)
+            own.squares = ranks.sum(moment.squares, to)
         return merged
 
     def share(self, ranks: Ranks) -> "LayerSums":
@@ -164,11 +164,6 @@ class LayerSums:
             G_error=self.gradients.relative_error(),
             **coupled,
         )
-
-    def settle(self) -> None:
-        """Let nothing but the totals take memory; what comes next begins new groups."""
-        for moment in self.moments.values():
-            moment.settle()
 
     def move(self, device: torch.device) -> None:
         """Move the sums to a device."""

@@ -135,15 +135,34 @@ def test_a_step_waits_once(step, kind, monkeypatch):
     assert len(lists) == 1
 
 
-def test_peak_memory_of_a_step(step):
+def test_peak_memory_of_some_steps(step):
+    """The sums of several batches included: their low part holds something at the end of most steps."""
     captured = 4 * ROWS * sum(DISTINCT)
     factors = 4 * sum(dim**2 for dim in DISTINCT)
     step()
     plain = peak_bytes(step)
+
+    def steps(kind):
+        collector = Collector(step.model, NAMES, fisher=kind)
+        for _ in range(4):
+            step(collector)
+
     for kind in ("empirical", "sketched"):
-        extra = peak_bytes(lambda kind=kind: step(Collector(step.model, NAMES, fisher=kind))) - plain
+        extra = peak_bytes(lambda kind=kind: steps(kind)) - plain
         # Blocks of 128 rows up to the diagonal: 1.25 at 512, 1.125 at 1024, 1.02 at 11008.
         assert extra <= 1.35 * factors + captured
+
+
+@pytest.mark.parametrize("kind", ["sketched", "sampled"])
+def test_nothing_of_the_size_of_the_logits_stays_but_one(kind):
+    """Logits of a large vocabulary are the largest tensor of a step: two while vectors are drawn, one from then on."""
+    size = 4 * 64 * 2**14
+    logits = torch.randn(64, 2**14, requires_grad=True)
+    loss = fisher.SoftmaxLoss(logits, 1, torch.ones(64, dtype=torch.bool))
+    draws = fisher._seeds(kind, loss, [], 2, torch.Generator().manual_seed(0))
+    assert peak_bytes(lambda: next(draws)) < 2.2 * size
+    kept = [value for value in draws.gi_frame.f_locals.values() if isinstance(value, torch.Tensor)]
+    assert all(value.numel() < logits.numel() for value in kept)
 
 
 def test_sums_and_factors_are_never_there_as_a_whole(step, monkeypatch):

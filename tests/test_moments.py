@@ -14,13 +14,11 @@ def test_a_million_small_batches_lose_nothing():
     step = float(small) ** 2
     for _ in range(1000):
         moment.add(small)
-    for _ in range(999):  # the other 999,000 batches, added as the accumulator adds them
-        moment.settle()
-        moment.total += 1000 * step
-        moment.count += 1000
+    for _ in range(999):  # the other 999,000 batches, a thousand at once
+        moment.add(small, count=1000, scale=1000.0)
     exact = (4096.0**2 + 1e6 * step) / 1_000_001
     assert moment.count == 1_000_001
-    assert abs(float(moment.total / moment.count) - exact) < 1e-15 * exact * 100
+    assert abs(float(moment.double() / moment.count) - exact) < 1e-13 * exact
     assert torch.tensor(4096.0**2) + torch.tensor(step) == 4096.0**2  # the case is a real one
 
 
@@ -64,17 +62,19 @@ def test_groups_grow_to_eight_batches():
     ends = []
     for number, rows in enumerate(batches, 1):
         moment.add(rows)
-        if moment.recent is None:
+        if not moment.recent_batches:
             ends.append(number)
     assert ends == [1, 2, 4, 7, 11, 16, 22, 29, 37]
     assert (moment.groups, moment.recent_batches, moment.recent_count) == (9, 3, 12)
-    assert moment.recent.dtype == torch.float32
     joined = torch.cat(batches)
     torch.testing.assert_close(moment.mean(), joined.T @ joined / 160)
     assert (moment.groups, moment.recent_batches) == (9, 3)  # who looks at it changes nothing
     assert moment.relative_error() == moment.settled().relative_error()
     moment.settle()
-    assert (moment.groups, moment.recent, moment.count) == (10, None, 160)
+    assert (moment.groups, moment.recent_batches, moment.count) == (10, 0, 160)
+    assert {part.dtype for part in (moment.total, moment.rest)} == {torch.float32}
+    assert float(moment.rest.abs().max()) <= 2.0**-23 * float(moment.total.abs().max())
+    torch.testing.assert_close(moment.mean(), joined.T @ joined / 160)
 
 
 def test_the_error_of_a_mean_goes_on_with_it():
