@@ -11,7 +11,8 @@ the same batches, and every figure is a ratio within a round: median, and range 
 2. *one pass over a frozen model*: no weight gradients. ``kronfluence`` and ``curvlinops`` see the same model, rows and
    layers; "sampled" draws labels from the softmax, one for each position (curvlinops: ``mc_samples=1``).
 3. *memory*: the peak of four training steps beyond that of plain ones, sums included, by torch's profiler, over the
-   bytes of the distinct factors in float32; captured tensors (inputs and gradients of the layers in one batch) are named beside it.
+   bytes of the distinct factors in float32; captured tensors (inputs and gradients of the layers in one batch) are
+   named beside it.
 4. *alone*: plain, naive, ``empirical``, and watching the layers without any product, of the gated model, with no other
    variant between them; *blocks*: products of 1024 rows, block rows up to the diagonal against the full product.
 5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
@@ -399,7 +400,7 @@ def main() -> None:
             print(tabulate(rows, headers, tablefmt="github"), flush=True)
         if "memory" in args.parts:
             rows, results[f"memory, {kind}"] = memory(subject)
-            print(f"\n{title}: peak memory of a step, MiB\n")
+            print(f"\n{title}: peak memory of four steps, MiB\n")
             headers = ["", "plain", "extra", "captured", "factors", "(extra - captured) / factors"]
             print(tabulate(rows, headers, tablefmt="github"), flush=True)
     if "alone" in args.parts:
