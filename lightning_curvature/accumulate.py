@@ -1,7 +1,7 @@
 """Accumulation: from the inputs and gradients of a batch to running sums, of one process or spread over several."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,16 @@ from lightning_curvature.factors import LayerFactors
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.rows import BatchGradients, CallRows, read_batch, same_inputs
 from lightning_curvature.streams import SideStreams
-from lightning_curvature.sums import LayerKind, LayerSums, share_again, sharing, state_of, sums_from, sums_over
+from lightning_curvature.sums import (
+    LayerKind,
+    LayerSums,
+    share_again,
+    shared_by_all,
+    sharing,
+    state_of,
+    sums_from,
+    sums_over,
+)
 
 
 class Accumulator:
@@ -97,15 +106,29 @@ class Accumulator:
                     self._share_inputs(group, kinds)
                     self._add_group(group, self._sums, scale)
                 return
-            by_layer = {name: calls for group in groups for name, calls in group.items()}
+            groups = [part for group in groups for part in self._by_owner(group)]
+            first = {name: next(iter(group)) for group in groups for name in group}
+            of_first = {next(iter(group)): group for group in groups}
+            made: dict[str, LayerSums] = {}
 
             def of_batch(name: str) -> LayerSums:
-                sums = LayerSums.zero(kinds[name], self.ranks.device)
-                if self.ranks.counts:  # one that does not count takes part, and adds nothing
-                    self._add_group({name: by_layer[name]}, {name: sums}, scale)
-                return sums
+                if name not in made:
+                    group = of_first[first[name]]
+                    made.update({name: LayerSums.zero(kinds[name], self.ranks.device) for name in group})
+                    for other in group:
+                        made[other].share_inputs(made[name].inputs)
+                    if self.ranks.counts:  # one that does not count takes part, and adds nothing
+                        self._add_group(group, made, scale)
+                return made.pop(name)
 
-            self._exchange({name: kinds[name] for name in by_layer}, of_batch, done=False)
+            self._exchange({name: kinds[name] for name in first}, of_batch, first)
+
+    def _by_owner(self, group: Mapping[str, list[CallRows]]) -> list[dict[str, list[CallRows]]]:
+        """Cut a group of layers that read the same inputs into those of one owner each."""
+        owners, parts = self.owners or {}, dict[int, dict[str, list[CallRows]]]()
+        for name, calls in group.items():
+            parts.setdefault(owners[name], {})[name] = calls
+        return list(parts.values())
 
     def _share_inputs(self, group: Mapping[str, Sequence[CallRows]], kinds: Mapping[str, LayerKind]) -> None:
         """Let layers that read the same now share the inputs' moment, as long as they did in every batch before."""
@@ -116,6 +139,10 @@ class Accumulator:
             self._sums[name].share_inputs(self._sums[new[0]].inputs)
         for name in group:
             self._sums[name].move(device)  # those of a resumed run come from a file
+        self._part(group)
+
+    def _part(self, group: Collection[str]) -> None:
+        """Let layers that read the same now go their own ways from those that they shared with, and that do not."""
         owners: dict[int, list[str]] = {}
         for name, sums in self._sums.items():
             owners.setdefault(id(sums.inputs), []).append(name)
@@ -142,21 +169,42 @@ class Accumulator:
     def join(self) -> None:
         """Take part in what the others still add, until all are done. A collective where the sums are spread."""
         nothing: dict[str, LayerSums] = {}
-        while self.owners is not None and self._exchange({}, nothing.__getitem__, done=True):
+        while self.owners is not None and self._exchange({}, nothing.__getitem__, None):
             pass
 
-    def _exchange(self, kinds: Mapping[str, LayerKind], get: Callable[[str], LayerSums], done: bool) -> bool:
-        """Add one batch of every process to the sums of the owners; tell whether anyone had one to add."""
+    def _exchange(
+        self, kinds: Mapping[str, LayerKind], get: Callable[[str], LayerSums], shared: Mapping[str, str] | None
+    ) -> bool:
+        """Add one batch of every process to the sums of the owners; tell whether anyone had one to add.
+
+        Args:
+            kinds: Layers of the batch of this process.
+            get: Returns the sums of one of these.
+            shared: Which of these share inputs' moments, as :func:`sharing` tells; None if this process is done.
+        """
         owners = self.owners or {}
-        if all(self.ranks.gather(done)):
+        if all(self.ranks.gather(shared is None)):
             return False
-        for name, merged in sums_over(self.ranks, kinds, get, owners.__getitem__):
+        groups = shared_by_all(self.ranks, shared or {})
+        own: dict[Hashable, list[str]] = {}
+        for name in groups:
+            if owners[name] == self.ranks.rank:
+                own.setdefault(groups[name], []).append(name)
+        new = {name for name in groups if name not in self._sums}
+        for group in own.values():
+            self._part([name for name in group if name not in new])
+        merged_inputs: set[int] = set()
+        for name, merged in sums_over(self.ranks, kinds, get, owners.__getitem__, groups):
             self._totals[name] = self._totals.get(name, 0) + merged.inputs.count
             if owners[name] != self.ranks.rank:
                 continue
-            if name not in self._sums:
+            if name in new:
                 self._sums[name] = self._new_sums(name, merged.kind, self._home(self.ranks.device))
-            self._sums[name].merge_(merged)
+                known = [other for other in own[groups[name]] if other in new and other in self._sums]
+                self._sums[name].share_inputs(self._sums[known[0]].inputs)
+            sums = self._sums[name]
+            sums.merge_(merged, with_inputs=id(sums.inputs) not in merged_inputs)
+            merged_inputs.add(id(sums.inputs))
         return True
 
     def _warn_of_skipped(self) -> None:
@@ -175,7 +223,8 @@ class Accumulator:
         """
         counters = self.ranks.gather((self.num_seen, self.num_batches, self.num_skipped))
         kinds = {name: sums.kind for name, sums in self.sums.items()}
-        merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0, sharing(self.sums))
+        groups = shared_by_all(self.ranks, sharing(self.sums))
+        merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0, groups)
         sums = {name: layer for name, layer in merged if self.ranks.rank == 0}
         return {
             "num_seen": max(seen for seen, _, _ in counters),
@@ -196,3 +245,27 @@ class Accumulator:
         else:
             self._totals = {name: sums.inputs.count for name, sums in found.items()}
             self._sums = {name: sums for name, sums in found.items() if self.owners[name] == self.ranks.rank}
+
+
+def owners_of(kinds: Mapping[str, LayerKind], ranks: Ranks) -> dict[str, int]:
+    """Spread layers over processes, so that the one with the most to keep keeps as little as possible.
+
+    Layers of one module with inputs of one width (gate and up; query, key and value) can share the inputs' moment if
+    they are together. They are, unless that makes the largest part larger.
+
+    >>> mlp = {"mlp.gate": LayerKind(2, 8, False), "mlp.up": LayerKind(2, 8, False), "mlp.down": LayerKind(8, 2, False)}
+    >>> owners_of(mlp, Ranks())
+    {'mlp.gate': 0, 'mlp.up': 0, 'mlp.down': 0}
+    """
+    together: dict[tuple[str, int], list[str]] = {}
+    for name, kind in kinds.items():
+        together.setdefault((name.rpartition(".")[0], kind.d_in), []).append(name)
+    choices = []
+    for groups in ([*together.values()], [[name] for name in kinds]):
+        sizes = {group[0]: float(kinds[group[0]].d_in ** 2 + sum(kinds[name].d_out ** 2 for name in group))
+                 for group in groups}  # fmt: skip
+        owners = ranks.owners(sizes)
+        load = [sum(size for name, size in sizes.items() if owners[name] == rank) for rank in range(ranks.size)]
+        choices.append((max(load), {name: owners[group[0]] for group in groups for name in group}))
+    _, best = min(choices, key=lambda choice: choice[0])
+    return {name: best[name] for name in kinds}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_curvature import fisher
 from lightning_curvature._checks import check_count, check_option, check_share, listing
-from lightning_curvature.accumulate import Accumulator
+from lightning_curvature.accumulate import Accumulator, owners_of
 from lightning_curvature.compiled import check_graphed, is_compiled
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.fisher import FISHER_KINDS
@@ -106,8 +106,7 @@ class Collector:
         self.coupled = coupled
         self.group = group
         self.kinds = {name: self._kind(module) for name, module in self.choice.modules.items()}
-        sizes = {name: float(kind.d_in**2 + kind.d_out**2) for name, kind in self.kinds.items()}
-        owners = self.ranks.owners(sizes) if shard else None
+        owners = owners_of(self.kinds, self.ranks) if shard else None
         check_graphed(module)
         self.accumulator = Accumulator(self._new_sums, self._home, positions, self.ranks, owners)
         self._homes: dict[torch.device, torch.device] = {}

@@ -12,7 +12,7 @@ from lightning_curvature.factor_files import load_state
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.sharded import ShardedFactors
-from lightning_curvature.sums import STATE_VERSION, LayerSums, sums_over
+from lightning_curvature.sums import STATE_VERSION, LayerSums, shared_by_all, sums_over
 
 MIN_WINDOW = 4096
 """Positions of the shortest default window; docs/decisions.md shows why."""
@@ -94,7 +94,8 @@ class Collection:
             return own
         kinds, first = {name: self.collector.kinds[name] for name in own}, dict[int, str]()
         shared = {name: first.setdefault(id(layer.A), name) for name, layer in own.items()}
-        merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(own[name]), shared=shared)
+        groups = shared_by_all(self.ranks, shared)
+        merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(own[name]), groups=groups)
         factors = {name: sums.factors() for name, sums in merged}
         return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))
 

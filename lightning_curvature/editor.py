@@ -71,8 +71,7 @@ class CurvatureEditor(WeightEditor):
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the part of a weight in its directions of highest score."""
         basis, device = factors.basis, weight.device
-        if device.type != basis.U_A.device.type:
-            weight = weight.to(basis.U_A.device)
+        weight = weight.to(basis.U_A.device)
         known = self._coefficients(weight, factors)
         if self.score in ("kfac", "activations") and not self.soft:
             lam = basis.lam if self.score == "kfac" else torch.ones_like(basis.lam)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -71,6 +72,7 @@ def edit_checkpoint(
     delta: str | os.PathLike[str] | None = None,
     allow_globals: Sequence[str] = (),
     to_hf: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "auto",
 ) -> EditReport:
     """Write an edited copy of a checkpoint in the same format; everything that is not edited stays byte-identical.
 
@@ -84,14 +86,16 @@ def edit_checkpoint(
         allow_globals: Classes that a file of ``torch.save`` may hold.
         to_hf: Write a Hugging Face folder instead, from a file of ``torch.save`` whose module holds a Hugging Face
             model: a folder with the model's ``config.json``, and a tokenizer and whatever else should be copied.
+        device: Where layers are decomposed and edited, one at a time: ``"auto"``, the GPU if there is one, or a device.
 
     Returns:
         What was done.
 
     Raises:
         FileExistsError: If the target is the source, or exists.
-        ValueError: If a layer finds no tensor, a shape does not fit, or nothing would change.
+        ValueError: If a layer finds no tensor, a shape does not fit, nothing would change, or the device cannot edit.
     """
+    own = _OneByOne(factors, edit_device(device))
     inputs = [source, *([] if to_hf is None else [to_hf])]
     check_outputs([target, *([] if delta is None else [delta])], inputs, overwrite)
     checkpoint = _open_to_edit(source, allow_globals)
@@ -100,7 +104,7 @@ def edit_checkpoint(
     if checkpoint.provenance is not None:
         facts["before"] = checkpoint.provenance
     if to_hf is None:
-        return _edit(editor, checkpoint, factors, target, facts, delta, hashes)
+        return _edit(editor, checkpoint, own, target, facts, delta, hashes)
     from lightning_curvature.checkpoints.conversion import to_folder  # transformers is imported by those who need it
 
     parent = Path(target).parent
@@ -108,27 +112,25 @@ def edit_checkpoint(
     with tempfile.TemporaryDirectory(prefix=".to_hf.", dir=parent) as scratch:
         folder = to_folder(checkpoint, to_hf, Path(scratch, "model"))
         hashes = tensor_hashes(folder.shapes(), folder.read)
-        return _edit(editor, folder, factors, target, facts, delta, hashes)
+        return _edit(editor, folder, own, target, facts, delta, hashes)
 
 
 def _edit(
     editor: WeightEditor,
     checkpoint: Checkpoint,
-    factors: KroneckerFactors,
+    own: "_OneByOne",
     target: str | os.PathLike[str],
     facts: Mapping[str, Any],
     delta: str | os.PathLike[str] | None,
     hashes: Mapping[str, str],
 ) -> EditReport:
-    energies = editor.plan(factors)
+    energies = editor.plan(own.factors)
     names = match_layers(energies, checkpoint.shapes(), checkpoint.module_names)
     reports: dict[str, LayerEdit] = {}
     progress = tqdm(total=len(energies), unit="layer", desc="Editing", disable=None)
     with ExitStack() as stack:
         stack.enter_context(progress)
         record = None if delta is None else stack.enter_context(DeltaRecord(Path(delta), checkpoint, facts, hashes))
-
-        own = _OneByOne(factors)
 
         def edit(layer: str) -> Callable[[Tensor], Tensor]:
             def edited(old: Tensor) -> Tensor:
@@ -149,7 +151,23 @@ def _edit(
         checkpoint.copy(target, {names[layer]: edit(layer) for layer in energies}, facts)
         if record is not None:
             record.keep = True
-    return EditReport({layer: reports[layer] for layer in energies}, editor.method, factors.provenance)
+    return EditReport({layer: reports[layer] for layer in energies}, editor.method, own.factors.provenance)
+
+
+def edit_device(device: str | torch.device) -> torch.device:
+    """Return the device that is meant; ``"auto"`` is the GPU if there is one, and the CPU otherwise.
+
+    Raises:
+        ValueError: If there is no such device, or it has no float64.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.zeros(1, dtype=torch.float64, device=found).cpu()
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:  # each build of torch has its own
+        raise ValueError(f"device={str(device)!r} cannot edit, which takes float64; use auto, cpu or cuda.") from error
+    return found
 
 
 class _OneByOne:
@@ -157,18 +175,23 @@ class _OneByOne:
 
     Args:
         factors: The factors.
+        device: Where the layer's are.
     """
 
-    def __init__(self, factors: KroneckerFactors) -> None:
+    def __init__(self, factors: KroneckerFactors, device: torch.device) -> None:
         self.factors = factors
+        self.device = device
         self._A: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, name: str) -> LayerFactors:
         """Return the factors of a layer, as tensors of their own: what is worked out from them goes with these."""
         found = self.factors[name]
         if self._A is None or self._A[0] is not found.A:
-            self._A = found.A, found.A.detach()
-        return dataclasses.replace(found, A=self._A[1], G=found.G.detach())
+            self._A = found.A, found.A.detach().to(self.device)
+        here: dict[str, Any] = {
+            key: tensor.detach().to(self.device) for key, tensor in found.tensors.items() if key != "A"
+        }
+        return dataclasses.replace(found, A=self._A[1], **here)
 
 
 def _edit_layer(
@@ -182,12 +205,13 @@ def plan_edit(
     source: str | os.PathLike[str],
     factors: KroneckerFactors,
     allow_globals: Sequence[str] = (),
+    device: str | torch.device = "auto",
 ) -> EditPlan:
     """Work out what :func:`edit_checkpoint` would do; writes nothing."""
     checkpoint = _open_to_edit(source, allow_globals)
     energies = editor.plan(factors)
     names = match_layers(energies, checkpoint.shapes(), checkpoint.module_names)
-    reports, own = {}, _OneByOne(factors)
+    reports, own = {}, _OneByOne(factors, edit_device(device))
     for layer, energy in energies.items():
         report = _edit_layer(editor, layer, checkpoint.read(names[layer]), own(layer), energy)[1]
         reports[layer] = dataclasses.replace(report, tensor=names[layer])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 _RECENT = 8  # batches of a group
-_CACHED = 2**16  # entries of a sum that stay in a CPU's cache
 _LAUNCHED = 2**22  # entries of one product on a GPU, where the start of many small ones costs more than they save
 _UNDERFLOW = 1e-30  # squares of float32 entries are lost below
 
@@ -112,19 +111,13 @@ class SecondMoment:
         self.squares[0] += self._square_norm(self.rest)
         self.squares[1] += float(self.recent_count) ** 2
         self.groups += 1
+        if self.count == self.recent_count:
+            self.total, self.rest = self.rest, self.total  # the high part holds nothing yet
+        else:
+            whole = self.total + self.rest
+            self.rest += self.total.sub_(whole)  # what rounding lost (Dekker 1971, Fast2Sum)
+            self.total = whole
         self.recent_count = self.recent_batches = 0
-        self._carry()
-
-    def _carry(self, more: Tensor | None = None) -> None:
-        """Let the high part take over what it can hold of the low one, and of more, packed likewise."""
-        size = _CACHED if self.total.is_cpu else _LAUNCHED
-        parts = [part.split(size) for part in (self.total, self.rest, *(() if more is None else (more,)))]
-        for high, low, *others in zip(*parts, strict=True):
-            whole = high.to(torch.float64, copy=True)
-            for other in (low, *others):
-                whole += other
-            high.copy_(whole)
-            low.copy_(whole.sub_(high))
 
     def double(self) -> Tensor:
         """Return the sum of both parts in float64, packed."""
@@ -148,9 +141,8 @@ class SecondMoment:
         """Add the sum of other positions."""
         self.settle()
         other = other.settled()
-        self._promote(other.dtype)
-        self.rest += other.rest.to(self.rest.device)
-        self._carry(other.total.to(self.total.device))
+        whole = self.double() + other.double().to(self.total.device)
+        self.set_double(whole, torch.promote_types(self.dtype, other.dtype))
         self.squares += other.squares.to(self.squares.device)
         self.count += other.count
         self.groups += other.groups

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lightning_curvature.factors import KroneckerFactors, LayerFactors, digest_of
 from lightning_curvature.ranks import Ranks
 
@@ -64,16 +66,20 @@ class ShardedFactors(KroneckerFactors):
 
     def gathered(self) -> KroneckerFactors:
         """Return all factors on the first process, on the CPU; what the others get is empty. A collective."""
-        gathered = {}
+        gathered, first = dict[str, LayerFactors](), dict[int, str]()
         for name in self:
             owner = self.owners[name]
             layer = self._layers.get(name)
-            own = {} if layer is None else layer.tensors
-            keys, numbers = self.ranks.gather(
-                (list(own), None if layer is None else {**layer.numbers, **layer.errors})
-            )[owner]
+            own, told, shares_with = dict[str, Tensor](), None, name
+            if layer is not None:
+                own, told = layer.tensors, {**layer.numbers, **layer.errors}
+                shares_with = first.setdefault(id(layer.A), name)
+                own = {key: tensor for key, tensor in own.items() if key != "A" or shares_with == name}
+            keys, numbers, shares_with = self.ranks.gather((list(own), told, shares_with))[owner]
             tensors = {key: self.ranks.send(own.get(key), owner) for key in keys}
             if self.ranks.rank == 0 and numbers is not None:
                 on_cpu: dict[str, Any] = {key: tensor.cpu() for key, tensor in tensors.items()}
+                if shares_with != name:
+                    on_cpu["A"] = gathered[shares_with].A
                 gathered[name] = LayerFactors(**(on_cpu | numbers))
         return KroneckerFactors(gathered, self.provenance)

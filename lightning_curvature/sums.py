@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,10 +107,11 @@ class LayerSums:
         sums.num_seen = layer.num_seen
         return sums
 
-    def merge_(self, other: "LayerSums") -> None:
-        """Add the sums of other positions."""
+    def merge_(self, other: "LayerSums", with_inputs: bool = True) -> None:
+        """Add the sums of other positions; without the inputs' moment where another layer's, which is the same, was."""
         for name, moment in self.moments.items():
-            moment.merge_(other.moments[name])
+            if with_inputs or name != "inputs":
+                moment.merge_(other.moments[name])
         self.num_seen += other.num_seen
 
     def over(self, ranks: Ranks, to: int | None = None, inputs: SecondMoment | None = None) -> "LayerSums":
@@ -215,12 +216,23 @@ def sums_from(state: Mapping[str, Any]) -> dict[str, LayerSums]:
     return sums
 
 
+def shared_by_all(ranks: Ranks, shared: Mapping[str, str]) -> dict[str, Hashable]:
+    """Return a key for each layer, equal for layers that share on all processes. A collective.
+
+    Args:
+        ranks: The processes.
+        shared: For each layer that this one has seen, the first that shares with it, as :func:`sharing` tells.
+    """
+    told = ranks.gather(dict(shared))
+    return {name: tuple(own.get(name) for own in told) for name in dict.fromkeys(name for own in told for name in own)}
+
+
 def sums_over(
     ranks: Ranks,
     kinds: Mapping[str, LayerKind],
     get: Callable[[str], LayerSums],
     to: Callable[[str], int | None] = lambda _: None,
-    shared: Mapping[str, str] | None = None,
+    groups: Mapping[str, Hashable] | None = None,
 ) -> Iterator[tuple[str, LayerSums]]:
     """Yield the sums of all processes by layer, one layer at a time. A collective.
 
@@ -229,21 +241,20 @@ def sums_over(
         kinds: Layers that this process has seen.
         get: Returns the sums of one of these.
         to: Returns the only process that needs the totals of a layer, or None.
-        shared: Which of these have inputs' moments in common, as :func:`sharing` tells. Layers that have on all
-            processes have one in the result, too.
+        groups: What :func:`shared_by_all` returned; layers of one group, which go to one process, have one inputs'
+            moment in the result, too. By default each layer has its own.
 
     Raises:
         RuntimeError: If two processes have seen a layer of one name and of different kinds.
     """
     union: dict[str, LayerKind] = {}
-    told_shared = ranks.gather(dict(shared or {name: name for name in kinds}))
     for told in ranks.gather(dict(kinds)):
         for name, kind in told.items():
             if union.setdefault(name, kind) != kind:
                 raise RuntimeError(f"Layer {name!r} is {union[name]} on one process and {kind} on another.")
-    groups = {name: tuple(told.get(name) for told in told_shared) for name in union}
-    left = Counter(groups.values())
-    inputs: dict[tuple[str | None, ...], SecondMoment] = {}
+    groups = groups or {name: name for name in union}
+    left = Counter(groups[name] for name in union)
+    inputs: dict[Hashable, SecondMoment] = {}
     for name, kind in union.items():
         own = get(name) if name in kinds else LayerSums.zero(kind, ranks.device)
         summed = own.over(ranks, to(name), inputs.pop(groups[name], None))

@@ -207,3 +207,14 @@ def test_a_wide_layer():
     again, _ = CurvatureEditor(0.9).edit_weight("fc", edited, layer, 0.9, False)
     torch.testing.assert_close(again, edited, rtol=1e-4, atol=1e-6)
     assert 0.9 <= report.energy_kept < 0.92
+
+
+def test_a_file_is_edited_on_the_gpu(tmp_path):
+    model = network()
+    factors = gathered(network(), batches())
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for device in ("cpu", "auto"):
+        CurvatureEditor(0.7).edit_checkpoint(tmp_path / "model.pt", factors, tmp_path / f"{device}.pt", device=device)
+    one, two = (torch.load(tmp_path / f"{device}.pt") for device in ("cpu", "auto"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5)

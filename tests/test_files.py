@@ -1,6 +1,7 @@
 """Saved checkpoints: edited, reverted and inspected, in every format."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors
+from lightning_curvature import CurvatureEditor, KroneckerFactors, files
 from lightning_curvature.checkpoints import archive, atomic, formats, names
 from lightning_curvature.cli import main
 from lightning_curvature.collect import collect
@@ -573,3 +574,20 @@ def test_commands(saved, tmp_path, capsys):
     ]:
         with pytest.raises(SystemExit, match=message):
             run(*arguments)
+
+
+def test_the_device_of_an_edit(saved, tmp_path, monkeypatch):
+    """Factors of the layer in turn go to the device that is meant, the optional ones, too; what cannot edit is told."""
+    assert files.edit_device("auto") == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for device in ("meta", "gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=rf"device='{device}' cannot edit, which takes float64; use auto, cpu or"):
+            EDITOR.edit_checkpoint(saved / "model.pt", factors(saved), tmp_path / "out.pt", device=device)
+    assert not (tmp_path / "out.pt").exists()
+    layers = factors(saved)
+    name = next(iter(layers))
+    full = dataclasses.replace(layers[name], margins=torch.zeros(layers[name].shape))
+    moved = files._OneByOne(KroneckerFactors({name: full}), torch.device("meta"))(name)
+    assert list(moved.tensors) == ["A", "G", "margins"]
+    assert {tensor.device.type for tensor in moved.tensors.values()} == {"meta"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert files.edit_device("auto") == torch.device("cuda")

@@ -12,9 +12,11 @@ from torch import nn
 from transformers import ViTForImageClassification
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors, bases
+from lightning_curvature.accumulate import owners_of
 from lightning_curvature.bases import bases_in
 from lightning_curvature.collect import Collector, collect
 from lightning_curvature.ranks import Ranks
+from lightning_curvature.sums import LayerKind
 from tests import language, models, processes
 
 PROJECTIONS = ["gate", "up", "down"]
@@ -222,9 +224,10 @@ def on_two_processes(apart, shard):
     )
 
 
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-def test_layers_share_on_all_processes_or_on_none(apart):
-    (found, in_state, in_factors), _ = processes.run(2, on_two_processes, apart, False)
+def test_layers_share_on_all_processes_or_on_none(apart, shard):
+    (found, in_state, in_factors), _ = processes.run(2, on_two_processes, apart, shard)
     assert in_state == in_factors == (not apart)
     rows = torch.cat([x + 0.5 * (apart and rank == 1 and number == 3)
                       for rank in (0, 1) for number, (x, _) in enumerate(batches(seed=rank))])  # fmt: skip
@@ -246,11 +249,48 @@ def test_the_standard_error_after_several_processes():
     assert found["gate"][2] == pytest.approx(float(spread.sqrt() / own.sum(0).norm()), rel=1e-4)
 
 
-def test_sums_that_are_spread_over_processes_hold_each_a_of_its_own():
-    (found, _, _), _ = processes.run(2, on_two_processes, False, True)
-    rows = torch.cat([x for rank in (0, 1) for x, _ in batches(seed=rank)])
-    for name in ("gate", "up"):
-        torch.testing.assert_close(found[name][0], rows.T @ rows / 48)
+def only_some(order):
+    """Collect where one process sees a layer later than the other, and ends earlier; gate and up are together."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    ranks, model = Ranks.joined(rank, 2, torch.device("cpu")), Gated()
+    collector = Collector(model, PROJECTIONS, ranks=ranks, shard=True)
+    for number, batch in enumerate(batches(seed=rank)[: 4 - rank]):
+        model.apart = number in order.get(rank, ())
+        add(collector, batch)
+    collector.accumulator.join()
+    owners, own = collector.accumulator.owners, collector.sums
+    shares = "up" in own and own["up"].inputs is own["gate"].inputs
+    means = {name: (sums.inputs.mean(), sums.inputs.count, sums.gradients.count) for name, sums in own.items()}
+    state = [collector.state_dict()]
+    dist.broadcast_object_list(state)
+    again = Collector(model, PROJECTIONS, ranks=ranks, shard=True)
+    again.load_state_dict(state[0])
+    assert list(again.sums) == list(own)
+    assert shares == ("up" in own and again.sums["up"].inputs is again.sums["gate"].inputs)
+    return owners, shares, means
+
+
+@pytest.mark.parametrize(("order", "shares"), [({}, True), ({0: (3,)}, False), ({0: (0,), 1: (0,)}, False)])
+def test_sums_that_are_spread_over_processes_share(order, shares):
+    (owners, found, means), (_, _, others) = processes.run(2, only_some, order)
+    assert (owners, found) == ({"gate": 0, "up": 0, "down": 1}, shares)
+    assert (sorted(means), sorted(others)) == (["gate", "up"], ["down"])
+    data = [(x, number in order.get(rank, ())) for rank in (0, 1)
+            for number, (x, _) in enumerate(batches(seed=rank)[: 4 - rank])]  # fmt: skip
+    for name, shift in (("gate", 0.0), ("up", 0.5)):
+        rows = torch.cat([x + shift * apart for x, apart in data])
+        torch.testing.assert_close(means[name][0], rows.T @ rows / 42)
+        assert means[name][1:] == (42, 42)
+
+
+def test_layers_are_kept_together_unless_that_takes_more_of_a_process():
+    kinds = {"gate": LayerKind(2, 8, False), "up": LayerKind(2, 8, False), "down": LayerKind(8, 2, False)}
+    ranks = Ranks()
+    ranks.size = 2
+    assert owners_of(kinds, ranks) == {"gate": 0, "up": 0, "down": 1}
+    ranks.size = 3
+    assert sorted(owners_of(kinds, ranks).values()) == [0, 1, 2]
 
 
 # Files --------------------------------------------------------------------------------------------------------------

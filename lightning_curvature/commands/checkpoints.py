@@ -36,6 +36,7 @@ def edit(
     save_delta: Path | None = None,
     to_hf: Path | None = None,
     bases: Path | None = None,
+    device: str = "auto",
     overwrite: bool = False,
     allow_global: list[str] | None = None,
 ) -> Output:
@@ -68,6 +69,7 @@ def edit(
         to_hf: Write a Hugging Face folder from a .ckpt or .pt whose module holds a Hugging Face model; names a folder
             with the model's config.json, from which the tokenizer and all other files are copied, too.
         bases: Folder in which eigenbases are kept, so that other edits with these factors need not work them out again.
+        device: Where layers are edited, one at a time: auto (the GPU if there is one), cpu, cuda, cuda:1 ...
         overwrite: Replace what is at out.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
@@ -98,11 +100,11 @@ def edit(
             raise ValueError("--corpus is a text to choose an energy on: say what the edit may cost with --perplexity.")
         said = f"{found['text']}\n" if found else ""
         if dry_run:
-            plan = files.plan_edit(editor, checkpoint, loaded, allow_global or ())
+            plan = files.plan_edit(editor, checkpoint, loaded, allow_global or (), device)
             return Output(f"{said}{plan}", {**dataclasses.asdict(plan), **({"target": found} if found else {})})
         report = files.edit_checkpoint(
             editor, checkpoint, loaded, out, overwrite=overwrite, delta=save_delta, allow_globals=allow_global or (),
-            to_hf=to_hf,
+            to_hf=to_hf, device=device,
         )  # fmt: skip
         shown = f"{said}{report}\n{files.matches(report)}\nWritten to {out}"
         return Output(shown, {"out": str(out), **dataclasses.asdict(report), **({"target": found} if found else {})})
