@@ -29,7 +29,7 @@ class MemoryPlan:
         >>> print(plan)
         Memory of the K-FAC factors of 1 layer, on cpu (A: [d_in, d_in], G: [d_out, d_out]):
           mlp.down_proj  4096 x 11008  1.04 GiB
-          together 1.04 GiB: 0.52 GiB of sums (half of each, twice float32), 0.51 GiB of finished factors (float32)
+          together 1.04 GiB: 0.53 GiB of sums (half of each, twice float32), 0.51 GiB of finished factors (float32)
         Layers that read the same tensor share A, and need less.
     """
 
