@@ -94,6 +94,7 @@ def edit_checkpoint(
     Raises:
         FileExistsError: If the target is the source, or exists.
         ValueError: If a layer finds no tensor, a shape does not fit, nothing would change, or the device cannot edit.
+        RuntimeError: If a layer does not fit on the GPU.
     """
     own = _OneByOne(factors, edit_device(device))
     inputs = [source, *([] if to_hf is None else [to_hf])]
@@ -134,7 +135,7 @@ def _edit(
 
         def edit(layer: str) -> Callable[[Tensor], Tensor]:
             def edited(old: Tensor) -> Tensor:
-                new, report = _edit_layer(editor, layer, old, own(layer), energies[layer])
+                new, report = _edit_layer(editor, layer, old, own, energies[layer])
                 reports[layer] = dataclasses.replace(report, tensor=names[layer])
                 if record is not None:
                     record.add(names[layer], old, new)
@@ -195,9 +196,16 @@ class _OneByOne:
 
 
 def _edit_layer(
-    editor: WeightEditor, layer: str, weight: Tensor, factors: LayerFactors, energy: float
+    editor: WeightEditor, layer: str, weight: Tensor, own: _OneByOne, energy: float
 ) -> tuple[Tensor, LayerEdit]:
-    return editor.edit_weight(layer, weight, factors, energy, factors.transposed)
+    try:
+        factors = own(layer)
+        return editor.edit_weight(layer, weight, factors, energy, factors.transposed)
+    except torch.cuda.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"Layer {layer!r}: editing it takes about {size(edit_bytes(*own.factors[layer].shape))}, more than the GPU has left. "
+            "Edit on the CPU (device='cpu', --device cpu), or free the GPU."
+        ) from error
 
 
 def plan_edit(
@@ -213,7 +221,7 @@ def plan_edit(
     names = match_layers(energies, checkpoint.shapes(), checkpoint.module_names)
     reports, own = {}, _OneByOne(factors, edit_device(device))
     for layer, energy in energies.items():
-        report = _edit_layer(editor, layer, checkpoint.read(names[layer]), own(layer), energy)[1]
+        report = _edit_layer(editor, layer, checkpoint.read(names[layer]), own, energy)[1]
         reports[layer] = dataclasses.replace(report, tensor=names[layer])
     if not any(report.changed for report in reports.values()):
         raise ValueError(_NOTHING)

@@ -591,3 +591,13 @@ def test_the_device_of_an_edit(saved, tmp_path, monkeypatch):
     assert {tensor.device.type for tensor in moved.tensors.values()} == {"meta"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert files.edit_device("auto") == torch.device("cuda")
+
+
+def test_a_layer_that_does_not_fit_on_the_gpu(saved, tmp_path, monkeypatch):
+    def project(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CurvatureEditor, "project", project)
+    with pytest.raises(RuntimeError, match=r"Layer '.*': editing it takes about .* Edit on the CPU \(device='cpu'"):
+        EDITOR.edit_checkpoint(saved / "model.pt", factors(saved), tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
