@@ -203,8 +203,8 @@ def _edit_layer(
         return editor.edit_weight(layer, weight, factors, energy, factors.transposed)
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeError(
-            f"Layer {layer!r}: editing it takes about {size(edit_bytes(*own.factors[layer].shape))}, more than the GPU has left. "
-            "Edit on the CPU (device='cpu', --device cpu), or free the GPU."
+            f"Layer {layer!r}: editing it takes about {size(edit_bytes(*own.factors[layer].shape))}, more than the GPU "
+            "has left. Edit on the CPU (device='cpu', --device cpu), or free the GPU."
         ) from error
 
 
