@@ -8,13 +8,15 @@ the same batches, and every figure is a ratio within a round: median, and range 
    time beyond plain, in units of plain; "of naive" is that extra over the one of naive hooks, which add ``x.T @ x`` and
    ``g.T @ g`` of every layer to float32 sums in every step. The "limit" is the time of the products alone: one matrix
    product of each distinct factor's shapes, by half, measured in the same rounds.
-2. *one pass over a frozen model*: no weight gradients. ``kronfluence`` and ``curvlinops`` see the same model, rows and
-   layers; "sampled" draws labels from the softmax, one for each position (curvlinops: ``mc_samples=1``).
+2. *one pass over a frozen model*: no weight gradients, 16 batches. ``kronfluence`` and ``curvlinops`` see the same
+   model, rows and layers; "sampled" draws labels from the softmax, one for each position (curvlinops:
+   ``mc_samples=1``). Theirs stands beside our "sketched", too, which they do not have.
 3. *memory*: the peak of four training steps beyond that of plain ones, sums included, by torch's profiler, over the
    bytes of the distinct factors in float32; captured tensors (inputs and gradients of the layers in one batch) are
    named beside it.
 4. *alone*: plain, naive, ``empirical``, and watching the layers without any product, of the gated model, with no other
-   variant between them; *blocks*: products of 1024 rows, block rows up to the diagonal against the full product.
+   variant between them; *blocks*: products of 1024 and 4096 rows, block columns up to the diagonal against the full
+   product.
 5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
 6. *peak*, on a GPU: operations that one update of a factor needs (``d^2`` for each of 8192 positions, bfloat16) in a
    second, over those of one 8192 x 8192 x 8192 product of bfloat16 matrices.
@@ -27,6 +29,7 @@ the same batches, and every figure is a ratio within a round: median, and range 
 
 import argparse
 import copy
+import itertools
 import logging
 import statistics
 import warnings
@@ -39,9 +42,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_curvature.collect import Collector, collect
-from lightning_curvature.moments import SecondMoment, block_rows
+from lightning_curvature.moments import SecondMoment, block_columns
 
 STEPS = 4  # training steps of a round
+PASS = 4  # times that a pass goes over their batches
 
 
 class Block(nn.Module):
@@ -186,7 +190,7 @@ class Subject:
 
     def pass_over(self, fisher: str) -> None:
         """Collect in one pass over the frozen model."""
-        collect(self.model, self.batches, lambda batch: F.cross_entropy(self.model(batch[0]), batch[1]),
+        collect(self.model, self.batches * PASS, lambda batch: F.cross_entropy(self.model(batch[0]), batch[1]),
                 layers=self.names, fisher=fisher, positions="all")  # fmt: skip
 
     def curvlinops(self, fisher: str) -> None:
@@ -195,8 +199,9 @@ class Subject:
 
         kind = {"sampled": "mc", "empirical": "empirical"}[fisher]
         KFACLinearOperator(
-            self.model, nn.CrossEntropyLoss(), [module.weight for module in self.layers.values()], self.batches,
-            fisher_type=kind, kfac_approx="expand", check_deterministic=False, num_data=len(self.rows),
+            self.model, nn.CrossEntropyLoss(), [module.weight for module in self.layers.values()],
+            self.batches * PASS, fisher_type=kind, kfac_approx="expand", check_deterministic=False,
+            num_data=PASS * len(self.rows),
             num_per_example_loss_terms=self.batches[0][1].numel() // len(self.batches[0][0]),
         ).compute_kronecker_factors()  # fmt: skip
 
@@ -227,7 +232,7 @@ class Subject:
         model = prepare_model(copy.deepcopy(self.model), task)
         arguments = FactorArguments(use_empirical_fisher=fisher == "empirical")
         return lambda: fit_covariance_matrices_with_loader(
-            model, State(cpu=not model_on_gpu), task, self.batches, arguments, disable_tqdm=True
+            model, State(cpu=not model_on_gpu), task, self.batches * PASS, arguments, disable_tqdm=True
         )
 
     def captured_bytes(self) -> int:
@@ -287,20 +292,20 @@ def alone(rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
 
 
 def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
-    """Measure products of block rows, and whole updates, against full products, over matrices that leave the cache."""
+    """Measure products of block columns, and whole updates, against full products of matrices that leave the cache."""
     rows, results = [], {}
-    for width in (64, 128, 256, 512, 1024, 2048):
-        data = [torch.randn(1024, width) for _ in range(max(12 * 1024 // width, 2))]
-        bounds = block_rows(width)
+    for positions, width in itertools.product((1024, 4096), (64, 128, 256, 512, 1024, 2048, 4096)):
+        data = [torch.randn(positions, width) for _ in range(max(12 * 1024**2 // (positions * width), 2))]
+        bounds = block_columns(width)
 
         def full(data=data):
             for x in data:
                 x.T @ x
 
-        def lower(data=data, bounds=bounds):
+        def upper(data=data, bounds=bounds):
             for x in data:
                 for start, end in bounds:
-                    x[:, start:end].T @ x[:, :end]
+                    x[:, :end].T @ x[:, start:end]
 
         sums = [SecondMoment(width) for _ in data]
 
@@ -308,8 +313,10 @@ def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
             for moment, x in zip(sums, data, strict=True):
                 moment.add(x)
 
-        results[str(width)] = seconds = in_turn({"full": full, "blocks": lower, "update": update}, rounds)
-        rows.append([width, len(bounds), *(spread(ratios(seconds, name, "full")) for name in ("blocks", "update"))])
+        seconds = in_turn({"full": full, "blocks": upper, "update": update}, rounds)
+        results[f"{positions} x {width}"] = seconds
+        of_full = [spread(ratios(seconds, name, "full")) for name in ("blocks", "update")]
+        rows.append([positions, width, len(bounds), *of_full])
     return rows, results
 
 
@@ -338,16 +345,16 @@ def share_of_peak(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
 
 def frozen(subject: Subject, rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
     """Measure one pass of ours and of the two libraries."""
-    variants = {"plain": subject.plain}
+    variants = {"plain": subject.plain, "ours, sketched": lambda: subject.pass_over("sketched")}
     for kind in ("empirical", "sampled"):
         variants[f"ours, {kind}"] = lambda kind=kind: subject.pass_over(kind)
         variants[f"kronfluence, {kind}"] = subject.kronfluence(kind)
         variants[f"curvlinops, {kind}"] = lambda kind=kind: subject.curvlinops(kind)
     seconds = in_turn(variants, rounds)
     rows = []
-    for kind in ("empirical", "sampled"):
-        names = [f"{who}, {kind}" for who in ("ours", "kronfluence", "curvlinops")]
-        of_plain = [spread(ratios(seconds, name, "plain")) for name in names]
+    for kind, theirs in (("empirical", "empirical"), ("sampled", "sampled"), ("sketched", "sampled")):
+        names = [f"ours, {kind}", f"kronfluence, {theirs}", f"curvlinops, {theirs}"]
+        of_plain = [spread([ratio / PASS for ratio in ratios(seconds, name, "plain")]) for name in names]
         rows.append([kind, *of_plain, *(spread(ratios(seconds, names[0], name)) for name in names[1:])])
     return rows, seconds
 
@@ -377,18 +384,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of weights and data")
     parser.add_argument("--width", type=int, default=256, help="of parts training, pass and memory")
+    parser.add_argument("--depth", type=int, default=4, help="blocks there")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row there")
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch there")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     args = parser.parse_args()
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
-    shape = f"{args.width}/{4 * args.width}, 4 blocks, {args.dtype}, {args.device}"
+    shape = f"{args.width}/{4 * args.width}, {args.depth} blocks, {args.dtype}, {args.device}"
     kinds = {"gated": f"gated MLP, {shape}", "plain": f"plain MLP, {shape}", "vit": f"ViT, {shape}"}
     results: dict[str, object] = {}
     for kind, title in kinds.items():
-        subject = Subject(kind, width=args.width, length=args.length, rows=args.rows, device=args.device,
-                          dtype=getattr(torch, args.dtype))  # fmt: skip
+        subject = Subject(kind, width=args.width, depth=args.depth, length=args.length, rows=args.rows,
+                          device=args.device, dtype=getattr(torch, args.dtype))  # fmt: skip
         if "training" in args.parts:
             rows, results[f"training, {kind}"] = in_training(subject, args.rounds)
             print(f"\n{title}: in training\n")
@@ -410,8 +418,9 @@ def main() -> None:
                        tablefmt="github"), flush=True)  # fmt: skip
     if "blocks" in args.parts:
         rows, results["blocks"] = blocks(2 * args.rounds)
-        print("\nProducts of block rows, full product = 1\n")
-        print(tabulate(rows, ["width", "blocks", "of the full product", "with the sum"], tablefmt="github"), flush=True)
+        print("\nProducts of block columns, full product = 1\n")
+        print(tabulate(rows, ["positions", "width", "blocks", "of the full product", "with the sum"],
+                       tablefmt="github"), flush=True)  # fmt: skip
     if "peak" in args.parts:
         rows, results["peak"] = share_of_peak(args.rounds)
         print("\nOne update of a factor, 8192 positions, bfloat16\n")

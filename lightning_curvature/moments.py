@@ -21,7 +21,7 @@ class SecondMoment:
     The sum is kept in two float32 parts (float64 for float64 rows): a matrix product adds to the low one as it is
     taken, and after up to eight batches, a group, the high one takes over what it can hold. What its rounding loses
     stays in the low one, so that a million small batches lose nothing. The moment is symmetric: a wide one is computed
-    and kept as block rows that end at the diagonal, which takes a little more than half of the multiplications, and
+    and kept as block columns that end at the diagonal, which takes a little more than half of the multiplications, and
     for both parts about the memory of the whole.
 
     Args:
@@ -30,7 +30,7 @@ class SecondMoment:
 
     Attributes:
         dim: Length of a row.
-        total: The high part: the block rows of :func:`block_rows`, one after the other.
+        total: The high part: the block columns of :func:`block_columns`, one after the other.
         rest: The low part, likewise: what rounding the high one left, and the last group.
         count: Positions behind both.
         recent_count: Positions behind the last group.
@@ -83,7 +83,7 @@ class SecondMoment:
             if _all_on_cpu(self.rest, *rows):
                 for start, end, block in self._blocks(self.rest):
                     for part in operands:
-                        torch.addmm(block, part[:, start:end].T, part[:, :end], alpha=float(scale), out=block)
+                        torch.addmm(block, part[:, :end].T, part[:, start:end], alpha=float(scale), out=block)
             else:
                 self._add_from_device(operands, scale)
 
@@ -92,12 +92,12 @@ class SecondMoment:
         scale = scale.to(self.rest.device) if isinstance(scale, Tensor) else scale
         for blocks in _together(self._blocks(self.rest), _LAUNCHED if operands[0].is_cuda else 1):
             start, end = blocks[0][0], blocks[-1][1]
-            products = [_product(part[:, start:end].T, part[:, :end]) for part in operands]
+            products = [_product(part[:, :end].T, part[:, start:end]) for part in operands]
             product = sum(products[1:], products[0]).to(self.rest.device)
             if isinstance(scale, Tensor) or scale != 1.0:
                 product *= scale
             for first, last, block in blocks:
-                block += product[first - start : last - start, :last]
+                block += product[:last, first - start : last - start]
 
     def _promote(self, *dtypes: torch.dtype) -> None:
         for dtype in dtypes:
@@ -157,8 +157,8 @@ class SecondMoment:
         if mean is None:
             mean = torch.empty(self.dim, self.dim, dtype=self.dtype, device=self.total.device)
             for (start, end, high), (_, _, low) in zip(self._blocks(self.total), self._blocks(self.rest), strict=True):
-                mean[start:end, :end] = (high.double() + low) / max(self.count, 1)
-                mean[:start, start:end] = mean[start:end, :start].T
+                mean[:end, start:end] = (high.double() + low) / max(self.count, 1)
+                mean[start:end, :start] = mean[:start, start:end].T
             self._mean = weakref.ref(mean)
         return mean
 
@@ -195,8 +195,8 @@ class SecondMoment:
     def of(cls, mean: Tensor, count: int, error: float | None = None) -> "SecondMoment":
         """Return the sum that a mean ``[d, d]`` stands for, its count, and what :meth:`relative_error` said of it."""
         moment = cls(len(mean), mean.device)
-        rows = [mean[start:end, :end].double().flatten() * count for start, end in block_rows(len(mean))]
-        moment.set_double(torch.cat(rows), mean.dtype)
+        columns = [mean[:end, start:end].double().flatten() * count for start, end in block_columns(len(mean))]
+        moment.set_double(torch.cat(columns), mean.dtype)
         moment.count = count
         # Its groups are not known: as if they were many and small.
         moment.squares[0] = math.nan if error is None else error**2 * moment._square_norm(moment.total)
@@ -217,23 +217,23 @@ class SecondMoment:
         return math.sqrt(max(squares / whole - q, 0.0) / (1.0 - q))
 
     def _square_norm(self, packed: Tensor) -> Tensor:
-        """Return the squared Frobenius norm, float64, of what block rows stand for: off the diagonal, all is twice."""
-        diagonal = torch.cat([block[:, start:].flatten() for start, _, block in self._blocks(packed)])
+        """Return the squared Frobenius norm, float64, of what block columns hold: off the diagonal, all is twice."""
+        diagonal = torch.cat([block[start:].flatten() for start, _, block in self._blocks(packed)])
         whole, once = (torch.linalg.vector_norm(part).double() for part in (packed, diagonal))
         norm: Tensor = 2 * whole * whole - once * once
         return norm
 
     def _blocks(self, packed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield the block rows: first row, end of rows and columns, and the entries."""
+        """Yield the block columns: first column, end of columns and rows, and the entries."""
         offset = 0
-        for start, end in block_rows(self.dim):
+        for start, end in block_columns(self.dim):
             size = (end - start) * end
-            yield start, end, packed[offset : offset + size].view(end - start, end)
+            yield start, end, packed[offset : offset + size].view(end, end - start)
             offset += size
 
 
 def _together(blocks: Iterator[tuple[int, int, Tensor]], entries: int) -> Iterator[list[tuple[int, int, Tensor]]]:
-    """Yield block rows in groups whose product has at least this many entries, as far as there are that many."""
+    """Yield block columns in groups whose product has at least this many entries, as far as there are that many."""
     group: list[tuple[int, int, Tensor]] = []
     for block in blocks:
         group.append(block)
@@ -244,16 +244,16 @@ def _together(blocks: Iterator[tuple[int, int, Tensor]], entries: int) -> Iterat
         yield group
 
 
-def block_rows(dim: int) -> list[tuple[int, int]]:
-    """Return the bounds of the block rows of a symmetric matrix: of rows ``start:end`` the columns ``:end`` are kept.
+def block_columns(dim: int) -> list[tuple[int, int]]:
+    """Return the bounds of the block columns that are kept of a symmetric matrix: of ``start:end``, the rows ``:end``.
 
-    Up to 128 rows the plain product is as fast. The widths are those that were fastest on CPUs, see
-    ``docs/performance.md``.
+    Up to 128 columns the plain product is as fast. The widths are those that were fastest on CPUs, see
+    ``docs/performance.md``; block rows are slower where there are many positions.
 
-    >>> block_rows(300)
+    >>> block_columns(300)
     [(0, 128), (128, 256), (256, 300)]
     """
-    width = 128 if dim <= 2048 else 256
+    width = 128 if dim < 2048 else 256
     return [(start, min(start + width, dim)) for start in range(0, dim, width)]
 
 
@@ -263,7 +263,7 @@ def packed_size(dim: int) -> int:
     >>> packed_size(1024) / 1024**2
     0.5625
     """
-    return sum((end - start) * end for start, end in block_rows(dim))
+    return sum((end - start) * end for start, end in block_columns(dim))
 
 
 def _all_on_cpu(*tensors: Tensor) -> bool:

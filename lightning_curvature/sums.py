@@ -12,7 +12,7 @@ from lightning_curvature.factors import LayerFactors
 from lightning_curvature.moments import SecondMoment
 from lightning_curvature.ranks import Ranks
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 """Of what :func:`state_of` returns; sums of another version are not read."""
 
 

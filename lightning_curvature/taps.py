@@ -141,7 +141,7 @@ class Taps:
             if not (self.recording and torch.is_grad_enabled()):
                 self.without_graph.add(name)
                 return
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without "
                     "CUDA graphs."

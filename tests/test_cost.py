@@ -15,7 +15,7 @@ from benchmarks.measuring import peak_bytes
 from lightning_curvature import KFACEditCallback, fisher, moments
 from lightning_curvature.collect import Collector, collect
 from lightning_curvature.collection import Collection
-from lightning_curvature.moments import SecondMoment, block_rows, packed_size
+from lightning_curvature.moments import SecondMoment, block_columns, packed_size
 from lightning_curvature.plan import DoesNotFitError, place_sums
 from lightning_curvature.streams import SideStreams
 from lightning_curvature.sums import LayerSums
@@ -183,17 +183,17 @@ def test_sums_and_factors_are_never_there_as_a_whole(step, monkeypatch):
     assert collector.sums == {}
 
 
-# Block rows ---------------------------------------------------------------------------------------------------------
+# Block columns ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [1, 5, 127, 128, 129, 300, 2049])
-def test_block_rows_hold_the_lower_triangle_once(dim):
+def test_block_columns_hold_the_upper_triangle_once(dim):
     rows = torch.randn(7, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moment = SecondMoment(dim)
     moment.add(rows)
     torch.testing.assert_close(moment.mean(), rows.T @ rows / 7)
-    assert block_rows(dim)[0][0] == 0
-    assert block_rows(dim)[-1][1] == dim
+    assert block_columns(dim)[0][0] == 0
+    assert block_columns(dim)[-1][1] == dim
     assert len(moment.total) == packed_size(dim) <= dim**2
     assert dim < 2049 or packed_size(dim) < 0.57 * dim**2
     again = SecondMoment.of(moment.mean(), moment.count)

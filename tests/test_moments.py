@@ -40,8 +40,8 @@ def test_batches_and_dtypes():
 
 
 @pytest.mark.parametrize("entries", [1, 40_000, 10**9])
-def test_products_of_several_block_rows(monkeypatch, entries):
-    """What only a GPU does: a product covers several block rows, and each takes its part."""
+def test_products_of_several_block_columns(monkeypatch, entries):
+    """What only a GPU does: a product covers several block columns, and each takes its part."""
     together = moments._together
     monkeypatch.setattr(moments, "_together", lambda blocks, _: together(blocks, entries))
     monkeypatch.setattr(moments, "_all_on_cpu", lambda *_: False)

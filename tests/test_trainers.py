@@ -258,7 +258,7 @@ def test_cuda_graphs_are_refused(monkeypatch):
         RuntimeError, match=r"Module '3' was captured in a CUDA graph \(torch.cuda.make_graphed_callables\)"
     ):
         check_graphed(net)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     net = models.mlp()
     with pytest.raises(RuntimeError, match="Layer '3' runs while a CUDA graph is captured"):
