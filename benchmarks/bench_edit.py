@@ -39,8 +39,7 @@ from torch import Tensor
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.basis import select_staircase
-from lightning_curvature.files import edit_bytes
-from lightning_curvature.plan import size
+from lightning_curvature.plan import edit_bytes, size
 
 LARGE = (11008, 4096)
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 
 from lightning_curvature import KroneckerFactors, LayerFactors
-from lightning_curvature.files import edit_bytes
+from lightning_curvature.plan import edit_bytes
 
 DIM, SHARDS, PER_SHARD = 2048, 8, 30
 REPEATS = 3

@@ -61,26 +61,29 @@ def bases_in(folder: str | PathLike[str] | None) -> Iterator[None]:
         _folders.pop()
 
 
-def known_basis(A: Tensor, G: Tensor) -> CurvatureBasis:
+def known_basis(A: Tensor, G: Tensor, of: tuple[Tensor, Tensor] | None = None) -> CurvatureBasis:
     """Return the curvature basis of a layer, as :func:`lightning_curvature.basis.curvature_basis`, worked out once.
 
     Args:
         A: ``[d_in, d_in]``.
         G: ``[d_out, d_out]``.
+        of: What these are copies of on another device, if they are: the basis is kept there, as long as that is.
 
     Raises:
         FaultyLayerError: If a factor cannot be decomposed.
     """
-    lefts, rights = _known(G, "Factor G"), _known(A, "Factor A")
-    return CurvatureBasis(lefts.vectors, lefts.values, rights.vectors, rights.values)
+    first_A, first_G = (A, G) if of is None else of
+    return CurvatureBasis(*_known(G, first_G, "Factor G"), *_known(A, first_A, "Factor A"))
 
 
-def _known(factor: Tensor, what: str) -> _Kept:
-    found: _Kept | None = _kept.get(factor)  # type: ignore[no-untyped-call]
-    if found is None or found.version != factor._version:
-        found = _Kept(factor._version, *(_on_disk(factor, what, _folders[-1]) if _folders else decompose(factor, what)))
-        _kept[factor] = found
-    return found
+def _known(factor: Tensor, first: Tensor, what: str) -> Iterator[Tensor]:
+    """Return eigenvectors and eigenvalues of a factor, kept with the one that it is a copy of."""
+    found: _Kept | None = _kept.get(first)  # type: ignore[no-untyped-call]
+    if found is None or found.version != first._version:
+        made = _on_disk(factor, what, _folders[-1]) if _folders else decompose(factor, what)
+        found = _Kept(first._version, *(part.to(first.device) for part in made))
+        _kept[first] = found
+    return (part.to(factor.device) for part in (found.vectors, found.values))
 
 
 def _on_disk(factor: Tensor, what: str, folder: Path) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from lightning_curvature._version import __version__
 from lightning_curvature.basis import FaultyLayerError
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.layers import as_matrix, from_matrix, is_conv1d, is_editable, refusal
+from lightning_curvature.plan import place_edit
 from lightning_curvature.ranks import Ranks, spread_like, whole
 from lightning_curvature.report import EditReport, LayerEdit
 
@@ -279,7 +280,8 @@ class WeightEditor(Editor):
             result = Projection(matrix, matrix.numel(), 1.0)
         else:
             try:
-                result = self.project(matrix, factors, energy)
+                place = place_edit(matrix.device, factors.A.device, factors.shape)
+                result = self.project(matrix, factors.to(place), energy)
             except ValueError as error:
                 kind = FaultyLayerError if isinstance(error, FaultyLayerError) else ValueError
                 raise kind(f"Layer {name!r}: {error}") from error

@@ -87,8 +87,10 @@ class CurvatureEditor(WeightEditor):
         """Return all coefficients of a weight if several energies share them, None if there is only one."""
         if self._known is None:
             return None
-        old, C = self._known.get(factors, (None, None))
-        if old is None or C is None or not (old.dtype == weight.dtype and torch.equal(old, weight)):
-            C = coefficients(weight, factors.basis)
-            self._known[factors] = (weight.clone(), C)
-        return C
+        home = factors.original.A.device
+        here = weight.to(home)
+        old, C = self._known.get(factors.original, (None, None))
+        if old is None or C is None or not (old.dtype == here.dtype and torch.equal(old, here)):
+            C = coefficients(weight, factors.basis).to(home)
+            self._known[factors.original] = (weight.to(home, copy=True), C)
+        return C.to(weight.device)

@@ -26,7 +26,7 @@ from lightning_curvature.checkpoints.outputs import check_outputs
 from lightning_curvature.deltas import DeltaRecord
 from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
-from lightning_curvature.plan import size
+from lightning_curvature.plan import edit_bytes, size
 from lightning_curvature.report import EditReport, LayerEdit
 
 _NOTHING = (
@@ -42,7 +42,7 @@ class EditPlan:
         report: Per layer, as after the edit.
         bytes_read: Bytes to read: the whole checkpoint twice, for its hash and for the copy.
         bytes_written: Bytes of the whole checkpoint.
-        peak_bytes: Memory that the largest layer needs, see :func:`edit_bytes`.
+        peak_bytes: Memory that the largest layer needs, see :func:`lightning_curvature.plan.edit_bytes`.
     """
 
     report: EditReport
@@ -232,17 +232,6 @@ def plan_edit(
         total,
         max(edit_bytes(*factors[layer].shape) for layer in energies),
     )
-
-
-def edit_bytes(d_out: int, d_in: int) -> int:
-    """Return the bytes that editing one layer takes: the larger of decomposing a factor and projecting the weight.
-
-    All in float64. An eigendecomposition of ``[d, d]`` holds at most the matrix, its vectors, a sorted copy and a
-    workspace of twice its size, besides the basis that is done; a projection holds both bases and three arrays of the
-    weight's size. ``benchmarks/bench_edit_files.py`` measures 0.8 to 1.0 times this.
-    """
-    small, large = sorted((d_out, d_in))
-    return 8 * max(small**2 + 5 * large**2, small**2 + large**2 + 3 * small * large)
 
 
 def _open_to_edit(source: str | os.PathLike[str], allow_globals: Sequence[str]) -> Checkpoint:

@@ -1,7 +1,9 @@
 """K-FAC factors of one layer."""
 
 import dataclasses
+import functools
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,4 +108,26 @@ class LayerFactors:
     @property
     def basis(self) -> CurvatureBasis:
         """The curvature basis; each factor is decomposed once, and its eigenvectors are kept as long as it is."""
-        return known_basis(self.A, self.G)
+        return known_basis(self.A, self.G) if self.original is self else self._basis_of_copy
+
+    @functools.cached_property
+    def _basis_of_copy(self) -> CurvatureBasis:
+        return known_basis(self.A, self.G, (self.original.A, self.original.G))
+
+    @property
+    def original(self) -> "LayerFactors":
+        """What these are a copy of on another device, see :meth:`to`; themselves if they are none."""
+        original: LayerFactors = vars(self).get("_original", self)
+        return original
+
+    def to(self, device: torch.device) -> "LayerFactors":
+        """Return a copy on another device, or these if they are there.
+
+        The copy's basis is worked out there, and kept with these factors, where they are: the next copy takes it over.
+        """
+        if device == self.A.device:
+            return self
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        copy = dataclasses.replace(self, **moved)
+        vars(copy)["_original"] = self.original
+        return copy

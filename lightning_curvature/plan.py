@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_curvature.moments import packed_size
 
 _SUM, _FACTOR = 8, 4  # bytes of an entry: sums have two float32 parts, finished factors one
+_ROOM = 1.5  # of what an edit takes on the CPU, to be free on a GPU, whose solver takes more
 
 
 class DoesNotFitError(RuntimeError):
@@ -102,6 +103,30 @@ def place_sums(layers: Mapping[str, tuple[int, int]], device: torch.device, accu
         rank_zero_info(str(plan))
         plan.check()
     return plan.device
+
+
+def edit_bytes(d_out: int, d_in: int) -> int:
+    """Return the bytes that editing one layer takes: the larger of decomposing a factor and projecting the weight.
+
+    All in float64. An eigendecomposition of ``[d, d]`` holds at most the matrix, its vectors, a sorted copy and a
+    workspace of twice its size, besides the basis that is done; a projection holds both bases and three arrays of the
+    weight's size. ``benchmarks/bench_edit_files.py`` measures 0.8 to 1.0 times this; on a GPU it is up to 1.2 times.
+    """
+    small, large = sorted((d_out, d_in))
+    return 8 * max(small**2 + 5 * large**2, small**2 + large**2 + 3 * small * large)
+
+
+def place_edit(weight: torch.device, factors: torch.device, shape: tuple[int, int]) -> torch.device:
+    """Return where a layer is decomposed and edited: on a GPU that holds its factors, or its weight if there is room.
+
+    Args:
+        weight: Where its weight is.
+        factors: Where its factors are.
+        shape: Shape ``(d_out, d_in)`` of the weight.
+    """
+    if weight.type == "cuda" and factors.type == "cpu" and _ROOM * edit_bytes(*shape) <= free_memory(weight):
+        return weight
+    return factors
 
 
 def free_memory(device: torch.device) -> int:

@@ -141,7 +141,8 @@ class Taps:
             if not (self.recording and torch.is_grad_enabled()):
                 self.without_graph.add(name)
                 return
-            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            if on_gpu and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without "
                     "CUDA graphs."

@@ -16,7 +16,7 @@ from lightning_curvature import KFACEditCallback, fisher, moments
 from lightning_curvature.collect import Collector, collect
 from lightning_curvature.collection import Collection
 from lightning_curvature.moments import SecondMoment, block_columns, packed_size
-from lightning_curvature.plan import DoesNotFitError, place_sums
+from lightning_curvature.plan import DoesNotFitError, edit_bytes, place_edit, place_sums
 from lightning_curvature.streams import SideStreams
 from lightning_curvature.sums import LayerSums
 from tests import models
@@ -366,6 +366,18 @@ def test_sums_live_where_they_fit(monkeypatch, caplog):
     free["cpu"] = 2**20
     with pytest.raises(DoesNotFitError, match=r"cpu has 1\.00 MiB left"):
         place_sums(layers, cuda, "auto")
+
+
+def test_a_layer_is_edited_on_the_gpu_if_there_is_room(monkeypatch):
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    shape, free = (64, 256), {"cuda": int(1.5 * edit_bytes(64, 256)), "cpu": 0}
+    monkeypatch.setattr("lightning_curvature.plan.free_memory", lambda device: free[device.type])
+    assert place_edit(cuda, cpu, shape) == cuda
+    assert place_edit(cpu, cuda, shape) == place_edit(cuda, cuda, shape) == cuda
+    assert place_edit(cpu, cpu, shape) == place_edit(torch.device("mps"), cpu, shape) == cpu
+    free["cuda"] -= 1
+    assert place_edit(cuda, cpu, shape) == cpu
+    assert place_edit(cuda, cuda, shape) == cuda
 
 
 def test_work_runs_beside_the_main_stream(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, LayerFactors
+from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, LayerFactors, bases
 from lightning_curvature.collect import Collector, collect
 from lightning_curvature.moments import SecondMoment
 from lightning_curvature.streams import SideStreams
@@ -193,6 +193,26 @@ def test_edits_are_the_same_as_on_the_cpu(tmp_path):
             )
             assert 0 < report.layers[name].kept < report.layers[name].total
     assert all(torch.equal(value, original[name]) for name, value in on_gpu.state_dict().items())
+
+
+@pytest.mark.parametrize("score", ["kfac", "saliency"])
+def test_factors_of_a_file_are_decomposed_where_the_model_is(tmp_path, monkeypatch, score):
+    gathered(network(), batches()).save(tmp_path / "factors.safetensors")
+    factors = KroneckerFactors.load(tmp_path / "factors.safetensors")
+    on_cpu, on_gpu, devices = network(), network().cuda(), []
+    expected, _ = CurvatureEditor(0.7, score=score).edited_weights(on_cpu, factors)
+    factors = KroneckerFactors.load(tmp_path / "factors.safetensors")
+    decompose = bases.decompose
+    monkeypatch.setattr(bases, "decompose", lambda A, what: devices.append(A.device.type) or decompose(A, what))
+    trial = CurvatureEditor(score=score).at(1.0)
+    for _ in range(2):
+        new, _ = trial.at(0.7).edited_weights(on_gpu, factors)
+        for name, weight in new.items():
+            assert weight.is_cuda
+            torch.testing.assert_close(weight.cpu(), expected[name], rtol=1e-3, atol=1e-5)
+    assert set(devices) == {"cuda"}
+    assert len(devices) <= 2 * len(LAYERS)
+    assert factors[LAYERS[0]].basis.U_A.device.type == "cpu"
 
 
 def test_a_wide_layer():

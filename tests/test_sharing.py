@@ -11,9 +11,10 @@ from torch import distributed as dist
 from torch import nn
 from transformers import ViTForImageClassification
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors, bases
+from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors, bases, editor
 from lightning_curvature.accumulate import owners_of
 from lightning_curvature.bases import bases_in
+from lightning_curvature.basis import coefficients
 from lightning_curvature.collect import Collector, collect
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.sums import LayerKind
@@ -381,6 +382,31 @@ def test_a_basis_goes_with_its_factor(decomposed):
     del layer, factor
     gc.collect()
     assert len(bases._kept) == kept
+
+
+def test_copies_on_another_device_share_what_was_worked_out(decomposed, monkeypatch):
+    """What only a GPU does: "cpu:0" is another device than "cpu" by name, and a copy there is a copy."""
+    model, elsewhere = Gated(), torch.device("cpu:0")
+    found = gathered(model, batches())
+    expected = [CurvatureEditor(energy).edited_weights(model, found)[0] for energy in (0.8, 0.5)]
+    found = gathered(model, batches())  # of which nothing is worked out yet
+    decomposed.clear()
+    monkeypatch.setattr("lightning_curvature.editing.place_edit", lambda weight, factors, shape: elsewhere)
+    products = []
+    monkeypatch.setattr(editor, "coefficients", lambda *args: products.append(1) or coefficients(*args))
+    trial = CurvatureEditor().at(1.0)
+    for energy, weights in zip((0.8, 0.5), expected, strict=True):
+        new, _ = trial.at(energy).edited_weights(model, found)
+        assert all(torch.equal(new[name], weights[name]) for name in PROJECTIONS)
+    assert sorted(decomposed) == ["Factor A"] * 2 + ["Factor G"] * 3
+    assert len(products) == 3
+    copied = found["gate"].to(elsewhere)
+    assert copied.A is not found["gate"].A
+    assert copied.original is found["gate"]
+    assert copied.to(torch.device("cpu")) is copied
+    before = copied.basis.lam[0]
+    found["gate"].G[0, 0] = 7.0  # the next copy gets its new basis
+    assert found["gate"].to(elsewhere).basis.lam[0] > before
 
 
 def test_bases_are_kept_in_a_folder(decomposed, tmp_path):
