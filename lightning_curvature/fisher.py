@@ -135,14 +135,40 @@ def _probabilities(loss: SoftmaxLoss) -> Tensor:
 
 def _sketch(p: Tensor, _counted: Tensor, generator: torch.Generator) -> Tensor:
     s = p.sqrt_()
-    v = torch.empty_like(s).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).mul_(s)
+    v = _with_random_signs(s, generator)
     return v.addcmul_(s.square_(), v.sum(-1, keepdim=True), value=-1)
 
 
+def _with_random_signs(s: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a copy, float32 or float64, with the sign of each entry left or changed by the toss of a coin.
+
+    Each random number tosses 32 of them: one for each entry would cost more than all the rest of a draw.
+    """
+    integer = torch.int32 if s.dtype == torch.float32 else torch.int64
+    numbers = torch.randint(-(2**31), 2**31, (-(-s.numel() // 32), 1), generator=generator, device=s.device)
+    to_the_sign = torch.arange(32, device=s.device, dtype=integer) + (torch.iinfo(integer).bits - 32)
+    flips = (numbers.to(integer) << to_the_sign).bitwise_and_(torch.iinfo(integer).min)
+    return flips.flatten()[: s.numel()].view(s.shape).bitwise_xor_(s.view(integer)).view(s.dtype)
+
+
 def _minus_sampled(p: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
-    rows = p.masked_fill_(~counted, 1.0).reshape(-1, p.shape[-1])
-    labels = torch.multinomial(rows, 1, generator=generator).view(counted.shape)
-    return p.mul_(counted).scatter_add_(-1, labels, -counted.to(p.dtype))
+    # torch.multinomial draws a number for each class, and waits for an accelerator to check its input.
+    labels = (_by_race if p.is_cuda else _by_sums)(p, generator)
+    return p.scatter_add_(-1, labels, -counted.to(p.dtype))
+
+
+def _by_race(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a class for each position, ``[..., 1]``: the one whose waiting time, of rate p, is the shortest."""
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+
+
+def _by_sums(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a class for each position, ``[..., 1]``: where the sums of p pass a random number."""
+    sums = p.cumsum(-1)  # on a GPU, its rounding differs from run to run
+    total = sums[..., -1:]
+    drawn = torch.rand(total.shape, generator=generator, dtype=p.dtype) * total
+    drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))  # never a class of probability 0
+    return torch.searchsorted(sums.contiguous(), drawn.contiguous(), right=True).clamp_(max=p.shape[-1] - 1)
 
 
 def _minus_onehot(p: Tensor, label: int) -> Tensor:

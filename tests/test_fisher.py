@@ -127,6 +127,40 @@ def test_random_kinds_have_the_exact_second_moment(kind):
     assert (error <= 5 * products.std(0) / 20_000**0.5 + 1e-12).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signs_are_tossed_for_each_entry(dtype):
+    """Over 2000 draws of 3 x 50 entries, which take five random numbers, no two entries have to do with each other."""
+    s = torch.rand(50, 3, dtype=dtype, generator=torch.Generator().manual_seed(1)).T + 0.1
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([fisher._with_random_signs(s, generator) for _ in range(2000)])
+    assert torch.equal(draws.abs(), s.expand(2000, -1, -1))
+    signs = draws.sign().flatten(1).double()
+    products = signs.T @ signs / 2000
+    torch.testing.assert_close(products, torch.eye(150, dtype=torch.float64), rtol=0, atol=5.5 / 2000**0.5)
+    assert signs.mean(0).abs().max() < 5 / 2000**0.5
+
+
+@pytest.mark.parametrize("draw", [fisher._by_race, fisher._by_sums])
+@pytest.mark.parametrize("strided", [False, True])
+def test_labels_are_drawn_from_the_softmax(draw, strided):
+    """On a GPU by a race, elsewhere by sums; a class of probability 0 is never drawn, and any where nothing counts."""
+    p = torch.tensor([0.0, 0.5, 0.0, 0.375, 0.125, 0.0]).expand(4, 5000, -1).clone()
+    p[:, 0] = 0.0
+    p = p.movedim(-1, 1).contiguous().movedim(1, -1) if strided else p
+    labels = draw(p, torch.Generator().manual_seed(0))
+    assert labels.shape == (4, 5000, 1)
+    shares = torch.bincount(labels[:, 1:].flatten(), minlength=6) / labels[:, 1:].numel()
+    torch.testing.assert_close(shares, p[0, 1], rtol=0, atol=0.02)
+    assert torch.equal(shares == 0, p[0, 1] == 0)
+    assert ((labels >= 0) & (labels < 6)).all()
+
+
+def test_the_largest_random_number_draws_no_class_of_probability_0(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype, **_: torch.full(shape, 1 - 2**-24, dtype=dtype))
+    p = torch.tensor([[0.25, 0.75 + 2**-23, 0.0], [1.0, 0.0, 0.0]])
+    assert fisher._by_sums(p, torch.Generator()).tolist() == [[1], [0]]
+
+
 def test_sketch_is_the_better_estimator_on_a_saturated_model():
     """The reason for the default: at one backward pass, the error of G is a fraction of that of a sampled label."""
     torch.manual_seed(0)
