@@ -14,8 +14,8 @@ the same batches, and every figure is a ratio within a round: median, and range 
 3. *memory*: the peak of four training steps beyond that of plain ones, sums included, by torch's profiler, over the
    bytes of the distinct factors in float32; captured tensors (inputs and gradients of the layers in one batch) are
    named beside it.
-4. *alone*: plain, naive, ``empirical``, and watching the layers without any product, of the gated model, with no other
-   variant between them; *blocks*: products of 1024 and 4096 rows, block columns up to the diagonal against the full
+4. *alone*: plain, naive, ``empirical``, and watching the layers without any product, with no other variant between
+   them; *blocks*: products of 1024 and 4096 rows, block columns up to the diagonal against the full
    product.
 5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
 6. *peak*, on a GPU: operations that one update of a factor needs (``d^2`` for each of 8192 positions, bfloat16) in a
@@ -278,9 +278,9 @@ def in_training(subject: Subject, rounds: int) -> tuple[list[list[object]], dict
     return rows, seconds
 
 
-def alone(rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
+def alone(kind: str, rounds: int) -> tuple[list[object], dict[str, list[float]]]:
     """Measure ``empirical`` and naive hooks with nothing else in turn."""
-    subject = Subject("gated")
+    subject = Subject(kind)
     seconds = in_turn(
         {"plain": subject.plain, "naive": subject.naive(), "ours": subject.trained(fisher="empirical"),
          "watching": subject.trained(fisher="empirical", share=1e-9)},
@@ -288,7 +288,7 @@ def alone(rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
     )  # fmt: skip
     extras = [[ratio - 1 for ratio in ratios(seconds, name, "plain")] for name in ("naive", "ours", "watching")]
     of_naive = [[own / naive for naive, own in zip(extras[0], part, strict=True)] for part in extras[1:]]
-    return [[*map(spread, extras), *map(spread, of_naive)]], seconds
+    return [kind, *map(spread, extras), *map(spread, of_naive)], seconds
 
 
 def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
@@ -412,9 +412,12 @@ def main() -> None:
             headers = ["", "plain", "extra", "captured", "factors", "(extra - captured) / factors"]
             print(tabulate(rows, headers, tablefmt="github"), flush=True)
     if "alone" in args.parts:
-        rows, results["alone"] = alone(2 * args.rounds)
-        print("\ngated MLP, empirical in every step, alone\n")
-        print(tabulate(rows, ["naive", "ours", "watching", "ours / naive", "watching / naive"],
+        rows = []
+        for kind in kinds:
+            row, results[f"alone, {kind}"] = alone(kind, 2 * args.rounds)
+            rows.append(row)
+        print("\nempirical in every step, alone\n")
+        print(tabulate(rows, ["", "naive", "ours", "watching", "ours / naive", "watching / naive"],
                        tablefmt="github"), flush=True)  # fmt: skip
     if "blocks" in args.parts:
         rows, results["blocks"] = blocks(2 * args.rounds)
