@@ -15,8 +15,8 @@ the same batches, and every figure is a ratio within a round: median, and range 
    bytes of the distinct factors in float32; captured tensors (inputs and gradients of the layers in one batch) are
    named beside it.
 4. *alone*: plain, naive, ``empirical``, and watching the layers without any product, with no other variant between
-   them; *blocks*: products of 1024 and 4096 rows, block columns up to the diagonal against the full
-   product.
+   them; *blocks*: products of 1024 and 4096 rows, block columns that end at the diagonal, and block rows, against the
+   full product.
 5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
 6. *peak*, on a GPU: operations that one update of a factor needs (``d^2`` for each of 8192 positions, bfloat16) in a
    second, over those of one 8192 x 8192 x 8192 product of bfloat16 matrices.
@@ -307,15 +307,20 @@ def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
                 for start, end in bounds:
                     x[:, :end].T @ x[:, start:end]
 
+        def left(data=data, bounds=bounds):
+            for x in data:
+                for start, end in bounds:
+                    x[:, start:end].T @ x[:, :end]
+
         sums = [SecondMoment(width) for _ in data]
 
         def update(data=data, sums=sums):
             for moment, x in zip(sums, data, strict=True):
                 moment.add(x)
 
-        seconds = in_turn({"full": full, "blocks": upper, "update": update}, rounds)
+        seconds = in_turn({"full": full, "columns": upper, "update": update, "rows": left}, rounds)
         results[f"{positions} x {width}"] = seconds
-        of_full = [spread(ratios(seconds, name, "full")) for name in ("blocks", "update")]
+        of_full = [spread(ratios(seconds, name, "full")) for name in ("columns", "update", "rows")]
         rows.append([positions, width, len(bounds), *of_full])
     return rows, results
 
@@ -422,7 +427,7 @@ def main() -> None:
     if "blocks" in args.parts:
         rows, results["blocks"] = blocks(2 * args.rounds)
         print("\nProducts of block columns, full product = 1\n")
-        print(tabulate(rows, ["positions", "width", "blocks", "of the full product", "with the sum"],
+        print(tabulate(rows, ["positions", "width", "blocks", "block columns", "with the sum", "block rows"],
                        tablefmt="github"), flush=True)  # fmt: skip
     if "peak" in args.parts:
         rows, results["peak"] = share_of_peak(args.rounds)
