@@ -15,8 +15,8 @@ the same batches, and every figure is a ratio within a round: median, and range 
    bytes of the distinct factors in float32; captured tensors (inputs and gradients of the layers in one batch) are
    named beside it.
 4. *alone*: plain, naive, ``empirical``, and watching the layers without any product, with no other variant between
-   them; *blocks*: products of 1024 and 4096 rows, block columns that end at the diagonal, and block rows, against the
-   full product.
+   them; *blocks*: products of 1024 and 4096 rows, block columns that end at the diagonal, alone and added to a sum, and
+   block rows added to one, against the full product.
 5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
 6. *peak*, on a GPU: operations that one update of a factor needs (``d^2`` for each of 8192 positions, bfloat16) in a
    second, over those of one 8192 x 8192 x 8192 product of bfloat16 matrices.
@@ -278,9 +278,8 @@ def in_training(subject: Subject, rounds: int) -> tuple[list[list[object]], dict
     return rows, seconds
 
 
-def alone(kind: str, rounds: int) -> tuple[list[object], dict[str, list[float]]]:
+def alone(subject: Subject, rounds: int) -> tuple[list[str], dict[str, list[float]]]:
     """Measure ``empirical`` and naive hooks with nothing else in turn."""
-    subject = Subject(kind)
     seconds = in_turn(
         {"plain": subject.plain, "naive": subject.naive(), "ours": subject.trained(fisher="empirical"),
          "watching": subject.trained(fisher="empirical", share=1e-9)},
@@ -288,7 +287,7 @@ def alone(kind: str, rounds: int) -> tuple[list[object], dict[str, list[float]]]
     )  # fmt: skip
     extras = [[ratio - 1 for ratio in ratios(seconds, name, "plain")] for name in ("naive", "ours", "watching")]
     of_naive = [[own / naive for naive, own in zip(extras[0], part, strict=True)] for part in extras[1:]]
-    return [kind, *map(spread, extras), *map(spread, of_naive)], seconds
+    return [*map(spread, extras), *map(spread, of_naive)], seconds
 
 
 def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
@@ -307,12 +306,13 @@ def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
                 for start, end in bounds:
                     x[:, :end].T @ x[:, start:end]
 
-        def left(data=data, bounds=bounds):
-            for x in data:
-                for start, end in bounds:
-                    x[:, start:end].T @ x[:, :end]
-
         sums = [SecondMoment(width) for _ in data]
+        by_rows = [[torch.zeros(end - start, end) for start, end in bounds] for _ in data]
+
+        def left(data=data, bounds=bounds, by_rows=by_rows):
+            for x, blocks in zip(data, by_rows, strict=True):
+                for (start, end), block in zip(bounds, blocks, strict=True):
+                    torch.addmm(block, x[:, start:end].T, x[:, :end], out=block)
 
         def update(data=data, sums=sums):
             for moment, x in zip(sums, data, strict=True):
@@ -399,6 +399,7 @@ def main() -> None:
     shape = f"{args.width}/{4 * args.width}, {args.depth} blocks, {args.dtype}, {args.device}"
     kinds = {"gated": f"gated MLP, {shape}", "plain": f"plain MLP, {shape}", "vit": f"ViT, {shape}"}
     results: dict[str, object] = {}
+    in_every_step: list[list[str]] = []
     for kind, title in kinds.items():
         subject = Subject(kind, width=args.width, depth=args.depth, length=args.length, rows=args.rows,
                           device=args.device, dtype=getattr(torch, args.dtype))  # fmt: skip
@@ -416,19 +417,18 @@ def main() -> None:
             print(f"\n{title}: peak memory of four steps, MiB\n")
             headers = ["", "plain", "extra", "captured", "factors", "(extra - captured) / factors"]
             print(tabulate(rows, headers, tablefmt="github"), flush=True)
+        if "alone" in args.parts:
+            row, results[f"alone, {kind}"] = alone(subject, 2 * args.rounds)
+            in_every_step.append([kind, *row])
     if "alone" in args.parts:
-        rows = []
-        for kind in kinds:
-            row, results[f"alone, {kind}"] = alone(kind, 2 * args.rounds)
-            rows.append(row)
         print("\nempirical in every step, alone\n")
-        print(tabulate(rows, ["", "naive", "ours", "watching", "ours / naive", "watching / naive"],
+        print(tabulate(in_every_step, ["", "naive", "ours", "watching", "ours / naive", "watching / naive"],
                        tablefmt="github"), flush=True)  # fmt: skip
     if "blocks" in args.parts:
         rows, results["blocks"] = blocks(2 * args.rounds)
         print("\nProducts of block columns, full product = 1\n")
-        print(tabulate(rows, ["positions", "width", "blocks", "block columns", "with the sum", "block rows"],
-                       tablefmt="github"), flush=True)  # fmt: skip
+        headers = ["positions", "width", "blocks", "block columns", "with the sum", "block rows, with the sum"]
+        print(tabulate(rows, headers, tablefmt="github"), flush=True)
     if "peak" in args.parts:
         rows, results["peak"] = share_of_peak(args.rounds)
         print("\nOne update of a factor, 8192 positions, bfloat16\n")

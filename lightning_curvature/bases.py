@@ -21,6 +21,18 @@ from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.formats import tensor_hash
 
 
+class Original(NamedTuple):
+    """A factor of which there is a copy on another device, and its version when the copy was made."""
+
+    factor: Tensor
+    version: int
+
+    @classmethod
+    def now(cls, factor: Tensor) -> "Original":
+        """Return a factor with the version that it has now."""
+        return cls(factor, factor._version)
+
+
 class _Kept(NamedTuple):
     version: int
     vectors: Tensor
@@ -61,29 +73,30 @@ def bases_in(folder: str | PathLike[str] | None) -> Iterator[None]:
         _folders.pop()
 
 
-def known_basis(A: Tensor, G: Tensor, of: tuple[Tensor, Tensor] | None = None) -> CurvatureBasis:
+def known_basis(A: Tensor, G: Tensor, of: tuple[Original, Original] | None = None) -> CurvatureBasis:
     """Return the curvature basis of a layer, as :func:`lightning_curvature.basis.curvature_basis`, worked out once.
 
     Args:
         A: ``[d_in, d_in]``.
         G: ``[d_out, d_out]``.
-        of: What these are copies of on another device, if they are: the basis is kept there, as long as that is.
+        of: The A and the G that these are copies of, if they are: the basis is kept with those, where they are.
 
     Raises:
         FaultyLayerError: If a factor cannot be decomposed.
     """
-    first_A, first_G = (A, G) if of is None else of
+    first_A, first_G = (Original.now(A), Original.now(G)) if of is None else of
     return CurvatureBasis(*_known(G, first_G, "Factor G"), *_known(A, first_A, "Factor A"))
 
 
-def _known(factor: Tensor, first: Tensor, what: str) -> Iterator[Tensor]:
+def _known(factor: Tensor, first: Original, what: str) -> tuple[Tensor, Tensor]:
     """Return eigenvectors and eigenvalues of a factor, kept with the one that it is a copy of."""
-    found: _Kept | None = _kept.get(first)  # type: ignore[no-untyped-call]
-    if found is None or found.version != first._version:
-        made = _on_disk(factor, what, _folders[-1]) if _folders else decompose(factor, what)
-        found = _Kept(first._version, *(part.to(first.device) for part in made))
-        _kept[first] = found
-    return (part.to(factor.device) for part in (found.vectors, found.values))
+    found: _Kept | None = _kept.get(first.factor)  # type: ignore[no-untyped-call]
+    if found is not None and found.version == first.version:
+        return found.vectors.to(factor.device), found.values.to(factor.device)
+    made = _on_disk(factor, what, _folders[-1]) if _folders else decompose(factor, what)
+    if first.factor._version == first.version:  # not of what was there before
+        _kept[first.factor] = _Kept(first.version, *(part.to(first.factor.device) for part in made))
+    return made
 
 
 def _on_disk(factor: Tensor, what: str, folder: Path) -> tuple[Tensor, Tensor]:

@@ -65,15 +65,17 @@ def decompose(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
         raise FaultyLayerError(f"{what} holds NaN or infinite values. Collect it again; a batch probably overflowed.")
     try:
         values, vectors = torch.linalg.eigh(factor.double())
+    except torch.cuda.OutOfMemoryError:
+        raise  # it says nothing of the factor
     except RuntimeError:
         try:
-            values, vectors = (found.to(factor.device) for found in torch.linalg.eigh(factor.double().cpu()))
+            values, vectors = torch.linalg.eigh(factor.double().cpu())
         except RuntimeError as error:
             raise FaultyLayerError(
                 f"{what} could not be decomposed, neither on {factor.device} nor on the CPU: {error} Collect it again, "
                 "or leave the layer out (skip_faulty=True edits the others)."
             ) from error
-    values, vectors = values.flip(0), vectors.flip(1)
+    values, vectors = values.to(factor.device).flip(0), vectors.to(factor.device).flip(1)
     floor = values[0] * len(values) * torch.finfo(torch.float64).eps
     values = torch.where(values > floor, values, 0.0)
     if not float(values.sum()) > 0.0:
@@ -155,7 +157,7 @@ def select_largest(scores: Tensor, energy: float) -> tuple[Tensor, float]:
     """
     scores = scores.double()
     ordered = scores.flatten().sort(descending=True).values
-    sums = ordered.cumsum(0)
+    sums = ordered.cpu().cumsum(0)  # whose rounding differs from run to run on a GPU
     total = float(sums[-1])
     if not 0.0 < total < float("inf"):
         raise ValueError("The scores of the coefficients are zero or not finite, so none can be told from another.")

@@ -239,8 +239,8 @@ class Collector:
             self._warn_of_unseen_backward()
         if self._taken is not None:
             self._taken.mask, self._taken.share, self._taken.seed = self._mask, self.share, self._seed
-        self.stop()  # nothing looks at the functions that add the batch
         try:
+            self.stop()  # nothing looks at the functions that add the batch
             self.accumulator.add(self._taken, self.kinds)
         finally:
             self.abort()

@@ -280,8 +280,7 @@ class WeightEditor(Editor):
             result = Projection(matrix, matrix.numel(), 1.0)
         else:
             try:
-                place = place_edit(matrix.device, factors.A.device, factors.shape)
-                result = self.project(matrix, factors.to(place), energy)
+                result = self._projected(name, matrix, factors, energy)
             except ValueError as error:
                 kind = FaultyLayerError if isinstance(error, FaultyLayerError) else ValueError
                 raise kind(f"Layer {name!r}: {error}") from error
@@ -299,6 +298,16 @@ class WeightEditor(Editor):
             dropped=1.0 - factors.num_inputs / factors.num_seen if factors.num_seen else 0.0,
         )
         return new, edit
+
+    def _projected(self, name: str, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Project on the GPU if there is room, and where the factors are if there turns out to be too little."""
+        place = place_edit(matrix.device, factors.A.device, factors.shape)
+        if place != factors.A.device:
+            try:
+                return self.project(matrix, factors.to(place), energy)
+            except torch.cuda.OutOfMemoryError:
+                warnings.warn(f"Layer {name!r} does not fit on {place}, so it is edited on the CPU.", stacklevel=2)
+        return self.project(matrix, factors, energy)  # not in the handler, whose error holds what was tried
 
 
 def find_layer(module: nn.Module, name: str) -> Any:

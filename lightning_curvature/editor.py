@@ -91,6 +91,6 @@ class CurvatureEditor(WeightEditor):
         here = weight.to(home)
         old, C = self._known.get(factors.original, (None, None))
         if old is None or C is None or not (old.dtype == here.dtype and torch.equal(old, here)):
-            C = coefficients(weight, factors.basis).to(home)
-            self._known[factors.original] = (weight.to(home, copy=True), C)
+            C = coefficients(weight, factors.basis)
+            self._known[factors.original] = (weight.to(home, copy=True), C.to(home))
         return C.to(weight.device)

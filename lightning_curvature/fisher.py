@@ -152,21 +152,22 @@ def _with_random_signs(s: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _minus_sampled(p: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
-    # torch.multinomial draws a number for each class, and waits for an accelerator to check its input.
-    labels = (_by_race if p.is_cuda else _by_sums)(p, generator)
+    # torch.multinomial waits for an accelerator to check what it is given, and draws a number for each class on a CPU.
+    labels = (_by_sums if p.is_cpu else _by_race)(p, generator)
     return p.scatter_add_(-1, labels, -counted.to(p.dtype))
 
 
 def _by_race(p: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a class for each position, ``[..., 1]``: the one whose waiting time, of rate p, is the shortest."""
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    times = torch.empty_like(p).exponential_(generator=generator)
+    return torch.div(p, times, out=times).argmax(-1, keepdim=True)
 
 
 def _by_sums(p: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a class for each position, ``[..., 1]``: where the sums of p pass a random number."""
-    sums = p.cumsum(-1)  # on a GPU, its rounding differs from run to run
+    sums = p.cumsum(-1)  # whose rounding differs from run to run on a GPU
     total = sums[..., -1:]
-    drawn = torch.rand(total.shape, generator=generator, dtype=p.dtype) * total
+    drawn = torch.rand(total.shape, generator=generator, dtype=p.dtype, device=p.device) * total
     drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))  # never a class of probability 0
     return torch.searchsorted(sums.contiguous(), drawn.contiguous(), right=True).clamp_(max=p.shape[-1] - 1)
 

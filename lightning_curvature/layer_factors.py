@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curvature.bases import known_basis
+from lightning_curvature.bases import Original, known_basis
 from lightning_curvature.basis import CurvatureBasis
 
 OPTIONAL = ("A_coupled", "G_coupled", "eigenvalues", "margins")
@@ -112,7 +112,7 @@ class LayerFactors:
 
     @functools.cached_property
     def _basis_of_copy(self) -> CurvatureBasis:
-        return known_basis(self.A, self.G, (self.original.A, self.original.G))
+        return known_basis(self.A, self.G, vars(self)["_copied"])
 
     @property
     def original(self) -> "LayerFactors":
@@ -127,7 +127,9 @@ class LayerFactors:
         """
         if device == self.A.device:
             return self
+        if self.original is not self:
+            return self.original.to(device)
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         copy = dataclasses.replace(self, **moved)
-        vars(copy)["_original"] = self.original
+        vars(copy).update(_original=self, _copied=(Original.now(self.A), Original.now(self.G)))
         return copy

@@ -248,7 +248,7 @@ def block_columns(dim: int) -> list[tuple[int, int]]:
     """Return the bounds of the block columns that are kept of a symmetric matrix: of ``start:end``, the rows ``:end``.
 
     Up to 128 columns the plain product is as fast. The widths are those that were fastest on CPUs, see
-    ``docs/performance.md``; block rows are slower where there are many positions.
+    ``docs/performance.md``.
 
     >>> block_columns(300)
     [(0, 128), (128, 256), (256, 300)]

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_curvature.moments import packed_size
 
 _SUM, _FACTOR = 8, 4  # bytes of an entry: sums have two float32 parts, finished factors one
-_ROOM = 1.5  # of what an edit takes on the CPU, to be free on a GPU, whose solver takes more
+_ROOM, _LIBRARIES = 2, 2**28  # free on a GPU for an edit: times what it takes on the CPU, and bytes for the libraries
 
 
 class DoesNotFitError(RuntimeError):
@@ -124,9 +124,9 @@ def place_edit(weight: torch.device, factors: torch.device, shape: tuple[int, in
         factors: Where its factors are.
         shape: Shape ``(d_out, d_in)`` of the weight.
     """
-    if weight.type == "cuda" and factors.type == "cpu" and _ROOM * edit_bytes(*shape) <= free_memory(weight):
-        return weight
-    return factors
+    if weight.type != "cuda" or factors.type != "cpu":
+        return factors
+    return weight if _ROOM * edit_bytes(*shape) + _LIBRARIES <= free_memory(weight) else factors
 
 
 def free_memory(device: torch.device) -> int:

@@ -6,6 +6,7 @@ process is told to all, and all of them raise it: none waits for one that has gi
 
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from traceback import clear_frames
 from typing import Any, TypeVar
 
 import torch
@@ -166,13 +167,15 @@ class Ranks:
                 done[name] = do()
             except _TOLD as error:
                 done[name] = error
+                for failed in filter(None, (error, error.__cause__)):  # their frames hold the tensors of the work
+                    clear_frames(failed.__traceback__)
         told: dict[str, Any] = {}
         for part in self.gather({name: r if isinstance(r, Exception) else r[1] for name, r in done.items()}):
             told |= part
         errors = [found for found in told.values() if isinstance(found, Exception)]
-        failed = [error for error in errors if not isinstance(error, ValueError)]
-        if failed:
-            raise failed[0]
+        fatal = [error for error in errors if not isinstance(error, ValueError)]
+        if fatal:
+            raise fatal[0]
         results: dict[str, tuple[Tensor, T] | ValueError] = {}
         for name in names:
             if isinstance(told[name], ValueError):

@@ -57,6 +57,15 @@ def test_a_solver_that_does_not_converge_is_tried_again_on_the_cpu(monkeypatch):
     assert calls == ["cpu", "cpu"]
 
 
+def test_a_full_gpu_is_no_fault_of_the_factor(monkeypatch):
+    def full(_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(torch.linalg, "eigh", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        decompose(torch.eye(2), "Factor A")
+
+
 def test_a_layer_whose_factor_cannot_be_decomposed_is_named(monkeypatch):
     failing_eigh(monkeypatch, 100)
     net = nn.Sequential(nn.Linear(3, 2))
