@@ -94,8 +94,7 @@ def _known(factor: Tensor, first: Original, what: str) -> tuple[Tensor, Tensor]:
     if found is not None and found.version == first.version:
         return found.vectors.to(factor.device), found.values.to(factor.device)
     made = _on_disk(factor, what, _folders[-1]) if _folders else decompose(factor, what)
-    if first.factor._version == first.version:  # not of what was there before
-        _kept[first.factor] = _Kept(first.version, *(part.to(first.factor.device) for part in made))
+    _kept[first.factor] = _Kept(first.version, *(part.to(first.factor.device) for part in made))
     return made
 
 

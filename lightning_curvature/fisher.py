@@ -168,7 +168,7 @@ def _by_sums(p: Tensor, generator: torch.Generator) -> Tensor:
     sums = p.cumsum(-1)  # whose rounding differs from run to run on a GPU
     total = sums[..., -1:]
     drawn = torch.rand(total.shape, generator=generator, dtype=p.dtype, device=p.device) * total
-    drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))  # never a class of probability 0
+    # Even the largest random number gives less than the total: what is clamped are positions that do not count.
     return torch.searchsorted(sums.contiguous(), drawn.contiguous(), right=True).clamp_(max=p.shape[-1] - 1)
 
 

@@ -155,10 +155,12 @@ def test_labels_are_drawn_from_the_softmax(draw, strided):
     assert ((labels >= 0) & (labels < 6)).all()
 
 
-def test_the_largest_random_number_draws_no_class_of_probability_0(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda shape, dtype, **_: torch.full(shape, 1 - 2**-24, dtype=dtype))
-    p = torch.tensor([[0.25, 0.75 + 2**-23, 0.0], [1.0, 0.0, 0.0]])
-    assert fisher._by_sums(p, torch.Generator()).tolist() == [[1], [0]]
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+def test_no_random_number_draws_a_class_of_probability_0(monkeypatch, number):
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype, **_: torch.full(shape, number, dtype=dtype))
+    totals = torch.cat([torch.linspace(0.5, 2.0, 10_001), 1 + torch.arange(-8, 9) * 2**-24])
+    p = torch.stack([0 * totals, totals, 0 * totals], -1)
+    assert torch.equal(fisher._by_sums(p, torch.Generator()), torch.ones(len(p), 1, dtype=torch.int64))
 
 
 def test_sketch_is_the_better_estimator_on_a_saturated_model():
