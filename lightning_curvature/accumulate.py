@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_curvature.factors import LayerFactors
 from lightning_curvature.ranks import Ranks
@@ -94,13 +93,13 @@ class Accumulator:
             kinds: What each layer is.
         """
         with self._side.beside([] if batch is None else batch.tensors):
-            rows = None if batch is None else read_batch(batch, self._positions)
+            read = None if batch is None else read_batch(batch, self._positions)
             self.num_seen += batch is not None
-            self.num_batches += rows is not None
-            if batch is not None and rows is None:
+            self.num_batches += read is not None
+            if batch is not None and read is None:
                 self._warn_of_skipped()
-            groups = same_inputs(rows or [])
-            scale = 1.0 if batch is None else batch.scale
+            rows, scale = read or ([], 1.0)
+            groups = same_inputs(rows)
             if self.owners is None:
                 for group in groups if self.ranks.counts else []:
                     self._share_inputs(group, kinds)
@@ -153,9 +152,7 @@ class Accumulator:
                 for name in here:
                     self._sums[name].share_inputs(inputs)
 
-    def _add_group(
-        self, group: Mapping[str, Sequence[CallRows]], sums: Mapping[str, LayerSums], scale: float | Tensor
-    ) -> None:
+    def _add_group(self, group: Mapping[str, Sequence[CallRows]], sums: Mapping[str, LayerSums], scale: float) -> None:
         """Add the calls of layers that read the same inputs."""
         shared = sharing({name: sums[name] for name in group})
         for calls in zip(*group.values(), strict=True):

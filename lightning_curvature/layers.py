@@ -96,14 +96,14 @@ def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     """Return a layer's input as rows ``[n, d_in]``, in the order of its output's positions."""
     if isinstance(module, nn.Conv2d):
         return conv_patches(module, inputs)
-    return rearrange(inputs, "... d -> (...) d")
+    return inputs.reshape(-1, inputs.shape[-1])
 
 
 def gradient_rows(module: nn.Module, gradient: Tensor) -> Tensor:
     """Return a layer's output gradient as rows ``[n, d_out]``."""
     if isinstance(module, nn.Conv2d):
         return rearrange(gradient, "... c h w -> (... h w) c")
-    return rearrange(gradient, "... d -> (...) d")
+    return gradient.reshape(-1, gradient.shape[-1])
 
 
 def num_rows(module: nn.Module, inputs: Tensor, output_shape: torch.Size) -> int:

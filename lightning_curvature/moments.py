@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _RECENT = 8  # batches of a group
-_LAUNCHED = 2**22  # entries of one product on a GPU, where the start of many small ones costs more than they save
+_LAUNCHED = 2**22  # entries of a product on a GPU, up to which starting several costs more than they save
 _UNDERFLOW = 1e-30  # squares of float32 entries are lost below
 
 
@@ -56,48 +56,49 @@ class SecondMoment:
         self._mean: Callable[[], Tensor | None] = lambda: None
 
     @torch.no_grad()
-    def add(self, *rows: Tensor, count: int | None = None, scale: float | Tensor = 1.0) -> None:
+    def add(self, *rows: Tensor, count: int | None = None, scale: float = 1.0) -> None:
         """Add one batch.
 
         Args:
             *rows: Rows ``[n, d]``, any floating dtype; the products of several are summed, none add to the count alone.
             count: Positions that stand behind them; by default all n of all rows.
-            scale: Factor of the products, a number or a scalar tensor.
+            scale: Factor of the products.
         """
         count = sum(len(part) for part in rows) if count is None else count
         self.count += count
         self.recent_count += count
         self.recent_batches += 1
-        if rows:
-            self._add_products(rows, scale)
+        if filled := [part for part in rows if len(part)]:  # the expert of a mixture may see no position of a batch
+            self._add_products(filled, scale)
         # The first groups are small, so that a few batches can tell of their spread.
         if self.recent_batches >= min(max(self.groups, 1), _RECENT):
             self.settle()
         self._mean = lambda: None
 
-    def _add_products(self, rows: Sequence[Tensor], scale: float | Tensor) -> None:
+    def _add_products(self, rows: Sequence[Tensor], scale: float) -> None:
         self._promote(*(part.dtype for part in rows))
         operands = [part if _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
+        blocks = list(self._blocks(self.rest))
         # A step may still be running in its own precision, and a process allow products of fewer bits than it asks for.
         with torch.autocast(rows[0].device.type, enabled=False), full_precision():
-            if _all_on_cpu(self.rest, *rows):
-                for start, end, block in self._blocks(self.rest):
+            if len(blocks) > 1 and _in_one_product(rows[0], self.dim):
+                product = self._product(operands, 0, self.dim, scale)
+                for start, end, block in blocks:
+                    block += product[:end, start:end]
+                return
+            for start, end, block in blocks:
+                if block.device == rows[0].device:
                     for part in operands:
-                        torch.addmm(block, part[:, :end].T, part[:, start:end], alpha=float(scale), out=block)
-            else:
-                self._add_from_device(operands, scale)
+                        _add_product(block, part[:, :end].T, part[:, start:end], scale)
+                else:
+                    block += self._product(operands, start, end, scale)
 
-    def _add_from_device(self, operands: Sequence[Tensor], scale: float | Tensor) -> None:
-        """Add products that a GPU takes, wherever they are summed; nothing is read from it."""
-        scale = scale.to(self.rest.device) if isinstance(scale, Tensor) else scale
-        for blocks in _together(self._blocks(self.rest), _LAUNCHED if operands[0].is_cuda else 1):
-            start, end = blocks[0][0], blocks[-1][1]
-            products = [_product(part[:, :end].T, part[:, start:end]) for part in operands]
-            product = sum(products[1:], products[0]).to(self.rest.device)
-            if isinstance(scale, Tensor) or scale != 1.0:
-                product *= scale
-            for first, last, block in blocks:
-                block += product[:last, first - start : last - start]
+    def _product(self, operands: Sequence[Tensor], start: int, end: int, scale: float) -> Tensor:
+        """Return the products of some columns, rows up to the diagonal, on the device of the sums."""
+        product = torch.empty(end, end - start, dtype=self.dtype, device=operands[0].device)
+        for index, part in enumerate(operands):
+            _add_product(product, part[:, :end].T, part[:, start:end], scale, beta=min(index, 1))
+        return product.to(self.rest.device)
 
     def _promote(self, *dtypes: torch.dtype) -> None:
         for dtype in dtypes:
@@ -177,6 +178,8 @@ class SecondMoment:
 
     def move(self, device: torch.device) -> None:
         """Move the sum to a device."""
+        if self.total.device == device:
+            return
         self.total, self.rest, self.squares = (x.to(device) for x in (self.total, self.rest, self.squares))
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,28 +235,16 @@ class SecondMoment:
             offset += size
 
 
-def _together(blocks: Iterator[tuple[int, int, Tensor]], entries: int) -> Iterator[list[tuple[int, int, Tensor]]]:
-    """Yield block columns in groups whose product has at least this many entries, as far as there are that many."""
-    group: list[tuple[int, int, Tensor]] = []
-    for block in blocks:
-        group.append(block)
-        if (block[1] - group[0][0]) * block[1] >= entries:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 def block_columns(dim: int) -> list[tuple[int, int]]:
     """Return the bounds of the block columns that are kept of a symmetric matrix: of ``start:end``, the rows ``:end``.
 
-    Up to 128 columns the plain product is as fast. The widths are those that were fastest on CPUs, see
-    ``docs/performance.md``.
+    There are four, or as many as are 128 to 1024 wide: narrower ones are slow, fewer take more products than are
+    needed. Up to 128 columns the plain product is as fast. See ``docs/performance.md``.
 
     >>> block_columns(300)
     [(0, 128), (128, 256), (256, 300)]
     """
-    width = 128 if dim < 2048 else 256
+    width = min(max(64 * -(-dim // 256), 128), 1024)
     return [(start, min(start + width, dim)) for start in range(0, dim, width)]
 
 
@@ -261,23 +252,25 @@ def packed_size(dim: int) -> int:
     """Return the number of entries that are kept of a symmetric matrix.
 
     >>> packed_size(1024) / 1024**2
-    0.5625
+    0.625
     """
     return sum((end - start) * end for start, end in block_columns(dim))
 
 
-def _all_on_cpu(*tensors: Tensor) -> bool:
-    return all(tensor.is_cpu for tensor in tensors)
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float, beta: int = 1) -> None:
+    """Add to a matrix as the product is taken: no other one of its size is there. With beta 0, write over it."""
+    if _on_tensor_cores(left):  # products of halves are exact in float32
+        torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, alpha=scale, out=total)
+    else:
+        torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    if _on_tensor_cores(left):
-        return torch.mm(left, right, out_dtype=torch.float32)  # products of halves are exact in float32
-    return torch.mm(left, right)
+def _in_one_product(rows: Tensor, dim: int) -> bool:
+    return rows.is_cuda and dim * dim <= _LAUNCHED
 
 
 def _on_tensor_cores(rows: Tensor) -> bool:
-    return rows.is_cuda and rows.dtype.itemsize == 2 and hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
+    return rows.is_cuda and rows.dtype.itemsize == 2 and hasattr(torch.ops.aten.addmm, "dtype_out")  # since torch 2.8
 
 
 @contextmanager

@@ -50,6 +50,8 @@ def counted_positions(
     if positions == "all" or isinstance(call.module, nn.Conv2d):
         return None
     if positions == "contributing":
+        if len(not_zero) == 1:
+            return not_zero[0]
         return torch.stack(list(not_zero)).any(0) if not_zero else torch.zeros(count, dtype=torch.bool, device=device)
     shape = call.output_shape[:-1]
     if positions == "first":

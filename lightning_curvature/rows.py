@@ -3,6 +3,7 @@
 An accelerator is waited for once for the whole batch, in :func:`read_batch`.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,7 +26,8 @@ class BatchGradients:
     Args:
         calls: Calls of the chosen layers.
         passes: Of each backward pass, the gradients at the outputs of the calls.
-        scale: Factor of the products of gradients: over passes that are averaged, or the square of their unit.
+        scale: Factor of the products of gradients: over passes that are averaged, or the square of their unit
+            (float64 if it is a scalar tensor).
         mask: Mask of the batch, for ``positions="mask:KEY"``.
         share: Share of the positions that is used, chosen at random.
         seed: Seed of that choice.
@@ -90,8 +92,8 @@ class CallRows:
         return rows if self.index is None else rows[self.index]
 
 
-def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
-    """Return the rows of a batch, or None if it holds NaN or infinite values.
+def read_batch(batch: BatchGradients, positions: str) -> tuple[list[CallRows], float] | None:
+    """Return the rows of a batch and its scale, or None if it holds NaN or infinite values.
 
     Args:
         batch: The batch.
@@ -131,20 +133,27 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
             sample, own.num_seen = samples[which]
             own.counted = sample if own.counted is None else own.counted & sample
     masks = _of_one_length([(own, own.counted) for own in rows if own.counted is not None])
-    asked = [torch.isfinite(total)[None].to(torch.int64) for total in sums.values()]
+    device = rows[0].inputs.device
+    asked = [torch.isfinite(torch.stack([total.to(device) for total in sums.values()])).to(torch.int64)]
+    scale = batch.scale
+    if isinstance(scale, Tensor):
+        asked.append(scale.reshape(1).view(torch.int64))  # its bits
     for parts in masks.values():
         stacked = torch.stack([counted for _, counted in parts])
         asked += [stacked.sum(1), (stacked * _weights(stacked.shape[1], stacked.device)).sum(1)]
     # The only wait for an accelerator: everything that is to be known of the batch is read at once.
-    answers = iter(torch.cat([numbers.to(asked[0].device) for numbers in asked]).tolist())
-    if not all(next(answers) for _ in sums):
+    answers = iter(torch.cat([numbers.to(device) for numbers in asked]).tolist())
+    finite = [next(answers) for _ in sums]
+    if not all(finite):
         return None
+    if isinstance(scale, Tensor):
+        (scale,) = struct.unpack("d", struct.pack("q", next(answers)))
     for parts in masks.values():
         for name in ("num_counted", "fingerprint"):
             for own, _ in parts:
                 setattr(own, name, next(answers))
     _index_rows([own for own in rows if own.counted is not None])
-    return rows
+    return rows, scale
 
 
 def _index_rows(rows: Sequence[CallRows]) -> None:

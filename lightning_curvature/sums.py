@@ -12,7 +12,7 @@ from lightning_curvature.factors import LayerFactors
 from lightning_curvature.moments import SecondMoment
 from lightning_curvature.ranks import Ranks
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 """Of what :func:`state_of` returns; sums of another version are not read."""
 
 
@@ -66,7 +66,7 @@ class LayerSums:
         """Add inputs ``[n, d_in]`` at the positions that count; once for all layers that share the moment."""
         self.inputs.add(inputs)
 
-    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float | Tensor, seen: int) -> None:
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:
         """Add the gradients at the same positions.
 
         Args:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import peak_bytes
-from lightning_curvature import KFACEditCallback, fisher, moments
+from lightning_curvature import KFACEditCallback, fisher
 from lightning_curvature.collect import Collector, collect
 from lightning_curvature.collection import Collection
 from lightning_curvature.moments import SecondMoment, block_columns, packed_size
@@ -122,7 +122,6 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["sketched", "sampled", "empirical"])
 def test_a_step_waits_once(step, kind, monkeypatch):
     """The one time is the list of numbers that the end of a batch reads, all together."""
-    monkeypatch.setattr(moments, "_all_on_cpu", lambda *_: False)
     lists, tolist = [], torch.Tensor.tolist
     collector = Collector(step.model, NAMES, fisher=kind, share=0.5)
     step(collector)
@@ -149,7 +148,7 @@ def test_peak_memory_of_some_steps(step):
 
     for kind in ("empirical", "sketched"):
         extra = peak_bytes(lambda kind=kind: steps(kind)) - plain
-        # Blocks of 128 rows up to the diagonal: 1.25 at 512, 1.125 at 1024, 1.02 at 11008.
+        # Four blocks up to the diagonal: 1.25, two of 256: 1.5; 1.09 at 11008.
         assert extra <= 1.35 * factors + captured
 
 
@@ -186,7 +185,7 @@ def test_sums_and_factors_are_never_there_as_a_whole(step, monkeypatch):
 # Block columns ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [1, 5, 127, 128, 129, 300, 2049])
+@pytest.mark.parametrize("dim", [1, 5, 127, 128, 129, 300, 2049, 5000])
 def test_block_columns_hold_the_upper_triangle_once(dim):
     rows = torch.randn(7, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moment = SecondMoment(dim)
@@ -195,7 +194,7 @@ def test_block_columns_hold_the_upper_triangle_once(dim):
     assert block_columns(dim)[0][0] == 0
     assert block_columns(dim)[-1][1] == dim
     assert len(moment.total) == packed_size(dim) <= dim**2
-    assert dim < 2049 or packed_size(dim) < 0.57 * dim**2
+    assert dim < 300 or packed_size(dim) <= (0.61 if dim == 5000 else 0.7) * dim**2
     again = SecondMoment.of(moment.mean(), moment.count)
     torch.testing.assert_close(again.total, moment.total)
 
@@ -217,7 +216,7 @@ def test_several_sets_of_rows_and_scales():
     moment.add(one, two, count=4, scale=0.5)
     torch.testing.assert_close(moment.mean(), (one.T @ one + two.T @ two) / 8)
     other = SecondMoment(3)
-    other.add(one, two, count=4, scale=torch.tensor(0.5, dtype=torch.float64))
+    other.add(one, torch.zeros(0, 3), two, count=4, scale=0.5)
     assert torch.equal(other.total, moment.total)
     other.add(count=4)  # positions at which nothing arrived
     torch.testing.assert_close(other.mean(), moment.mean() / 2)

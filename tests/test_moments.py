@@ -39,12 +39,10 @@ def test_batches_and_dtypes():
     assert whole.mean().dtype == torch.float64
 
 
-@pytest.mark.parametrize("entries", [1, 40_000, 10**9])
-def test_products_of_several_block_columns(monkeypatch, entries):
-    """What only a GPU does: a product covers several block columns, and each takes its part."""
-    together = moments._together
-    monkeypatch.setattr(moments, "_together", lambda blocks, _: together(blocks, entries))
-    monkeypatch.setattr(moments, "_all_on_cpu", lambda *_: False)
+@pytest.mark.parametrize("in_one", [False, True])
+def test_products_of_several_block_columns(monkeypatch, in_one):
+    """What only a GPU does: one product covers all block columns of a narrow layer, and each takes its part."""
+    monkeypatch.setattr(moments, "_in_one_product", lambda rows, dim: in_one)
     moment, rows = SecondMoment(300), [torch.randn(20, 300) for _ in range(3)]
     for part in rows:
         moment.add(part, scale=0.5)
