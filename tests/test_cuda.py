@@ -57,16 +57,18 @@ def same(one, two, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("home", ["cuda", "cpu"])
 @pytest.mark.parametrize("dim", [48, 700, 3000])  # one block, several in one product, several products
-def test_products_of_halves_are_exact(dim, dtype):
-    rows = [torch.randn(500, dim, device="cuda").to(dtype) for _ in range(3)]
-    moment = SecondMoment(dim, "cuda")
-    for part in rows:
-        moment.add(part)
+def test_products_of_halves_are_exact(dim, home, dtype):
+    rows = [torch.randn(500, dim, device="cuda").to(dtype) for _ in range(6)]
+    moment = SecondMoment(dim, home)
+    for one, two in zip(rows[::2], rows[1::2], strict=True):
+        moment.add(one, one[:0], two, count=1000, scale=0.3)
     joined = torch.cat(rows).double()
-    expected = (joined.T @ joined / len(joined)).float()
+    expected = (0.3 * joined.T @ joined / len(joined)).float()
     assert moment.mean().dtype == torch.float32
-    assert float((moment.mean() - expected).norm() / expected.norm()) < 4e-6
+    assert moment.mean().device.type == home
+    assert float((moment.mean().cuda() - expected).norm() / expected.norm()) < 4e-6
 
 
 def test_tf32_is_not_used(monkeypatch):
