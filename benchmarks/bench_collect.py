@@ -15,8 +15,8 @@ the same batches, and every figure is a ratio within a round: median, and range 
    bytes of the distinct factors in float32; captured tensors (inputs and gradients of the layers in one batch) are
    named beside it.
 4. *alone*: plain, naive, ``empirical``, and watching the layers without any product, with no other variant between
-   them; *blocks*: products of 1024 and 4096 rows, block columns that end at the diagonal, alone and added to a sum, and
-   block rows added to one, against the full product.
+   them; *blocks*: products of 1024 and 4096 rows, block columns that end at the diagonal, alone and added to a sum,
+   against the full product.
 5. *sizes*: the gated model at growing width, depth and sequence length: extra of ``empirical`` and of naive hooks.
 6. *peak*, on a GPU: operations that one update of a factor needs (``d^2`` for each of 8192 positions, bfloat16) in a
    second, over those of one 8192 x 8192 x 8192 product of bfloat16 matrices.
@@ -229,7 +229,7 @@ class Subject:
                 return names
 
         task, model_on_gpu = Pass(), self.model.place.is_cuda
-        model = prepare_model(copy.deepcopy(self.model), task)
+        model = prepare_model(copy.deepcopy(self.model), task).to(self.model.place.device)  # what it adds is on the CPU
         arguments = FactorArguments(use_empirical_fisher=fisher == "empirical")
         return lambda: fit_covariance_matrices_with_loader(
             model, State(cpu=not model_on_gpu), task, self.batches * PASS, arguments, disable_tqdm=True
@@ -307,20 +307,14 @@ def blocks(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
                     x[:, :end].T @ x[:, start:end]
 
         sums = [SecondMoment(width) for _ in data]
-        by_rows = [[torch.zeros(end - start, end) for start, end in bounds] for _ in data]
-
-        def left(data=data, bounds=bounds, by_rows=by_rows):
-            for x, blocks in zip(data, by_rows, strict=True):
-                for (start, end), block in zip(bounds, blocks, strict=True):
-                    torch.addmm(block, x[:, start:end].T, x[:, :end], out=block)
 
         def update(data=data, sums=sums):
             for moment, x in zip(sums, data, strict=True):
                 moment.add(x)
 
-        seconds = in_turn({"full": full, "columns": upper, "update": update, "rows": left}, rounds)
+        seconds = in_turn({"full": full, "columns": upper, "update": update}, rounds)
         results[f"{positions} x {width}"] = seconds
-        of_full = [spread(ratios(seconds, name, "full")) for name in ("columns", "update", "rows")]
+        of_full = [spread(ratios(seconds, name, "full")) for name in ("columns", "update")]
         rows.append([positions, width, len(bounds), *of_full])
     return rows, results
 
@@ -427,7 +421,7 @@ def main() -> None:
     if "blocks" in args.parts:
         rows, results["blocks"] = blocks(2 * args.rounds)
         print("\nProducts of block columns, full product = 1\n")
-        headers = ["positions", "width", "blocks", "block columns", "with the sum", "block rows, with the sum"]
+        headers = ["positions", "width", "blocks", "block columns", "with the sum"]
         print(tabulate(rows, headers, tablefmt="github"), flush=True)
     if "peak" in args.parts:
         rows, results["peak"] = share_of_peak(args.rounds)
