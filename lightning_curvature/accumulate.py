@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightning_curvature.factors import LayerFactors
+from lightning_curvature.moments import full_precision
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.rows import BatchGradients, CallRows, read_batch, same_inputs
 from lightning_curvature.streams import SideStreams
@@ -57,6 +58,7 @@ class Accumulator:
         self._positions = positions
         self._totals: dict[str, int] = {}
         self._side = SideStreams()
+        self._shared: set[tuple[str, ...]] = set()  # groups that shared in the last batch
 
     @property
     def sums(self) -> Mapping[str, LayerSums]:
@@ -76,13 +78,13 @@ class Accumulator:
 
     def take(self) -> dict[str, LayerFactors]:
         """Return the factors of all sums, and start anew; a sum goes as soon as its factors are there."""
-        sums, self._totals = dict(self.sums), {}
-        self._sums = {}
+        sums = dict(self.sums)
+        self.reset()
         return {name: sums.pop(name).factors() for name in list(sums)}
 
     def reset(self) -> None:
         """Start to sum anew."""
-        self._sums, self._totals = {}, {}
+        self._sums, self._totals, self._shared = {}, {}, set()
 
     @torch.no_grad()
     def add(self, batch: BatchGradients | None, kinds: Mapping[str, LayerKind]) -> None:
@@ -92,7 +94,8 @@ class Accumulator:
             batch: The batch.
             kinds: What each layer is.
         """
-        with self._side.beside([] if batch is None else batch.tensors):
+        tensors = [] if batch is None else batch.tensors
+        with self._side.beside(tensors), full_precision({tensor.device.type for tensor in tensors}):
             read = None if batch is None else read_batch(batch, self._positions)
             self.num_seen += batch is not None
             self.num_batches += read is not None
@@ -101,8 +104,10 @@ class Accumulator:
             rows, scale = read or ([], 1.0)
             groups = same_inputs(rows)
             if self.owners is None:
-                for group in groups if self.ranks.counts else []:
-                    self._share_inputs(group, kinds)
+                if not self.ranks.counts:
+                    return
+                self._share_inputs(groups, kinds)
+                for group in groups:
                     self._add_group(group, self._sums, scale)
                 return
             groups = [part for group in groups for part in self._by_owner(group)]
@@ -129,16 +134,21 @@ class Accumulator:
             parts.setdefault(owners[name], {})[name] = calls
         return list(parts.values())
 
-    def _share_inputs(self, group: Mapping[str, Sequence[CallRows]], kinds: Mapping[str, LayerKind]) -> None:
+    def _share_inputs(self, groups: Sequence[Mapping[str, list[CallRows]]], kinds: Mapping[str, LayerKind]) -> None:
         """Let layers that read the same now share the inputs' moment, as long as they did in every batch before."""
-        device = self._home(next(iter(group.values()))[0].inputs.device)
-        new = [name for name in group if name not in self._sums]
-        for name in new:
-            self._sums[name] = self._new_sums(name, kinds[name], device)
-            self._sums[name].share_inputs(self._sums[new[0]].inputs)
-        for name in group:
-            self._sums[name].move(device)  # those of a resumed run come from a file
-        self._part(group)
+        names = {tuple(group) for group in groups}
+        if names <= self._shared:
+            return
+        for group in groups:
+            device = self._home(next(iter(group.values()))[0].inputs.device)
+            new = [name for name in group if name not in self._sums]
+            for name in new:
+                self._sums[name] = self._new_sums(name, kinds[name], device)
+                self._sums[name].share_inputs(self._sums[new[0]].inputs)
+            for name in group:
+                self._sums[name].move(device)  # those of a resumed run come from a file
+            self._part(group)
+        self._shared = names
 
     def _part(self, group: Collection[str]) -> None:
         """Let layers that read the same now go their own ways from those that they shared with, and that do not."""
@@ -235,6 +245,7 @@ class Accumulator:
         self.num_seen = state["num_seen"]
         self.num_batches, self.num_skipped = map(self.ranks.share, (state["num_batches"], state["num_skipped"]))
         found = sums_from(state)
+        self._shared = set()
         if self.owners is None:
             parts = {name: sums.share(self.ranks) for name, sums in found.items()}
             share_again(parts, sharing(found))

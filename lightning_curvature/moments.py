@@ -3,8 +3,8 @@
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 _RECENT = 8  # batches of a group
 _LAUNCHED = 2**22  # entries of a product on a GPU, up to which starting several costs more than they save
 _UNDERFLOW = 1e-30  # squares of float32 entries are lost below
+_Block = tuple[int, int, Tensor]
 
 
 class SecondMoment:
@@ -54,10 +55,11 @@ class SecondMoment:
         self.dtype = torch.float32
         self.squares = torch.zeros(2, dtype=torch.float64, device=device)
         self._mean: Callable[[], Tensor | None] = lambda: None
+        self._views: tuple[Tensor, list[_Block]] = self.rest, list(self._blocks(self.rest))
 
     @torch.no_grad()
     def add(self, *rows: Tensor, count: int | None = None, scale: float = 1.0) -> None:
-        """Add one batch.
+        """Add one batch. Where products of fewer bits may be allowed, call it inside :func:`full_precision`.
 
         Args:
             *rows: Rows ``[n, d]``, any floating dtype; the products of several are summed, none add to the count alone.
@@ -78,20 +80,20 @@ class SecondMoment:
     def _add_products(self, rows: Sequence[Tensor], scale: float) -> None:
         self._promote(*(part.dtype for part in rows))
         operands = [part if _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
-        blocks = list(self._blocks(self.rest))
-        # A step may still be running in its own precision, and a process allow products of fewer bits than it asks for.
-        with torch.autocast(rows[0].device.type, enabled=False), full_precision():
-            if len(blocks) > 1 and _in_one_product(rows[0], self.dim):
-                product = self._product(operands, 0, self.dim, scale)
-                for start, end, block in blocks:
-                    block += product[:end, start:end]
-                return
+        if self._views[0] is not self.rest:
+            self._views = self.rest, list(self._blocks(self.rest))
+        blocks = self._views[1]
+        if len(blocks) > 1 and _in_one_product(rows[0], self.dim):
+            product = self._product(operands, 0, self.dim, scale)
             for start, end, block in blocks:
-                if block.device == rows[0].device:
-                    for part in operands:
-                        _add_product(block, part[:, :end].T, part[:, start:end], scale)
-                else:
-                    block += self._product(operands, start, end, scale)
+                block += product[:end, start:end]
+            return
+        for start, end, block in blocks:
+            if block.device == rows[0].device:
+                for part in operands:
+                    _add_product(block, part[:, :end].T, part[:, start:end], scale)
+            else:
+                block += self._product(operands, start, end, scale)
 
     def _product(self, operands: Sequence[Tensor], start: int, end: int, scale: float) -> Tensor:
         """Return the products of some columns, rows up to the diagonal, on the device of the sums."""
@@ -101,9 +103,9 @@ class SecondMoment:
         return product.to(self.rest.device)
 
     def _promote(self, *dtypes: torch.dtype) -> None:
-        for dtype in dtypes:
-            self.dtype = torch.promote_types(self.dtype, dtype)
-        self.total, self.rest = self.total.to(self.dtype), self.rest.to(self.dtype)
+        if torch.float64 in dtypes and self.dtype == torch.float32:
+            self.dtype = torch.float64
+            self.total, self.rest = self.total.double(), self.rest.double()
 
     def settle(self) -> None:
         """Let the high part take over the last group, and begin a new one."""
@@ -226,7 +228,7 @@ class SecondMoment:
         norm: Tensor = 2 * whole * whole - once * once
         return norm
 
-    def _blocks(self, packed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    def _blocks(self, packed: Tensor) -> Iterator[_Block]:
         """Yield the block columns: first column, end of columns and rows, and the entries."""
         offset = 0
         for start, end in block_columns(self.dim):
@@ -274,17 +276,23 @@ def _on_tensor_cores(rows: Tensor) -> bool:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Take float32 products in float32, whatever ``torch.set_float32_matmul_precision`` allows (TF32, bfloat16)."""
+def full_precision(device_types: Iterable[str]) -> Iterator[None]:
+    """Take products in the precision of what is multiplied, whatever the step that still runs has chosen.
+
+    That may be autocast, or what ``torch.set_float32_matmul_precision`` allows for float32 (TF32, bfloat16).
+    """
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     settings: list[tuple[Any, str, Any]]
     settings = [(backend, "fp32_precision", "ieee") for backend in backends if hasattr(backend, "fp32_precision")]
     settings = settings or [(torch.backends.cuda.matmul, "allow_tf32", False)]  # before torch 2.9
     before = [(backend, name, getattr(backend, name)) for backend, name, _ in settings]
-    try:
-        for backend, name, value in settings:
-            setattr(backend, name, value)
-        yield
-    finally:
-        for backend, name, value in before:
-            setattr(backend, name, value)
+    with ExitStack() as stack:
+        for kind in device_types:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            for backend, name, value in settings:
+                setattr(backend, name, value)
+            yield
+        finally:
+            for backend, name, value in before:
+                setattr(backend, name, value)

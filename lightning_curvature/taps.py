@@ -67,6 +67,7 @@ class LayerCall:
             raise RuntimeError(_OVERWRITTEN.format(self.name))
 
 
+_LOSSES = frozenset([*SOFTMAX_LOSSES, *OTHER_LOSSES])
 _passes: list[object] = []  # tokens of the recorders whose own backward pass is running
 
 
@@ -141,27 +142,30 @@ class Taps:
             if not (self.recording and torch.is_grad_enabled()):
                 self.without_graph.add(name)
                 return
-            on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-            if on_gpu and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without "
-                    "CUDA graphs."
-                )
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            call = LayerCall(
-                name=name,
-                module=module,
-                inputs=inputs.detach(),
-                version=_version(inputs),
-                edge=get_gradient_edge(output) if output.requires_grad else None,
-                output_shape=output.shape,
-                output_dtype=output.dtype,
-            )
-            self.calls.append(call)
-            if self._watch_gradients and output.requires_grad:
-                output.register_hook(_keep(call.arrived, self._token))  # type: ignore[no-untyped-call]
+            with torch._C.DisableTorchFunction():  # or the function mode would see each attribute that is read here
+                self._record(name, module, args[0] if args else next(iter(kwargs.values())), output)
 
         return hook
+
+    def _record(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without "
+                "CUDA graphs."
+            )
+        call = LayerCall(
+            name=name,
+            module=module,
+            inputs=inputs.detach(),
+            version=_version(inputs),
+            edge=get_gradient_edge(output) if output.requires_grad else None,
+            output_shape=output.shape,
+            output_dtype=output.dtype,
+        )
+        self.calls.append(call)
+        if self._watch_gradients and output.requires_grad:
+            output.register_hook(_keep(call.arrived, self._token))  # type: ignore[no-untyped-call]
 
     def _tap_named_logits(self, name: str, stack: ExitStack) -> None:
         target: Any = self._root
@@ -202,7 +206,7 @@ class Taps:
             self.losses.append(SoftmaxLoss(logits, logits.dim() - 1, counted))
 
     def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Look at one finished torch function."""
+        """Look at one finished loss function."""
         if not self.recording or self._logits is not None:
             return
         if function in SOFTMAX_LOSSES:
@@ -213,7 +217,7 @@ class Taps:
                 self.losses.append(loss)
                 if self._watch_gradients:
                     output.register_hook(_keep(loss.arrived, self._token))
-        elif function in OTHER_LOSSES:
+        else:
             self.other_losses.append(OTHER_LOSSES[function])
 
     def before_backward(self, loss: Tensor) -> None:
@@ -262,7 +266,8 @@ class _FunctionTap(TorchFunctionMode):
         if func is Tensor.backward:
             self._taps.before_backward(args[0])
         output = func(*args, **kwargs)
-        self._taps.see(func, args, kwargs, output)
+        if func in _LOSSES:
+            self._taps.see(func, args, kwargs, output)
         return output
 
 

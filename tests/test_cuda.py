@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, LayerFactors, bases
 from lightning_curvature.collect import Collector, collect
-from lightning_curvature.moments import SecondMoment
+from lightning_curvature.moments import SecondMoment, full_precision
 from lightning_curvature.streams import SideStreams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -75,7 +75,8 @@ def test_tf32_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     rows = torch.randn(4096, 300, device="cuda")
     moment = SecondMoment(300, "cuda")
-    moment.add(rows)
+    with full_precision(["cuda"]):
+        moment.add(rows)
     expected = (rows.double().T @ rows.double() / len(rows)).float()
     assert float((moment.mean() - expected).norm() / expected.norm()) < 1e-6
     assert torch.backends.cuda.matmul.allow_tf32

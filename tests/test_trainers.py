@@ -24,7 +24,6 @@ from torch.nn.utils import prune
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.collect import Collector, collect
 from lightning_curvature.compiled import check_graphed
-from lightning_curvature.moments import SecondMoment
 from lightning_curvature.trainers import check_strategy
 from tests import models
 
@@ -174,17 +173,17 @@ def test_a_loss_scale_is_taken_out_exactly_and_an_overflow_is_left_out(fisher):
 @pytest.mark.parametrize("setting", ["medium", "high", "highest"])
 def test_covariances_are_taken_in_full_precision(setting):
     rows = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(256, 8), nn.Linear(8, 2))
     exact = rows.double().T @ rows.double() / 512
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(setting)
-        moment = SecondMoment(256)
-        moment.add(rows)
+        found = collect(model, [rows], lambda x: F.cross_entropy(model(x), torch.zeros(512).long()), layers=["0"])
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
     default = (rows.T @ rows / 512).double()
-    assert (moment.mean().double() - exact).abs().max() <= 1.01 * (default - exact).abs().max()
+    assert (found["0"].A.double() - exact).abs().max() <= 1.01 * (default - exact).abs().max()
 
 
 # Compiled modules and graphs -----------------------------------------------------------------------------------------
