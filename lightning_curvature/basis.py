@@ -12,7 +12,9 @@ import math
 import struct
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_curvature._checks import check_energy
@@ -110,21 +112,21 @@ def select_staircase(lam: Tensor, mu: Tensor, energy: float) -> Staircase:
         Staircase(columns=tensor([1, 1]), energy_kept=0.75)
     """
     energy = check_energy(energy)
-    device = lam.device
-    lam, mu = lam.double().cpu(), mu.double().cpu()  # on a GPU, each step of the search would wait for it
     if energy == 1.0:
-        return Staircase(torch.full_like(lam, len(mu), dtype=torch.int64, device=device), 1.0)
-    sums = torch.cat([mu.new_zeros(1), mu.cumsum(0)])
-    total = float(lam.sum() * mu.sum())
+        return Staircase(torch.full_like(lam, len(mu), dtype=torch.int64), 1.0)
+    # Many steps on short arrays: NumPy starts each several times faster than torch, and a GPU would be waited for.
+    rows, cols = (values.double().cpu().numpy() for values in (lam, mu))
+    sums = np.concatenate([[0.0], cols.cumsum()])
+    total = float(rows.sum() * cols.sum())
     wanted = energy * total * (1 - 1e-12)
 
-    def kept(threshold: float) -> tuple[Tensor, float]:
-        columns = _columns_above(lam, mu, threshold)
-        return columns, float((lam * sums[columns]).sum())
+    def kept(threshold: float) -> tuple[NDArray[np.int64], float]:
+        columns = _columns_above(rows, cols, threshold)
+        return columns, float((rows * sums[columns]).sum())
 
     # Positive doubles are ordered like their bit patterns: bisect those, and the largest threshold that keeps enough
     # is found exactly, in at most 63 steps.
-    low, high = 1, _bits(float(lam[0] * mu[0]))
+    low, high = 1, _bits(float(rows[0] * cols[0]))
     while low < high:
         middle = (low + high + 1) // 2
         if kept(_float(middle))[1] >= wanted:
@@ -132,7 +134,7 @@ def select_staircase(lam: Tensor, mu: Tensor, energy: float) -> Staircase:
         else:
             high = middle - 1
     columns, mass = kept(_float(low) * (1 - TIE))
-    return Staircase(columns.to(device), mass / total)
+    return Staircase(torch.from_numpy(columns).to(lam.device), mass / total)
 
 
 def select_largest(scores: Tensor, energy: float) -> tuple[Tensor, float]:
@@ -200,19 +202,20 @@ def shrink(scores: Tensor, energy: float) -> tuple[Tensor, float]:
     return kept(high)
 
 
-def _columns_above(lam: Tensor, mu: Tensor, threshold: float) -> Tensor:
+def _columns_above(lam: NDArray[np.float64], mu: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
     """For each i, count the j with ``lam_i * mu_j >= threshold``."""
-    ascending = mu.flip(0)
-    columns = len(mu) - torch.searchsorted(ascending, threshold / lam)
+    ascending = mu[::-1]
+    with np.errstate(divide="ignore"):  # above every mu_j where lam_i is zero
+        columns = len(mu) - np.searchsorted(ascending, threshold / lam)
     while True:  # a quotient is rounded: the products decide, for all equal ones at once
-        after, last = columns.clamp(max=len(mu) - 1), (columns - 1).clamp(min=0)
+        after, last = np.minimum(columns, len(mu) - 1), np.maximum(columns - 1, 0)
         more = (columns < len(mu)) & (lam * mu[after] >= threshold)
         fewer = (columns > 0) & (lam * mu[last] < threshold)
-        if not bool((more | fewer).any()):
+        if not (more | fewer).any():
             return columns
-        added = len(mu) - torch.searchsorted(ascending, mu[after])
-        left = len(mu) - torch.searchsorted(ascending, mu[last], right=True)
-        columns = torch.where(more, added, torch.where(fewer, left, columns))
+        added = len(mu) - np.searchsorted(ascending, mu[after])
+        left = len(mu) - np.searchsorted(ascending, mu[last], side="right")
+        columns = np.where(more, added, np.where(fewer, left, columns))
 
 
 def _bits(value: float) -> int:
