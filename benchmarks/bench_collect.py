@@ -414,6 +414,7 @@ def main() -> None:
         if "alone" in args.parts:
             row, results[f"alone, {kind}"] = alone(subject, 2 * args.rounds)
             in_every_step.append([kind, *row])
+        write(args.out, results)  # a run that is stopped leaves what it has
     if "alone" in args.parts:
         print("\nempirical in every step, alone\n")
         print(tabulate(in_every_step, ["", "naive", "ours", "watching", "ours / naive", "watching / naive"],
