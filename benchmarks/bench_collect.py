@@ -41,7 +41,8 @@ from measuring import in_turn, peak_bytes, ratios, spread, write
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from lightning_curvature.collect import Collector, collect
+from lightning_curvature.collect import collect
+from lightning_curvature.collector import Collector
 from lightning_curvature.moments import SecondMoment, block_columns
 
 STEPS = 4  # training steps of a round

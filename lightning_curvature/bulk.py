@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import check_energy
 from lightning_curvature.basis import coefficients
-from lightning_curvature.editing import Projection, find_layer
+from lightning_curvature.editing import Projection
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.layers import as_matrix, is_conv1d
+from lightning_curvature.weights import find_layer
 
 Batch = TypeVar("Batch")
 

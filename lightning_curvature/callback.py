@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature._checks import check_count, check_option, listing
 from lightning_curvature.checkpoints.lightning import Checkpoint, Siblings
-from lightning_curvature.collect import Collector, check_options, check_silent
+from lightning_curvature.collect import check_silent
 from lightning_curvature.collection import Collection
-from lightning_curvature.editing import DEFAULT_ENERGY, layer_weights
+from lightning_curvature.collector import Collector, check_options
+from lightning_curvature.editing import DEFAULT_ENERGY
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.probes import Probes, Target, before_after
@@ -25,6 +26,7 @@ from lightning_curvature.siblings import edited_copy, weight_hashes
 from lightning_curvature.targets import Match
 from lightning_curvature.trainers import batches_before, check_callbacks, check_strategy, check_validation, last_batch
 from lightning_curvature.validation import collected_from
+from lightning_curvature.weights import layer_weights
 
 _NO_DATA = (
     "KFACEditCallback collected no data: no {}, or every batch held NaN or infinite values. "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_curvature._checks import listing
-from lightning_curvature.collect import Collector
+from lightning_curvature.collector import Collector
 from lightning_curvature.factor_files import load_state
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.ranks import Ranks

@@ -5,7 +5,7 @@ import functools
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,10 +19,11 @@ from lightning_curvature._checks import check_energy, did_you_mean, listing
 from lightning_curvature._version import __version__
 from lightning_curvature.basis import FaultyLayerError
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
-from lightning_curvature.layers import as_matrix, from_matrix, is_conv1d, is_editable, refusal
+from lightning_curvature.layers import as_matrix, from_matrix, is_conv1d
 from lightning_curvature.plan import place_edit
 from lightning_curvature.ranks import Ranks, spread_like, whole
 from lightning_curvature.report import EditReport, LayerEdit
+from lightning_curvature.weights import find_layer, layer_weights, same_memory, write_weights
 
 DEFAULT_ENERGY = 0.85
 """Share of the curvature mass that is kept unless the user says otherwise; docs/decisions.md shows the evidence."""
@@ -80,7 +81,7 @@ class Editor(ABC):
                 edited then.
         """
         new, report = self.edited_weights(module, factors)
-        _write(layer_weights(module, new), new)
+        write_weights(layer_weights(module, new), new)
         return report
 
     @contextmanager
@@ -93,10 +94,10 @@ class Editor(ABC):
         new, report = self.edited_weights(module, factors)
         originals = {name: weight.detach().clone() for name, weight in layer_weights(module, new).items()}
         try:
-            _write(layer_weights(module, new), new)
+            write_weights(layer_weights(module, new), new)
             yield report
         finally:
-            _write(layer_weights(module, originals), originals)
+            write_weights(layer_weights(module, originals), originals)
 
     def plan(self, factors: KroneckerFactors) -> dict[str, float]:
         """Return the energy of each layer to edit.
@@ -169,7 +170,7 @@ class WeightEditor(Editor):
         edited = dict(state_dict)
         for key, tensor in state_dict.items():
             for name, weight in new.items():
-                if _same_memory(tensor, weights[name]):
+                if same_memory(tensor, weights[name]):
                     edited[key] = weight
         return edited, report
 
@@ -310,49 +311,7 @@ class WeightEditor(Editor):
         return self.project(matrix, factors, energy)  # not in the handler, whose error holds what was tried
 
 
-def find_layer(module: nn.Module, name: str) -> Any:
-    """Return a layer by its name.
-
-    Raises:
-        ValueError: If there is no such layer, or it cannot be edited.
-    """
-    layer = dict(module.named_modules()).get(name)
-    if layer is None:
-        names = [found for found, candidate in module.named_modules() if is_editable(candidate)]
-        raise ValueError(
-            f"Layer {name!r}: the module has no such layer.{did_you_mean(name, names)} Were the factors collected on "
-            "another model? Layer names are relative to the module that was collected."
-        )
-    if not is_editable(layer):
-        reason = refusal(layer) or f"it is a {type(layer).__name__}"
-        raise ValueError(f"Layer {name!r} cannot be edited: {reason}.")
-    return layer
-
-
 def _checked(energy: float | Mapping[str, float]) -> float | dict[str, float]:
     if isinstance(energy, Mapping):
         return {pattern: check_energy(value, f"energy[{pattern!r}]") for pattern, value in energy.items()}
     return check_energy(energy)
-
-
-def layer_weights(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Return the weights of layers as they are stored; of a module that FSDP2 shards, the shards."""
-    for part in module.modules():
-        if callable(reshard := getattr(part, "reshard", None)):
-            reshard()  # between a forward and a backward pass FSDP2 puts copies in their place
-    return {name: module.get_parameter(f"{name}.weight") for name in names}
-
-
-@torch.no_grad()
-def _write(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        weight.copy_(values[name])
-
-
-def _same_memory(one: Any, two: Any) -> bool:
-    one, two = (getattr(tensor, "_local_tensor", tensor) for tensor in (one, two))
-    return isinstance(one, Tensor) and (
-        one is two
-        or (one.data_ptr() == two.data_ptr() and one.shape == two.shape and one.stride() == two.stride()
-            and one.numel() > 0 and one.device == two.device)
-    )  # fmt: skip

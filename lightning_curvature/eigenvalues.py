@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.collect import Collector, run_collector
+from lightning_curvature.collect import run_collector
+from lightning_curvature.collector import Collector
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.sums import LayerKind, LayerSums
 
@@ -76,7 +77,7 @@ def correct_eigenvalues(
         factors: Its factors.
         batches: Data, those of the factors.
         step: Computes the loss of a batch.
-        **options: Arguments of :class:`lightning_curvature.collect.Collector` but ``layers``.
+        **options: Arguments of :class:`lightning_curvature.collector.Collector` but ``layers``.
 
     Raises:
         RuntimeError: If no batch could be used.

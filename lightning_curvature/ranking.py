@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_curvature._checks import check_option
-from lightning_curvature.editing import find_layer
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.layers import input_rows
 from lightning_curvature.probes import evaluating
 from lightning_curvature.taps import layer_inputs
+from lightning_curvature.weights import find_layer
 
 Batch = TypeVar("Batch")
 

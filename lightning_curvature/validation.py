@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_curvature.collect import Collector
+from lightning_curvature.collector import Collector
 
 # Attributes in which nn.Module keeps itself; buffers can have a graph like any other attribute.
 _INTERNAL = frozenset(vars(nn.Module())) - {"_buffers"}

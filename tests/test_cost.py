@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import peak_bytes
 from lightning_curvature import KFACEditCallback, fisher
-from lightning_curvature.collect import Collector, collect
+from lightning_curvature.collect import collect
 from lightning_curvature.collection import Collection
+from lightning_curvature.collector import Collector
 from lightning_curvature.moments import SecondMoment, block_columns, packed_size
 from lightning_curvature.plan import DoesNotFitError, edit_bytes, place_edit, place_sums
 from lightning_curvature.streams import SideStreams

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, LayerFactors, bases
-from lightning_curvature.collect import Collector, collect
+from lightning_curvature.collect import collect
+from lightning_curvature.collector import Collector
 from lightning_curvature.moments import SecondMoment, full_precision
 from lightning_curvature.streams import SideStreams
 

@@ -8,7 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_curvature import fisher
-from lightning_curvature.collect import Collector, collect
+from lightning_curvature.collect import collect
+from lightning_curvature.collector import Collector
 from tests import models, reference
 
 

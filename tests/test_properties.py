@@ -10,7 +10,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from torch import nn
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
-from lightning_curvature.collect import Collector
+from lightning_curvature.collector import Collector
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.sums import LayerSums
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
-from lightning_curvature.collect import Collector
 from lightning_curvature.collection import Collection
+from lightning_curvature.collector import Collector
 from lightning_curvature.ranks import Ranks, whole
 from lightning_curvature.trainers import check_validation
 from tests import cells, models, processes

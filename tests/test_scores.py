@@ -175,7 +175,7 @@ def test_scores_say_what_they_miss(tmp_path):
 
 
 def test_coupled_sums_survive_an_interruption():
-    from lightning_curvature.collect import Collector
+    from lightning_curvature.collector import Collector
     from lightning_curvature.sums import LayerSums
 
     images, labels = models.images(32).tensors

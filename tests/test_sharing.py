@@ -15,7 +15,8 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors,
 from lightning_curvature.accumulate import owners_of
 from lightning_curvature.bases import bases_in
 from lightning_curvature.basis import coefficients
-from lightning_curvature.collect import Collector, collect
+from lightning_curvature.collect import collect
+from lightning_curvature.collector import Collector
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.sums import LayerKind
 from tests import language, models, processes

@@ -249,7 +249,7 @@ def test_memory_is_told_and_checked_before_anything_is_summed(caplog, monkeypatc
         collect(net, [rows], step, layers="mlp")
     assert "Memory of the K-FAC factors of 6 layers, on cpu" in caplog.text
     monkeypatch.setattr("lightning_curvature.plan.free_memory", lambda device: 1000)
-    monkeypatch.setattr("lightning_curvature.collect.LayerSums", pytest.fail)
+    monkeypatch.setattr("lightning_curvature.collector.LayerSums", pytest.fail)
     with pytest.raises(RuntimeError, match=r"cpu has 1.0 KiB left: that does not fit"):
         collect(net, [rows], step, layers="mlp")
 

@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_curvature import KFACEditCallback
-from lightning_curvature.collect import Collector, collect
+from lightning_curvature.collect import collect
+from lightning_curvature.collector import Collector
 from lightning_curvature.compiled import check_graphed
 from lightning_curvature.trainers import check_strategy
 from tests import models

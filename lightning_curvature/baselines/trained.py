@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_curvature._checks import check_count
-from lightning_curvature.editing import Editor, find_layer
+from lightning_curvature.editing import Editor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.report import EditReport, LayerEdit
+from lightning_curvature.weights import find_layer
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

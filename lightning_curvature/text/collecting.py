@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.collect import Collector
+from lightning_curvature.collector import Collector
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.positions import POSITIONS
 from lightning_curvature.sums import STATE_VERSION
@@ -55,8 +55,8 @@ def collect_text(
         batch_size: Windows per forward pass.
         passes: Groups of layers, each with a pass of its own, where the factors of all do not fit into memory at once.
         save_every: Batches between two saves of the progress.
-        **options: Arguments of :class:`lightning_curvature.collect.Collector`: layers, fisher, draws, positions, seed,
-            accumulate_on.
+        **options: Arguments of :class:`lightning_curvature.collector.Collector`: layers, fisher, draws, positions,
+            seed, accumulate_on.
 
     Returns:
         The factors.

@@ -1,0 +1,54 @@
+"""The weights of a module's layers, by name."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature._checks import did_you_mean
+from lightning_curvature.layers import is_editable, refusal
+
+
+def find_layer(module: nn.Module, name: str) -> Any:
+    """Return a layer by its name.
+
+    Raises:
+        ValueError: If there is no such layer, or it cannot be edited.
+    """
+    layer = dict(module.named_modules()).get(name)
+    if layer is None:
+        names = [found for found, candidate in module.named_modules() if is_editable(candidate)]
+        raise ValueError(
+            f"Layer {name!r}: the module has no such layer.{did_you_mean(name, names)} Were the factors collected on "
+            "another model? Layer names are relative to the module that was collected."
+        )
+    if not is_editable(layer):
+        reason = refusal(layer) or f"it is a {type(layer).__name__}"
+        raise ValueError(f"Layer {name!r} cannot be edited: {reason}.")
+    return layer
+
+
+def layer_weights(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return the weights of layers as they are stored; of a module that FSDP2 shards, the shards."""
+    for part in module.modules():
+        if callable(reshard := getattr(part, "reshard", None)):
+            reshard()  # between a forward and a backward pass FSDP2 puts copies in their place
+    return {name: module.get_parameter(f"{name}.weight") for name in names}
+
+
+@torch.no_grad()
+def write_weights(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write values into weights, by layer."""
+    for name, weight in weights.items():
+        weight.copy_(values[name])
+
+
+def same_memory(one: Any, two: Any) -> bool:
+    """Tell whether two tensors are the same entries of the same memory, as those of tied weights are."""
+    one, two = (getattr(tensor, "_local_tensor", tensor) for tensor in (one, two))
+    return isinstance(one, Tensor) and (
+        one is two
+        or (one.data_ptr() == two.data_ptr() and one.shape == two.shape and one.stride() == two.stride()
+            and one.numel() > 0 and one.device == two.device)
+    )  # fmt: skip
