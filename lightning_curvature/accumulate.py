@@ -58,13 +58,18 @@ class Accumulator:
         self._positions = positions
         self._totals: dict[str, int] = {}
         self._side = SideStreams()
-        self._shared: set[tuple[str, ...]] = set()  # groups that shared in the last batch
+        self._shared: set[tuple[str, ...]] = set()  # groups that share, and nothing with others
 
     @property
     def sums(self) -> Mapping[str, LayerSums]:
         """The sums of this process, by layer."""
         self._side.join()
         return self._sums
+
+    @property
+    def _exchanging(self) -> list[torch.device]:
+        """Where batches of other processes are added: beside the main stream, also by one that has none of its own."""
+        return [] if self.owners is None else [self.ranks.device]
 
     @property
     def num_positions(self) -> dict[str, int]:
@@ -95,7 +100,7 @@ class Accumulator:
             kinds: What each layer is.
         """
         tensors = [] if batch is None else batch.tensors
-        with self._side.beside(tensors), full_precision({tensor.device.type for tensor in tensors}):
+        with self._side.beside(tensors, self._exchanging), full_precision({tensor.device.type for tensor in tensors}):
             read = None if batch is None else read_batch(batch, self._positions)
             self.num_seen += batch is not None
             self.num_batches += read is not None
@@ -148,7 +153,7 @@ class Accumulator:
             for name in group:
                 self._sums[name].move(device)  # those of a resumed run come from a file
             self._part(group)
-        self._shared = names
+        self._shared |= names
 
     def _part(self, group: Collection[str]) -> None:
         """Let layers that read the same now go their own ways from those that they shared with, and that do not."""
@@ -176,8 +181,9 @@ class Accumulator:
     def join(self) -> None:
         """Take part in what the others still add, until all are done. A collective where the sums are spread."""
         nothing: dict[str, LayerSums] = {}
-        while self.owners is not None and self._exchange({}, nothing.__getitem__, None):
-            pass
+        with self._side.beside([], self._exchanging):
+            while self.owners is not None and self._exchange({}, nothing.__getitem__, None):
+                pass
 
     def _exchange(
         self, kinds: Mapping[str, LayerKind], get: Callable[[str], LayerSums], shared: Mapping[str, str] | None

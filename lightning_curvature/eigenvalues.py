@@ -38,7 +38,7 @@ class EigenvalueSums(LayerSums):
     def add_inputs(self, inputs: Tensor) -> None:
         """Do nothing: inputs count with the gradients."""
 
-    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float | Tensor, seen: int) -> None:  # noqa: ARG002
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:  # noqa: ARG002
         """Add positions, as :meth:`LayerSums.add_gradients`."""
         basis = self.layer.basis
         dtype = torch.promote_types(inputs.dtype, torch.float32)

@@ -13,7 +13,8 @@ from torch import Tensor
 _RECENT = 8  # batches of a group
 _LAUNCHED = 2**22  # entries of a product on a GPU, up to which starting several costs more than they save
 _UNDERFLOW = 1e-30  # squares of float32 entries are lost below
-_Block = tuple[int, int, Tensor]
+_HALVES_TO_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")  # products on tensor cores; since torch 2.8
+_IN_PLACE = torch.__version__ >= "2.10"  # before, addmm wanted a sum of the dtype of what it multiplies
 
 
 class SecondMoment:
@@ -22,8 +23,8 @@ class SecondMoment:
     The sum is kept in two float32 parts (float64 for float64 rows): a matrix product adds to the low one as it is
     taken, and after up to eight batches, a group, the high one takes over what it can hold. What its rounding loses
     stays in the low one, so that a million small batches lose nothing. The moment is symmetric: a wide one is computed
-    and kept as block columns that end at the diagonal, which takes a little more than half of the multiplications, and
-    for both parts about the memory of the whole.
+    and kept as block columns that end at the diagonal, which takes 0.55 to 0.75 of the multiplications, and of the
+    memory that both parts would take.
 
     Args:
         dim: Length ``d`` of a row.
@@ -55,7 +56,6 @@ class SecondMoment:
         self.dtype = torch.float32
         self.squares = torch.zeros(2, dtype=torch.float64, device=device)
         self._mean: Callable[[], Tensor | None] = lambda: None
-        self._views: tuple[Tensor, list[_Block]] = self.rest, list(self._blocks(self.rest))
 
     @torch.no_grad()
     def add(self, *rows: Tensor, count: int | None = None, scale: float = 1.0) -> None:
@@ -79,10 +79,9 @@ class SecondMoment:
 
     def _add_products(self, rows: Sequence[Tensor], scale: float) -> None:
         self._promote(*(part.dtype for part in rows))
-        operands = [part if _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
-        if self._views[0] is not self.rest:
-            self._views = self.rest, list(self._blocks(self.rest))
-        blocks = self._views[1]
+        single = self.dtype == torch.float32
+        operands = [part if single and _on_tensor_cores(part) else part.to(self.dtype) for part in rows]
+        blocks = list(self._blocks(self.rest))
         if len(blocks) > 1 and _in_one_product(rows[0], self.dim):
             product = self._product(operands, 0, self.dim, scale)
             for start, end, block in blocks:
@@ -228,7 +227,7 @@ class SecondMoment:
         norm: Tensor = 2 * whole * whole - once * once
         return norm
 
-    def _blocks(self, packed: Tensor) -> Iterator[_Block]:
+    def _blocks(self, packed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the block columns: first column, end of columns and rows, and the entries."""
         offset = 0
         for start, end in block_columns(self.dim):
@@ -240,8 +239,8 @@ class SecondMoment:
 def block_columns(dim: int) -> list[tuple[int, int]]:
     """Return the bounds of the block columns that are kept of a symmetric matrix: of ``start:end``, the rows ``:end``.
 
-    There are four, or as many as are 128 to 1024 wide: narrower ones are slow, fewer take more products than are
-    needed. Up to 128 columns the plain product is as fast. See ``docs/performance.md``.
+    They are a quarter wide, but at least 128 and at most 1024: narrower ones are slow, wider ones take more products
+    than are needed. Up to 128 columns the plain product is as fast. See ``docs/performance.md``.
 
     >>> block_columns(300)
     [(0, 128), (128, 256), (256, 300)]
@@ -261,10 +260,13 @@ def packed_size(dim: int) -> int:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float, beta: int = 1) -> None:
     """Add to a matrix as the product is taken: no other one of its size is there. With beta 0, write over it."""
-    if _on_tensor_cores(left):  # products of halves are exact in float32
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
+    elif _IN_PLACE:  # products of halves are exact in float32
         torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, alpha=scale, out=total)
     else:
-        torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
+        product = torch.mm(left, right, out_dtype=torch.float32).mul_(scale)
+        total.add_(product) if beta else total.copy_(product)
 
 
 def _in_one_product(rows: Tensor, dim: int) -> bool:
@@ -272,7 +274,7 @@ def _in_one_product(rows: Tensor, dim: int) -> bool:
 
 
 def _on_tensor_cores(rows: Tensor) -> bool:
-    return rows.is_cuda and rows.dtype.itemsize == 2 and hasattr(torch.ops.aten.addmm, "dtype_out")  # since torch 2.8
+    return rows.is_cuda and rows.dtype.itemsize == 2 and _HALVES_TO_FLOAT32
 
 
 @contextmanager

@@ -29,8 +29,8 @@ class MemoryPlan:
         >>> plan = MemoryPlan({"mlp.down_proj": (4096, 11008)}, torch.device("cpu"))
         >>> print(plan)
         Memory of the K-FAC factors of 1 layer, on cpu (A: [d_in, d_in], G: [d_out, d_out]):
-          mlp.down_proj  4096 x 11008  1.04 GiB
-          together 1.04 GiB: 0.53 GiB of sums (half of each, twice float32), 0.51 GiB of finished factors (float32)
+          mlp.down_proj  4096 x 11008  1.08 GiB
+          together 1.08 GiB: 0.57 GiB of sums (upper blocks, twice float32), 0.51 GiB of finished factors (float32)
         Layers that read the same tensor share A, and need less.
     """
 
@@ -61,7 +61,7 @@ class MemoryPlan:
         return (
             f"Memory of the K-FAC factors of {len(rows)} layer{'s' * (len(rows) != 1)}, on {self.device} "
             f"(A: [d_in, d_in], G: [d_out, d_out]):\n{table}\n  together {size(self.num_bytes)}: "
-            f"{size(sums)} of sums (half of each, twice float32), {size(factors)} of finished factors (float32)\n"
+            f"{size(sums)} of sums (upper blocks, twice float32), {size(factors)} of finished factors (float32)\n"
             "Layers that read the same tensor share A, and need less."
         )
 

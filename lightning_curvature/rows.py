@@ -42,9 +42,9 @@ class BatchGradients:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Everything that was captured."""
+        """Everything that is read."""
         gradients = [gradient for passed in self.passes for gradient in passed if gradient is not None]
-        return [*(call.inputs for call in self.calls), *gradients]
+        return [*(call.inputs for call in self.calls), *gradients, *([] if self.mask is None else [self.mask])]
 
 
 @dataclass

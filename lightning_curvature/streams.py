@@ -19,14 +19,18 @@ class SideStreams:
         self._streams: dict[torch.device, Any] = {}
 
     @contextmanager
-    def beside(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """Run the work of a ``with`` block beside the main stream of each device that these tensors, its input, lie on.
+    def beside(self, tensors: Iterable[Tensor], devices: Iterable[torch.device] = ()) -> Iterator[None]:
+        """Run the work of a ``with`` block beside the main stream of each device that its input lies on, and of others.
 
-        Their memory is not used again before that work is done.
+        Args:
+            tensors: The input. Its memory is not used again before that work is done.
+            devices: Others.
         """
-        on_cuda = [tensor for tensor in tensors if tensor.device.type == "cuda"]
+        local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+        on_cuda = [tensor for tensor in local if tensor.device.type == "cuda"]
+        others = {device for device in devices if device.type == "cuda"}
         with ExitStack() as stack:
-            for device in {tensor.device for tensor in on_cuda}:
+            for device in {tensor.device for tensor in on_cuda} | others:
                 if device not in self._streams:
                     self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
                 side = self._streams[device]

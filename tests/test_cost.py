@@ -414,6 +414,10 @@ def test_work_runs_beside_the_main_stream(monkeypatch):
     assert told == ["side cuda:0 waits for main cuda:0", "enter side cuda:0", "work", "kept for side cuda:0",
                     "leave side cuda:0", "main cuda:0 waits for side cuda:0"]  # fmt: skip
     told.clear()
-    with streams.beside([torch.ones(1)]):
+    with streams.beside([torch.ones(1)], [torch.device("cpu")]):
         pass
     assert told == []
+    part = SimpleNamespace(device=torch.device("cuda:0"), _local_tensor=tensor)  # of a tensor spread over processes
+    with streams.beside([part], [torch.device("cuda:1")]):
+        assert {"enter side cuda:0", "enter side cuda:1"} <= set(told)
+    assert told.count("kept for side cuda:0") == 1

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, LayerFactors, bases
 from lightning_curvature.collect import collect
 from lightning_curvature.collector import Collector
-from lightning_curvature.moments import SecondMoment, full_precision
+from lightning_curvature.moments import SecondMoment
 from lightning_curvature.streams import SideStreams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -74,12 +74,11 @@ def test_products_of_halves_are_exact(dim, home, dtype):
 
 def test_tf32_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    rows = torch.randn(4096, 300, device="cuda")
-    moment = SecondMoment(300, "cuda")
-    with full_precision(["cuda"]):
-        moment.add(rows)
+    rows, model = torch.randn(4096, 300, device="cuda"), nn.Sequential(nn.Linear(300, 8), nn.Linear(8, 2)).cuda()
+    labels = torch.zeros(4096, dtype=torch.int64, device="cuda")
+    found = collect(model, [rows], lambda x: F.cross_entropy(model(x), labels), layers=["0"], positions="all")
     expected = (rows.double().T @ rows.double() / len(rows)).float()
-    assert float((moment.mean() - expected).norm() / expected.norm()) < 1e-6
+    assert float((found["0"].A - expected).norm() / expected.norm()) < 1e-6
     assert torch.backends.cuda.matmul.allow_tf32
 
 

@@ -39,11 +39,12 @@ def test_batches_and_dtypes():
     assert whole.mean().dtype == torch.float64
 
 
+@pytest.mark.parametrize("home", ["cpu", "cpu:0"])  # by name another device
 @pytest.mark.parametrize("in_one", [False, True])
-def test_products_of_several_block_columns(monkeypatch, in_one):
-    """What only a GPU does: one product covers all block columns of a narrow layer, and each takes its part."""
+def test_products_of_several_block_columns(monkeypatch, in_one, home):
+    """What only a GPU does: one product covers all block columns of a narrow layer; sums lie on another device."""
     monkeypatch.setattr(moments, "_in_one_product", lambda rows, dim: in_one)
-    moment, rows = SecondMoment(300), [torch.randn(20, 300) for _ in range(3)]
+    moment, rows = SecondMoment(300, home), [torch.randn(20, 300) for _ in range(3)]
     for part in rows:
         moment.add(part, scale=0.5)
     joined = torch.cat(rows).double()
@@ -52,6 +53,39 @@ def test_products_of_several_block_columns(monkeypatch, in_one):
     moment.settle()
     counts = torch.tensor(3 * 20.0**2, dtype=torch.float64)
     torch.testing.assert_close(moment.squares, torch.stack([squares, counts]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("in_place", [True, False])  # since torch 2.10, and before
+@pytest.mark.parametrize("home", ["cpu", "cpu:0"])
+def test_halves_on_tensor_cores(monkeypatch, in_place, home):
+    """As on a GPU, whose products of halves in float32 a CPU does not have."""
+    mm, addmm, taken = torch.mm, torch.addmm, []
+
+    def like_mm(left, right, *, out_dtype):
+        taken.append("mm")
+        return mm(left.to(out_dtype), right.to(out_dtype))
+
+    def like_addmm(total, left, right, *, out, out_dtype=None, **options):
+        assert out_dtype in (None, out.dtype)
+        taken.append(out_dtype)
+        return addmm(total, *((part.to(out_dtype) for part in (left, right)) if out_dtype else (left, right)),
+                     out=out, **options)  # fmt: skip
+
+    monkeypatch.setattr(torch, "mm", like_mm)
+    monkeypatch.setattr(torch, "addmm", like_addmm)
+    monkeypatch.setattr(moments, "_on_tensor_cores", lambda rows: rows.dtype.itemsize == 2)
+    monkeypatch.setattr(moments, "_IN_PLACE", in_place)
+    moment, rows = SecondMoment(200, home), [torch.randn(20, 200).bfloat16() for _ in range(4)]
+    moment.add(*rows[:3], scale=0.3)
+    joined = torch.cat(rows[:3]).double()
+    torch.testing.assert_close(moment.mean(), (0.3 * joined.T @ joined / 60).float())
+    assert set(taken) == {torch.float32 if in_place else "mm"}
+    taken.clear()
+    moment.add(torch.zeros(1, 200).double(), count=0)
+    moment.add(rows[3], count=20, scale=0.3)
+    joined = torch.cat(rows).double()
+    torch.testing.assert_close(moment.mean(), 0.3 * joined.T @ joined / 80, rtol=1e-5, atol=1e-7)
+    assert set(taken) == {None}  # in float64
 
 
 def test_groups_grow_to_eight_batches():
