@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import peak_bytes
-from lightning_curvature import KFACEditCallback, fisher
+from lightning_curvature import KFACEditCallback, fisher, taps
 from lightning_curvature.collect import collect
 from lightning_curvature.collection import Collection
 from lightning_curvature.collector import Collector
@@ -90,6 +90,18 @@ def test_random_passes_stop_at_the_lowest_layer_and_take_no_weight_gradients(ste
     gradients = (draws - 1) * sum(2 * ROWS * packed_size(dim) for dim in (HIDDEN, HIDDEN, IN))
     assert extra == draws * down + PRODUCTS + gradients
     assert len(passes) == draws
+
+
+def test_nothing_that_a_hook_reads_goes_through_the_function_mode(step, monkeypatch):
+    """Each time costs Python in a forward pass, however small the layer."""
+    seen, look = [], taps._FunctionTap.__torch_function__
+    monkeypatch.setattr(taps._FunctionTap, "__torch_function__", lambda *given: seen.append(given[1]) or look(*given))
+    counts = []
+    for names in (NAMES[:1], NAMES):
+        step(Collector(step.model, names, fisher="empirical"))
+        counts.append(len(seen))
+        seen.clear()
+    assert counts[0] == counts[1] > 0
 
 
 def test_empirical_takes_no_backward_pass_of_its_own(step, monkeypatch):
@@ -194,6 +206,7 @@ def test_block_columns_hold_the_upper_triangle_once(dim):
     torch.testing.assert_close(moment.mean(), rows.T @ rows / 7)
     assert block_columns(dim)[0][0] == 0
     assert block_columns(dim)[-1][1] == dim
+    assert len(block_columns(dim)) <= max(4, -(-dim // 1024))
     assert len(moment.total) == packed_size(dim) <= dim**2
     assert dim < 300 or packed_size(dim) <= (0.61 if dim == 5000 else 0.7) * dim**2
     again = SecondMoment.of(moment.mean(), moment.count)

@@ -59,7 +59,7 @@ def test_products_of_several_block_columns(monkeypatch, in_one, home):
 @pytest.mark.parametrize("home", ["cpu", "cpu:0"])
 def test_halves_on_tensor_cores(monkeypatch, in_place, home):
     """As on a GPU, whose products of halves in float32 a CPU does not have."""
-    mm, addmm, taken = torch.mm, torch.addmm, []
+    mm, addmm, full, taken = torch.mm, torch.addmm, torch.full, []
 
     def like_mm(left, right, *, out_dtype):
         taken.append("mm")
@@ -71,12 +71,16 @@ def test_halves_on_tensor_cores(monkeypatch, in_place, home):
         return addmm(total, *((part.to(out_dtype) for part in (left, right)) if out_dtype else (left, right)),
                      out=out, **options)  # fmt: skip
 
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: full(shape, float("nan"), **options))
     monkeypatch.setattr(torch, "mm", like_mm)
     monkeypatch.setattr(torch, "addmm", like_addmm)
     monkeypatch.setattr(moments, "_on_tensor_cores", lambda rows: rows.dtype.itemsize == 2)
     monkeypatch.setattr(moments, "_IN_PLACE", in_place)
     moment, rows = SecondMoment(200, home), [torch.randn(20, 200).bfloat16() for _ in range(4)]
     moment.add(*rows[:3], scale=0.3)
+    monkeypatch.setattr(torch, "addmm", pytest.fail)
+    moment.add(rows[3][:0])  # nothing to multiply
+    monkeypatch.setattr(torch, "addmm", like_addmm)
     joined = torch.cat(rows[:3]).double()
     torch.testing.assert_close(moment.mean(), (0.3 * joined.T @ joined / 60).float())
     assert set(taken) == {torch.float32 if in_place else "mm"}

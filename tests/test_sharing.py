@@ -204,6 +204,21 @@ def test_a_resumed_collection_shares_as_before():
     assert two["gate"].A_error == one["gate"].A_error > 0
 
 
+def test_a_state_is_loaded_into_a_collector_that_was_used():
+    """What shared in its own batches says nothing of the sums that it goes on with."""
+    model, (first, second, *_) = Gated(), batches()
+    together, used, fresh = (Collector(model, PROJECTIONS, fisher="exact") for _ in range(3))
+    add(together, first)
+    model.apart = True
+    add(used, first)
+    for collector in (used, fresh):
+        collector.load_state_dict(together.state_dict())
+        add(collector, second)
+    found = used.factors()
+    assert found["gate"].A is not found["up"].A
+    same(found, fresh.factors())
+
+
 def on_two_processes(apart, shard):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
