@@ -93,12 +93,15 @@ def test_random_passes_stop_at_the_lowest_layer_and_take_no_weight_gradients(ste
 
 
 def test_nothing_that_a_hook_reads_goes_through_the_function_mode(step, monkeypatch):
-    """Each time costs Python in a forward pass, however small the layer."""
+    """Each time costs Python in a forward pass, however small a layer is."""
     seen, look = [], taps._FunctionTap.__torch_function__
     monkeypatch.setattr(taps._FunctionTap, "__torch_function__", lambda *given: seen.append(given[1]) or look(*given))
     counts = []
     for names in (NAMES[:1], NAMES):
-        step(Collector(step.model, names, fisher="empirical"))
+        collector = Collector(step.model, names, fisher="empirical")
+        collector.open()
+        step.model(torch.randn(ROWS, IN))
+        collector.abort()
         counts.append(len(seen))
         seen.clear()
     assert counts[0] == counts[1] > 0

@@ -1,5 +1,6 @@
 """Layers that read the same positions of the same tensor share A: in the sums, in files, and in the decomposition."""
 
+import copy
 import gc
 import json
 
@@ -212,7 +213,7 @@ def test_a_state_is_loaded_into_a_collector_that_was_used():
     model.apart = True
     add(used, first)
     for collector in (used, fresh):
-        collector.load_state_dict(together.state_dict())
+        collector.load_state_dict(copy.deepcopy(together.state_dict()))
         add(collector, second)
     found = used.factors()
     assert found["gate"].A is not found["up"].A
