@@ -39,12 +39,13 @@ def test_batches_and_dtypes():
     assert whole.mean().dtype == torch.float64
 
 
-@pytest.mark.parametrize("home", ["cpu", "cpu:0"])  # by name another device
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("in_one", [False, True])
-def test_products_of_several_block_columns(monkeypatch, in_one, home):
+def test_products_of_several_block_columns(monkeypatch, in_one, together):
     """What only a GPU does: one product covers all block columns of a narrow layer; sums lie on another device."""
     monkeypatch.setattr(moments, "_in_one_product", lambda rows, dim: in_one)
-    moment, rows = SecondMoment(300, home), [torch.randn(20, 300) for _ in range(3)]
+    monkeypatch.setattr(moments, "_lie_together", lambda block, rows: together)
+    moment, rows = SecondMoment(300), [torch.randn(20, 300) for _ in range(3)]
     for part in rows:
         moment.add(part, scale=0.5)
     joined = torch.cat(rows).double()
@@ -56,8 +57,8 @@ def test_products_of_several_block_columns(monkeypatch, in_one, home):
 
 
 @pytest.mark.parametrize("in_place", [True, False])  # since torch 2.10, and before
-@pytest.mark.parametrize("home", ["cpu", "cpu:0"])
-def test_halves_on_tensor_cores(monkeypatch, in_place, home):
+@pytest.mark.parametrize("together", [True, False])
+def test_halves_on_tensor_cores(monkeypatch, in_place, together):
     """As on a GPU, whose products of halves in float32 a CPU does not have."""
     mm, addmm, full, taken = torch.mm, torch.addmm, torch.full, []
 
@@ -76,7 +77,8 @@ def test_halves_on_tensor_cores(monkeypatch, in_place, home):
     monkeypatch.setattr(torch, "addmm", like_addmm)
     monkeypatch.setattr(moments, "_on_tensor_cores", lambda rows: rows.dtype.itemsize == 2)
     monkeypatch.setattr(moments, "_IN_PLACE", in_place)
-    moment, rows = SecondMoment(200, home), [torch.randn(20, 200).bfloat16() for _ in range(4)]
+    monkeypatch.setattr(moments, "_lie_together", lambda block, rows: together)
+    moment, rows = SecondMoment(200), [torch.randn(20, 200).bfloat16() for _ in range(4)]
     moment.add(*rows[:3], scale=0.3)
     monkeypatch.setattr(torch, "addmm", pytest.fail)
     moment.add(rows[3][:0])  # nothing to multiply
