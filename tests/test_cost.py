@@ -1,6 +1,7 @@
 """What collecting costs, counted: products, backward passes, waits and bytes. Nothing here is timed."""
 
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -18,8 +19,9 @@ from lightning_curvature.collection import Collection
 from lightning_curvature.collector import Collector
 from lightning_curvature.moments import SecondMoment, block_columns, packed_size
 from lightning_curvature.plan import DoesNotFitError, edit_bytes, place_edit, place_sums
+from lightning_curvature.rows import BatchGradients
 from lightning_curvature.streams import SideStreams
-from lightning_curvature.sums import LayerSums
+from lightning_curvature.sums import STATE_VERSION, LayerSums
 from tests import models
 
 ROWS, IN, HIDDEN = 96, 256, 512
@@ -214,6 +216,11 @@ def test_block_columns_hold_the_upper_triangle_once(dim):
     assert dim < 300 or packed_size(dim) <= (0.61 if dim == 5000 else 0.7) * dim**2
     again = SecondMoment.of(moment.mean(), moment.count)
     torch.testing.assert_close(again.total, moment.total)
+
+
+def test_the_layout_of_saved_sums_has_a_version():
+    """Sums of another layout would be read as nonsense: whoever changes it changes the version, and this test."""
+    assert (STATE_VERSION, block_columns(1000)) == (5, [(0, 256), (256, 512), (512, 768), (768, 1000)])
 
 
 def test_a_mean_is_one_tensor_as_long_as_it_is_used():
@@ -437,3 +444,16 @@ def test_work_runs_beside_the_main_stream(monkeypatch):
     with streams.beside([part], [torch.device("cuda:1")]):
         assert {"enter side cuda:0", "enter side cuda:1"} <= set(told)
     assert told.count("kept for side cuda:0") == 1
+
+
+def test_what_else_is_read_or_written_beside_the_main_stream(step, monkeypatch):
+    """A mask of the batch; and sums that are spread over processes, also by one that has no batch of its own."""
+    mask = torch.ones(2, dtype=torch.bool)
+    assert BatchGradients([], [], mask=mask).tensors == [mask]
+    told = []
+    monkeypatch.setattr(SideStreams, "beside", lambda self, tensors, devices: told.append([*devices]) or nullcontext())
+    for shard in (False, True):
+        collector = Collector(step.model, NAMES, shard=shard)
+        collector.accumulator.add(None, collector.kinds)
+        collector.accumulator.join()
+    assert told == [[], [], [torch.device("cpu")], [torch.device("cpu")]]
