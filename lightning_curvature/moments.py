@@ -288,17 +288,14 @@ def full_precision(device_types: Iterable[str]) -> Iterator[None]:
     That may be autocast, or what ``torch.set_float32_matmul_precision`` allows for float32 (TF32, bfloat16).
     """
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    settings: list[tuple[Any, str, Any]]
-    settings = [(backend, "fp32_precision", "ieee") for backend in backends if hasattr(backend, "fp32_precision")]
-    settings = settings or [(torch.backends.cuda.matmul, "allow_tf32", False)]  # before torch 2.9
-    before = [(backend, name, getattr(backend, name)) for backend, name, _ in settings]
+    backends = tuple(backend for backend in backends if hasattr(backend, "fp32_precision"))
     with ExitStack() as stack:
         for kind in device_types:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        try:
-            for backend, name, value in settings:
-                setattr(backend, name, value)
-            yield
-        finally:
-            for backend, name, value in before:
-                setattr(backend, name, value)
+        for backend in backends:
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            backend.fp32_precision = "ieee"
+        if not backends:  # before torch 2.9
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
