@@ -10,7 +10,8 @@ the same batches, and every figure is a ratio within a round: median, and range 
    product of each distinct factor's shapes, by half, measured in the same rounds.
 2. *one pass over a frozen model*: no weight gradients, 16 batches. ``kronfluence`` and ``curvlinops`` see the same
    model, rows and layers; "sampled" draws labels from the softmax, one for each position (curvlinops:
-   ``mc_samples=1``). Theirs stands beside our "sketched", too, which they do not have.
+   ``mc_samples=1``). Theirs stands beside our "sketched", too, which they do not have. The "limit" is forward and
+   backward down to the layers' outputs, and the products by half, as above.
 3. *memory*: the peak of four training steps beyond that of plain ones, sums included, by torch's profiler, over the
    bytes of the distinct factors in float32; captured tensors (inputs and gradients of the layers in one batch) are
    named beside it.
@@ -189,6 +190,17 @@ class Subject:
 
         return work
 
+    def bare_pass(self) -> None:
+        """Go forward, and backward to the outputs of the layers, and take nothing."""
+        outputs: list[Tensor] = []
+        handles = [module.register_forward_hook(lambda *call: outputs.append(call[-1]))
+                   for module in self.layers.values()]  # fmt: skip
+        for batch in self.batches * PASS:
+            torch.autograd.grad(F.cross_entropy(self.model(batch[0]), batch[1]), outputs)
+            outputs.clear()
+        for handle in handles:
+            handle.remove()
+
     def pass_over(self, fisher: str) -> None:
         """Collect in one pass over the frozen model."""
         collect(self.model, self.batches * PASS, lambda batch: F.cross_entropy(self.model(batch[0]), batch[1]),
@@ -345,17 +357,21 @@ def share_of_peak(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
 
 def frozen(subject: Subject, rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
     """Measure one pass of ours and of the two libraries."""
-    variants = {"plain": subject.plain, "ours, sketched": lambda: subject.pass_over("sketched")}
+    variants = {"plain": subject.plain, "bare": subject.bare_pass, "the products alone": subject.products(),
+                "ours, sketched": lambda: subject.pass_over("sketched")}  # fmt: skip
     for kind in ("empirical", "sampled"):
         variants[f"ours, {kind}"] = lambda kind=kind: subject.pass_over(kind)
         variants[f"kronfluence, {kind}"] = subject.kronfluence(kind)
         variants[f"curvlinops, {kind}"] = lambda kind=kind: subject.curvlinops(kind)
     seconds = in_turn(variants, rounds)
+    both = zip(seconds["bare"], seconds["the products alone"], strict=True)
+    seconds["limit"] = [bare + PASS * products / 2 for bare, products in both]
     rows = []
     for kind, theirs in (("empirical", "empirical"), ("sampled", "sampled"), ("sketched", "sampled")):
-        names = [f"ours, {kind}", f"kronfluence, {theirs}", f"curvlinops, {theirs}"]
+        names = ["limit", f"ours, {kind}", f"kronfluence, {theirs}", f"curvlinops, {theirs}"]
         of_plain = [spread([ratio / PASS for ratio in ratios(seconds, name, "plain")]) for name in names]
-        rows.append([kind, *of_plain, *(spread(ratios(seconds, names[0], name)) for name in names[1:])])
+        of_theirs = [("limit", names[2]), (names[1], names[2]), (names[1], names[3])]
+        rows.append([kind, *of_plain, *(spread(ratios(seconds, *pair)) for pair in of_theirs)])
     return rows, seconds
 
 
@@ -405,7 +421,8 @@ def main() -> None:
         if "pass" in args.parts:
             rows, results[f"pass, {kind}"] = frozen(subject, args.rounds)
             print(f"\n{title}: one pass over the frozen model, training step = 1\n")
-            headers = ["", "ours", "kronfluence", "curvlinops", "ours / kronfluence", "ours / curvlinops"]
+            headers = ["", "limit", "ours", "kronfluence", "curvlinops", "limit / kronfluence", "ours / kronfluence",
+                       "ours / curvlinops"]  # fmt: skip
             print(tabulate(rows, headers, tablefmt="github"), flush=True)
         if "memory" in args.parts:
             rows, results[f"memory, {kind}"] = memory(subject)

@@ -2,6 +2,7 @@
 
 import resource
 import signal
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -290,7 +291,9 @@ def terminated(folder, who):
 
     saver = OnExceptionCheckpoint(folder, "stopped")
     options = {"max_epochs": 3, "enable_checkpointing": True}
-    with pytest.warns() as told, pytest.raises((SIGTERMException, SystemExit, RuntimeError)) as error:
+    stops = pytest.raises((SIGTERMException, SystemExit, RuntimeError))
+    with warnings.catch_warnings(record=True) as told, stops as error:
+        warnings.simplefilter("always")
         cells.run("fit", "empirical", DDP2, folder=folder, callbacks=[Stop(), saver], **options)
     return type(error.value).__name__, [str(warning.message) for warning in told]
 
