@@ -75,7 +75,7 @@ class SafetensorsFile:
             with safe_open(self.path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name).clone()
                 return tensor
-        except SafetensorError as error:  # of a dtype that torch does not have
+        except (SafetensorError, AttributeError) as error:  # of a dtype that this torch does not have
             raise ValueError(f"{self.path}: {name!r} cannot be read ({error}). Save it with another dtype.") from error
 
     @property
