@@ -1,10 +1,11 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_curvature import moments
-from lightning_curvature.moments import SecondMoment
+from lightning_curvature.moments import SecondMoment, full_precision
 
 
 def test_a_million_small_batches_lose_nothing():
@@ -142,3 +143,15 @@ def test_an_error_that_rounding_lost_is_not_stated():
     for seed in range(4):
         moment.add(torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)), scale=1e-20)
     assert moment.relative_error() is None
+
+
+def test_precision_before_torch_2_9(monkeypatch):
+    """Those releases have one setting for all backends, and no ``fp32_precision`` of each."""
+    chosen = ["medium"]
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace())
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace())
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    with full_precision([]):
+        assert chosen[-1] == "highest"
+    assert chosen == ["medium", "highest", "medium"]
