@@ -106,14 +106,13 @@ class Accumulator:
             self.num_batches += read is not None
             if batch is not None and read is None:
                 self._warn_of_skipped()
-            rows, scale = read or ([], 1.0)
-            groups = same_inputs(rows)
+            groups = same_inputs(read or [])
             if self.owners is None:
                 if not self.ranks.counts:
                     return
                 self._share_inputs(groups, kinds)
                 for group in groups:
-                    self._add_group(group, self._sums, scale)
+                    self._add_group(group, self._sums)
                 return
             groups = [part for group in groups for part in self._by_owner(group)]
             first = {name: next(iter(group)) for group in groups for name in group}
@@ -127,7 +126,7 @@ class Accumulator:
                     for other in group:
                         made[other].share_inputs(made[name].inputs)
                     if self.ranks.counts:  # one that does not count takes part, and adds nothing
-                        self._add_group(group, made, scale)
+                        self._add_group(group, made)
                 return made.pop(name)
 
             self._exchange({name: kinds[name] for name in first}, of_batch, first)
@@ -167,7 +166,7 @@ class Accumulator:
                 for name in here:
                     self._sums[name].share_inputs(inputs)
 
-    def _add_group(self, group: Mapping[str, Sequence[CallRows]], sums: Mapping[str, LayerSums], scale: float) -> None:
+    def _add_group(self, group: Mapping[str, Sequence[CallRows]], sums: Mapping[str, LayerSums]) -> None:
         """Add the calls of layers that read the same inputs."""
         shared = sharing({name: sums[name] for name in group})
         for calls in zip(*group.values(), strict=True):
@@ -176,7 +175,7 @@ class Accumulator:
                 name = own.call.name
                 if shared[name] == name:
                     sums[name].add_inputs(inputs)
-                sums[name].add_gradients(inputs, own.gradient_rows(), scale, own.num_seen)
+                sums[name].add_gradients(inputs, own.gradient_rows(), own.scale, own.num_seen)
 
     def join(self) -> None:
         """Take part in what the others still add, until all are done. A collective where the sums are spread."""

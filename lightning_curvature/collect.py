@@ -1,6 +1,6 @@
 """Collection in one pass over a frozen model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,14 +14,15 @@ Batch = TypeVar("Batch")
 
 
 def collect(
-    module: nn.Module, batches: Iterable[Batch], step: Callable[[Batch], Tensor], **options: Any
+    module: nn.Module, batches: Iterable[Batch], step: Callable[[Batch], Any], **options: Any
 ) -> KroneckerFactors:
     """Collect factors of a frozen model in one pass over data, the setting of arXiv:2510.24256.
 
     Args:
         module: The network. Its mode (train or eval) is yours to set; weights, ``.grad`` and random state stay.
         batches: Data.
-        step: Computes the loss of a batch, as a training step would.
+        step: Computes the loss of a batch, as a training step would; it may also return a dict, or a model output of
+            transformers, that holds it as ``loss``.
         **options: Arguments of :class:`lightning_curvature.collector.Collector`.
 
     Returns:
@@ -33,20 +34,28 @@ def collect(
     return run_collector(Collector(module, **options), batches, step)
 
 
-def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable[[Batch], Tensor]) -> KroneckerFactors:
+def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable[[Batch], Any]) -> KroneckerFactors:
     """Run a collector over data; arguments and errors as :func:`collect`."""
     for batch in batches:
-        collector.open(batch)
-        try:
-            with torch.enable_grad():
-                collector.backward(step(batch))
-            collector.close()
-        finally:
-            collector.abort()
+        with collector.step(batch), torch.enable_grad():
+            collector.backward(loss_of(step(batch)))
     if not collector.sums:
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
     check_silent(collector.silent)
     return collector.finish()
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the loss that a step returned, itself or in a dict or a model output.
+
+    Raises:
+        TypeError: If it returned none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        kind = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"{type(output).__name__}"
+        raise TypeError(f"step(batch) must return the loss, one number, or a dict or output with 'loss'; found {kind}.")
+    return loss
 
 
 def check_silent(silent: Sequence[str]) -> None:

@@ -1,12 +1,12 @@
 """Collection: from one step of a model to sums of its K-FAC factors.
 
-A :class:`Collector` is opened around a forward pass, told when the backward pass is about to start, and closed. It
+A :class:`Collector` is opened around a forward pass, told when a backward pass is about to start, and closed. It
 knows nothing of trainers; :func:`lightning_curvature.collect.collect` runs it over a frozen model, ``KFACEditCallback``
 inside a training loop.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.fisher import FISHER_KINDS
 from lightning_curvature.layers import is_conv1d, matrix_shape
 from lightning_curvature.losses import SoftmaxLoss
-from lightning_curvature.plan import place_sums
+from lightning_curvature.objectives import NothingToCollectError, check_reentrant, frozen_layers
+from lightning_curvature.plan import DoesNotFitError, place_sums
 from lightning_curvature.positions import batch_mask, check_positions
 from lightning_curvature.ranks import Ranks
-from lightning_curvature.rows import BatchGradients
 from lightning_curvature.selection import LayerChoice, choose_layers
+from lightning_curvature.step import FisherOptions, Step
 from lightning_curvature.sums import LayerKind, LayerSums
-from lightning_curvature.taps import LayerCall, Taps
+from lightning_curvature.taps import Taps, named_target
 
 ACCUMULATE_ON = ("auto", "model", "cpu")
 
@@ -41,6 +42,21 @@ def check_options(fisher: str, draws: int, positions: str, accumulate_on: str, s
     check_option(accumulate_on, ACCUMULATE_ON, "accumulate_on")
 
 
+def check_class_dim(class_dim: Any, logits: str | None) -> None:
+    """Raise if ``class_dim`` is no dimension, or there are no named logits that it could be one of.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If ``logits`` is None.
+    """
+    if class_dim is None:
+        return
+    if isinstance(class_dim, bool) or not isinstance(class_dim, int):
+        raise TypeError(f"class_dim must be an integer or None, found {class_dim!r}.")
+    if logits is None:
+        raise ValueError("class_dim says which dimension of named logits holds the classes: name them with logits='...'.")
+
+
 class Collector:
     """Collects K-FAC factors from the steps of a model.
 
@@ -51,7 +67,10 @@ class Collector:
         draws: Random vectors (labels) per loss position, for ``"sketched"`` (``"sampled"``).
         positions: Which positions count, see :mod:`lightning_curvature.positions`.
         seed: Seed of the collector's own random generator.
-        logits: Name of a submodule or method that returns the logits, for models that hide their cross-entropy.
+        logits: Name of a submodule or method that returns the logits, for models that hide their cross-entropy: a
+            tensor ``[batch, classes]``, or one of more dimensions whose classes the softmax of the loss tells.
+        class_dim: Dimension of the classes of these logits, where the loss does not tell: 1 for
+            ``[batch, classes, ...]``, -1 for ``[batch, ..., classes]``.
         accumulate_on: Where the sums live: ``"model"``, on the device of each layer; ``"cpu"``; or ``"auto"``, on the
             device of each layer if they fit there, and otherwise on the CPU.
         share: Share of the positions that is used, in (0, 1], chosen at random in each batch.
@@ -61,6 +80,12 @@ class Collector:
             together do not fit into memory.
         ranks: The processes of the run; by default this one alone.
         shard: Spread the sums over the processes: each keeps those of its own layers.
+        on_error: Called with an error that was met inside the step that is watched, in place of raising it there.
+
+    Attributes:
+        chosen: Names of the chosen layers; None before the first batch has shown them.
+        frozen: Those that ran and needed no gradient.
+        left_out: Why backward passes of steps that were used otherwise were passed over, and how many.
 
     Raises:
         ValueError: If an argument is none of its options, or ``layers`` matches nothing.
@@ -76,20 +101,28 @@ class Collector:
         positions: str = "contributing",
         seed: int = 0,
         logits: str | None = None,
+        class_dim: int | None = None,
         accumulate_on: str = "auto",
         share: float = 1.0,
         coupled: bool = False,
         group: tuple[int, int] = (0, 1),
         ranks: Ranks | None = None,
         shard: bool = False,
+        on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         check_options(fisher, draws, positions, accumulate_on, share)
+        check_class_dim(class_dim, logits)
+        if logits is not None:
+            named_target(module, logits)
         self.module = module
         self.fisher = fisher
         self.draws = draws
         self.positions = positions
         self.choice: LayerChoice = choose_layers(module, layers)
         self.chosen: list[str] | None = None
+        self.detaches: bool | None = None
+        self.frozen: set[str] = set()
+        self.left_out: dict[str, int] = {}
         self.provenance: dict[str, Any] = {
             "model": type(module).__name__,
             "fisher": fisher,
@@ -104,17 +137,33 @@ class Collector:
         self.share = float(share)
         self.coupled = coupled
         self.group = group
+        self.on_error = on_error
         self.kinds = {name: self._kind(module) for name, module in self.choice.modules.items()}
         owners = owners_of(self.kinds, self.ranks) if shard else None
         check_graphed(module)
         self.accumulator = Accumulator(self._new_sums, self._home, positions, self.ranks, owners)
+        self._options = FisherOptions(fisher, draws, logits, class_dim)
         self._homes: dict[torch.device, torch.device] = {}
-        self._taps: Taps | None = None
-        self._mask: Tensor | None = None
-        self._pending: tuple[SoftmaxLoss, list[LayerCall]] | None = None
-        self._taken: BatchGradients | None = None
-        self._objective: Tensor | None = None
+        self._unchecked = set(self.choice.modules)
+        self._step: Step | None = None
         self._opened = self._warned = False
+
+    @contextmanager
+    def step(self, batch: Any = None) -> Iterator[None]:
+        """Collect from the step of a frozen model that runs inside a ``with`` block, which calls :meth:`backward`.
+
+        Args:
+            batch: The batch, needed for ``positions="mask:KEY"`` alone.
+
+        Raises:
+            RuntimeError: As :meth:`before_backward` and :meth:`close`.
+        """
+        self.open(batch)
+        try:
+            yield
+            self.close()
+        finally:
+            self.abort()
 
     def open(self, batch: Any = None) -> None:
         """Start to record; call before the forward pass.
@@ -123,8 +172,9 @@ class Collector:
             batch: The batch, needed for ``positions="mask:KEY"`` alone.
         """
         self.abort()
+        mask = None
         if self.positions.startswith("mask:"):
-            self._mask = batch_mask(batch, self.positions.removeprefix("mask:"))
+            mask = batch_mask(batch, self.positions.removeprefix("mask:"))
         if not self._opened and is_compiled(self.module):
             rank_zero_warn(
                 "Steps from which curvature is collected run without torch.compile: what was compiled before hooks "
@@ -132,124 +182,140 @@ class Collector:
             )
         self._opened = True
         names = self.choice.modules if self.chosen is None else self.chosen
-        self._taps = Taps(
+        taps = Taps(
             self.module,
             {name: self.choice.modules[name] for name in names},
             logits=self.logits,
             watch_gradients=self.fisher == "empirical",
             on_backward=self.before_backward,
+            on_error=None if self.on_error is None else self._hand_over,
+            unchecked=self._unchecked,
         )
-        self._taps.__enter__()
+        parameters = frozenset(map(id, self.module.parameters()))  # which the module keeps alive
+        self._step = Step(taps, self, self._options, parameters, self._seed, mask)
+        taps.__enter__()
 
     def before_backward(self, objective: Tensor | None) -> None:
-        """Take the gradients of this batch; call when the forward pass is done and its graph is alive.
+        """Take the gradients of a backward pass; call when the forward pass is done and its graph is alive.
 
-        Only the first call after :meth:`open` counts; for ``empirical``, a second one whose gradients would mix with
-        the first's is an error.
+        A pass that goes through no softmax loss, or reaches no chosen layer, is passed over.
 
         Args:
-            objective: The scalar that the training is about to backpropagate; None if the step has none, and computes
-                one cross-entropy.
+            objective: What the training is about to backpropagate; None if the step has none, and computes one
+                cross-entropy.
 
         Raises:
-            RuntimeError: If the logits cannot be told, a chosen layer did not run or has no graph, the factors do not
-                fit into memory, or ``exact`` is too expensive.
+            RuntimeError: If the logits cannot be told, the factors do not fit into memory, or ``exact`` is too expensive.
         """
-        taps = self._taps
-        if taps is None:
-            return
-        if not taps.recording:
-            if self._pending is not None and objective is not None and objective is not self._objective:
-                fisher.check_unreached(self._pending[1], objective)
-            return
-        taps.recording = False  # recomputed forward passes (activation checkpointing) are not counted twice
-        loss = fisher.find_loss(taps, objective)
-        if self.chosen is None:
-            fisher.check_reentrant(loss, taps)
-            heads = fisher.output_heads(loss, taps.calls)
-            fired = [call.name for call in taps.calls]
-            self.chosen = self._plan(self.choice.resolve(fired, heads))
-            if late := sorted(set(self.chosen) - set(fired)):
-                rank_zero_warn(
-                    f"Chosen layers {listing(late)} did not run in the first collected batch. They are collected from "
-                    "whenever they run; if they never do, that is an error in the end."
-                )
-        calls = [call for call in taps.calls if call.name in self.chosen]
-        dead = sorted({call.name for call in calls if call.edge is None})
-        if dead:
-            raise RuntimeError(
-                f"Outputs of layers {listing(dead)} need no gradient: everything up to them is frozen (or runs under "
-                "no_grad, or reentrant checkpointing). Unfreeze something below them, or leave them out of layers=."
+        if self._step is not None:
+            self._step.before_backward(objective)
+
+    def choose(
+        self, losses: Sequence[SoftmaxLoss], fired: Sequence[str], heads: Collection[str], dead: Collection[str], taps: Taps
+    ) -> None:
+        """Choose layers, given those that ran in the first batch; see :class:`lightning_curvature.step.Layers`.
+
+        Raises:
+            NothingToCollectError: If none of those that are meant ran in this batch.
+            DoesNotFitError: If their factors do not fit into memory.
+        """
+        check_reentrant(losses, taps)
+        try:
+            chosen = self.choice.resolve(fired, heads)
+        except RuntimeError as error:
+            self.frozen |= set(dead)
+            raise NothingToCollectError(frozen_layers(dead) if dead else str(error)) from error
+        self.chosen = self._plan(chosen)
+        if late := sorted(set(self.chosen) - set(fired)):
+            rank_zero_warn(
+                f"Chosen layers {listing(late)} did not run in the first collected batch. They are collected from "
+                "whenever they run; if they never do, they are not edited."
             )
-        if not calls:
-            return  # none of the layers that run in some batches only ran in this one
-        if self.fisher == "empirical":
-            if objective is None and loss.output is not None:
-                objective = loss.output.sum()
-            fisher.check_single_path(loss, calls, objective)
-            # Of the loss, what arrives is still to come; its logits are not needed any more.
-            loss = dataclasses.replace(loss, logits=loss.logits.new_empty(0))
-            self._pending, self._objective = (loss, calls), objective
-            taps.losses = []
-            return
-        with taps.own_pass():
-            passes = fisher.count_passes(self.fisher, loss, calls, self.draws)
-            if passes > fisher.EXACT_LIMIT:
-                raise RuntimeError(
-                    f"fisher='exact' needs {passes} backward passes for this batch, the limit is {fisher.EXACT_LIMIT}. "
-                    "Use fisher='sketched', whose expectation is the same, with as many draws as you can afford."
-                )
-            if self.fisher == "exact" and self.accumulator.num_seen == 0:
-                rank_zero_info(f"fisher='exact' takes {passes} backward passes per batch.")
-            random = torch.Generator(loss.logits.device).manual_seed(self._seed)
-            gradients = list(fisher.gradient_passes(self.fisher, loss, calls, self.draws, random))
-        # Only a finished batch is added: one that is interrupted is repeated when the run goes on. The graph, which an
-        # edge keeps, must not outlive its batch.
-        calls = [dataclasses.replace(call, edge=None) for call in calls]
-        self._taken = BatchGradients(calls, gradients, 1.0 if self.fisher == "exact" else 1.0 / passes)
-        taps.calls, taps.losses = [], []
+
+    def before_passes(self, count: int) -> None:
+        """Raise if a batch needs too many backward passes; say what ``exact`` costs."""
+        if count > fisher.EXACT_LIMIT:
+            raise RuntimeError(
+                f"fisher='exact' needs {count} backward passes for this batch, the limit is {fisher.EXACT_LIMIT}. "
+                "Use fisher='sketched', whose expectation is the same, with as many draws as you can afford."
+            )
+        if self.fisher == "exact" and self.accumulator.num_seen == 0:
+            rank_zero_info(f"fisher='exact' takes {count} backward passes per batch.")
 
     def stop(self) -> None:
-        """Stop to listen, where the rest of the step (the optimizer's) is known to hold nothing of interest."""
-        if self._taps is not None:
-            self._taps.close()
+        """Record nothing more, where the rest of the step (the optimizer's) is known to hold nothing of interest."""
+        if self._step is not None:
+            self._step.taps.close()
 
     def backward(self, objective: Tensor | None) -> None:
         """Take the gradients where no training backward follows: weights and ``.grad`` are left alone."""
+        step = self._step
+        if step is None:
+            return
+        if self.fisher == "empirical" and objective is None and len(step.taps.losses) == 1:
+            (loss,) = step.taps.losses
+            objective = None if loss.output is None else loss.output.sum()
         self.before_backward(objective)
-        if self._pending is not None and self._objective is not None and self._taps is not None:
-            edges = [call.edge for call in self._pending[1] if call.edge is not None]
-            with torch.autocast(self._objective.device.type, enabled=False), self._taps.own_pass():
+        if self.fisher == "empirical" and step.edges and objective is not None:
+            with torch.autocast(objective.device.type, enabled=False), step.taps.own_pass():
                 # The tensor hooks keep what passes; another collector may need the graph, too.
-                torch.autograd.grad(self._objective, edges, retain_graph=True, allow_unused=True)
+                torch.autograd.grad(objective, step.edges, retain_graph=True, allow_unused=True)
 
     def close(self) -> None:
-        """Finish the batch; call after the backward pass. A collective where the sums are sharded."""
-        if self._pending is not None:
-            loss, calls = self._pending
-            if all(call.gradient is None for call in calls):
-                self.abort()
-                raise RuntimeError(
-                    "The training's backward sent no gradient to the chosen layers; use another fisher=."
-                )
-            gradients = [call.gradient for call in calls]
-            self._taken = BatchGradients(calls, [gradients], fisher.empirical_unit(loss).square())
-        elif self._taken is None and self._taps is not None and self._taps.recording and self._taps.losses:
-            self._warn_of_unseen_backward()
-        if self._taken is not None:
-            self._taken.mask, self._taken.share, self._taken.seed = self._mask, self.share, self._seed
+        """Finish the batch; call after the backward pass. A collective where the sums are sharded.
+
+        Raises:
+            NothingToCollectError: If backward passes ran, and nothing could be collected from any.
+            RuntimeError: If the training sent no gradient to the chosen layers.
+        """
+        step, batch, failure = self._step, None, None
         try:
-            self.stop()  # nothing looks at the functions that add the batch
-            self.accumulator.add(self._taken, self.kinds)
+            if step is not None:
+                try:
+                    batch = step.finish()
+                    if batch is None:
+                        failure = self._why_nothing(step)
+                except RuntimeError as error:
+                    failure = error
+                self._note(step, batch is not None)
+                self.stop()  # nothing looks at the functions that add the batch
+            if batch is not None:
+                batch.share, batch.seed = self.share, self._seed
+            self._step = step = None  # its graph goes before the batch is added
+            self.accumulator.add(batch, self.kinds)
         finally:
             self.abort()
+        if failure is not None:
+            raise failure
+
+    def _note(self, step: Step, used: bool) -> None:
+        """Keep what a step that ends has shown beside its gradients."""
+        self.frozen |= step.frozen
+        if used:
+            for reason in step.passed_over:
+                if reason not in self.left_out:
+                    rank_zero_info(f"A backward pass of a collected step was left out: {reason}")
+                self.left_out[reason] = self.left_out.get(reason, 0) + 1
+
+    def _why_nothing(self, step: Step) -> RuntimeError | None:
+        """Return the error of a step that gave nothing; None if it ran no backward pass that was seen."""
+        if step.passed_over:
+            return NothingToCollectError(step.passed_over[0])
+        if step.taps.losses:
+            self._warn_of_unseen_backward()
+        return None
 
     def abort(self) -> None:
         """Drop whatever is recorded of the current batch, and every hook."""
-        self._pending = self._taken = self._objective = self._mask = None
-        if self._taps is not None:
-            self._taps.close()
-            self._taps = None
+        if self._step is not None:
+            self._step.taps.close()
+            self._step = None
+
+    def _hand_over(self, error: Exception) -> None:
+        """Drop a step in which an error was met, and hand the error to who asked for it."""
+        self.abort()
+        if self.on_error is not None:
+            self.on_error(error)
 
     @property
     def sums(self) -> Mapping[str, LayerSums]:
@@ -259,12 +325,12 @@ class Collector:
     @property
     def is_open(self) -> bool:
         """Whether a batch is being collected."""
-        return self._taps is not None
+        return self._step is not None
 
     @property
     def holds_batch(self) -> bool:
         """Whether the gradients of a batch were taken, and not added yet."""
-        return self._taken is not None or self._pending is not None
+        return self._step is not None and self._step.holds_gradients
 
     @property
     def shards(self) -> bool:

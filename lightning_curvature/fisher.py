@@ -28,10 +28,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_curvature._checks import listing
 from lightning_curvature.losses import SoftmaxLoss
 from lightning_curvature.ranks import spread_like, whole
-from lightning_curvature.taps import LayerCall, Taps, ancestors, reaches
+from lightning_curvature.taps import LayerCall
 
 FISHER_KINDS = ("sketched", "sampled", "exact", "empirical")
 EXACT_LIMIT = 4096
@@ -41,60 +40,29 @@ Gradients = list[Tensor | None]
 """The gradient at the output of each call; None where the logits do not depend on it."""
 
 
-def find_loss(taps: Taps, objective: Tensor | None) -> SoftmaxLoss:
-    """Return the one softmax loss whose logits count.
+def count_passes(kind: str, losses: Sequence[SoftmaxLoss], groups: Sequence[Tensor], draws: int) -> int:
+    """Return the number of backward passes that a batch costs.
 
     Args:
-        taps: What the step recorded.
-        objective: The scalar that the training is about to backpropagate; None if there is none.
-
-    Raises:
-        RuntimeError: If no softmax loss was seen, if several reach the objective, or if ``nll_loss`` received something
-            else than log-probabilities.
+        kind: Kind of Fisher.
+        losses: The parts of its softmax loss.
+        groups: For ``"exact"``, the numbers of the loss positions of each, see :func:`independent_groups`.
+        draws: Random vectors (or labels) per loss position.
     """
-    losses = [
-        loss
-        for loss in taps.losses
-        if loss.output is None or objective is None or reaches(objective.grad_fn, {_node(loss.output)})
-    ]
-    if len(losses) == 1:
-        loss = losses[0]
-        if loss.log_probabilities:
-            rows = whole(loss.logits.detach()).movedim(loss.class_dim, -1)[loss.counted]
-            if not bool((rows.float().logsumexp(-1).abs() < 0.05).all()):
-                raise RuntimeError(
-                    "F.nll_loss received values that are not log-probabilities (their exponentials do not sum to 1). "
-                    "Apply log_softmax first, use F.cross_entropy, or name the logits with logits='...'."
-                )
-        return loss
-    if losses:
-        shapes = [list(loss.logits.shape) for loss in losses]
-        raise RuntimeError(
-            f"{len(losses)} softmax losses reach the training loss (logits of shapes {shapes}); the curvature of one "
-            "model output is meant. Name the submodule or method that returns its logits: logits='...'; a validation "
-            "step may also return the loss that counts."
-        )
-    seen = f" It computes {listing(sorted(set(taps.other_losses)))}." if taps.other_losses else ""
-    if taps.without_gradients:
-        seen += " It computes a cross-entropy without gradients: take torch.no_grad() or detach() away from it."
-    raise RuntimeError(
-        f"No softmax cross-entropy reaches the training loss.{seen} The curvature is defined here for "
-        "F.cross_entropy, nn.CrossEntropyLoss, and F.nll_loss after log_softmax; a model that hides it (a fused or "
-        "compiled loss) names the submodule or method that returns its logits: logits='...'."
-    )
-
-
-def count_passes(kind: str, loss: SoftmaxLoss, calls: Sequence[LayerCall], draws: int) -> int:
-    """Return the number of backward passes that a batch costs."""
     if kind == "empirical":
         return 0
     if kind != "exact":
         return draws
-    return loss.logits.shape[loss.class_dim] * (int(_groups(loss, calls).max()) + 1)
+    return sum(loss.num_classes * _num_groups(group) for loss, group in zip(losses, groups, strict=True))
 
 
 def gradient_passes(
-    kind: str, loss: SoftmaxLoss, calls: Sequence[LayerCall], draws: int, generator: torch.Generator
+    kind: str,
+    losses: Sequence[SoftmaxLoss],
+    calls: Sequence[LayerCall],
+    draws: int,
+    generator: torch.Generator,
+    groups: Sequence[Tensor] = (),
 ) -> Iterator[Gradients]:
     """Yield, for each backward pass, the gradients at the outputs of the calls, at unit scale.
 
@@ -102,22 +70,35 @@ def gradient_passes(
 
     Args:
         kind: ``"sketched"``, ``"sampled"`` or ``"exact"``.
-        loss: The softmax loss.
+        losses: The softmax loss, in parts that are independent given the inputs.
         calls: The layer calls; each has an edge.
         draws: Random vectors (or labels) per loss position.
         generator: Source of randomness, on the device of the logits; the global random state is not touched.
+        groups: For ``"exact"``, see :func:`count_passes`.
     """
-    for v in _seeds(kind, loss, calls, draws, generator):
-        yield _backward(loss, v.movedim(-1, loss.class_dim), calls)
+    if kind == "exact":
+        for loss, group in zip(losses, groups, strict=True):
+            for v in _seeds(kind, loss, calls, draws, generator, group):
+                yield _backward(loss, v.movedim(-1, loss.class_dim), calls)
+        return
+    for seeds in zip(*(_seeds(kind, loss, calls, draws, generator) for loss in losses), strict=True):
+        vectors = [v.movedim(-1, loss.class_dim) for v, loss in zip(seeds, losses, strict=True)]
+        yield _backward(losses[0], vectors[0], calls) if len(losses) == 1 else _backward_all(losses, vectors, calls)
 
 
 def _seeds(
-    kind: str, loss: SoftmaxLoss, calls: Sequence[LayerCall], draws: int, generator: torch.Generator
+    kind: str,
+    loss: SoftmaxLoss,
+    calls: Sequence[LayerCall],
+    draws: int,
+    generator: torch.Generator,
+    groups: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the vectors v, classes last. Logits may be the largest tensor of a step: nothing of their size stays."""
     if kind == "exact":
-        p, counted, groups = _probabilities(loss), loss.counted[..., None], _groups(loss, calls)
-        for group in range(int(groups.max()) + 1):
+        p, counted = _probabilities(loss), loss.counted[..., None]
+        groups = independent_groups(loss, calls) if groups is None else groups
+        for group in range(_num_groups(groups)):
             here = counted & (groups == group)[..., None]
             for label in range(p.shape[-1]):
                 yield torch.where(here, p[..., label, None].sqrt() * _minus_onehot(p, label), 0.0)
@@ -178,119 +159,81 @@ def _minus_onehot(p: Tensor, label: int) -> Tensor:
     return moved
 
 
-def _groups(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Tensor:
+def independent_groups(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Tensor:
     """Number the loss positions so that those of one number belong to examples that do not see each other.
 
-    Examples lie along the first dimension of the layers' outputs. That they are independent is checked: the gradient
-    of one example's logits must stay in its own slice of every layer. Where it does not (tokens flattened into the
-    first dimension, batch normalisation), each loss position is a group of its own.
+    Examples lie along the first dimension of the layers' outputs. That no example sees another one is checked: the
+    gradient of some examples' logits must stay in their slices of every layer. Sets of examples are taken by the bits of
+    their numbers, so that each pair is told apart by one of them, in ``2 log2(examples)`` backward passes. Where a
+    gradient does not stay (tokens flattened into the first dimension, batch normalisation, a graph of nodes), each loss
+    position is a group of its own.
+
+    Returns:
+        int64, the logits' shape without the classes.
     """
-    counted = loss.counted
+    counted, numbers = loss.counted, alone(loss)
     sizes = {call.output_shape[0] for call in calls}
     batch = sizes.pop() if len(sizes) == 1 else 0
-    if batch and counted.numel() % batch == 0:
-        example = torch.arange(counted.numel(), device=counted.device) // (counted.numel() // batch)
-        example = example.view(counted.shape)
-        if all(_stays_inside(loss, calls, example, index) for index in {0, batch - 1}):
-            position = torch.arange(counted.numel(), device=counted.device) % (counted.numel() // batch)
-            return position.view(counted.shape)
-    return torch.arange(counted.numel(), device=counted.device).view(counted.shape)
+    if not batch or counted.numel() % batch:
+        return numbers
+    positions = max(counted.numel() // batch, 1)
+    example = numbers // positions
+    for bit in range((batch - 1).bit_length()):
+        for value in (0, 1):
+            if not _stays_inside(loss, calls, example, (bit, value)):
+                return numbers
+    return numbers % positions
 
 
-def _stays_inside(loss: SoftmaxLoss, calls: Sequence[LayerCall], example: Tensor, index: int) -> bool:
-    classes = torch.arange(1.0, loss.logits.shape[loss.class_dim] + 1, device=example.device)
-    seed = (example == index)[..., None] * classes
+def alone(loss: SoftmaxLoss) -> Tensor:
+    """Number the loss positions, each as a group of its own: int64, the logits' shape without the classes."""
+    return torch.arange(loss.counted.numel(), device=loss.counted.device).view(loss.counted.shape)
+
+
+def _num_groups(groups: Tensor) -> int:
+    return int(groups.max()) + 1 if groups.numel() else 0
+
+
+def _stays_inside(loss: SoftmaxLoss, calls: Sequence[LayerCall], example: Tensor, members: tuple[int, int]) -> bool:
+    """Tell whether the gradients of some examples' logits are zero at all others; members share a bit's value."""
+    bit, value = members
+    generator = torch.Generator(example.device).manual_seed(bit)
+    shape = (*example.shape, loss.num_classes)
+    dtype = torch.promote_types(loss.logits.dtype, torch.float32)
+    seed = torch.randn(shape, generator=generator, device=example.device, dtype=dtype)
+    seed = seed * ((example >> bit & 1) == value)[..., None]
     for gradient in _backward(loss, seed.movedim(-1, loss.class_dim), calls):
         if gradient is not None:
             gradient = whole(gradient)
-            outside = torch.arange(gradient.shape[0], device=gradient.device) != index
-            if bool(gradient[outside].any()):
+            inside = (torch.arange(gradient.shape[0], device=gradient.device) >> bit & 1) == value
+            if bool(gradient[~inside].any()):
                 return False
     return True
 
 
+def backpropagate(loss: SoftmaxLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradients:
+    """Backpropagate a vector from the logits of a loss to the calls; the gradients at their outputs, at its scale."""
+    return _backward(loss, v, calls)
+
+
 def _backward(loss: SoftmaxLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradients:
     """Backpropagate ``v`` from the logits to the calls, and to nothing else; the graph stays for the training."""
+    return _backward_all([loss], [v], calls)
+
+
+def _backward_all(losses: Sequence[SoftmaxLoss], seeds: Sequence[Tensor], calls: Sequence[LayerCall]) -> Gradients:
+    """Backpropagate a vector from the logits of each loss, all in one pass; see :func:`_backward`."""
     # float16 cannot hold the small gradients of a unit loss: the pass is scaled by a power of two, the largest that
     # does not overflow, and divided by it again, which is exact.
-    half = any(call.output_dtype == torch.float16 for call in calls) or loss.logits.dtype == torch.float16
+    dtypes = {call.output_dtype for call in calls} | {loss.logits.dtype for loss in losses}
+    half = torch.float16 in dtypes
     edges = [call.edge for call in calls if call.edge is not None]
+    logits = [loss.logits for loss in losses]
     for scale in (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0) if half else (1.0,):
-        seed = spread_like((v * scale).to(loss.logits.dtype), loss.logits)
-        with torch.autocast(v.device.type, enabled=False):  # as in training, whose backward runs outside of it
-            found = torch.autograd.grad(loss.logits, edges, grad_outputs=seed, retain_graph=True, allow_unused=True)
+        vectors = [spread_like((v * scale).to(z.dtype), z) for v, z in zip(seeds, logits, strict=True)]
+        with torch.autocast(seeds[0].device.type, enabled=False):  # as in training, whose backward runs outside of it
+            found = torch.autograd.grad(logits, edges, grad_outputs=vectors, retain_graph=True, allow_unused=True)
         gradients: Gradients = [None if g is None else g.float() / scale if half else g for g in found]
         if not half or all(g is None or bool(torch.isfinite(whole(g)).all()) for g in gradients):
             break
     return gradients
-
-
-def empirical_unit(loss: SoftmaxLoss) -> Tensor:
-    """Return the factor, float64, that makes gradients of the training's backward those of the plain summed loss.
-
-    The factor that arrived at the loss (gradient accumulation, loss scaling, a user's own weight) and the reduction's
-    denominator are divided out.
-
-    Raises:
-        RuntimeError: If the loss reached the backward pass with a weight of its own for each position.
-    """
-    if loss.factor is None or loss.denominator is None:
-        raise RuntimeError("The training's backward never reached the loss; fisher='empirical' has nothing to read.")
-    arrived, denominator = whole(loss.factor), whole(loss.denominator)
-    if arrived.numel() == 1:  # nothing to compare, so that an accelerator is not waited for
-        return denominator.double() / torch.where(arrived == 0, 1, arrived).double().reshape(())
-    factors = arrived[arrived != 0]  # with reduction="none" a weight of zero leaves a position out
-    factor = factors[0] if factors.numel() else arrived.new_ones(())
-    if bool((factors != factor).any()):
-        raise RuntimeError(
-            "fisher='empirical': the training weighs its loss positions differently, so gradients of the plain loss "
-            "cannot be told from them. Use fisher='sketched', which does not depend on the training loss."
-        )
-    return denominator.double() / factor.double()
-
-
-def check_single_path(loss: SoftmaxLoss, calls: Sequence[LayerCall], objective: Tensor | None) -> None:
-    """Raise if the training loss reaches the layers on another path than through the softmax loss."""
-    goals = {call.edge.node for call in calls if call.edge is not None}
-    if loss.output is None or objective is None:
-        raise RuntimeError("fisher='empirical' reads the training's own loss; it cannot be used with logits='...'.")
-    if reaches(objective.grad_fn, goals, barrier=_node(loss.output)):
-        raise RuntimeError(
-            "fisher='empirical': the training loss reaches the layers on other paths than through the cross-entropy (a "
-            "regularizer, an auxiliary loss), so their gradients are mixed. Use fisher='sketched' or 'sampled'."
-        )
-
-
-def check_unreached(calls: Sequence[LayerCall], objective: Tensor) -> None:
-    """Raise if a second backward pass of the same step would reach the layers too."""
-    if reaches(objective.grad_fn, {call.edge.node for call in calls if call.edge is not None}):
-        raise RuntimeError(
-            "fisher='empirical': a second backward pass through the same forward pass reaches the layers, and its "
-            "gradients would mix with the first's. Use fisher='sketched' or 'sampled'."
-        )
-
-
-def check_reentrant(loss: SoftmaxLoss, taps: Taps) -> None:
-    """Raise if the logits were computed under reentrant activation checkpointing, in which layers have no graph."""
-    hidden = sorted(taps.without_graph - {call.name for call in taps.calls})
-    if hidden and any(node.name() == "CheckpointFunctionBackward" for node in ancestors(_node(loss.logits))):
-        raise RuntimeError(
-            f"The model uses reentrant activation checkpointing: layers {listing(hidden)} run without a graph, so "
-            "their gradients cannot be taken. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint "
-            "(transformers: gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}))."
-        )
-
-
-def output_heads(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> set[str]:
-    """Return the names of layers whose output is the logits, up to views, casts and elementwise operations."""
-    nodes = {call.edge.node: call.name for call in calls if call.edge is not None}
-    node: torch.autograd.graph.Node | None = _node(loss.logits)
-    while node is not None and node not in nodes:
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        parents = [parent for parent in parents if parent.name() != "torch::autograd::AccumulateGrad"]
-        node = parents[0] if len(parents) == 1 else None
-    return {nodes[node]} if node in nodes else set()
-
-
-def _node(tensor: Tensor) -> torch.autograd.graph.Node:
-    return torch.autograd.graph.get_gradient_edge(tensor).node

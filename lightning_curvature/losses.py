@@ -1,7 +1,7 @@
 """Softmax losses: what one call says about its logits, and which functions are other losses."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ class SoftmaxLoss:
         output: The loss; its graph node identifies it. None for logits named by the user.
         log_probabilities: Whether ``logits`` must be normalised, as ``nll_loss`` wants them.
         arrived: Gradients of the training objective that arrived at the loss, once its backward has run.
+        twins: Further losses over the same softmax, such as those of mixed labels.
     """
 
     logits: Tensor
@@ -31,11 +32,30 @@ class SoftmaxLoss:
     output: Tensor | None = None
     log_probabilities: bool = False
     arrived: list[Tensor] = field(default_factory=list)
+    twins: "tuple[SoftmaxLoss, ...]" = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.logits.shape[self.class_dim]
 
     @property
     def factor(self) -> Tensor | None:
         """Gradient of the training objective with respect to the loss, or None."""
         return sum(self.arrived[1:], self.arrived[0]) if self.arrived else None
+
+
+@dataclass(eq=False)
+class OtherLoss:
+    """A loss that is no softmax loss.
+
+    Args:
+        name: Name of the function.
+        input: What it compares with a target, with its graph.
+    """
+
+    name: str
+    input: Tensor
 
 
 OTHER_LOSSES: dict[Callable[..., Any], str] = {
@@ -52,9 +72,12 @@ OTHER_LOSSES: dict[Callable[..., Any], str] = {
         F.gaussian_nll_loss,
         F.poisson_nll_loss,
         F.multi_margin_loss,
+        F.multilabel_margin_loss,
         F.multilabel_soft_margin_loss,
+        F.soft_margin_loss,
         F.margin_ranking_loss,
         F.triplet_margin_loss,
+        F.triplet_margin_with_distance_loss,
         F.cosine_embedding_loss,
         F.hinge_embedding_loss,
     )
@@ -84,13 +107,32 @@ def read_loss(
         return None
     class_dim = 1 if logits.dim() > 1 else 0
     if target.is_floating_point():  # class probabilities: every position counts
-        rows = logits.detach().movedim(class_dim, -1)
-        counted = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+        counted = every_position(logits.detach(), class_dim)
         denominator = counted.sum()
     else:
         counted = target != given["ignore_index"]
         denominator = counted.sum() if weight is None else weight[target[counted]].sum()
-    if given["reduction"] != "mean":
+    if _reduction(given) != "mean":
         denominator = torch.ones_like(denominator)
     # The softmax of a log-softmax is the same softmax: the log-probabilities that nll_loss receives serve as logits.
     return SoftmaxLoss(logits, class_dim, counted, denominator, output, log_probabilities=function is F.nll_loss)
+
+
+def _reduction(given: dict[str, Any]) -> str:
+    """Return the reduction, also where the deprecated ``size_average`` and ``reduce`` say it."""
+    if given.get("size_average") is None and given.get("reduce") is None:
+        return str(given["reduction"])
+    if given.get("reduce") is False:
+        return "none"
+    return "sum" if given.get("size_average") is False else "mean"
+
+
+def every_position(logits: Tensor, class_dim: int) -> Tensor:
+    """Return a bool tensor of ones, of the logits' shape without the classes."""
+    rows = logits.movedim(class_dim, -1)
+    return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+
+
+def shapes_of(losses: Sequence[SoftmaxLoss]) -> list[list[int]]:
+    """Return the shapes of the logits of some losses, for messages."""
+    return [list(loss.logits.shape) for loss in losses]

@@ -51,7 +51,7 @@ class SecondMoment:
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.dim = dim
-        self.total, self.rest = (torch.zeros(packed_size(dim), device=device) for _ in range(2))
+        self.total, self.rest = (torch.zeros(packed_size(dim), dtype=torch.float32, device=device) for _ in range(2))
         self.count = self.groups = self.recent_count = self.recent_batches = 0
         self.dtype = torch.float32
         self.squares = torch.zeros(2, dtype=torch.float64, device=device)

@@ -53,6 +53,11 @@ def counted_positions(
         if len(not_zero) == 1:
             return not_zero[0]
         return torch.stack(list(not_zero)).any(0) if not_zero else torch.zeros(count, dtype=torch.bool, device=device)
+    if call.nested:
+        raise RuntimeError(
+            f"positions={positions!r}: layer {call.name!r} reads rows of several lengths (a nested tensor), which have no "
+            "[batch, position]. Use 'contributing' or 'all'."
+        )
     shape = call.output_shape[:-1]
     if positions == "first":
         if len(shape) > 2:

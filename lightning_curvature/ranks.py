@@ -197,10 +197,15 @@ class Ranks:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that is spread over processes (a ``DTensor``) as a plain one; others as they are. A collective.
+    """Return a tensor as a plain, dense one. A collective where it is spread over processes (a ``DTensor``).
 
-    A sharded state dict may lie on the CPU, where its processes cannot send it.
+    Rows of several lengths (a nested tensor) come one after the other, ``[n, ...]``. A sharded state dict may lie on the
+    CPU, where its processes cannot send it.
     """
+    if tensor.is_nested:
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in tensor.unbind()])
+    if tensor.layout != torch.strided:
+        return tensor.to_dense()
     if not hasattr(tensor, "full_tensor"):
         return tensor
     spread: Any = tensor

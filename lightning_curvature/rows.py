@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.fisher import Gradients
 from lightning_curvature.layers import gradient_rows, input_rows, is_matmul, num_rows
 from lightning_curvature.positions import counted_positions
 from lightning_curvature.ranks import whole
@@ -25,17 +24,17 @@ class BatchGradients:
 
     Args:
         calls: Calls of the chosen layers.
-        passes: Of each backward pass, the gradients at the outputs of the calls.
-        scale: Factor of the products of gradients: over passes that are averaged, or the square of their unit
-            (float64 if it is a scalar tensor).
+        gradients: Of each call, the gradients at its output, from every backward pass that reached it.
+        scales: Of each call, the factor of the products of its gradients: over passes that are averaged, or the square
+            of their unit (a scalar float64 tensor).
         mask: Mask of the batch, for ``positions="mask:KEY"``.
         share: Share of the positions that is used, chosen at random.
         seed: Seed of that choice.
     """
 
     calls: Sequence[LayerCall]
-    passes: Sequence[Gradients]
-    scale: float | Tensor = 1.0
+    gradients: Sequence[Sequence[Tensor]]
+    scales: Sequence[float | Tensor] = ()
     mask: Tensor | None = None
     share: float = 1.0
     seed: int = 0
@@ -43,7 +42,7 @@ class BatchGradients:
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that is read."""
-        gradients = [gradient for passed in self.passes for gradient in passed if gradient is not None]
+        gradients = [gradient for received in self.gradients for gradient in received]
         return [*(call.inputs for call in self.calls), *gradients, *([] if self.mask is None else [self.mask])]
 
 
@@ -55,6 +54,7 @@ class CallRows:
         call: The call.
         inputs: What it read.
         gradients: Gradients at its output, of each backward pass that reached it.
+        scale: Factor of their products; known when the batch has been read.
         counted: Which positions count, bool ``[n]``; None for all.
         num_counted: How many do.
         fingerprint: A number that differs between two choices of positions but for a chance of 2**-62.
@@ -66,6 +66,7 @@ class CallRows:
     call: LayerCall
     inputs: Tensor
     gradients: list[Tensor]
+    scale: float = 1.0
     counted: Tensor | None = None
     num_counted: int = 0
     fingerprint: int = 0
@@ -92,8 +93,8 @@ class CallRows:
         return rows if self.index is None else rows[self.index]
 
 
-def read_batch(batch: BatchGradients, positions: str) -> tuple[list[CallRows], float] | None:
-    """Return the rows of a batch and its scale, or None if it holds NaN or infinite values.
+def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
+    """Return the rows of a batch, or None if it holds NaN or infinite values.
 
     Args:
         batch: The batch.
@@ -107,7 +108,7 @@ def read_batch(batch: BatchGradients, positions: str) -> tuple[list[CallRows], f
     for index, call in enumerate(batch.calls):
         call.check_input()
         inputs = whole(call.inputs)
-        gradients = [whole(gradient) for passed in batch.passes if (gradient := passed[index]) is not None]
+        gradients = [whole(gradient) for gradient in batch.gradients[index]]
         own = CallRows(call, inputs, gradients, key=_reading(call))
         own.num_seen = own.num_counted = num_rows(call.module, inputs, call.output_shape)
         if own.key not in sums:
@@ -135,9 +136,8 @@ def read_batch(batch: BatchGradients, positions: str) -> tuple[list[CallRows], f
     masks = _of_one_length([(own, own.counted) for own in rows if own.counted is not None])
     device = rows[0].inputs.device
     asked = [torch.isfinite(torch.stack([total.to(device) for total in sums.values()])).to(torch.int64)]
-    scale = batch.scale
-    if isinstance(scale, Tensor):
-        asked.append(scale.reshape(1).view(torch.int64))  # its bits
+    units = {id(scale): scale for scale in batch.scales if isinstance(scale, Tensor)}  # which the batch keeps alive
+    asked += [unit.reshape(1).view(torch.int64) for unit in units.values()]  # their bits
     for parts in masks.values():
         stacked = torch.stack([counted for _, counted in parts])
         asked += [stacked.sum(1), (stacked * _weights(stacked.shape[1], stacked.device)).sum(1)]
@@ -146,14 +146,15 @@ def read_batch(batch: BatchGradients, positions: str) -> tuple[list[CallRows], f
     finite = [next(answers) for _ in sums]
     if not all(finite):
         return None
-    if isinstance(scale, Tensor):
-        (scale,) = struct.unpack("d", struct.pack("q", next(answers)))
+    known = {key: struct.unpack("d", struct.pack("q", next(answers)))[0] for key in units}
+    for own, scale in zip(rows, batch.scales, strict=True):
+        own.scale = known[id(scale)] if isinstance(scale, Tensor) else scale
     for parts in masks.values():
         for name in ("num_counted", "fingerprint"):
             for own, _ in parts:
                 setattr(own, name, next(answers))
     _index_rows([own for own in rows if own.counted is not None])
-    return rows, scale
+    return rows
 
 
 def _index_rows(rows: Sequence[CallRows]) -> None:

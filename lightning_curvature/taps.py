@@ -8,7 +8,8 @@ records
 - each softmax cross-entropy: ``F.cross_entropy`` (and ``nn.CrossEntropyLoss``), and ``F.nll_loss`` of log-softmax
   outputs, seen by a :class:`torch.overrides.TorchFunctionMode`.
 
-It changes nothing that it sees.
+It changes nothing that it sees. Nothing is recorded while a backward pass runs: activation checkpointing calls layers
+again there.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,12 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_curvature._checks import did_you_mean
 from lightning_curvature.compiled import uncompiled
-from lightning_curvature.losses import OTHER_LOSSES, SOFTMAX_LOSSES, SoftmaxLoss, read_loss
+from lightning_curvature.layers import check_forward, rows_agree
+from lightning_curvature.losses import OTHER_LOSSES, SOFTMAX_LOSSES, OtherLoss, SoftmaxLoss, every_position, read_loss
+from lightning_curvature.ranks import whole
 
 _OVERWRITTEN = (
     "Layer {!r}: its input was changed in place after the layer read it, so it can no longer be measured. Replace the "
@@ -44,6 +47,7 @@ class LayerCall:
         edge: Its output in the autograd graph; None if the output needs no gradient.
         output_shape: Shape of its output.
         output_dtype: Dtype of its output.
+        nested: Whether it read rows of several lengths (a nested tensor), which are there one after the other.
         arrived: Gradients of the training loss that arrived at the output (only if the tap watches them).
     """
 
@@ -54,6 +58,7 @@ class LayerCall:
     edge: GradientEdge | None
     output_shape: torch.Size
     output_dtype: torch.dtype
+    nested: bool = False
     arrived: list[Tensor] = field(default_factory=list)
 
     @property
@@ -79,7 +84,19 @@ class Taps:
         modules: Layers to watch, by name.
         logits: Name of a submodule or method of ``root`` whose return value is the logits; None to find the loss.
         watch_gradients: Also record the gradients that the training backward sends to the watched outputs.
-        on_backward: Called with the loss just before ``Tensor.backward`` runs.
+        on_backward: Called with what is backpropagated just before ``Tensor.backward`` runs.
+        on_error: Called with an error that a hook met, in place of raising it inside the code that is watched; nothing
+            more is recorded then.
+        unchecked: Names of layers whose computation is checked at their next call; they are taken out of the set.
+
+    Attributes:
+        calls: Calls of watched layers, in their order.
+        losses: Softmax losses, or the named logits.
+        seen: With named logits, the softmax losses that were seen beside them.
+        other_losses: Losses that are no softmax losses.
+        without_gradients: Whether a softmax loss was seen through which no gradient passes.
+        without_graph: Names of layers that ran where nothing is recorded (no gradients, or a backward pass).
+        recording: Whether anything is recorded.
     """
 
     def __init__(
@@ -90,18 +107,23 @@ class Taps:
         logits: str | None = None,
         watch_gradients: bool = False,
         on_backward: Callable[[Tensor], None] | None = None,
+        on_error: Callable[[Exception], None] | None = None,
+        unchecked: set[str] | None = None,
     ) -> None:
         self.calls: list[LayerCall] = []
         self.losses: list[SoftmaxLoss] = []
+        self.seen: list[SoftmaxLoss] = []
         self.without_gradients = False
         self.without_graph: set[str] = set()
-        self.other_losses: list[str] = []
+        self.other_losses: list[OtherLoss] = []
         self.recording = True
         self._root = root
         self._modules = modules
         self._logits = logits
         self._watch_gradients = watch_gradients
         self._on_backward = on_backward
+        self._on_error = on_error
+        self._unchecked = set[str]() if unchecked is None else unchecked
         self._stack = ExitStack()
         self._token = object()
 
@@ -126,61 +148,86 @@ class Taps:
     def close(self) -> None:
         """Remove every hook and forget what was recorded."""
         self._stack.close()
-        self.calls, self.losses = [], []
+        self.calls, self.losses, self.seen, self.other_losses = [], [], [], []
 
     @contextmanager
     def own_pass(self) -> Iterator[None]:
         """Run backward passes of this recorder's own, which the hooks of other ones do not take for the training's."""
         _passes.append(self._token)
         try:
-            yield
+            with self.paused():
+                yield
         finally:
             _passes.remove(self._token)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing for the time of a ``with`` block."""
+        recording, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = recording
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Hand an error of a ``with`` block to ``on_error``, if there is one: the code that is watched goes on."""
+        try:
+            yield
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._stack.close()
+            self._on_error(error)
+
     def _layer_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not (self.recording and torch.is_grad_enabled()):
                 self.without_graph.add(name)
                 return
-            with torch._C.DisableTorchFunction():  # or the function mode would see each attribute that is read here
+            # Without the function mode, which would see each attribute that is read here.
+            with torch._C.DisableTorchFunction(), self.guarded():
                 self._record(name, module, args[0] if args else next(iter(kwargs.values())), output)
 
         return hook
 
-    def _record(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+    def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        _check_tensors(name, inputs, output)
+        nested, version = inputs.is_nested, _version(inputs)
+        rows, shape = inputs.detach(), output.shape
+        if nested:
+            rows = whole(rows)
+            shape = torch.Size([*rows.shape[:-1], output.shape[-1]])
+        if not rows_agree(module, rows, shape):
             raise RuntimeError(
-                f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without "
-                "CUDA graphs."
+                f"Layer {name!r}: it read {list(rows.shape)} and returned {list(shape)}, which are not as many positions: "
+                f"the forward of its class {type(module).__name__} does more than multiply. Leave it out of layers=."
             )
+        if name in self._unchecked:
+            self._unchecked.discard(name)
+            reason = check_forward(module, rows, whole(output.detach()))
+            if reason is not None:
+                raise RuntimeError(f"Layer {name!r} cannot be collected: {reason}")
         call = LayerCall(
             name=name,
             module=module,
-            inputs=inputs.detach(),
-            version=_version(inputs),
+            inputs=rows,
+            version=_version(rows) if nested else version,
             edge=get_gradient_edge(output) if output.requires_grad else None,
-            output_shape=output.shape,
+            output_shape=shape,
             output_dtype=output.dtype,
+            nested=nested,
         )
         self.calls.append(call)
         if self._watch_gradients and output.requires_grad:
-            output.register_hook(_keep(call.arrived, self._token))  # type: ignore[no-untyped-call]
+            output.register_hook(_keep(call.arrived, self._token))
 
     def _tap_named_logits(self, name: str, stack: ExitStack) -> None:
-        target: Any = self._root
-        for part in name.split("."):
-            target = getattr(target, part, None)
+        target = named_target(self._root, name)
         if isinstance(target, nn.Module):
             handle = target.register_forward_hook(lambda _module, _args, output: self.add_named_logits(output))
             stack.callback(handle.remove)
             return
-        if not callable(target):
-            options = [*(n for n, _ in self._root.named_modules() if n), *_own_methods(self._root)]
-            raise ValueError(
-                f"logits={name!r} is neither a submodule nor a method of {type(self._root).__name__}."
-                f"{did_you_mean(name, options)}"
-            )
         parent_name, _, attribute = name.rpartition(".")
         parent = self._root.get_submodule(parent_name)
 
@@ -189,41 +236,87 @@ class Taps:
             self.add_named_logits(output)
             return output
 
-        own = parent.__dict__.get(attribute)
-        parent.__dict__[attribute] = wrapper
-        if own is None:
-            stack.callback(parent.__dict__.pop, attribute)
+        attributes = parent.__dict__
+        before = attributes.get(attribute)
+        attributes[attribute] = wrapper
+        if before is None:
+            stack.callback(attributes.pop, attribute)
         else:
-            stack.callback(parent.__dict__.__setitem__, attribute, own)
+            stack.callback(attributes.__setitem__, attribute, before)
 
     def add_named_logits(self, output: Any) -> None:
         """Record what the submodule or method named by the user returned."""
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"logits={self._logits!r} returned {type(output).__name__}, expected a tensor of logits.")
-        if self.recording and logits.requires_grad:
-            counted = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-            self.losses.append(SoftmaxLoss(logits, logits.dim() - 1, counted))
+        with self.guarded():
+            logits = getattr(output, "logits", output)
+            if not isinstance(logits, Tensor):
+                raise TypeError(
+                    f"logits={self._logits!r} returned {type(output).__name__}, expected a tensor of logits."
+                )
+            if self.recording and torch.is_grad_enabled() and logits.requires_grad:
+                # Which dimension holds the classes is told when the loss is known.
+                self.losses.append(SoftmaxLoss(logits, logits.dim() - 1, every_position(logits.detach(), -1)))
 
     def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Look at one finished loss function."""
-        if not self.recording or self._logits is not None:
+        if not self.recording:
             return
-        if function in SOFTMAX_LOSSES:
+        with self.guarded():
+            if function in OTHER_LOSSES:
+                compared = args[0] if args else next(iter(kwargs.values()))
+                self.other_losses.append(OtherLoss(OTHER_LOSSES[function], compared))
+                return
             loss = read_loss(function, args, kwargs, output)
             if loss is None:
                 self.without_gradients = True
+            elif self._logits is not None:
+                self.seen.append(loss)
             else:
                 self.losses.append(loss)
                 if self._watch_gradients:
                     output.register_hook(_keep(loss.arrived, self._token))
-        else:
-            self.other_losses.append(OTHER_LOSSES[function])
 
-    def before_backward(self, loss: Tensor) -> None:
+    def before_backward(self, tensor: Tensor) -> None:
         """Tell the owner that ``Tensor.backward`` is about to run."""
-        if self._on_backward is not None:
-            self._on_backward(loss)
+        if self._on_backward is not None and self.recording:
+            with self.guarded():
+                self._on_backward(tensor)
+
+
+def named_target(root: nn.Module, name: str) -> Any:
+    """Return the submodule or method that ``logits=`` names.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    target: Any = root
+    for part in name.split("."):
+        target = getattr(target, part, None)
+    if not isinstance(target, nn.Module) and not callable(target):
+        options = [*(n for n, _ in root.named_modules() if n), *_own_methods(root)]
+        raise ValueError(
+            f"logits={name!r} is neither a submodule nor a method of {type(root).__name__}.{did_you_mean(name, options)}"
+        )
+    return target
+
+
+def _check_tensors(name: str, inputs: Any, output: Any) -> None:
+    """Raise ``RuntimeError`` if a call of a layer is not what can be recorded."""
+    for what, value in (("reads", inputs), ("returns", output)):
+        if not isinstance(value, Tensor):
+            raise RuntimeError(
+                f"Layer {name!r} {what} a {type(value).__name__}, expected a tensor: its class does more than multiply its "
+                "input by its weight. Leave it out of layers=."
+            )
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise RuntimeError(
+                f"Layer {name!r} runs inside a torch.func transform (vmap, grad, jvp), whose tensors have no place in the "
+                "autograd graph. Collect from a step without it: a plain forward pass and loss.backward(), or over the "
+                "trained model (lightning_curvature.collect.collect)."
+            )
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without CUDA graphs."
+        )
 
 
 @contextmanager
@@ -265,6 +358,8 @@ class _FunctionTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             self._taps.before_backward(args[0])
+            with self._taps.paused():
+                return func(*args, **kwargs)
         output = func(*args, **kwargs)
         if func in _LOSSES:
             self._taps.see(func, args, kwargs, output)
@@ -287,19 +382,3 @@ def _version(tensor: Tensor) -> int:
 def _own_methods(root: nn.Module) -> list[str]:
     return [name for name, value in vars(type(root)).items() if callable(value) and not name.startswith("_")]
 
-
-def ancestors(start: Node | None, barrier: Node | None = None) -> Iterator[Node]:
-    """Walk down the autograd graph from ``start``, which comes first, and not past ``barrier``."""
-    stack, seen = [start], {barrier}
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        yield node
-        seen.add(node)
-        stack.extend(parent for parent, _ in node.next_functions)
-
-
-def reaches(start: Node | None, goals: set[Node], barrier: Node | None = None) -> bool:
-    """Tell whether a walk down the autograd graph from ``start`` meets a goal without passing ``barrier``."""
-    return any(node in goals for node in ancestors(start, barrier))

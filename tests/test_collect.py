@@ -414,13 +414,14 @@ def test_a_second_backward_through_the_same_graph_is_refused():
     collector.abort()
 
 
-def test_a_raw_backward_is_seen():
-    """Manual loops call loss.backward() themselves; only the first of a batch counts."""
+def test_every_raw_backward_of_a_step_is_seen():
+    """Manual loops call loss.backward() themselves."""
     model, (x, y) = network(), data()
-    expected = gather(model, lambda _: F.cross_entropy(model(x), y))
+    step = lambda scale: F.cross_entropy(model(scale * x), y)  # noqa: E731
+    expected = gather(model, step, [1.0, 2.0])
     collector = Collector(model, ["2"], fisher="empirical")
     collector.open()
-    F.cross_entropy(model(x), y).backward()
-    F.cross_entropy(model(2 * x), y).backward()
+    step(1.0).backward()
+    step(2.0).backward()
     collector.close()
     same(collector.factors(), expected)

@@ -1,0 +1,184 @@
+"""Questions to the autograd graph: what reaches what, which module made a tensor, which softmax a tensor goes into."""
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+# Nodes that hand values on as they are: views, copies and casts. Their names end with "Backward" and a number.
+_HANDED_ON = (
+    "Alias", "AsStrided", "Chunk", "Clone", "Contiguous", "Expand", "Index", "Movedim", "Narrow", "Permute", "Reshape",
+    "Select", "Slice", "Split", "Squeeze", "Swap", "T", "To", "ToCopy", "Transpose", "Unbind", "Unsqueeze", "UnsafeView",
+    "Unsafe", "View",
+)  # fmt: skip
+_REORDERED = ("T", "Transpose", "Permute", "Movedim", "Swap")
+_SOFTMAX = ("Softmax", "LogSoftmax")
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
+def node_of(tensor: Tensor) -> Node:
+    """Return the node of a tensor that requires a gradient, also of a leaf."""
+    return get_gradient_edge(tensor).node
+
+
+def ancestors(start: Node | None, barrier: Node | None = None) -> Iterator[Node]:
+    """Walk down the autograd graph from ``start``, which comes first, and not past ``barrier``."""
+    stack, seen = [start], {barrier}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        yield node
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def reaches(start: Node | None, goals: set[Node], barrier: Node | None = None) -> bool:
+    """Tell whether a walk down the autograd graph from ``start`` meets a goal without passing ``barrier``."""
+    return any(node in goals for node in ancestors(start, barrier))
+
+
+def reached(start: Node | None, goals: Collection[Node]) -> set[Node]:
+    """Return the goals that a walk down the autograd graph from ``start`` meets; it ends when all are met."""
+    left = set(goals)
+    if left:
+        for node in ancestors(start):
+            left.discard(node)
+            if not left:
+                break
+    return set(goals) - left
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made a tensor: the last layer below it, and what was done to that layer's output.
+
+    Attributes:
+        node: The layer's own node in the graph: one call of it.
+        parameters: Addresses of the layer's parameters; empty if none are known.
+        operations: What was done to the output, names of nodes; views, copies and casts are left out.
+        reordered: Whether dimensions were exchanged on the way.
+    """
+
+    node: Node
+    parameters: frozenset[int]
+    operations: tuple[str, ...]
+    reordered: bool
+
+    def is_head_of(self, other: "Origin") -> bool:
+        """Tell whether another tensor comes from the same layer in the same way, from this call of it or another."""
+        return bool(self.parameters) and (self.parameters, self.operations) == (other.parameters, other.operations)
+
+    def looks_like(self, other: "Origin") -> bool:
+        """Tell whether another tensor may come from the same place, where no parameters are known."""
+        same = (self.operations, self.node.name()) == (other.operations, other.node.name())
+        return not self.parameters and not other.parameters and same
+
+    @property
+    def size(self) -> int | None:
+        """Number of entries of the layer's output; None where torch does not tell."""
+        metadata: Any = getattr(self.node, "_input_metadata", None)
+        shape = metadata[0].shape if metadata else None
+        return None if shape is None else math.prod(shape)
+
+
+def origin_of(node: Node, parameters: Collection[int]) -> Origin:
+    """Return the layer that made a tensor.
+
+    Args:
+        node: The tensor's node.
+        parameters: Addresses (``id``) of the network's parameters.
+    """
+    operations, reordered = list[str](), False
+    while True:
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        leaves = {parent: _leaf_below(parent) for parent in parents}
+        own = frozenset(id(leaf) for leaf in leaves.values() if leaf is not None and id(leaf) in parameters)
+        above = [parent for parent in parents if leaves[parent] is None]
+        if own or len(above) != 1:
+            return Origin(node, own, tuple(operations), reordered)
+        kind = _kind(node)
+        if kind not in _HANDED_ON:
+            operations.append(kind)
+        reordered |= kind in _REORDERED
+        (node,) = above
+
+
+def _leaf_below(node: Node) -> Tensor | None:
+    """Return the leaf that a node hands on, or None if something is computed below it."""
+    while node.name() != _LEAF:
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1 or _kind(node) not in _HANDED_ON:
+            return None
+        (node,) = parents
+    leaf: Tensor = node.variable  # type: ignore[attr-defined]
+    return leaf
+
+
+def leaves_below(tensor: Tensor) -> list[Tensor]:
+    """Return the leaves that a tensor was computed from."""
+    return [node.variable for node in ancestors(node_of(tensor)) if node.name() == _LEAF]  # type: ignore[attr-defined]
+
+
+def between(start: Node | None, goal: Node) -> list[Node]:
+    """Return the nodes on all paths from ``start`` down to ``goal``, without the goal."""
+    walked = list(ancestors(start, barrier=goal))
+    children: dict[Node, list[Node]] = {}
+    for node in walked:
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                children.setdefault(parent, []).append(node)
+    stack, on_path = [goal], set[Node]()
+    while stack:
+        for child in children.get(stack.pop(), ()):
+            if child not in on_path:
+                on_path.add(child)
+                stack.append(child)
+    return [node for node in walked if node in on_path]
+
+
+@dataclass(frozen=True)
+class SoftmaxUse:
+    """A softmax that a tensor goes into: the shape of its output, and the dimension of its classes."""
+
+    shape: tuple[int, ...]
+    dim: int
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.shape[self.dim]
+
+
+def softmax_uses(path: Collection[Node]) -> list[SoftmaxUse]:
+    """Return the softmaxes and log-softmaxes on a path, and the normalisers (logsumexp) over one dimension."""
+    uses = []
+    for node in path:
+        saved: Any = node
+        if _kind(node) in _SOFTMAX:
+            shape, dims = saved._saved_result.shape, [saved._saved_dim]
+        elif _kind(node) == "Logsumexp":
+            shape, dims = saved._saved_self.shape, list(saved._saved_dim)
+        else:
+            continue
+        if len(shape) and len(dims) == 1:
+            uses.append(SoftmaxUse(tuple(shape), _signed(dims[0]) % len(shape)))
+    return uses
+
+
+def hides_its_operations(path: Collection[Node]) -> bool:
+    """Tell whether a path holds a function that torch does not see into: a fused or compiled one."""
+    return any(hasattr(node, "_forward_cls") or "CppNode" in node.name() for node in path)
+
+
+def _kind(node: Node) -> str:
+    """Return a node's name without its ending: ``"View"`` for ``ViewBackward0``."""
+    return node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+def _signed(dim: int) -> int:
+    """Return a dimension as it was given: torch stores negative ones as large unsigned numbers."""
+    return dim - 2**64 if dim >= 2**63 else dim

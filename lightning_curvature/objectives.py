@@ -1,0 +1,325 @@
+"""Which softmax losses of a step count, given what is backpropagated, and where the classes of named logits lie."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_curvature._checks import listing
+from lightning_curvature.graph import (
+    Origin,
+    ancestors,
+    between,
+    hides_its_operations,
+    node_of,
+    origin_of,
+    reached,
+    reaches,
+    softmax_uses,
+)
+from lightning_curvature.losses import OtherLoss, SoftmaxLoss, shapes_of
+from lightning_curvature.ranks import whole
+from lightning_curvature.taps import LayerCall, Taps
+
+_KNOWN = (
+    "The curvature is defined here for F.cross_entropy, nn.CrossEntropyLoss, and F.nll_loss after log_softmax; a model "
+    "that hides it (a fused or compiled loss, a hand-written focal or margin loss over a softmax) names the submodule or "
+    "method that returns its logits: logits='...', and class_dim= if the classes are not the last of three or more "
+    "dimensions."
+)
+
+
+class NothingToCollectError(RuntimeError):
+    """A step holds nothing that curvature could be collected from; another step may."""
+
+
+def frozen_layers(names: Collection[str]) -> str:
+    """Return what to do about layers whose outputs need no gradient."""
+    return (
+        f"Outputs of layers {listing(sorted(names))} need no gradient: everything up to them is frozen (or runs under "
+        "no_grad, or reentrant checkpointing). Unfreeze something below them, or leave them out of layers=."
+    )
+
+
+def losses_that_reach(taps: Taps, objective: Tensor | None) -> list[SoftmaxLoss]:
+    """Return the softmax losses of a step through which a backward pass goes.
+
+    Args:
+        taps: What the step recorded.
+        objective: What is backpropagated; None for a step of which that is not known, where all count.
+    """
+    if objective is None:
+        return list(taps.losses)
+    nodes = {loss: node_of(loss.logits if loss.output is None else loss.output) for loss in taps.losses}
+    met = reached(objective.grad_fn, set(nodes.values()))
+    return [loss for loss in taps.losses if nodes[loss] in met]
+
+
+def why_no_loss(taps: Taps, logits: str | None) -> str:
+    """Return why a backward pass has no softmax loss, and what to do."""
+    if logits is not None:
+        return (
+            f"logits={logits!r}: nothing that it returned reaches the training loss (with gradients). Name the submodule "
+            "or method whose return value the loss is computed from."
+        )
+    names = sorted({loss.name for loss in taps.other_losses})
+    seen = f" It computes {listing(names)}." if names else ""
+    if taps.without_gradients:
+        seen += " It computes a cross-entropy without gradients: take torch.no_grad() or detach() away from it."
+    return f"No softmax cross-entropy reaches the training loss.{seen} {_KNOWN}"
+
+
+def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int]) -> list[SoftmaxLoss]:
+    """Return losses that are one loss, on disjoint positions of one head; each distribution is there once.
+
+    A head that is called chunk by chunk, or at each step of a sequence, has one loss for each call. Its outputs are
+    independent given the inputs, so that their Fisher informations add up. Two losses over one and the same softmax
+    (mixed labels) are one.
+
+    Args:
+        losses: Softmax losses that one backward pass goes through.
+        parameters: Addresses (``id``) of the network's parameters.
+
+    Raises:
+        RuntimeError: If they are losses of different outputs, or overlap.
+    """
+    if len(losses) == 1:
+        return list(losses)
+    origins = [origin_of(node_of(loss.logits), parameters) for loss in losses]
+    if not all(origins[0].is_head_of(origin) for origin in origins):
+        raise RuntimeError(several_outputs(shapes_of(losses)))
+    merged: list[SoftmaxLoss] = []
+    for node in dict.fromkeys(origin.node for origin in origins):
+        members = [(loss, origin) for loss, origin in zip(losses, origins, strict=True) if origin.node is node]
+        merged += _of_one_call(members)
+    return merged
+
+
+def _of_one_call(members: Sequence[tuple[SoftmaxLoss, Origin]]) -> list[SoftmaxLoss]:
+    """Return the losses over the output of one call of a head, those over the same softmax as one."""
+    size = members[0][1].size
+    kept: list[SoftmaxLoss] = []
+    for loss, origin in members:
+        twin = next((other for other in kept if _same_softmax(other, loss, origin, size)), None)
+        if twin is None:
+            kept.append(loss)
+        else:
+            both = dataclasses.replace(twin, counted=twin.counted | loss.counted, twins=(*twin.twins, loss))
+            kept[kept.index(twin)] = both
+    if len(kept) > 1 and size is not None and sum(loss.logits.numel() for loss in kept) > size:
+        raise RuntimeError(
+            f"{len(kept)} softmax losses read the same outputs in different ways (logits of shapes {shapes_of(kept)}), "
+            "so that their classes are not told apart. Name the submodule or method that returns the logits that count: "
+            "logits='...'; a validation step may also return the loss that counts."
+        )
+    return kept
+
+
+def _same_softmax(one: SoftmaxLoss, two: SoftmaxLoss, origin: Origin, size: int | None) -> bool:
+    if one.logits.shape != two.logits.shape or one.class_dim != two.class_dim:
+        return False
+    if node_of(one.logits) is node_of(two.logits):
+        return one.logits.output_nr == two.logits.output_nr
+    return not origin.reordered and one.logits.numel() == size
+
+
+def several_outputs(shapes: Sequence[Sequence[int]]) -> str:
+    """Return what to do about losses of different outputs, given the shapes of their logits."""
+    return (
+        f"{len(shapes)} softmax losses reach the training loss (logits of shapes {shapes}); the curvature of "
+        "one model output is meant. Name the submodule or method that returns the logits of one of them: logits='...'; "
+        "a validation step may also return the loss that counts."
+    )
+
+
+def check_log_probabilities(loss: SoftmaxLoss) -> None:
+    """Raise ``RuntimeError`` if what ``nll_loss`` received is not normalised."""
+    if not loss.log_probabilities:
+        return
+    rows = whole(loss.logits.detach()).movedim(loss.class_dim, -1)[loss.counted]
+    if not bool((rows.float().logsumexp(-1).abs() < 0.05).all()):
+        raise RuntimeError(
+            "F.nll_loss received values that are not log-probabilities (their exponentials do not sum to 1). "
+            "Apply log_softmax first, use F.cross_entropy, or name the logits with logits='...'."
+        )
+
+
+# Logits that the user named ------------------------------------------------------------------------------------------
+
+
+def find_class_dim(loss: SoftmaxLoss, name: str, class_dim: int | None, taps: Taps, objective: Tensor | None) -> int:
+    """Return the dimension of the classes of logits that the user named.
+
+    Logits ``[classes]`` and ``[n, classes]`` have one answer. For more dimensions, the softmax that they go into tells.
+
+    Args:
+        loss: The named logits.
+        name: What they were named by.
+        class_dim: What the user said, or None.
+        taps: What the step recorded.
+        objective: What is backpropagated, or None.
+
+    Raises:
+        RuntimeError: If no softmax is applied to them, it cannot be told which dimension holds the classes, or there
+            is one class only.
+    """
+    shape = tuple(loss.logits.shape)
+    goal = node_of(loss.logits)
+    roots = [objective] if objective is not None else [seen.output for seen in taps.seen]
+    path = [node for root in roots if root is not None for node in between(root.grad_fn, goal)]
+    uses = softmax_uses(path)
+    if not uses and not hides_its_operations(path):
+        _check_no_other_loss(name, goal, taps.other_losses, bool(path))
+    if class_dim is not None:
+        dim = class_dim + len(shape) if class_dim < 0 else class_dim
+        if not 0 <= dim < len(shape):
+            raise RuntimeError(f"class_dim={class_dim}: logits={name!r} returned {list(shape)}, without that dimension.")
+    elif len(shape) <= 2:
+        dim = len(shape) - 1
+    else:
+        dims = {use.dim for use in uses if use.shape == shape}
+        sizes = {use.classes for use in uses}
+        if not dims and len(sizes) == 1:
+            (classes,) = sizes
+            dims = {dim for dim, size in enumerate(shape) if size == classes}
+            if len(dims) > 1 and classes == shape[-1] and all(use.dim == len(use.shape) - 1 for use in uses):
+                dims = {len(shape) - 1}
+        if len(dims) != 1:
+            raise RuntimeError(
+                f"logits={name!r} returned {list(shape)}, and which dimension holds the classes cannot be told from the "
+                f"loss. Say it: class_dim=1 for [batch, classes, ...], class_dim=-1 for [batch, ..., classes]."
+            )
+        (dim,) = dims
+    if shape[dim] < 2:
+        raise RuntimeError(
+            f"logits={name!r} returned {list(shape)}: one class only, whose softmax is always 1. A binary or squared loss "
+            "has no softmax; its curvature is not collected."
+        )
+    return dim
+
+
+def _check_no_other_loss(name: str, goal: Node, others: Sequence[OtherLoss], known: bool) -> None:
+    """Raise if logits go into a loss that is no softmax loss, as far as that can be told."""
+    direct = sorted({other.name for other in others if reaches(other.input.grad_fn, {goal})})
+    if direct:
+        raise RuntimeError(
+            f"logits={name!r} goes into {listing(direct)}, and into no softmax: it is no softmax loss, so its curvature is "
+            f"another one than would be collected. {_KNOWN}"
+        )
+    if known:
+        raise RuntimeError(
+            f"logits={name!r} goes into no softmax on its way to the training loss (a binary, squared or margin loss?), so "
+            f"its curvature is another one than would be collected. {_KNOWN}"
+        )
+
+
+# What empirical needs ------------------------------------------------------------------------------------------------
+
+
+def empirical_unit(losses: Sequence[SoftmaxLoss]) -> Tensor:
+    """Return the factor, float64, that makes gradients of the training's backward those of the plain summed loss.
+
+    The factor that arrived at the loss (gradient accumulation, loss scaling, a user's own weight) and the reduction's
+    denominator are divided out.
+
+    Raises:
+        RuntimeError: If the loss reached the backward pass with a weight of its own for each position, or chunks of it
+            with different ones.
+    """
+    units = [_unit(loss) for loss in losses]
+    if len(units) > 1:
+        first = units[0]
+        if not all(torch.allclose(unit, first.to(unit.device), rtol=1e-4, atol=0) for unit in units):
+            raise RuntimeError(_WEIGHED)
+    return units[0]
+
+
+_WEIGHED = (
+    "fisher='empirical': the training weighs its loss positions differently, so gradients of the plain loss cannot be "
+    "told from them. Use fisher='sketched', which does not depend on the training loss."
+)
+
+
+def _unit(loss: SoftmaxLoss) -> Tensor:
+    parts: list[tuple[Tensor, Tensor]] = []
+    for part in (loss, *loss.twins):
+        factor, denominator = part.factor, part.denominator
+        if factor is None or denominator is None:
+            raise RuntimeError("The training's backward never reached the loss; fisher='empirical' has nothing to read.")
+        if not (part is loss or torch.equal(part.counted, loss.counted)):
+            raise RuntimeError(_WEIGHED)
+        parts.append((_uniform(whole(factor)), whole(denominator).double()))
+    if len(parts) == 1:
+        factor, denominator = parts[0]
+        return denominator / factor
+    rates = [factor / denominator for factor, denominator in parts]
+    return 1.0 / sum(rates[1:], rates[0])
+
+
+def _uniform(arrived: Tensor) -> Tensor:
+    """Return the one factor, float64, that arrived at all positions of a loss."""
+    if arrived.numel() == 1:  # nothing to compare, so that an accelerator is not waited for
+        return torch.where(arrived == 0, 1, arrived).double().reshape(())
+    factors = arrived[arrived != 0]  # with reduction="none" a weight of zero leaves a position out
+    factor = factors[0] if factors.numel() else arrived.new_ones(())
+    if bool((factors != factor).any()):
+        raise RuntimeError(_WEIGHED)
+    return factor.double()
+
+
+def check_single_path(losses: Sequence[SoftmaxLoss], goals: set[Node], objective: Tensor | None) -> None:
+    """Raise if the training loss reaches the layers on another path than through the softmax loss."""
+    if any(loss.output is None for loss in losses) or objective is None:
+        raise RuntimeError("fisher='empirical' reads the training's own loss; it cannot be used with logits='...'.")
+    barriers = {node_of(part.output) for loss in losses for part in (loss, *loss.twins) if part.output is not None}
+    stack, seen = [objective.grad_fn], set(barriers)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in goals:
+            raise RuntimeError(
+                "fisher='empirical': the training loss reaches the layers on other paths than through the cross-entropy "
+                "(a regularizer, an auxiliary loss), so their gradients are mixed. Use fisher='sketched' or 'sampled'."
+            )
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def check_unreached(goals: set[Node], objective: Tensor) -> None:
+    """Raise if another backward pass of the same step would reach the layers too."""
+    if reaches(objective.grad_fn, goals):
+        raise RuntimeError(
+            "fisher='empirical': a second backward pass through the same forward pass reaches the layers, and its "
+            "gradients would mix with the first's. Use fisher='sketched' or 'sampled'."
+        )
+
+
+def check_reentrant(losses: Sequence[SoftmaxLoss], taps: Taps) -> None:
+    """Raise if the logits were computed under reentrant activation checkpointing, in which layers have no graph."""
+    hidden = sorted(taps.without_graph - {call.name for call in taps.calls})
+    if hidden and any(
+        node.name() == "CheckpointFunctionBackward" for loss in losses for node in ancestors(node_of(loss.logits))
+    ):
+        raise RuntimeError(
+            f"The model uses reentrant activation checkpointing: layers {listing(hidden)} run without a graph, so "
+            "their gradients cannot be taken. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint "
+            "(transformers: gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}))."
+        )
+
+
+def output_heads(losses: Sequence[SoftmaxLoss], calls: Sequence[LayerCall]) -> set[str]:
+    """Return the names of layers whose output is the logits, up to views, casts and elementwise operations."""
+    nodes = {call.edge.node: call.name for call in calls if call.edge is not None}
+    heads = set()
+    for loss in losses:
+        node: Node | None = node_of(loss.logits)
+        while node is not None and node not in nodes:
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            parents = [parent for parent in parents if parent.name() != "torch::autograd::AccumulateGrad"]
+            node = parents[0] if len(parents) == 1 else None
+        if node in nodes:
+            heads.add(nodes[node])
+    return heads
