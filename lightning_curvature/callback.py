@@ -1,38 +1,66 @@
 """The Lightning callback: when to collect, when to edit, what to save and log."""
 
+import copy
+import functools
 import re
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 
 from lightning_curvature._checks import check_count, check_option, listing
-from lightning_curvature.checkpoints.lightning import Checkpoint, Siblings
+from lightning_curvature.checkpoints.archive import edited_note
+from lightning_curvature.checkpoints.lightning import Checkpoint, Edit, Siblings
 from lightning_curvature.collect import check_silent
 from lightning_curvature.collection import Collection
-from lightning_curvature.collector import Collector, check_options
+from lightning_curvature.collector import Collector, check_class_dim, check_options
 from lightning_curvature.editing import DEFAULT_ENERGY
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.objectives import NothingToCollectError
+from lightning_curvature.plan import edit_seconds
 from lightning_curvature.probes import Probes, Target, before_after
+from lightning_curvature.ranks import Ranks
 from lightning_curvature.report import EditReport
-from lightning_curvature.siblings import edited_copy, weight_hashes
+from lightning_curvature.siblings import Measured, WeightWatch, edited_copy, weight_hashes, why_no_copy
 from lightning_curvature.targets import Match
-from lightning_curvature.trainers import batches_before, check_callbacks, check_strategy, check_validation, last_batch
+from lightning_curvature.trainers import RunLength, batches_before, check_callbacks, check_strategy, check_validation
 from lightning_curvature.validation import collected_from
 from lightning_curvature.weights import layer_weights
+
+P = ParamSpec("P")
 
 _NO_DATA = (
     "KFACEditCallback collected no data: no {}, or every batch held NaN or infinite values. "
     "There is no edited checkpoint."
 )
+_TENTH = 0.1  # share of the training's time above which the time of edits is told
 LOOPS = ("train", "validation")
+
+
+def _never_ends_a_fit(
+    hook: "Callable[Concatenate[KFACEditCallback, pl.Trainer, P], None]",
+) -> "Callable[Concatenate[KFACEditCallback, pl.Trainer, P], None]":
+    """Make a warning of an error that a hook meets while a fit runs: the callback is an extra."""
+
+    @functools.wraps(hook)
+    def guarded(self: "KFACEditCallback", trainer: pl.Trainer, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            hook(self, trainer, *args, **kwargs)
+        except Exception as error:
+            if not self._in_fit:
+                raise
+            self._met(error)
+
+    return guarded
 
 
 class KFACEditCallback(Callback):
@@ -40,7 +68,11 @@ class KFACEditCallback(Callback):
 
     The live weights never change, and neither do optimizer state and random state: a run with the callback is bit for
     bit the run without it (but for ``torch.compile``, without which collected steps run). ``NAME.ckpt`` stays as it
-    was; ``NAME-edited.ckpt`` holds the edited weights and loads with ``load_from_checkpoint``.
+    was; ``NAME-edited.ckpt`` holds the edited weights and loads with ``load_from_checkpoint``. Edited copies are made
+    when fit ends, of the checkpoints that are still there.
+
+    The callback never ends a fit that runs without it: what cannot be collected or edited costs the edited copy, and a
+    warning says why. Only an argument that does not fit is an error, before the first step.
 
     ``Trainer.validate`` collects too, unless the callback holds factors of a fit with ``loop="train"``, and so does the
     validation inside fit with ``loop="validation"``; the sanity check does not count. Weights do not move there: the
@@ -79,7 +111,10 @@ class KFACEditCallback(Callback):
             More makes training cheaper, and the factors in the middle of a run older; see ``docs/performance.md``.
         share: Share of the positions of a collected batch that is used, in (0, 1], chosen at random.
         loop: Where to collect during fit: ``"train"``, or ``"validation"``.
-        logits: Submodule or method of the module that returns the logits, if its cross-entropy cannot be found.
+        logits: Submodule or method of the module that returns the logits, if its cross-entropy cannot be found: a tensor
+            ``[batch, classes]``, or one of more dimensions whose classes the softmax of the loss tells.
+        class_dim: Dimension of the classes of these logits, where the loss does not tell: 1 for
+            ``[batch, classes, ...]``, -1 for ``[batch, ..., classes]``.
         probes: By name, files of JSON lines to measure a language model on: a path, or a dict with ``path`` and
             optionally ``metrics`` (a list of names) and ``tokenizer`` (a folder; by default the attribute ``tokenizer``
             of the module or the datamodule). See :class:`lightning_curvature.text.probes.JsonlProbe`.
@@ -124,6 +159,7 @@ class KFACEditCallback(Callback):
         share: float = 1.0,
         loop: str = "train",
         logits: str | None = None,
+        class_dim: int | None = None,
         probes: dict[str, Any] | None = None,
         accumulate_on: str = "auto",
         save_factors: str | None = None,
@@ -154,21 +190,32 @@ class KFACEditCallback(Callback):
             "draws": draws,
             "positions": positions,
             "logits": logits,
+            "class_dim": class_dim,
             "accumulate_on": accumulate_on,
             "share": share,
             "seed": seed,
             **({"coupled": True} if score == "coupled" else {}),
         }
         check_options(fisher, draws, positions, accumulate_on, share)
+        check_class_dim(class_dim, logits)
+        self._kept = KroneckerFactors()
+        self._reset()
+
+    def _reset(self) -> None:
+        """Set everything that belongs to a run to what it is before any."""
         self.report: EditReport | None = None
         self.match: Match | None = None
         self.probe_results: dict[str, float] = {}
         self._collection: Collection | None = None
-        self._validates = False
-        self._fitted = False
+        self._next: Collection | None = None
+        self._renew = self._validates = self._fitted = self._in_fit = self._due = False
         self._siblings: Siblings | None = None
-        self._validated: dict[str, str] = {}
-        self._averages = False
+        self._validated: dict[str, str] | None = None
+        self._weights: WeightWatch | None = None
+        self._length, self._started = RunLength(), 0.0
+        self._copies: dict[str, EditReport] = {}
+        self._given_up: str | None = None
+        self._said: set[str] = set()
         self._watch, self._stack = ExitStack(), ExitStack()
 
     @property
@@ -189,7 +236,7 @@ class KFACEditCallback(Callback):
 
         With several processes, as of the latest checkpoint, or end of a validation or of fit: they are added up there.
         """
-        return KroneckerFactors() if self._collection is None else self._collection.factors
+        return self._kept if self._collection is None else self._collection.factors
 
     @property
     def _undecided(self) -> bool:
@@ -197,7 +244,10 @@ class KFACEditCallback(Callback):
         return self.target is not None and self.match is None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that this Trainer can be used, choose layers, and watch its checkpoints."""
+        """Check that this Trainer can be used, and watch its checkpoints. Lightning calls it before each run.
+
+        The factors of a run before stay until this one collects its first batch.
+        """
         if not isinstance(trainer, pl.Trainer) or not isinstance(pl_module, pl.LightningModule):
             raise MisconfigurationException(
                 "KFACEditCallback works with the `lightning` package; this Trainer or LightningModule comes from "
@@ -216,128 +266,231 @@ class KFACEditCallback(Callback):
         strategy = trainer.strategy
         check_strategy(strategy)
         if stage == "fit":
-            self._averages = check_callbacks(self, callbacks, collects_in_validation=self.loop == "validation")
+            check_callbacks(self, callbacks, collects_in_validation=self.loop == "validation")
         self._siblings = Siblings.of(strategy)
-        self._siblings.owners[self.name], self._siblings.failed = self, False
+        self._siblings.savers[self.name], self._siblings.failed = self, False
+        self._siblings.waits = stage == "fit"
         self.editor.ranks = self._siblings.ranks
         self.probes.check()
         if self.target is not None:
             datamodule = getattr(trainer, "datamodule", None)
             self.target.check(self.probes.files, any(hasattr(s, "probe_dataloader") for s in (pl_module, datamodule)))
-        self._validates = self.loop == "validation" or (stage == "validate" and not self._fitted)
+        self._in_fit, self._given_up, self._said = stage == "fit", None, set()
+        self._length, self._started, self._copies = RunLength(), time.monotonic(), {}
+        self._validates = stage == "validate" and not self._fitted or stage == "fit" and self.loop == "validation"
         if self._validates:
             check_validation(self.editor.ranks, pl_module, getattr(trainer, "datamodule", None))
         if stage == "validate" and not self._validates:
             return  # the factors of the fit stay
-        self._fitted, self._collection = False, None
-        self.report = self.match = None
+        self._renew = True
         if self._validates:
             # Inference tensors can never enter a graph, and the mode is entered before any hook of a callback runs.
             loop: Any = trainer.validate_loop if stage == "validate" else trainer.fit_loop.epoch_loop.val_loop
             self._stack.callback(setattr, loop, "inference_mode", loop.inference_mode)
             loop.inference_mode = False
 
-    def _prepare(self, pl_module: pl.LightningModule) -> Collection:
-        """Choose the layers, when the module has been built (``configure_model``) and before anything runs."""
-        if self._collection is None:
+    def _prepare(self, pl_module: pl.LightningModule) -> Collection | None:
+        """Return the collection of this run, chosen when the module has been built (``configure_model``).
+
+        Lazy layers have no shape yet: the collection begins with the first batch that finds them built.
+        """
+        if self._renew and self._next is None and not any(map(is_lazy, pl_module.parameters())):
             collector = Collector(pl_module, **self._options, ranks=self.editor.ranks, shard=self.shard_factors)
-            self._collection = Collection(collector, self.window, self._settings, self.every)
-        return self._collection
+            self._next = Collection(collector, self.window, self._settings, self.every)
+        return self._next if self._renew else self._collection
+
+    def _begin(self, pl_module: pl.LightningModule) -> Collection | None:
+        """Let the collection of this run take the place of an earlier one's; None if layers are lazy still."""
+        collection = self._prepare(pl_module)
+        if self._renew and collection is not None:
+            collection.collector.on_error = self._met if self._in_fit else None
+            self._kept = KroneckerFactors()
+            self._collection, self._next, self._renew = collection, None, False
+            self._fitted = False
+            self.report = self.match = None
+            self._validated, self.probe_results = None, {}
+            self._weights = WeightWatch(collection.collector.weights)
+        return collection
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose layers."""
+        """Choose layers, and check the probes. Lightning calls it when module and data are set up, before any step.
+
+        Raises:
+            ValueError: If an argument does not fit the module.
+        """
         self._prepare(pl_module)
+        self.probes.check_loaders(trainer, pl_module, self.target)
 
+    @_never_ends_a_fit
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch the validation step, if this is where to collect."""
-        if trainer.sanity_checking or not self._validates:
+        """Watch the validation steps, if this is where to collect. Lightning calls it before their first one."""
+        if trainer.sanity_checking or not self._validates or self._given_up:
             return
-        self._prepare(pl_module).start(complete=False)
-        self._watch.enter_context(collected_from(pl_module, self._running().collector))
+        if not self._in_fit:
+            self.probes.check_loaders(trainer, pl_module, self.target)
+        collection = self._begin(pl_module)
+        if collection is not None:
+            collection.start(complete=False)
+            self._watch.enter_context(collected_from(pl_module, collection.collector))
 
+    @_never_ends_a_fit
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start to record the step."""
-        if self.loop == "train" and self._running().is_due(batches_before(trainer), last_batch(trainer)):
-            self._running().collector.open(batch)
+        """Start to record the step, if it is due. Lightning calls it before each training step."""
+        if self._weights is not None:
+            self._weights.begin_step()
+        if self.loop != "train":
+            return
+        last = self._length.last_batch(trainer)
+        collection = self._begin(pl_module)
+        self._due = collection is not None and collection.is_due(batches_before(trainer), last)
+        if collection is not None and self._due and not self._given_up:
+            collection.collector.open(batch)
 
+    @_never_ends_a_fit
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
-        """Take the step's gradients while its graph is alive."""
-        collector = self._running().collector
+        """Take the step's gradients while its graph is alive. Lightning calls it before each backward pass."""
+        if self._collection is None or self._given_up:
+            return
+        collector = self._collection.collector
         collector.before_backward(loss)
         if pl_module.automatic_optimization:  # otherwise training_step is still running, with modes of its own
             collector.stop()
 
+    @_never_ends_a_fit
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Finish the batch, and the window if it is full."""
-        if self._running().collector.is_open:
-            self._running().end_step(trainer.global_step)
+        """Finish the batch, and the window if it is full. Lightning calls it after each training step."""
+        if self._collection is None:
+            return
+        try:
+            collector = self._collection.collector
+            if collector.is_open:
+                self._collection.end_step(trainer.global_step)
+            elif self._due and collector.shards:  # the other processes wait for what this one adds
+                collector.accumulator.add(None, collector.kinds)
+        finally:
+            self._due = False
+            if self._weights is not None:
+                self._weights.end_step()
 
+    @_never_ends_a_fit
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop a step that was cut short; without a validation, this is where a target's energy is searched."""
-        self._running().collector.abort()
-        if self.target is not None and not trainer.enable_validation and self._running().synchronise():
+        """Drop a step that was cut short; without a validation, this is where a target's energy is searched.
+
+        Lightning calls it after the last step of an epoch, and after the validation there.
+        """
+        collection = self._running()
+        collection.collector.abort()
+        searches = self.target is not None and not trainer.enable_validation
+        if searches and not self._out() and collection.synchronise():
             self._search(trainer, pl_module)
 
+    @_never_ends_a_fit
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the factors of this validation; measure the probes before and after the edit, next to what is logged.
 
+        Lightning calls it after the last step of a validation, before the module's own hook.
+
         Raises:
-            RuntimeError: If not one validation batch could be collected.
+            RuntimeError: In ``Trainer.validate``, if not one validation batch could be collected.
         """
         if trainer.sanity_checking:
             return
+        self._watch.close()
         if self._validates:
-            self._watch.close()
-            collection = self._running()
-            collection.collector.accumulator.join()
-            collection.collector.provenance |= {"loop": "validation", "step": trainer.global_step}
-            silent = collection.silent
-            collection.start(complete=True)
-            if not collection.synchronise():
-                raise RuntimeError(_NO_DATA.format("validation step computed a loss"))
-            self._check_silent(silent)
-            self._validated = weight_hashes(layer_weights(pl_module, self.factors))
+            self._end_validation(trainer, pl_module)
+        elif self._out():
+            return
         # After a fit the factors are known; its other processes need not be here.
-        if self.factors if self._fitted else self._running().synchronise():
+        if self._collection is not None and (self.factors if self._fitted else self._collection.synchronise()):
             self._search(trainer, pl_module)
             results = self._run_probes(trainer, pl_module)
             if results:
                 pl_module.log_dict(results)
-        if self._validates:
-            self._edit_copy(pl_module)
-            if trainer.state.fn == "validate":
-                self._show()
+        if self._validates and not self._in_fit:
+            self._edit_live(pl_module)
+            self._show(trainer, "Trainer.validate writes no checkpoint. An edit of these weights would do:")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Edit a last time, for the table of what was edited, and measure the probes.
-
-        Raises:
-            RuntimeError: If not one batch could be collected.
-        """
+    def _end_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the factors of a validation that ends."""
+        if self._out():
+            return
         collection = self._running()
         collection.collector.accumulator.join()
+        step = trainer.global_step
+        if not self._in_fit and trainer.ckpt_path and self._siblings is not None:
+            step = self._siblings.loaded_step if self._siblings.loaded_step is not None else step
+        collection.collector.provenance |= {"loop": "validation", "step": step}
+        silent = collection.silent
+        collection.start(complete=True)
+        if not collection.synchronise():
+            raise RuntimeError(_NO_DATA.format("validation step computed a loss"))
+        self._check_silent(silent, collection.collector.frozen)
+        self._validated = weight_hashes(layer_weights(pl_module, self.factors))
+
+    @_never_ends_a_fit
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Search a last time, work out what an edit does, and measure the probes. Lightning calls it after training."""
+        collection = self._collection
+        if collection is None or self._renew:
+            if self._next is not None or collection is None:
+                rank_zero_info("KFACEditCallback: this fit ran no step, and nothing was collected.")
+            return
+        collection.collector.accumulator.join()
+        if self._out():
+            return
         if not collection.synchronise():
             source = "training step ran a backward pass" if self.loop == "train" else "validation ran"
             raise RuntimeError(_NO_DATA.format(source))
         self._fitted = True
         if self.loop == "train":
-            self._check_silent(collection.silent)
+            self._check_silent(collection.silent, collection.collector.frozen)
             self._search(trainer, pl_module)
-            self._edit_copy(pl_module)
             results = self._run_probes(trainer, pl_module)
             for logger in trainer.loggers:
                 logger.log_metrics(results, trainer.global_step)
-        self._show()
+        self._edit_live(pl_module)
 
-    def _check_silent(self, silent: list[str]) -> None:
-        if silent and self.editor.skip_faulty:
-            rank_zero_warn(f"Chosen layers {listing(silent)} never ran, and stay as they are.")
+    @_never_ends_a_fit
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Edit the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
+        self._make_copies()
+        if self._fitted and not (self._renew or self._given_up):
+            step = trainer.global_step
+            self._show(trainer, f"No checkpoint was edited. An edit of the weights at step {step} would do:")
+
+    def _make_copies(self) -> None:
+        """Make the edited copies that were left for the end of the fit; say what they take."""
+        if self._siblings is None:
+            return
+        self._siblings.waits = False
+        count, factors = self._siblings.num_waiting(self.name), self.factors
+        if count and factors:
+            kinds = self._running().collector.kinds
+            on_gpu = torch.cuda.is_available()
+            seconds = sum(edit_seconds(kinds[name].d_out, kinds[name].d_in, on_gpu) for name in factors)
+            trained = time.monotonic() - self._started
+            if count * seconds > _TENTH * trained:
+                rank_zero_info(
+                    f"KFACEditCallback edits {count} checkpoint{'s' * (count > 1)} now, at about {seconds:.2g} s each by "
+                    f"the size of the layers; training took {trained:.0f} s. Keep fewer checkpoints, or edit fewer or "
+                    "smaller layers, if that is too long."
+                )
+        self._siblings.make_copies(self.name)
+
+    def _check_silent(self, silent: list[str], frozen: set[str]) -> None:
+        """Tell of chosen layers that have no factors; in a fit they stay as they are, and the others are edited."""
+        if not silent:
+            return
+        if self._in_fit or self.editor.skip_faulty:
+            asleep = sorted(set(silent) & frozen)
+            why = f" (the outputs of {listing(asleep)} needed no gradient: frozen)" if asleep else ""
+            rank_zero_warn(f"Chosen layers {listing(silent)} never ran{why}, and stay as they are.")
         else:
-            check_silent(silent)
+            check_silent(silent, frozen)
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the energy of the target, if there is one."""
@@ -349,54 +502,90 @@ class KFACEditCallback(Callback):
         self.editor.energy = self.match.energy
         rank_zero_info(f"{self.target}: energy {self.match.energy:.4g}, {self.match.value:.4f} times")
 
-    def _edit_copy(self, pl_module: pl.LightningModule) -> None:
-        """Edit a copy of the weights, for the table of what an edit does."""
+    def _edit_live(self, pl_module: pl.LightningModule) -> None:
+        """Work out what an edit of the live weights does; they stay as they are."""
         if self._undecided:
             return
         factors = self.factors
         self.report = self.editor.edit_layers(layer_weights(pl_module, factors), factors)[1]
 
-    def _show(self) -> None:
-        """Show what an edit does and what the probes say, warn of factors that rest on little, and save them."""
-        factors, kinds = self.factors, self._running().collector.kinds
-        for name, count in factors.counts().items():
-            if count < max(kinds[name].d_in, kinds[name].d_out):
-                rank_zero_warn(
-                    f"The factors of layer {name!r} rest on {count} positions for a "
-                    f"{[kinds[name].d_out, kinds[name].d_in]} weight: the spectrum looks steeper than it is, and the "
-                    "edit removes more than it should. Train longer, or choose a smaller layer."
-                )
-        if self.report is not None:
-            rank_zero_info(f"\n{self.report}")
+    def _show(self, trainer: pl.Trainer, nothing_written: str) -> None:
+        """Show what was edited in which file, and what the probes say; save the factors."""
+        reports = list(self._copies.items())
+        if reports:
+            path, report = reports[-1]
+            rank_zero_info(f"\n{path}:\n{report}")
+            if len(reports) > 1:
+                rank_zero_info(f"Edited likewise, each with the factors of its step: {listing(p for p, _ in reports[:-1])}.")
+        elif self.report is not None:
+            rank_zero_info(f"\n{nothing_written}\n{self.report}")
         if self.probe_results:
             rank_zero_info(f"\n{before_after(self.probe_results)}")
         if (path := self.save_factors) is not None:
-            gathered = factors.gathered()
+            gathered = self.factors.gathered()
             self.editor.ranks.first(lambda: gathered.save(path))
+            rank_zero_info(f"Factors written to {path}.")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Finish a batch that has ended for Lightning, which does not run it again, and remove every hook."""
+        """Finish a batch that has ended for Lightning, which does not run it again, and remove every hook.
+
+        Lightning calls it when a run stops by an error or a signal.
+        """
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        if self._collection is not None and trainer.training and batches.processed == batches.ready:
-            self._collection.end_interrupted(trainer.global_step)
+        try:
+            if self._collection is not None and trainer.training and batches.processed == batches.ready:
+                self._collection.end_interrupted(trainer.global_step)
+        except Exception as error:  # noqa: BLE001  # the error that ends the run is the one to be seen
+            self._met(error)
         if self._siblings is not None:
             self._siblings.failed = True
+            if self._siblings.ranks.all_here():
+                self._make_copies()
         self._clean_up()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Remove every hook."""
+        """Remove every hook. Lightning calls it when a run has ended."""
         self._clean_up()
 
     def _clean_up(self) -> None:
-        if self._collection is not None:
-            self._collection.collector.abort()
+        for collection in (self._collection, self._next):
+            if collection is not None:
+                collection.collector.abort()
         self._watch.close()
         self._stack.close()
+        self._weights, self._in_fit = None, False
+        if self._siblings is not None:
+            self._siblings.waits = False
 
     def _running(self) -> Collection:
         if self._collection is None:
-            raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
+            if self._next is None and self._siblings is None:
+                raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
+            raise NothingToCollectError(_NO_DATA.format("batch was collected"))
         return self._collection
+
+    def _met(self, error: Exception) -> None:
+        """Say what an error costs, and go on without what it is about."""
+        if isinstance(error, NothingToCollectError):
+            if str(error) not in self._said:
+                self._said.add(str(error))
+                rank_zero_warn(f"KFACEditCallback collects nothing from such a step: {error} Training goes on.")
+            return
+        if self._collection is not None:
+            self._collection.collector.abort()
+        if self._given_up is None:
+            self._given_up = str(error) or type(error).__name__
+            rank_zero_warn(
+                f"KFACEditCallback stops, and training goes on: {self._given_up} Checkpoints that are saved from now on "
+                "have no edited copy."
+            )
+
+    def _out(self) -> bool:
+        """Tell whether any process has given up. A collective."""
+        reasons = [reason for reason in self.editor.ranks.gather(self._given_up) if reason]
+        if reasons and self._given_up is None:
+            self._given_up = reasons[0]
+        return bool(reasons)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells a resumed run that the factor file beside the checkpoint belongs to it; primitives."""
@@ -408,34 +597,47 @@ class KFACEditCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on collecting where the run that saved the checkpoint was."""
+        """Go on collecting where the run that saved the checkpoint was. Lightning calls it before a fit goes on."""
+        if trainer.state.fn == "fit" and (note := edited_note(checkpoint)) is not None:
+            rank_zero_warn(f"{trainer.ckpt_path} is an edited copy ({note}); training goes on from the edited weights.")
         # By name: the state key changes with every setting, also with those that the factors do not depend on.
         kind = type(self).__qualname__
         states = [s for key, s in checkpoint.get("callbacks", {}).items() if str(key).startswith(kind)]
         state = next((state for state in states if state.get("name") == self.name), None)
         if trainer.state.fn != "fit" or not state or self._siblings is None:
             return
-        with self._siblings.loaded_factors(self.name) as file:
-            reason = self._prepare(pl_module).resume(state, file)
-        found = state.get("match")
-        if reason is None and found and self.target is not None and found["target"] == self.target.entry:
-            self.match = Match(found["energy"], found["value"], {found["energy"]: found["value"]})
-            self.editor.energy = self.match.energy
+        collection = self._prepare(pl_module)
+        if collection is None:
+            reason: str | None = "its layers are lazy, and have no shape yet"
+        else:
+            with self._siblings.loaded_factors(self.name) as file:
+                reason = collection.resume(state, file)
         if reason is not None:
             rank_zero_warn(
                 f"KFACEditCallback does not go on where {trainer.ckpt_path} was saved, it starts anew: {reason}."
             )
+            return
+        self._begin(pl_module)
+        match = state.get("match")
+        if match and self.target is not None and match["target"] == self.target.entry:
+            self.match = Match(match["energy"], match["value"], {match["energy"]: match["value"]})
+            self.editor.energy = self.match.energy
 
     def factors_writer(self) -> Callable[[Path], None] | None:
         """Return what writes the factors to a file beside a checkpoint; None if there are none yet."""
         collection, ranks = self._collection, self.editor.ranks
         # Those of a run that other processes took part in cannot be had any more.
-        found = None if collection is None or collection.ranks is not ranks else collection.snapshot()
-        return None if found is None else lambda path: found[0].save(path, found[1])
+        if collection is None or collection.ranks is not ranks or self._out():
+            return None
+        snapshot = collection.snapshot()
+        return None if snapshot is None else lambda path: snapshot[0].save(path, snapshot[1])
 
-    def edited(self, checkpoint: Checkpoint) -> Checkpoint | None:
-        """Return the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
+    def edit_later(self, checkpoint: Checkpoint) -> Edit | None:
+        """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
         factors, step = self.factors, checkpoint["global_step"]
+        if self._out():
+            rank_zero_warn(f"The checkpoint of step {step} has no edited copy: {self._given_up}")
+            return None
         if not factors:
             if self._validates:
                 rank_zero_warn(
@@ -448,8 +650,37 @@ class KFACEditCallback(Callback):
                 "searched, which is done when validation ends: it has no edited copy."
             )
             return None
-        validated = self._validated if self._validates else None
-        return edited_copy(checkpoint, self.editor, factors, validated, self._averages)
+        try:
+            reason = self._why_no_copy(checkpoint, factors)
+        except ValueError as error:
+            reason = str(error)
+        if reason is not None:
+            rank_zero_warn(f"The checkpoint of step {step} has no edited copy: {reason}.")
+            return None
+        return self._edit_with(self.editor.at(self.editor.energy), factors)
+
+    def _why_no_copy(self, checkpoint: Checkpoint, factors: KroneckerFactors) -> str | None:
+        collector, weights = self._running().collector, self._weights
+        measured = Measured(
+            live=lambda: layer_weights(collector.module, factors),
+            validated=self._validated,
+            step=factors.provenance.get("step"),
+            swapped=weights is not None and weights.swapped(),
+        )
+        return why_no_copy(checkpoint, factors, measured, self.editor.ranks)
+
+    def _edit_with(self, editor: CurvatureEditor, factors: KroneckerFactors) -> Edit:
+        """Return what makes an edited copy with the factors and the energy of now."""
+
+        def edit(checkpoint: Checkpoint, path: str) -> Checkpoint | None:
+            try:
+                copy, self._copies[path] = edited_copy(checkpoint, editor, factors)
+            except ValueError as error:
+                rank_zero_warn(f"The checkpoint of step {checkpoint['global_step']} has no edited copy: {error}")
+                return None
+            return copy
+
+        return edit
 
     def _run_probes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""
@@ -457,3 +688,14 @@ class KFACEditCallback(Callback):
         group = "curvature" if self.name == "edited" else f"curvature-{self.name}"
         self.probe_results = {f"{group}/{name}": value for name, value in results.items()}
         return self.probe_results
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""
+        rest = copy.copy(self)
+        factors = self.factors if self.editor.ranks.size == 1 else KroneckerFactors()
+        results = {name: getattr(self, name) for name in ("report", "match", "probe_results")}
+        rest._reset()
+        rest.editor = self.editor.at(self.editor.energy)
+        rest.editor.ranks, rest.editor._known = Ranks(), None
+        vars(rest).update(results, _kept=factors, probes=Probes(self.probes.files))
+        return vars(rest)

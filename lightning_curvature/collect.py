@@ -1,6 +1,6 @@
 """Collection in one pass over a frozen model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_curvature._checks import listing
 from lightning_curvature.collector import Collector
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.objectives import frozen_layers
 
 Batch = TypeVar("Batch")
 
@@ -41,7 +42,7 @@ def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable
             collector.backward(loss_of(step(batch)))
     if not collector.sums:
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
-    check_silent(collector.silent)
+    check_silent(collector.silent, collector.frozen)
     return collector.finish()
 
 
@@ -58,8 +59,15 @@ def loss_of(output: Any) -> Tensor:
     return loss
 
 
-def check_silent(silent: Sequence[str]) -> None:
-    """Raise ``RuntimeError`` if there are chosen layers that never ran."""
+def check_silent(silent: Collection[str], frozen: Collection[str] = ()) -> None:
+    """Raise ``RuntimeError`` if there are chosen layers that never ran, or ran frozen.
+
+    Args:
+        silent: Chosen layers without factors.
+        frozen: Layers that ran and whose outputs needed no gradient.
+    """
+    if asleep := sorted(set(silent) & set(frozen)):
+        raise RuntimeError(frozen_layers(asleep))
     if silent:
         raise RuntimeError(
             f"Chosen layers {listing(silent)} never ran, so they have no factors and were not edited. Leave them out "

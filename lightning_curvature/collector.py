@@ -322,6 +322,21 @@ class Collector:
         """The running sums that this process keeps, by layer."""
         return self.accumulator.sums
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights of the chosen layers as they are now; of all that may be chosen before the first batch."""
+        names = self.choice.modules if self.chosen is None else self.chosen
+        return {name: self.choice.modules[name].weight for name in names}
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Hand an error of a ``with`` block to ``on_error``, if there is one, and drop the step."""
+        try:
+            yield
+        except Exception as error:
+            if self.on_error is None:
+                raise
+            self._hand_over(error)
+
     @property
     def is_open(self) -> bool:
         """Whether a batch is being collected."""

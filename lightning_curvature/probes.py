@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from tabulate import tabulate
@@ -53,6 +54,30 @@ class Probes:
             if not Path(options["path"]).is_file():
                 raise FileNotFoundError(f"Probe {name!r}: there is no file {options['path']}.")
 
+    def check_loaders(self, trainer: pl.Trainer, module: pl.LightningModule, target: "Target | None") -> None:
+        """Check the dataloaders of the module and the datamodule, and the first batch of each, before a run starts.
+
+        Raises:
+            MisconfigurationException: If they are no dict of dataloaders, or the module cannot read their batches.
+            ValueError: If none of them measures the metric of the target.
+        """
+        measured = set[str]()
+        for source in (module, getattr(trainer, "datamodule", None)):
+            make = getattr(source, "probe_dataloader", None)
+            if make is None:
+                continue
+            where = f"{type(source).__name__}.probe_dataloader"
+            loaders = make() if callable(make) else make
+            if not isinstance(loaders, Mapping):
+                raise MisconfigurationException(
+                    f"{where}() must return a dict of dataloaders by name, such as {{'val': DataLoader(...)}}; found a "
+                    f"{type(loaders).__name__}."
+                )
+            for name, loader in loaders.items():
+                measured |= {f"{name}/{metric}" for metric in _first_batch(where, name, loader, module)}
+        if target is not None and target.probe not in self.files and target.name not in measured:
+            raise ValueError(target.unmeasured(measured))
+
     def measure(
         self, trainer: pl.Trainer, module: pl.LightningModule, editor: WeightEditor, factors: KroneckerFactors
     ) -> dict[str, float]:
@@ -84,10 +109,7 @@ class Probes:
         with isolate_rng(), evaluating(module):
             found = {} if run is None else run()
             if run is None or target.name not in found:
-                raise ValueError(
-                    f"{target}: no probe measures that.{did_you_mean(target.name, found)} Give files (probes=) or a "
-                    f"method probe_dataloader() of the module or datamodule; measured: {listing(found) or 'nothing'}."
-                )
+                raise ValueError(target.unmeasured(found))
             before = found[target.name]
             if not 0 < before < math.inf:
                 rank_zero_warn(f"{target}: the metric of the unedited model is {before}, there is nothing to keep yet.")
@@ -181,8 +203,50 @@ class Target:
                 "probe_dataloader() of the module or the datamodule."
             )
 
+    def unmeasured(self, measured: Iterable[str]) -> str:
+        """Return what to do where no probe has the metric."""
+        names = sorted(measured)
+        return (
+            f"{self}: no probe measures that.{did_you_mean(self.name, names)} Give files (probes=) or a method "
+            f"probe_dataloader() of the module or datamodule; measured: {listing(names) or 'nothing'}."
+        )
+
     def __str__(self) -> str:
         return f"target {self.name} x {self.limit:g}"
+
+
+def _first_batch(where: str, name: str, loader: Any, module: nn.Module) -> list[str]:
+    """Return what the first batch of a probe's loader allows to measure; raise if it is no such loader."""
+    what = f"{where}(): the probe {name!r}"
+    if isinstance(loader, (str, bytes, Tensor, Iterator)) or not isinstance(loader, Iterable):
+        raise MisconfigurationException(
+            f"{what} is a {type(loader).__name__}; expected a DataLoader, or another iterable of batches that can be read "
+            "more than once."
+        )
+    with isolate_rng():
+        batch = next(iter(loader), None)
+    if batch is None:
+        raise MisconfigurationException(f"{what} holds no batch.")
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        return ["perplexity"]
+    check_batch(name, batch)
+    if getattr(module.forward, "__func__", module.forward) in (nn.Module.forward, pl.LightningModule.forward):
+        raise MisconfigurationException(
+            f"{what} is measured by the module's forward(inputs), and {type(module).__name__} has none. Define it so that "
+            "it returns the logits."
+        )
+    return ["accuracy"]
+
+
+def check_batch(name: str, batch: Any) -> None:
+    """Raise ``ValueError`` if a batch of a probe is not one that can be measured."""
+    if isinstance(batch, (list, tuple)) and len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch[1:]):
+        return
+    count = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+    raise ValueError(
+        f"Probe {name!r}: a batch must be (inputs, labels), (inputs, noised, clean) or a dict with input_ids, found "
+        f"{type(batch).__name__}{count}."
+    )
 
 
 def before_after(results: Mapping[str, float]) -> str:
@@ -240,12 +304,7 @@ def run_probes(
 
                 perplexity.update(*(part.cpu() for part in next_tokens(module, to_device(batch), layers)))
                 continue
-            if not (isinstance(batch, (list, tuple)) and len(batch) in (2, 3)):
-                count = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
-                raise ValueError(
-                    f"Probe {name!r}: a batch must be (inputs, labels), (inputs, noised, clean) or a dict with "
-                    f"input_ids, found {type(batch).__name__}{count}."
-                )
+            check_batch(name, batch)
             inputs, labels, *clean = to_device(batch)
             with context():
                 output = module(inputs)

@@ -1,9 +1,12 @@
 """The edited copy of a checkpoint: which weights it belongs to, and when there is none."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_curvature.checkpoints import archive
 from lightning_curvature.checkpoints.formats import content_hash, tensor_hash, tensor_hashes
@@ -11,17 +14,72 @@ from lightning_curvature.checkpoints.lightning import Checkpoint
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.ranks import whole
+from lightning_curvature.ranks import Ranks, whole
+from lightning_curvature.report import EditReport
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The weights that some factors describe.
+
+    Args:
+        live: Returns the weights that the module has now, by layer.
+        validated: Hashes of the weights that the factors are exact for; None for factors of training steps, during
+            which weights move.
+        step: Step of the factors.
+        swapped: Whether the live weights were changed since the last training step, which their factors do not
+            describe; only asked for factors of training steps.
+    """
+
+    live: Callable[[], Mapping[str, Tensor]]
+    validated: Mapping[str, str] | None
+    step: int | None
+    swapped: bool = False
+
+
+def why_no_copy(checkpoint: Checkpoint, factors: KroneckerFactors, measured: Measured, ranks: Ranks) -> str | None:
+    """Return why a checkpoint holds other weights than those that were measured; None if it does not. A collective.
+
+    Whoever puts averaged or other weights into a checkpoint is noticed by the weights themselves. Factors of training
+    steps belong to weights that move on; those of a validation are exact, and a checkpoint that is saved later gets the
+    edit with a warning.
+
+    Args:
+        checkpoint: What Lightning saves.
+        factors: The factors.
+        measured: The weights that they describe.
+        ranks: The processes.
+
+    Raises:
+        ValueError: If the checkpoint lacks a layer.
+    """
+    saved = _layer_tensors(checkpoint, factors, ranks)
+    hashes = ranks.gather(weight_hashes(saved))[0]
+    if measured.validated is not None and not hashes.items() - measured.validated.items():
+        return None
+    live = {name: whole(weight.detach()).to(saved[name].dtype) for name, weight in measured.live().items()}
+    same = not hashes.items() - ranks.gather(weight_hashes(live))[0].items()
+    if same and not any(ranks.gather(measured.swapped)):
+        if measured.validated is not None:
+            rank_zero_warn(
+                f"A checkpoint of step {checkpoint['global_step']} was saved, and the factors are those of the validation "
+                f"at step {measured.step}: its edit rests on older weights. Save checkpoints after validation "
+                "(ModelCheckpoint's default) to have exact ones."
+            )
+        return None
+    where = "validated" if measured.validated is not None else "trained"
+    return (
+        f"it holds other weights than those that were {where} (step {measured.step}): a callback or hook puts others in "
+        "their place, averaged ones for example, which these factors do not describe. Collect in a validation of the "
+        "weights that are saved (loop='validation'; WeightAveraging: update by step, save when validation ends), or "
+        "over the saved checkpoint afterwards (Trainer.validate)"
+    )
 
 
 def edited_copy(
-    checkpoint: Checkpoint,
-    editor: WeightEditor,
-    factors: KroneckerFactors,
-    validated: Mapping[str, str] | None,
-    averages: bool,
-) -> Checkpoint | None:
-    """Return the edited copy of a Lightning checkpoint; None, with a warning, if there is none that is right.
+    checkpoint: Checkpoint, editor: WeightEditor, factors: KroneckerFactors
+) -> tuple[Checkpoint, EditReport]:
+    """Return the edited copy of a Lightning checkpoint, and what was done.
 
     A collective: the processes share the work. A strategy gives the weights to all of them, to the first one alone, or
     their shards to each; the copy's weights are given in the same way.
@@ -30,25 +88,15 @@ def edited_copy(
         checkpoint: What Lightning saves.
         editor: Edits it.
         factors: Factors of its weights, or of those shortly before.
-        validated: Hashes of the weights that the factors are exact for, by layer; None where they move.
-        averages: Whether a callback saves averaged weights, which older factors do not describe.
+
+    Raises:
+        ValueError: If it cannot be edited.
     """
-    step, ranks = checkpoint["global_step"], editor.ranks
-    weights = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
-    try:
-        names = ranks.first(lambda: match_layers(editor.plan(factors), weights))
-        everywhere = all(ranks.gather(bool(weights)))
-        layers = {name: weights[key] if everywhere else ranks.send(weights.get(key), 0) for name, key in names.items()}
-        if validated is not None and ranks.gather(weight_hashes(layers))[0].items() - validated.items():
-            _warn_of_other_weights(step, factors.provenance.get("step"), averages)
-            if averages:
-                return None
-        # The edit goes by the module's names, and reaches whatever shares memory with a weight.
-        renamed = {f"{name}.weight": weight for name, weight in layers.items()}
-        edited, report = editor.edit_state_dict({**weights, **renamed}, factors)
-    except ValueError as error:
-        rank_zero_warn(f"The checkpoint of step {step} has no edited copy: {error}")
-        return None
+    ranks, weights = editor.ranks, _tensors(checkpoint)
+    layers = _layer_tensors(checkpoint, {name: factors for name in editor.plan(factors)}, ranks)
+    # The edit goes by the module's names, and reaches whatever shares memory with a weight.
+    renamed = {f"{name}.weight": weight for name, weight in layers.items()}
+    edited, report = editor.edit_state_dict({**weights, **renamed}, factors)
     state_dict = {key: edited.get(key, value) for key, value in checkpoint["state_dict"].items()}
     if any(hasattr(weight, "full_tensor") for weight in weights.values()):
         hashes = weight_hashes(weights)
@@ -58,7 +106,19 @@ def edited_copy(
     if report.skipped:
         facts["layers"] = {name: facts["layers"][name] for name in report.layers}
         facts["skipped"] = dict(report.skipped)
-    return {**checkpoint, "state_dict": state_dict, archive.KEY: facts}
+    return {**checkpoint, "state_dict": state_dict, archive.KEY: facts}, report
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+
+
+def _layer_tensors(checkpoint: Checkpoint, names: Mapping[str, Any], ranks: Ranks) -> dict[str, Tensor]:
+    """Return the saved weights of layers on all processes, spread as they are. A collective."""
+    weights = _tensors(checkpoint)
+    keys = ranks.first(lambda: match_layers(names, weights))
+    everywhere = all(ranks.gather(bool(weights)))
+    return {name: weights[key] if everywhere else ranks.send(weights.get(key), 0) for name, key in keys.items()}
 
 
 def weight_hashes(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -66,12 +126,47 @@ def weight_hashes(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: tensor_hash(whole(weight.detach())) for name, weight in weights.items()}
 
 
-def _warn_of_other_weights(step: int, measured: int | None, averages: bool) -> None:
-    rank_zero_warn(
-        f"A checkpoint of step {step} was saved, and the factors are those of the validation at step {measured}: "
-        + ("the weights were averaged further since, and it has no edited copy. Let WeightAveraging update them "
-           "by step, or save checkpoints when validation ends (save_on_train_epoch_end=False)."
-           if averages else
-           "its edit rests on older weights. Save checkpoints after validation (ModelCheckpoint's default) to have "
-           "exact ones.")
-    )  # fmt: skip
+_SAME = 1e-3  # relative change of a weight below which the factors of a training step still describe it
+
+
+class WeightWatch:
+    """Tells whether weights were changed outside of training steps, by more than training steps change them.
+
+    Tensors count their changes, which costs nothing to read. Only once a change outside of a step was seen are values
+    kept, too: who averages weights often puts the others back, and a module may clamp its weights after each step.
+
+    Args:
+        weights: Returns the weights to watch, by name.
+    """
+
+    def __init__(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._weights = weights
+        self._changes: list[tuple[int, int]] | None = None
+        self._values: list[Tensor] | None = None
+        self._suspects = False
+
+    def end_step(self) -> None:
+        """Remember the weights as a training step leaves them."""
+        self._changes = self._count()
+        self._values = [weight.detach().clone() for weight in self._local()] if self._suspects else None
+
+    def begin_step(self) -> None:
+        """Notice whether they were changed since."""
+        self._suspects = self._suspects or (self._changes is not None and self._changes != self._count())
+
+    @torch.no_grad()
+    def swapped(self) -> bool:
+        """Tell whether the weights are not those that the last training step left."""
+        if self._changes is None or self._changes == self._count():
+            return False
+        self._suspects = True
+        if self._values is None:
+            return True
+        pairs = list(zip(self._values, self._local(), strict=True))
+        return any(bool((new - old).norm() > _SAME * old.norm()) for old, new in pairs)
+
+    def _local(self) -> list[Tensor]:
+        return [getattr(weight, "_local_tensor", weight) for weight in self._weights().values()]
+
+    def _count(self) -> list[tuple[int, int]]:
+        return [(weight.data_ptr(), weight._version) for weight in self._local()]

@@ -46,14 +46,17 @@ class CollectedStep:
         kept = graphs(self.module)
         try:
             for collector in self.collectors:
-                collector.open(args[0] if args else kwargs.get("batch"))
+                with collector.guarded():
+                    collector.open(args[0] if args else kwargs.get("batch"))
             with torch.enable_grad():
                 with _Detaching():
                     output = self.step(*args, **kwargs)
                 for collector in self.collectors:
-                    collector.backward(_objective(output))
+                    with collector.guarded():
+                        collector.backward(_objective(output))
             for collector in reversed(self.collectors):
-                collector.close()
+                with collector.guarded():
+                    collector.close()
         finally:
             for collector in reversed(self.collectors):
                 collector.abort()

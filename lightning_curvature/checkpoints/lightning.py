@@ -4,10 +4,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,16 +22,23 @@ Checkpoint = dict[str, Any]
 
 
 class Sibling(Protocol):
-    """What is saved beside every checkpoint. Both methods are collectives."""
+    """What is saved beside every checkpoint. All methods are collectives."""
 
-    def edited(self, checkpoint: Checkpoint) -> Checkpoint | None:
-        """Return the edited copy of a checkpoint, or None if there is nothing to edit with yet."""
+    def edit_later(self, checkpoint: Checkpoint) -> "Edit | None":
+        """Return what makes the edited copy of a checkpoint, or None, with a warning, if there is none that is right.
+
+        The checkpoint is not kept: the edit gets it again.
+        """
 
     def factors_writer(self) -> Callable[[Path], None] | None:
         """Return what writes the factors and the state of their collection; None if there is nothing to write.
 
         Only that of the first process is called.
         """
+
+
+Edit = Callable[[Checkpoint, str], Checkpoint | None]
+"""From a checkpoint and the path of its edited copy to that copy; None, with a warning, if there is none."""
 
 
 def sibling(path: str | Path, mark: str, suffix: str | None = None) -> str:
@@ -48,6 +59,19 @@ def factors_path(path: str | Path, name: str) -> str:
     return sibling(path, f"-{name}-factors", ".safetensors")
 
 
+@dataclass
+class _Waiting:
+    """A checkpoint whose edited copies are made when training ends.
+
+    Args:
+        edits: What makes them, by the mark in their names.
+        stamp: Size and time of the file when it was written, on the first process.
+    """
+
+    edits: dict[str, Edit]
+    stamp: tuple[int, int] | None
+
+
 class Siblings:
     """Saves edited copies and factors beside every checkpoint of a strategy, and removes them with it.
 
@@ -55,14 +79,19 @@ class Siblings:
     process alone, and not at all where each process saves its shard. The strategy's own methods see everything on all
     processes, so this takes the place of three of them.
 
+    While a fit runs, one checkpoint often replaces another, and an edit can take longer than the steps between them. So
+    edited copies of local files are made at the end, of the checkpoints that are still there.
+
     Args:
         strategy: The strategy, with its processes running.
 
     Attributes:
         ranks: The processes.
-        owners: What is saved beside every checkpoint, by the mark in its name.
+        savers: What is saved beside every checkpoint, by the mark in its name.
         loaded: Path of the checkpoint that was loaded last.
+        loaded_step: Its step.
         failed: Whether the run has failed: other processes may not be there any more.
+        waits: Whether a fit is running, at whose end :meth:`make_copies` is called.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -70,9 +99,13 @@ class Siblings:
         if isinstance(strategy, ParallelStrategy):  # others run on one process, also where a process group is running
             part = strategy.distributed_sampler_kwargs
             self.ranks = Ranks.joined(part["rank"], part["num_replicas"], strategy.root_device)
-        self.owners: dict[str, Sibling] = {}
+        self.savers: dict[str, Sibling] = {}
         self.loaded: str | None = None
-        self.failed = False
+        self.loaded_step: int | None = None
+        self.failed = self.waits = False
+        self._waiting: dict[str, _Waiting] = {}
+        self._saved: set[str] = set()
+        self._reads_back = _writes_one_file(strategy)
         self._save, self._load, self._remove = (
             strategy.save_checkpoint, strategy.load_checkpoint, strategy.remove_checkpoint
         )  # fmt: skip
@@ -91,46 +124,93 @@ class Siblings:
     def save_checkpoint(self, checkpoint: Checkpoint, filepath: str | Path, storage_options: Any | None = None) -> None:
         """Save the siblings of a checkpoint, then the checkpoint as it is.
 
-        In this order a checkpoint is never without its siblings, and ``ckpt_path="last"``, the latest file whose name
-        begins with "last", is never an edited one. A sibling that cannot be written (a full disk) costs a warning, and
-        never the checkpoint.
+        In this order a checkpoint is never without its factors, and ``ckpt_path="last"``, the latest file whose name
+        begins with "last", is never an edited one. A sibling that cannot be made or written costs a warning, and never
+        the checkpoint.
         """
-        hidden = Path(filepath).name.startswith(".")  # what Lightning's tuners save for a moment
+        path = os.fspath(filepath)
+        hidden = Path(path).name.startswith(".")  # what Lightning's tuners save for a moment
         lost = self.failed and not self.ranks.all_here()
         if lost:
             rank_zero_warn(
-                f"{os.fspath(filepath)} is saved while the run fails, and not all of its processes take part: it has "
+                f"{path} is saved while the run fails, and not all of its processes take part: it has "
                 "no edited copy, and no factors with which a resumed run would go on."
             )
+        edits: dict[str, Edit] = {}
         try:
-            for name, owner in self.owners.items() if not (hidden or lost) else ():
-                try:
-                    writer = owner.factors_writer()
-                    self.ranks.first(lambda name=name, writer=writer: _write(writer, factors_path(filepath, name)))  # type: ignore[misc]
-                    edited, path = owner.edited(checkpoint), sibling(filepath, f"-{name}")
-                    if edited is None:
-                        self._remove_if_there(path)  # of an older run
-                    else:
-                        self._save(edited, path, storage_options)
-                except OSError as error:
-                    rank_zero_warn(
-                        f"A sibling of {os.fspath(filepath)} could not be written ({error}); the checkpoint itself is "
-                        "not affected."
-                    )
+            for name, saver in self.savers.items() if not (hidden or lost) else ():
+                with _costs_a_warning(path):
+                    writer = saver.factors_writer()
+                    self.ranks.first(partial(_write, writer, factors_path(_apart(path), name)))
+                    edit, copy = saver.edit_later(checkpoint), sibling(_apart(path), f"-{name}")
+                    self._check_free(copy)
+                    if edit is None:
+                        self._remove_if_there(copy)  # of an older run
+                    elif self.waits and self._reads_back and _is_local(path):
+                        edits[name] = edit
+                        self._remove_if_there(copy)
+                    elif (edited := edit(checkpoint, copy)) is not None:
+                        self._save(edited, copy, storage_options)
         finally:
             self._save(checkpoint, filepath, storage_options)
+            self._saved.add(path)
+            self._waiting.pop(path, None)
+            if edits:
+                self._waiting[path] = _Waiting(edits, _stamp(path) if self.ranks.rank == 0 else None)
+
+    def num_waiting(self, name: str) -> int:
+        """Return how many checkpoints wait for an edited copy with a mark."""
+        return sum(name in waiting.edits for waiting in self._waiting.values())
+
+    def make_copies(self, name: str) -> None:
+        """Make the edited copies with a mark that were left for the end of a fit. A collective."""
+        for path, waiting in list(self._waiting.items()):
+            edit = waiting.edits.pop(name, None)
+            if not waiting.edits:
+                del self._waiting[path]
+            if edit is None:
+                continue
+            with _costs_a_warning(path):
+                checkpoint = self._read_back(path, waiting.stamp)
+                copy = sibling(_apart(path), f"-{name}")
+                if checkpoint is not None and (edited := edit(checkpoint, copy)) is not None:
+                    self._save(edited, copy)
+                    if self.ranks.rank == 0:  # ckpt_path="last" takes the latest file
+                        before = os.stat(path).st_mtime_ns - 1
+                        os.utime(copy, ns=(before, before))
+
+    def _read_back(self, path: str, stamp: tuple[int, int] | None) -> Checkpoint | None:
+        """Return a checkpoint that this run has written; its weights on the first process alone. A collective."""
+        known = self.ranks.first(lambda: os.path.exists(path) and _stamp(path) == stamp)
+        if not known:
+            rank_zero_warn(f"{path} has changed since it was saved, or is gone: it has no edited copy.")
+            return None
+        if self.ranks.rank == 0:
+            # The file is the one that this process wrote a moment ago, so it may hold what the run put into it.
+            checkpoint: Checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+            step = checkpoint["global_step"]
+        else:
+            checkpoint, step = {"state_dict": {}}, None
+        return {**checkpoint, "global_step": self.ranks.gather(step)[0]}
+
+    def _check_free(self, copy: str) -> None:
+        """Raise ``FileExistsError`` if the path of a copy is that of a checkpoint of this run."""
+        if copy in self._saved:
+            raise FileExistsError(f"{copy} is a checkpoint of its own; give the callback another name=")
 
     def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Checkpoint:
         """Load a checkpoint, and remember from where."""
         self.loaded = os.fspath(checkpoint_path)
-        return self._load(checkpoint_path, *args, **kwargs)
+        checkpoint = self._load(checkpoint_path, *args, **kwargs)
+        self.loaded_step = checkpoint.get("global_step")
+        return checkpoint
 
     @contextmanager
     def loaded_factors(self, name: str) -> Iterator[Path | None]:
         """Yield the local path of the factors beside the checkpoint that was loaded last; None without them."""
         found = self.loaded or ""
         # With save_last="link" a checkpoint is a link; the factors lie beside what it points to.
-        files = [factors_path(path, name) for path in (found, os.path.realpath(found))]
+        files = [factors_path(_apart(path), name) for path in (found, os.path.realpath(found))]
         file = next((file for file in files if get_filesystem(file).exists(file)), None)
         if file is None or isinstance(get_filesystem(file), LocalFileSystem):
             yield None if file is None else Path(file)
@@ -147,14 +227,61 @@ class Siblings:
         """
         there = self.ranks.rank == 0 and get_filesystem(filepath).exists(filepath)
         self._remove(filepath)
+        path = os.fspath(filepath)
+        self._waiting.pop(path, None)
+        self._saved.discard(path)
         if there:
-            for name in self.owners:
-                self._remove_if_there(sibling(filepath, f"-{name}"))
-                _delete(factors_path(filepath, name))
+            for name in self.savers:
+                copy = sibling(_apart(path), f"-{name}")
+                if copy not in self._saved:
+                    self._remove_if_there(copy)
+                _delete(factors_path(_apart(path), name))
 
     def _remove_if_there(self, path: str) -> None:
         if self.ranks.rank == 0 and get_filesystem(path).exists(path):
             self._remove(path)
+
+
+@contextmanager
+def _costs_a_warning(path: str) -> Iterator[None]:
+    """Make a warning of an error: a checkpoint is saved, and training goes on, whatever becomes of its siblings."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # whatever it is, the checkpoint matters more
+        rank_zero_warn(
+            f"A sibling of {path} could not be written ({type(error).__name__}: {error}); the checkpoint itself is not "
+            "affected."
+        )
+
+
+def _writes_one_file(strategy: Strategy) -> bool:
+    """Tell whether a strategy writes each checkpoint at once, as one file in Lightning's own way."""
+    try:
+        return type(strategy.checkpoint_io) is TorchCheckpointIO
+    except NotImplementedError:  # of strategies whose processes write their shards
+        return False
+
+
+def _apart(path: str) -> str:
+    """Return the path by which the siblings of a checkpoint are named.
+
+    Lightning finds the latest checkpoint of a preempted job by the digits in the names of all files with "ckpt_" in
+    them: those of its siblings must not be among them.
+
+    >>> _apart("runs/hpc_ckpt_3.ckpt"), _apart("runs/last.ckpt")
+    ('runs/hpc-ckpt-3.ckpt', 'runs/last.ckpt')
+    """
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{name.replace('hpc_ckpt_', 'hpc-ckpt-')}"
+
+
+def _is_local(path: str) -> bool:
+    return isinstance(get_filesystem(path), LocalFileSystem)
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def _write(writer: Callable[[Path], None] | None, path: str) -> None:
