@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_curvature.factors import LayerFactors
-from lightning_curvature.moments import full_precision
+from lightning_curvature.moments import SecondMoment, full_precision
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.rows import BatchGradients, CallRows, read_batch, same_inputs
 from lightning_curvature.streams import SideStreams
@@ -157,10 +157,10 @@ class Accumulator:
 
     def _part(self, group: Collection[str]) -> None:
         """Let layers that read the same now go their own ways from those that they shared with, and that do not."""
-        owners: dict[int, list[str]] = {}
-        for name, sums in self._sums.items():
-            owners.setdefault(id(sums.inputs), []).append(name)
-        for names in owners.values():
+        together: dict[str, list[str]] = {}
+        for name, first in sharing(self._sums).items():
+            together.setdefault(first, []).append(name)
+        for names in together.values():
             here = [name for name in names if name in group]
             if 0 < len(here) < len(names):
                 inputs = self._sums[here[0]].inputs.copy()
@@ -206,7 +206,7 @@ class Accumulator:
         new = {name for name in groups if name not in self._sums}
         for group in own.values():
             self._part([name for name in group if name not in new])
-        merged_inputs: set[int] = set()
+        merged_inputs: list[SecondMoment] = []
         for name, merged in sums_over(self.ranks, kinds, get, owners.__getitem__, groups):
             self._totals[name] = self._totals.get(name, 0) + merged.inputs.count
             if owners[name] != self.ranks.rank:
@@ -216,8 +216,8 @@ class Accumulator:
                 known = [other for other in own[groups[name]] if other in new and other in self._sums]
                 self._sums[name].share_inputs(self._sums[known[0]].inputs)
             sums = self._sums[name]
-            sums.merge_(merged, with_inputs=id(sums.inputs) not in merged_inputs)
-            merged_inputs.add(id(sums.inputs))
+            sums.merge_(merged, with_inputs=not any(sums.inputs is known for known in merged_inputs))
+            merged_inputs.append(sums.inputs)
         return True
 
     def _warn_of_skipped(self) -> None:

@@ -53,6 +53,11 @@ class FactorFile(Mapping[str, LayerFactors]):
     def __len__(self) -> int:
         return len(self.layers)
 
+    def tied_inputs(self) -> dict[str, str]:
+        """Return, for each layer, the first one that has the same A; itself if there is none."""
+        first: dict[str, str] = {}
+        return {name: first.setdefault(numbers.get(SHARES, name), name) for name, numbers in self.layers.items()}
+
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:

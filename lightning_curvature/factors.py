@@ -71,7 +71,19 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
 
     def counts(self) -> dict[str, int]:
         """Return the positions behind the inputs' factor of each layer."""
+        if isinstance(self._layers, FactorFile):
+            return {name: numbers["num_inputs"] for name, numbers in self._layers.layers.items()}
         return {name: layer.num_inputs for name, layer in self.items()}
+
+    def tied_inputs(self) -> dict[str, str]:
+        """Return, for each layer, the first one that has the same A, since both read the same; itself if none does.
+
+        An opened file tells from its header, for each access makes a new tensor; others by which tensors are the same.
+        """
+        if isinstance(self._layers, FactorFile):
+            return self._layers.tied_inputs()
+        layers, first = dict(self.items()), dict[int, str]()  # the tensors live as long as their ids are compared
+        return {name: first.setdefault(id(layer.A), name) for name, layer in layers.items()}
 
     def gathered(self) -> "KroneckerFactors":
         """Return these factors on one process, the first one. A collective if they are spread over several."""
@@ -91,15 +103,17 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         """
         if set(self) != set(other):
             raise ValueError(f"Cannot merge factors of other layers: only in one are {sorted(set(self) ^ set(other))}.")
-        merged, means = {}, dict[tuple[int, ...], Tensor]()
+        merged, means = {}, dict[tuple[str | int, ...], Tensor]()
+        tied, tied_two = self.tied_inputs(), other.tied_inputs()
         for name, one in self.items():
             two = other[name]
             if one.shape != two.shape or one.transposed != two.transposed:
                 raise ValueError(f"Layer {name!r}: cannot merge factors of a {one.shape} and a {two.shape} weight.")
-            A = _weighted_mean(one.A, one.num_inputs, two.A, two.num_inputs)
-            shared = (id(one.A), one.num_inputs, id(two.A), two.num_inputs)
+            shared = (tied[name], one.num_inputs, tied_two[name], two.num_inputs)
+            if shared not in means:
+                means[shared] = _weighted_mean(one.A, one.num_inputs, two.A, two.num_inputs)
             merged[name] = LayerFactors(
-                A=means.setdefault(shared, A),
+                A=means[shared],
                 G=_weighted_mean(one.G, one.num_gradients, two.G, two.num_gradients),
                 num_inputs=one.num_inputs + two.num_inputs,
                 num_gradients=one.num_gradients + two.num_gradients,
@@ -126,16 +140,15 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         """
         tensors: dict[str, Tensor] = {}
         layers: dict[str, dict[str, Any]] = {}
-        owners: dict[int, str] = {}
+        tied = self.tied_inputs()
         for name, layer in self.items():
             layers[name] = {**layer.numbers, **layer.errors}
-            owner = owners.setdefault(id(layer.A), name)
-            if owner != name:
-                layers[name][SHARES] = owner
+            if tied[name] != name:
+                layers[name][SHARES] = tied[name]
             for factor, tensor in layer.tensors.items():
-                if factor != "A" or owner == name:
+                if factor != "A" or tied[name] == name:
                     tensors[f"{name}.{factor}"] = tensor.cpu().contiguous().clone()
-        version = VERSIONS[len(owners) < len(layers)]
+        version = VERSIONS[any(first != name for name, first in tied.items())]
         header = {"version": version, "layers": layers, "provenance": self.provenance}
         if state is not None:
             header["state"] = take_apart(dict(state), tensors, _STATE)

@@ -190,7 +190,7 @@ class LayerSums:
 
 def sharing(sums: Mapping[str, LayerSums]) -> dict[str, str]:
     """Return, for each layer, the first one that has the same inputs' moment; itself if there is none."""
-    first: dict[int, str] = {}
+    first: dict[int, str] = {}  # the sums keep the moments, so that no id is used again
     return {name: first.setdefault(id(layer.inputs), name) for name, layer in sums.items()}
 
 
