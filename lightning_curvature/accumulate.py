@@ -123,7 +123,7 @@ class Accumulator:
             def of_batch(name: str) -> LayerSums:
                 if name not in made:
                     group = of_first[first[name]]
-                    made.update({name: LayerSums.zero(kinds[name], self.ranks.device) for name in group})
+                    made.update({name: self._new_sums(name, kinds[name], self.ranks.device) for name in group})
                     for other in group:
                         made[other].share_inputs(made[name].inputs)
                     if self.ranks.counts:  # one that does not count takes part, and adds nothing
@@ -207,7 +207,7 @@ class Accumulator:
         for group in own.values():
             self._part([name for name in group if name not in new])
         merged_inputs: list[SecondMoment] = []
-        for name, merged in sums_over(self.ranks, kinds, get, owners.__getitem__, groups):
+        for name, merged in sums_over(self.ranks, kinds, get, owners.__getitem__, groups, self._new_sums):
             self._totals[name] = self._totals.get(name, 0) + merged.inputs.count
             if owners[name] != self.ranks.rank:
                 continue
@@ -237,7 +237,7 @@ class Accumulator:
         counters = self.ranks.gather((self.num_seen, self.num_batches, self.num_skipped))
         kinds = {name: sums.kind for name, sums in self.sums.items()}
         groups = shared_by_all(self.ranks, sharing(self.sums))
-        merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0, groups)
+        merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0, groups, self._new_sums)
         sums = {name: layer for name, layer in merged if self.ranks.rank == 0}
         return {
             "num_seen": max(seen for seen, _, _ in counters),
@@ -250,7 +250,7 @@ class Accumulator:
         """Go on where :meth:`state_dict` was taken, with as many processes as there are now."""
         self.num_seen = state["num_seen"]
         self.num_batches, self.num_skipped = map(self.ranks.share, (state["num_batches"], state["num_skipped"]))
-        found = sums_from(state)
+        found = sums_from(state, self._new_sums)
         self._shared = set()
         if self.owners is None:
             parts = {name: sums.share(self.ranks) for name, sums in found.items()}
