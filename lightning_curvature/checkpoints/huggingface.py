@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from lightning_curvature._checks import listing
-from lightning_curvature.checkpoints.atomic import replace_folder, sync
+from lightning_curvature.checkpoints.atomic import replacing_folder, sync
 from lightning_curvature.checkpoints.safetensors import Edits, SafetensorsFile
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, parse_json
 
@@ -170,13 +169,9 @@ class HuggingFaceFolder:
             provenance: What to write into the note; None leaves the note out.
             headers: What :meth:`headers` of the original returned: headers to write as they are.
         """
-        target = Path(target)
         if headers is not None and not self.shards.keys() <= headers.keys():
             headers = None  # of another format
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        try:
-            new = scratch / "new"
+        with replacing_folder(target) as new:
             shutil.copytree(self.path, new, ignore=self._not_copied)
             self._write_notes(new, provenance, headers)
             own = {file: {name: edit for name, edit in edits.items() if self.where[name] == file}
@@ -189,12 +184,6 @@ class HuggingFaceFolder:
                         shard.copy(new / file, own[file], provenance, None if headers is None else {"": headers[file]})
                 for copied in copies:
                     copied.result()
-            for path in new.rglob("*"):
-                if path.is_file() and path.name not in self.shards:
-                    sync(path)
-            replace_folder(new, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
     def _write_notes(self, new: Path, provenance: Mapping[str, Any] | None, headers: Mapping[str, str] | None) -> None:
         """Write what the folder says about its edit: a note for programs, a section of the model card for people."""
