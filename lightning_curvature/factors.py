@@ -15,8 +15,10 @@ from torch import Tensor
 
 from lightning_curvature._checks import did_you_mean
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.outputs import check_safetensors_name
 from lightning_curvature.checkpoints.tree import take_apart
 from lightning_curvature.factor_files import HEADER, SHARES, VERSIONS, FactorFile, read_paper_factors
+from lightning_curvature.fingerprints import Fingerprint
 from lightning_curvature.layer_factors import LayerFactors
 
 __all__ = ["KroneckerFactors", "LayerFactors", "digest_of"]
@@ -75,6 +77,12 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
             return {name: numbers["num_inputs"] for name, numbers in self._layers.layers.items()}
         return {name: layer.num_inputs for name, layer in self.items()}
 
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Return which weight each layer was collected on, where that is known."""
+        if isinstance(self._layers, FactorFile):
+            return {name: facts["weight"] for name, facts in self._layers.layers.items() if "weight" in facts}
+        return {name: layer.weight for name, layer in self.items() if layer.weight is not None}
+
     def tied_inputs(self) -> dict[str, str]:
         """Return, for each layer, the first one that has the same A, since both read the same; itself if none does.
 
@@ -123,6 +131,7 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
                 G_coupled=_merged_mean(one.G_coupled, one.num_inputs, two.G_coupled, two.num_inputs),
                 A_error=_merged_error(one.A, one.num_inputs, one.A_error, two.A, two.num_inputs, two.A_error),
                 G_error=_merged_error(one.G, one.num_gradients, one.G_error, two.G, two.num_gradients, two.G_error),
+                weight=one.weight if one.weight == two.weight else None,
             )
         return KroneckerFactors(merged, self.provenance)
 
@@ -136,13 +145,15 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
             state: State of a collection that is going on, tensors and primitives; :func:`load_state` reads it.
 
         Raises:
+            ValueError: If the name is one of another format.
             OSError: If it cannot be written; what was there before stays.
         """
+        check_safetensors_name(path, "a factor file")
         tensors: dict[str, Tensor] = {}
         layers: dict[str, dict[str, Any]] = {}
         tied = self.tied_inputs()
         for name, layer in self.items():
-            layers[name] = {**layer.numbers, **layer.errors}
+            layers[name] = layer.facts
             if tied[name] != name:
                 layers[name][SHARES] = tied[name]
             for factor, tensor in layer.tensors.items():

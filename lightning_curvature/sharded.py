@@ -79,7 +79,7 @@ class ShardedFactors(KroneckerFactors):
             layer = self._layers.get(name)
             own, told = dict[str, Tensor](), None
             if layer is not None:
-                own, told = layer.tensors, {**layer.numbers, **layer.errors}
+                own, told = layer.tensors, layer.facts
                 own = {key: tensor for key, tensor in own.items() if key != "A" or tied[name] == name}
             keys, numbers = self.ranks.gather((list(own), told))[owner]
             tensors = {key: self.ranks.send(own.get(key), owner) for key in keys}

@@ -153,7 +153,9 @@ class LayerSums:
 
     def factors(self) -> LayerFactors:
         """Return the normalised factors; layers that share the inputs' moment share the tensor."""
-        coupled = {name: self.moments[name].mean() for name in self.moments.keys() - {"inputs", "gradients"}}
+        coupled: dict[str, Any] = {
+            name: self.moments[name].mean() for name in self.moments.keys() - {"inputs", "gradients"}
+        }
         return LayerFactors(
             A=self.inputs.mean(),
             G=self.gradients.mean(),
