@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_curvature.checkpoints.archive import ArchiveFile
 from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
-from lightning_curvature.checkpoints.outputs import SAFETENSORS, ending
+from lightning_curvature.checkpoints.outputs import ARCHIVES, SAFETENSORS, ending
 from lightning_curvature.checkpoints.safetensors import SafetensorsFile, looks_like_safetensors, tensor_hash
 
 __all__ = [
@@ -43,7 +43,7 @@ def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] =
         raise FileNotFoundError(f"{path}: no such file or folder.")
     if path.is_dir():
         return HuggingFaceFolder(path)
-    if ending(path) == SAFETENSORS or (not ending(path) and looks_like_safetensors(path)):
+    if ending(path) == SAFETENSORS or (ending(path) not in ARCHIVES and looks_like_safetensors(path)):
         return SafetensorsFile(path)
     return ArchiveFile(path, allow_globals)
 

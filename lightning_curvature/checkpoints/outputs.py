@@ -9,7 +9,7 @@ Format = Literal["folder", "safetensors", "archive"]
 """What a checkpoint is: a Hugging Face folder, a safetensors file, or a file of ``torch.save``."""
 
 SAFETENSORS = ".safetensors"
-_ARCHIVES = (".pt", ".pth", ".ckpt", ".bin", ".th", ".tar", ".pkl", ".pickle")
+ARCHIVES = (".pt", ".pth", ".ckpt", ".bin", ".th", ".tar", ".pkl", ".pickle")
 _OTHERS = (".json", ".jsonl", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".txt", ".yaml", ".csv", ".png")
 _WRITTEN = {
     "folder": "a Hugging Face folder is written; name a folder",
@@ -31,6 +31,8 @@ def ending(path: str | os.PathLike[str]) -> str:
 def check_name(output: str | os.PathLike[str], format_: Format) -> None:
     """Raise if a checkpoint of some format cannot be written under a name, since readers tell formats by names.
 
+    A name that tells none, such as ``edited``, is one for any.
+
     Args:
         output: File or folder to write.
         format_: What is written.
@@ -41,8 +43,8 @@ def check_name(output: str | os.PathLike[str], format_: Format) -> None:
     """
     end = ending(output)
     fits = {
-        "folder": end not in (SAFETENSORS, *_ARCHIVES, *_OTHERS),
-        "safetensors": end == SAFETENSORS,
+        "folder": end not in (SAFETENSORS, *ARCHIVES, *_OTHERS),
+        "safetensors": end not in (*ARCHIVES, *_OTHERS),
         "archive": end not in (SAFETENSORS, *_OTHERS),
     }
     if not fits[format_]:
@@ -63,7 +65,7 @@ def check_safetensors_name(output: str | os.PathLike[str], what: str) -> None:
         ValueError: If the name is one of another format.
         FileExistsError: If it is a folder.
     """
-    if ending(output) in (*_ARCHIVES, *_OTHERS):
+    if ending(output) in (*ARCHIVES, *_OTHERS):
         raise ValueError(f"{output}: {what} is a safetensors file; name it NAME.safetensors.")
     if Path(output).is_dir():
         raise FileExistsError(f"{output} is a folder; {what} is one file. Name a file in it.")
