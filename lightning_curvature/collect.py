@@ -36,11 +36,12 @@ def collect(
 
 
 def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable[[Batch], Any]) -> KroneckerFactors:
-    """Run a collector over data; arguments and errors as :func:`collect`."""
+    """Run a collector over data; arguments and errors as :func:`collect`. A collective with several processes."""
     for batch in batches:
         with collector.step(batch), torch.enable_grad():
             collector.backward(loss_of(step(batch)))
-    if not collector.sums:
+    collector.accumulator.join()  # where sums are spread, others may have more batches
+    if not any(collector.ranks.gather(bool(collector.accumulator.num_positions))):
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
     check_silent(collector.silent, collector.frozen)
     return collector.finish()

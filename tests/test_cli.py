@@ -86,7 +86,9 @@ def test_json(files, capsys):
     assert done["layers"]["fc"]["tensor"] == "fc.weight"
     assert done["layers"]["fc"]["changed"] == 14
     found = run("inspect", files / "b.safetensors")
-    assert found["edit"]["layers"] == {"fc": {"energy": 0.7, "positions": 50}}
+    assert found["edit"]["layers"] == {
+        "fc": {"energy": 0.7, "positions": 50, "relative_change": done["layers"]["fc"]["relative_change"]}
+    }
     assert run("inspect", files / "f.safetensors")["layers"]["fc"]["shape"] == [4, 6]
     out = files / "back.safetensors"
     revert = ("--checkpoint", files / "b.safetensors", "--delta", files / "d.safetensors", "--out", out)
