@@ -33,6 +33,14 @@ def test_against_a_loop_and_in_batches(seed):
     assert metric.higher_is_better is None
 
 
+def test_counts_stay_integers_in_a_module_of_another_dtype():
+    metric = NoisyLabelAccuracy().set_dtype(torch.float16)
+    torch.nn.ModuleList([metric]).to(torch.bfloat16).half()
+    metric.update(torch.eye(2).repeat(1500, 1), torch.ones(3000).long(), torch.zeros(3000).long())
+    assert metric.counts.dtype == torch.int64
+    assert metric.counts.tolist() == [1500, 1500, 3000]
+
+
 def test_without_a_noised_label_there_is_no_rate():
     labels = torch.tensor([0, 1])
     assert all(math.isnan(rate) for rate in noisy_label_accuracy(torch.eye(2), labels, labels).values())

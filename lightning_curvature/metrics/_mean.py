@@ -1,6 +1,6 @@
-"""The base of all metrics that are a mean over everything seen."""
+"""The bases of all metrics: sums over everything seen, and the means that are made of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,20 +10,46 @@ from torchmetrics import Metric
 from lightning_curvature.metrics.functional._shared import compute_mean
 
 
-class MeanOverAll(Metric):
-    """A total and an int64 count, summed over batches and ranks; ``compute`` divides them."""
+class SummedMetric(Metric):
+    """A metric whose states are sums over batches and ranks.
+
+    A :class:`torchmetrics.MetricCollection` updates one metric of those whose states have the same names, and the same
+    values after the first batch, and gives its states to the others. So each one holds an empty state that is named
+    after its class and its arguments: states are shared, merged and loaded where they mean the same, and nowhere else.
+
+    Args:
+        arguments: What tells metrics of this class apart, by name.
+        kwargs: Passed on to :class:`torchmetrics.Metric`.
+    """
 
     is_differentiable = False
     full_state_update = False
     plot_lower_bound: float | None = 0.0
+
+    def __init__(self, *, arguments: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        meaning = "_".join([type(self).__qualname__, *(f"{key}_{value}" for key, value in (arguments or {}).items())])
+        self.add_state(meaning.replace(".", "_"), default=[], dist_reduce_fx=None)  # empty: no rank sends it
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one or several values; see :meth:`torchmetrics.Metric.plot`."""
+        return self._plot(val, ax)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Follow a module to its device, but not to its dtype: ``module.to(torch.bfloat16)`` is not meant for sums."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+
+class MeanOverAll(SummedMetric):
+    """A total and an int64 count, summed over batches and ranks; ``compute`` divides them."""
 
     total_dtype = torch.float64
 
     total: Tensor
     count: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, arguments: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+        super().__init__(arguments=arguments, **kwargs)
         self.add_state("total", default=torch.zeros((), dtype=self.total_dtype), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -35,11 +61,3 @@ class MeanOverAll(Metric):
     def compute(self) -> Tensor:
         """Return the mean; NaN if nothing was counted."""
         return compute_mean(self.total, self.count)
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one or several values; see :meth:`torchmetrics.Metric.plot`."""
-        return self._plot(val, ax)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Follow a module to its device, but not to its dtype: ``module.to(torch.bfloat16)`` is not meant for sums."""
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)

@@ -70,9 +70,9 @@ class MinKProbability(MeanOverAll):
     plot_upper_bound = 0.0
 
     def __init__(self, k: float = 0.2, ignore_index: int = -100, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.k = check_share(k, "k")
         self.ignore_index = check_ignore_index(ignore_index)
+        super().__init__(arguments={"k": self.k, "ignore_index": self.ignore_index}, **kwargs)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch."""

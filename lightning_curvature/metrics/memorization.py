@@ -69,8 +69,8 @@ class LooseMemorization(MeanOverAll):
     total_dtype = torch.int64
 
     def __init__(self, threshold: float = 0.75, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.threshold = check_share(threshold, "threshold")
+        super().__init__(arguments={"threshold": self.threshold}, **kwargs)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch."""

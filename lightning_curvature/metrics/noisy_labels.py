@@ -4,15 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_curvature.metrics._mean import SummedMetric
 from lightning_curvature.metrics.functional.noisy_labels import (
     _noisy_label_accuracy_compute,
     _noisy_label_accuracy_update,
 )
 
 
-class NoisyLabelAccuracy(Metric):
+class NoisyLabelAccuracy(SummedMetric):
     """Shares of the noised labels that are predicted as noised (memorized) and as their true label (recovered).
 
     Only examples with ``noised != clean`` count. Source: arXiv:2510.24256, section 5.
@@ -27,10 +27,7 @@ class NoisyLabelAccuracy(Metric):
         {'memorized': tensor(0.5000), 'recovered': tensor(0.5000)}
     """
 
-    is_differentiable = False
     higher_is_better = None
-    full_state_update = False
-    plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
     counts: Tensor
@@ -41,12 +38,8 @@ class NoisyLabelAccuracy(Metric):
 
     def update(self, logits: Tensor, noised: Tensor, clean: Tensor) -> None:
         """Add a batch."""
-        self.counts += _noisy_label_accuracy_update(logits, noised, clean)
+        self.counts = self.counts + _noisy_label_accuracy_update(logits, noised, clean)
 
     def compute(self) -> dict[str, Tensor]:
         """Return both rates."""
         return _noisy_label_accuracy_compute(self.counts)
-
-    def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot the rates; see :meth:`torchmetrics.Metric.plot`."""
-        return self._plot(val, ax)

@@ -43,8 +43,8 @@ class Perplexity(MeanOverAll):
     plot_lower_bound = 1.0
 
     def __init__(self, ignore_index: int = -100, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.ignore_index = check_ignore_index(ignore_index)
+        super().__init__(arguments={"ignore_index": self.ignore_index}, **kwargs)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch."""

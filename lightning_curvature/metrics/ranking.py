@@ -45,8 +45,8 @@ class RankingOverlap(MeanOverAll):
     plot_upper_bound = 1.0
 
     def __init__(self, k: int = 10, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.k = check_count(k, "k")
+        super().__init__(arguments={"k": self.k}, **kwargs)
 
     def update(self, logits: Tensor, baseline: Tensor) -> None:
         """Add a batch."""
