@@ -21,6 +21,7 @@ from lightning_curvature.positions import POSITIONS
 from lightning_curvature.sums import STATE_VERSION
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
+from lightning_curvature.text.leading import leading_tokens, next_token_loss
 from lightning_curvature.text.models import check_vocabulary
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def collect_text(
         corpus: Text or JSON lines, see :mod:`lightning_curvature.text.corpus`.
         out: Factor file to write.
         tokens: Tokens to read at most.
-        context: Tokens of a window.
+        context: Tokens of a window, those in front of the text among them.
         batch_size: Windows per forward pass.
         passes: Groups of layers, each with a pass of its own, where the factors of all do not fit into memory at once.
         save_every: Batches between two saves of the progress.
@@ -75,7 +76,8 @@ def collect_text(
     if "positions" in options:
         check_option(options["positions"], POSITIONS, "positions")  # there are no masks in a text
     settings = {"tokens": tokens, "context": context, "batch_size": batch_size, "passes": passes, **options}
-    run = _fingerprint(model, tokenizer, corpus, **settings)
+    leading = leading_tokens(tokenizer)
+    run = _fingerprint(model, tokenizer, corpus, **settings, **({"leading": leading} if leading else {}))
     state = _load(partial, run) or {"pass": 0, "batches": 0, "collector": None}
     device = next(model.parameters()).device
     pieces = [Path(f"{partial}.{index}") for index in range(passes)]
@@ -92,7 +94,7 @@ def collect_text(
             for number, batch in enumerate(_batches(windows, batch_size, device), 1):
                 seen += batch.numel()
                 if number > state["batches"]:
-                    _step(model, collector, batch)
+                    _step(model, collector, batch, len(leading))
                     if number % save_every == 0:
                         _save(partial, run, index, number, collector.state_dict())
                 progress.update(batch.numel())
@@ -110,11 +112,11 @@ def collect_text(
     return factors
 
 
-def _step(model: Any, collector: Collector, batch: Tensor) -> None:
+def _step(model: Any, collector: Collector, batch: Tensor, num_leading: int) -> None:
     collector.open()
     try:
         with torch.enable_grad():
-            collector.backward(model(input_ids=batch, labels=batch, use_cache=False).loss)
+            collector.backward(next_token_loss(model, batch, num_leading))
         collector.close()
     finally:
         collector.abort()
