@@ -43,10 +43,15 @@ def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable
             collector.close()
         finally:
             collector.abort()
-    if not collector.sums:
+    check_collected(collector)
+    return collector.finish()
+
+
+def check_collected(collector: Collector) -> None:
+    """Raise ``RuntimeError`` if a pass over data collected nothing, or nothing of some chosen layers."""
+    if not collector.sums and (collector.chosen is None or collector.accumulator.num_skipped):
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
     check_silent(collector.silent)
-    return collector.finish()
 
 
 def check_silent(silent: Sequence[str]) -> None:

@@ -1,5 +1,7 @@
 """Small causal language models of several families, and a tokenizer for them."""
 
+import copy
+
 import lightning.pytorch as pl
 import torch
 import transformers as hf
@@ -41,7 +43,7 @@ EXPERTS = {
 def model(family="olmo2", seed=0):
     torch.manual_seed(seed)
     kind, config = (FAMILIES | EXPERTS)[family][:2]
-    return kind(config).eval()
+    return kind(copy.deepcopy(config)).eval()  # a test may change it
 
 
 def tokens(rows, length, seed=0):

@@ -53,8 +53,15 @@ def saved(request, tmp_path_factory):
     write_sequences(path / "plain.jsonl", [prompted(row) for row in rows.tolist()])
     write_sequences(path / "marked.jsonl", [prompted(row, front, len(front)) for row in rows.tolist()])
     write_sequences(path / "by_hand.jsonl", [prompted(row, front) for row in rows.tolist()])
-    return Saved(family=request.param, path=path, model=path / "model", front=front, rows=rows, net=load_model(path / "model"),
-                 tokenizer=load_tokenizer(path / "model"))  # fmt: skip
+    return Saved(
+        family=request.param,
+        path=path,
+        model=path / "model",
+        front=front,
+        rows=rows,
+        net=load_model(path / "model"),
+        tokenizer=load_tokenizer(path / "model"),
+    )
 
 
 def prompted(row, front=(), marked=0):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.collect import check_collected
 from lightning_curvature.collector import Collector
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.positions import POSITIONS
@@ -65,7 +66,7 @@ def collect_text(
     Raises:
         ValueError: If the text is shorter than a window, the window longer than the model's context, the tokenizer of
             another model, or ``OUT.partial`` from a run with other arguments.
-        RuntimeError: If the factors do not fit into memory.
+        RuntimeError: If the factors do not fit into memory, or a chosen layer never ran.
     """
     for name, value in (("passes", passes), ("batch_size", batch_size), ("save_every", save_every)):
         check_count(value, name)
@@ -98,8 +99,7 @@ def collect_text(
                     if number % save_every == 0:
                         _save(partial, run, index, number, collector.state_dict())
                 progress.update(batch.numel())
-        if not collector.sums:
-            raise RuntimeError("No batch was collected: every one held NaN or infinite values.")
+        check_collected(collector)
         collector.provenance |= {"corpus": Path(corpus).name, "tokens": seen}
         collector.finish().save(pieces[index])
         state = {"pass": index + 1, "batches": 0, "collector": None}
