@@ -41,10 +41,17 @@ def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable
         with collector.step(batch), torch.enable_grad():
             collector.backward(loss_of(step(batch)))
     collector.accumulator.join()  # where sums are spread, others may have more batches
-    if not any(collector.ranks.gather(bool(collector.accumulator.num_positions))):
+    check_collected(collector)
+    return collector.finish()
+
+
+def check_collected(collector: Collector) -> None:
+    """Raise ``RuntimeError`` if a pass over data collected nothing, or nothing of some chosen layers. A collective."""
+    accumulator, ranks = collector.accumulator, collector.ranks
+    nothing = not any(ranks.gather(bool(accumulator.num_positions)))
+    if nothing and (collector.chosen is None or any(ranks.gather(accumulator.num_skipped))):
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
     check_silent(collector.silent, collector.frozen)
-    return collector.finish()
 
 
 def loss_of(output: Any) -> Tensor:

@@ -1,9 +1,11 @@
 """Small causal language models of several families, and a tokenizer for them."""
 
+import copy
+
 import lightning.pytorch as pl
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 
 VOCABULARY = 40
@@ -26,6 +28,8 @@ FAMILIES = {
     "neox": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_SIZES, hidden_dropout=0.0, attention_dropout=0.0),
              [f"gpt_neox.layers.{i}.mlp.dense_{name}" for i in (0, 1) for name in ("h_to_4h", "4h_to_h")]),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**_GROUPED), _SWIGLU),
+    "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=8), _SWIGLU),
+    "mistral": (hf.MistralForCausalLM, hf.MistralConfig(**_GROUPED), _SWIGLU),
     "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**_GROUPED, head_dim=8), _SWIGLU),
 }  # fmt: skip
 EXPERTS = {
@@ -39,7 +43,7 @@ EXPERTS = {
 def model(family="olmo2", seed=0):
     torch.manual_seed(seed)
     kind, config = (FAMILIES | EXPERTS)[family][:2]
-    return kind(config).eval()
+    return kind(copy.deepcopy(config)).eval()  # a test may change it
 
 
 def tokens(rows, length, seed=0):
@@ -53,6 +57,17 @@ def tokenizer(size=VOCABULARY):
     plain = Tokenizer(models.WordLevel(words, unk_token="w1"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     return hf.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<end>")
+
+
+def fronted_tokenizer(template, size=VOCABULARY):
+    """The same words, but the last two are special tokens, <s> and <i>, which a template may put around a text."""
+    ids = {"<end>": 0, "<i>": size - 2, "<s>": size - 1}
+    plain = Tokenizer(models.WordLevel(ids | {f"w{i}": i for i in range(1, size - 2)}, unk_token="w1"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", eos_token="<end>", pad_token="<end>", additional_special_tokens=["<i>"]
+    )
 
 
 def words(ids):

@@ -100,8 +100,12 @@ def test_what_cannot_be_loaded(folder, tmp_path):
     torch.save({"state_dict": other_state(), "path": tmp_path}, tmp_path / "path.ckpt")
     with pytest.raises(ValueError, match=r"path.ckpt holds objects of pathlib.*, and unpickling"):
         text_models.load_model(folder / "model", tmp_path / "path.ckpt")
-    with pytest.raises(FileNotFoundError, match="is no file; a checkpoint is"):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; expected a folder written by"):
         text_models.load_model(folder / "model", tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"is no file; a checkpoint is a \.ckpt, .pt or .safetensors file, or a"
+    ):
+        text_models.load_model(folder / "model", tmp_path / "none.ckpt")
     torch.save([1], tmp_path / "y.pt")
     with pytest.raises(ValueError, match="holds no weights"):
         text_models.load_model(folder / "model", tmp_path / "y.pt")

@@ -16,6 +16,7 @@ from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.sweep import Row, sweep
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.evaluation import perplexity, strict_rate, window_nll
+from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
 from lightning_curvature.text.models import check_vocabulary, load_model, load_tokenizer
 from lightning_curvature.text.sequences import read_sequences
@@ -52,6 +53,7 @@ class Chooser:
                 "weights these are (--model)."
             )
         self.tokenizer = load_tokenizer(folder)
+        self.leading = leading_tokens(self.tokenizer)
         self.model = load_model(folder, checkpoint, allow_globals)
         check_vocabulary(self.model, self.tokenizer)
         self.names = {layer: name.removesuffix(".weight")
@@ -60,7 +62,7 @@ class Chooser:
 
     def add_margins(self, forget: Path, half: str | None) -> KroneckerFactors:
         """Return the factors, by their own names, with the gradient of margins of the sequences of a file."""
-        asked = read_sequences(forget, half)
+        asked = read_sequences(forget, half, self.leading)
         batches = suffix_batches(self.model, asked)
         self.factors = bulk.add_margins(
             self.model, self.factors, batches, lambda batch: suffix_margins(self.model, batch)
@@ -86,7 +88,9 @@ class Chooser:
         editor = self._renamed(editor)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No edit stays within")  # said below, with the remedy
-            match = match_perplexity(self.model, self.factors, editor, windows[::2], limit)
+            match = match_perplexity(
+                self.model, self.factors, editor, windows[::2], limit, num_leading=len(self.leading)
+            )
         if match.value > limit:
             raise ValueError(
                 f"The bulk step alone makes the perplexity {match.value:.4g} times what it was. Make it shorter "
@@ -96,9 +100,9 @@ class Chooser:
             raise ValueError(
                 f"No edit of these layers stays within {limit:g} times the perplexity. Allow more, or edit fewer."
             )
-        before = window_nll(self.model, windows[1::2])
+        before = self._nll(windows[1::2])
         with editor.at(match.energy).applied(self.model, self.factors):
-            ratio = perplexity_ratio(before, window_nll(self.model, windows[1::2]))
+            ratio = perplexity_ratio(before, self._nll(windows[1::2]))
         text = (
             f"Energy {match.energy:.4g}: perplexity x {match.value:.4f} on the {len(windows[::2])} windows that it was "
             f"chosen on, x {ratio.value:.4f} on {len(windows[1::2])} others (95 % interval {ratio.low:.4f} to "
@@ -127,7 +131,7 @@ class Chooser:
         Returns:
             Its rows, with ``times``, the perplexity as a multiple of the unedited model's.
         """
-        asked, windows = read_sequences(sequences, half), self._windows(corpus, tokens, context)
+        asked, windows = read_sequences(sequences, half, self.leading), self._windows(corpus, tokens, context)
         editors = {}
         for score in scores:
             for choice in layers or ["*"]:
@@ -135,7 +139,10 @@ class Chooser:
                 editors[editor.method if layers is None else f"{editor.method}: {choice}"] = self._renamed(editor)
 
         def measure() -> dict[str, float]:
-            return {"strict": strict_rate(self.model, asked, batch_size), "perplexity": perplexity(self.model, windows)}
+            return {
+                "strict": strict_rate(self.model, asked, batch_size),
+                "perplexity": perplexity(self.model, windows, num_leading=len(self.leading)),
+            }
 
         data = hashlib.sha256(repr(([s.ids for s in asked], windows.tolist())).encode()).hexdigest()
         rows = sweep(self.model, self.factors, measure, editors, energies, path, data)
@@ -148,6 +155,9 @@ class Chooser:
         renamed = editor.at(1.0)
         renamed.layers = layers
         return renamed
+
+    def _nll(self, windows: Tensor) -> Tensor:
+        return window_nll(self.model, windows, num_leading=len(self.leading))
 
     def _windows(self, corpus: Path, tokens: int, context: int) -> Tensor:
         return torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))

@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.collect import check_collected
 from lightning_curvature.collector import Collector
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.positions import POSITIONS
 from lightning_curvature.sums import STATE_VERSION
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
+from lightning_curvature.text.leading import leading_tokens, next_token_loss
 from lightning_curvature.text.models import check_vocabulary
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def collect_text(
         corpus: Text or JSON lines, see :mod:`lightning_curvature.text.corpus`.
         out: Factor file to write.
         tokens: Tokens to read at most.
-        context: Tokens of a window.
+        context: Tokens of a window, those in front of the text among them.
         batch_size: Windows per forward pass.
         passes: Groups of layers, each with a pass of its own, where the factors of all do not fit into memory at once.
         save_every: Batches between two saves of the progress.
@@ -64,7 +66,7 @@ def collect_text(
     Raises:
         ValueError: If the text is shorter than a window, the window longer than the model's context, the tokenizer of
             another model, or ``OUT.partial`` from a run with other arguments.
-        RuntimeError: If the factors do not fit into memory.
+        RuntimeError: If the factors do not fit into memory, or a chosen layer never ran.
     """
     for name, value in (("passes", passes), ("batch_size", batch_size), ("save_every", save_every)):
         check_count(value, name)
@@ -75,7 +77,8 @@ def collect_text(
     if "positions" in options:
         check_option(options["positions"], POSITIONS, "positions")  # there are no masks in a text
     settings = {"tokens": tokens, "context": context, "batch_size": batch_size, "passes": passes, **options}
-    run = _fingerprint(model, tokenizer, corpus, **settings)
+    leading = leading_tokens(tokenizer)
+    run = _fingerprint(model, tokenizer, corpus, **settings, **({"leading": leading} if leading else {}))
     state = _load(partial, run) or {"pass": 0, "batches": 0, "collector": None}
     device = next(model.parameters()).device
     pieces = [Path(f"{partial}.{index}") for index in range(passes)]
@@ -92,12 +95,11 @@ def collect_text(
             for number, batch in enumerate(_batches(windows, batch_size, device), 1):
                 seen += batch.numel()
                 if number > state["batches"]:
-                    _step(model, collector, batch)
+                    _step(model, collector, batch, len(leading))
                     if number % save_every == 0:
                         _save(partial, run, index, number, collector.state_dict())
                 progress.update(batch.numel())
-        if not collector.sums:
-            raise RuntimeError("No batch was collected: every one held NaN or infinite values.")
+        check_collected(collector)
         collector.provenance |= {"corpus": Path(corpus).name, "tokens": seen}
         collector.finish().save(pieces[index])
         state = {"pass": index + 1, "batches": 0, "collector": None}
@@ -110,14 +112,9 @@ def collect_text(
     return factors
 
 
-def _step(model: Any, collector: Collector, batch: Tensor) -> None:
-    collector.open()
-    try:
-        with torch.enable_grad():
-            collector.backward(model(input_ids=batch, labels=batch, use_cache=False).loss)
-        collector.close()
-    finally:
-        collector.abort()
+def _step(model: Any, collector: Collector, batch: Tensor, num_leading: int) -> None:
+    with collector.step(), torch.enable_grad():
+        collector.backward(next_token_loss(model, batch, num_leading))
 
 
 def _batches(windows: Iterator[list[int]], size: int, device: torch.device) -> Iterator[Tensor]:

@@ -8,13 +8,14 @@ from typing import Any
 from lightning_curvature._checks import check_count
 from lightning_curvature.checkpoints.tree import is_text
 from lightning_curvature.text.jsonl import read_jsonl
+from lightning_curvature.text.leading import encode, leading_tokens
 
 _CHUNK = 200_000
 """Characters of a plain text file that are tokenized at once, cut at the end of a line."""
 
 
 def read_documents(path: str | os.PathLike[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Yield token ids, document by document.
+    """Yield the token ids of a text alone, document by document.
 
     Args:
         path: A ``.jsonl`` file with a field ``text`` in each line (one document each, closed by the tokenizer's
@@ -29,14 +30,14 @@ def read_documents(path: str | os.PathLike[str], tokenizer: Any) -> Iterator[lis
         for number, record in read_jsonl(path, ("text",)):
             if not is_text(record["text"]):
                 raise ValueError(f"{path}, line {number}: text must be a string, found {record['text']!r:.60}.")
-            yield _encode(tokenizer, record["text"]) + end
+            yield encode(tokenizer, record["text"]) + end
         return
     empty = True
     with Path(path).open(encoding="utf-8") as file:
         try:
             while lines := file.readlines(_CHUNK):
                 empty = False
-                yield _encode(tokenizer, "".join(lines))
+                yield encode(tokenizer, "".join(lines))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 ({error}). Save the text in that encoding.") from error
     if empty:
@@ -48,32 +49,38 @@ def token_windows(
 ) -> Iterator[list[int]]:
     """Yield windows of ``length`` tokens, one after the other; documents are packed, an incomplete last window dropped.
 
+    Each begins with the tokens that the tokenizer puts in front, see :mod:`lightning_curvature.text.leading`.
+
     Args:
         path: File, see :func:`read_documents`.
         tokenizer: A transformers tokenizer.
-        length: Tokens per window.
-        limit: Tokens to yield at most.
+        length: Tokens per window, those in front among them.
+        limit: Tokens to yield at most, those in front among them.
 
     Raises:
-        ValueError: If the text is shorter than one window, or ``limit`` is.
+        ValueError: If the text is shorter than one window, or ``limit`` is; or if a window has no room for any text.
     """
-    check_count(length, "length")
+    leading = list(leading_tokens(tokenizer))
+    own = check_count(length, "length") - len(leading)
+    if own < 1:
+        raise ValueError(
+            f"A window of {length} tokens has no room for text: this tokenizer puts {len(leading)} in front of it. Use "
+            "a longer window."
+        )
     if limit is not None and limit < length:
         raise ValueError(f"A limit of {limit} tokens is shorter than one window of {length}.")
     window: list[int] = []
     count = 0
     for ids in read_documents(path, tokenizer):
         window += ids
-        while len(window) >= length:
+        while len(window) >= own:
             if limit is not None and (count + 1) * length > limit:
                 return
-            yield window[:length]
-            window = window[length:]
+            yield leading + window[:own]
+            window = window[own:]
             count += 1
     if not count:
-        raise ValueError(f"{path}: {len(window)} tokens are less than one window of {length}. Use a shorter window.")
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+        front = f", {len(leading)} of them in front of the text" if leading else ""
+        raise ValueError(
+            f"{path}: {len(window)} tokens are less than one window of {length}{front}. Use a shorter window."
+        )

@@ -71,7 +71,13 @@ def vocabulary_size(model: nn.Module) -> int:
 def context_length(model: nn.Module) -> int:
     """Return the longest input that a transformers model takes, in tokens."""
     config: Any = model.config
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
+    return config_length(config)
+
+
+def config_length(config: Any) -> int:
+    """Return the longest input that the model of a configuration takes, in tokens."""
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31)
 
 
 def continuations(

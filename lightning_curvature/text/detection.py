@@ -26,7 +26,7 @@ def likelihood_scores(model: Any, windows: Tensor, start: int = 0, batch_size: i
     Args:
         model: A transformers causal LM in eval mode.
         windows: Token ids, int64 ``[n, T]``.
-        start: The first position whose prediction counts.
+        start: The first position whose prediction counts: that before the first token of the text, at least.
         batch_size: Windows per forward pass.
 
     Returns:

@@ -80,8 +80,17 @@ def recited(
     return [sequences[place] for place in sorted(places)]
 
 
-def next_token_logits(model: nn.Module, windows: Tensor, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+def next_token_logits(
+    model: nn.Module, windows: Tensor, batch_size: int = 16, num_leading: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits ``[n, T - 1, V]`` and next tokens ``[n, T - 1]`` of windows ``[N, T]``, int64.
+
+    Args:
+        model: A transformers causal LM in eval mode.
+        windows: Text.
+        batch_size: Windows per forward pass.
+        num_leading: Tokens in front of each window that are no text: they are not predicted, and ``T - num_leading``
+            tokens are.
 
     Raises:
         ValueError: If a window is longer than the model's context.
@@ -92,25 +101,32 @@ def next_token_logits(model: nn.Module, windows: Tensor, batch_size: int = 16) -
             "Use shorter ones (--context)."
         )
     device = next(model.parameters()).device
+    start = max(num_leading - 1, 0)
     for part in torch.split(windows, batch_size):
         ids = part.to(device)
         with torch.no_grad():
-            yield model(input_ids=ids[:, :-1], use_cache=False).logits, ids[:, 1:]
+            yield model(input_ids=ids[:, :-1], use_cache=False).logits[:, start:], ids[:, 1 + start :]
 
 
-def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 16) -> float:
-    """Return the token-weighted perplexity on windows of text, int64 ``[N, T]``; the first token is context."""
+def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 16, num_leading: int = 0) -> float:
+    """Return the token-weighted perplexity on windows of text, int64 ``[N, T]``; the first token is context.
+
+    Arguments as :func:`next_token_logits`.
+    """
     metric = Perplexity()
-    for logits, target in next_token_logits(model, windows, batch_size):
+    for logits, target in next_token_logits(model, windows, batch_size, num_leading):
         metric.update(logits.cpu(), target.cpu())
     return float(metric.compute())
 
 
-def window_nll(model: nn.Module, windows: Tensor, batch_size: int = 16) -> Tensor:
-    """Return the negative log-likelihood of each window of ``[N, T]``, float64 ``[N]``: nats per predicted token."""
+def window_nll(model: nn.Module, windows: Tensor, batch_size: int = 16, num_leading: int = 0) -> Tensor:
+    """Return the negative log-likelihood of each window of ``[N, T]``, float64 ``[N]``: nats per predicted token.
+
+    Arguments as :func:`next_token_logits`.
+    """
     found = [
         F.cross_entropy(logits.transpose(1, 2).float(), target, reduction="none").double().mean(1).cpu()
-        for logits, target in next_token_logits(model, windows, batch_size)
+        for logits, target in next_token_logits(model, windows, batch_size, num_leading)
     ]
     return torch.cat(found)
 
@@ -122,17 +138,22 @@ class Baseline:
         model: The unedited model.
         windows: Text, int64 ``[N, T]``.
         k: Ranks that count.
+        num_leading: Tokens in front of each window that are no text.
     """
 
-    def __init__(self, model: nn.Module, windows: Tensor, k: int = 10) -> None:
+    def __init__(self, model: nn.Module, windows: Tensor, k: int = 10, num_leading: int = 0) -> None:
         self.windows = windows
         self.k = k
-        self.top = [logits.topk(k, dim=-1).indices.cpu() for logits, _ in next_token_logits(model, windows)]
+        self.num_leading = num_leading
+        self.top = [logits.topk(k, dim=-1).indices.cpu() for logits, _ in self._logits(model)]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return ``perplexity`` and ``ranking_overlap`` of a model on the same text, in one pass."""
         overlap, ppl = RankingOverlap(self.k), Perplexity()
-        for (logits, target), top in zip(next_token_logits(model, self.windows), self.top, strict=True):
+        for (logits, target), top in zip(self._logits(model), self.top, strict=True):
             overlap.update(logits.cpu(), top)
             ppl.update(logits.cpu(), target.cpu())
         return {"perplexity": float(ppl.compute()), "ranking_overlap": float(overlap.compute())}
+
+    def _logits(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        return next_token_logits(model, self.windows, num_leading=self.num_leading)

@@ -37,7 +37,13 @@ def side_by_side(
         lines += ["", f"## {title}"]
         for number, (sequence, old, new) in enumerate(zip(sequences, before, after, strict=True), 1):
             true = tokenizer.decode(sequence.suffix_ids)
-            lines += ["", f"### {number}. {_line(tokenizer.decode(sequence.prefix_ids))}", "", "| | |", "|---|---|"]
+            lines += [
+                "",
+                f"### {number}. {_line(tokenizer.decode(sequence.prefix_ids[sequence.num_leading :]))}",
+                "",
+                "| | |",
+                "|---|---|",
+            ]
             for label, text in (("true", true), ("before", old), ("after", new)):
                 recited = " (recited)" if label != "true" and text == true else ""
                 lines.append(f"| {label}{recited} | {_line(text)} |")

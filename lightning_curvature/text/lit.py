@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_curvature.text.corpus import token_windows
+from lightning_curvature.text.leading import leading_tokens, next_token_loss
 from lightning_curvature.text.models import load_model, load_tokenizer
 
 
@@ -24,20 +25,29 @@ class PretrainedLM(pl.LightningModule):
         self.save_hyperparameters()
         self.model = load_model(folder).cpu().train()  # the Trainer moves it, and puts it in eval mode to validate
         self.lr = lr
+        self.num_leading = 0
+
+    def setup(self, stage: str) -> None:
+        """Learn from the data how many tokens stand in front of each window."""
+        data = getattr(self.trainer, "datamodule", None)
+        self.num_leading = data.num_leading if isinstance(data, TextWindows) else 0
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Cross-entropy of the next token of windows ``[b, length]``."""
-        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
+        loss = self._loss(batch)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the same loss."""
-        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss)
+        self.log("val_loss", self._loss(batch))
 
     def configure_optimizers(self) -> Any:
         """AdamW with a constant learning rate."""
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        return next_token_loss(self.model, batch, self.num_leading)
 
 
 class TextWindows(pl.LightningDataModule):
@@ -46,7 +56,7 @@ class TextWindows(pl.LightningDataModule):
     Args:
         corpus: Text file, or JSON lines (``.jsonl``) with a field ``text``.
         tokenizer: Folder that holds the tokenizer.
-        length: Tokens of a window.
+        length: Tokens of a window, those that the tokenizer puts in front of the text among them.
         batch_size: Windows per batch.
         tokens: Tokens to read at most.
     """
@@ -56,6 +66,7 @@ class TextWindows(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.tokenizer = load_tokenizer(tokenizer)
+        self.num_leading = len(leading_tokens(self.tokenizer))
         self.windows = torch.tensor(list(token_windows(corpus, self.tokenizer, length, tokens)))
         self.batch_size = batch_size
 

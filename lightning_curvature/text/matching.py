@@ -1,5 +1,6 @@
 """Edits of language models that cost a given perplexity, and what they cost on other text."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ def match_perplexity(
     windows: Tensor,
     limit: float,
     owner: nn.Module | None = None,
+    num_leading: int = 0,
 ) -> Match:
     """Find the strongest edit that raises the perplexity at most to ``limit`` times what it was.
 
@@ -30,8 +32,10 @@ def match_perplexity(
         windows: Text to choose by, int64 ``[N, T]``; report on another.
         limit: Allowed perplexity, as a multiple of the unedited model's.
         owner: Module that ``factors`` belong to; by default the model.
+        num_leading: Tokens in front of each window that are no text.
     """
-    return match_energy(editor, owner or model, factors, lambda: perplexity(model, windows), limit)
+    measure = functools.partial(perplexity, model, windows, num_leading=num_leading)
+    return match_energy(editor, owner or model, factors, measure, limit)
 
 
 class Ratio(NamedTuple):

@@ -1,5 +1,6 @@
 """Finding what a language model recites of a corpus."""
 
+import dataclasses
 import logging
 import os
 import random
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from lightning_curvature._checks import check_count, check_energy
 from lightning_curvature.text.corpus import read_documents
 from lightning_curvature.text.evaluation import recited
+from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.sequences import PromptedSequence
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def mine(
         model: A transformers causal LM in eval mode.
         tokenizer: Its tokenizer.
         corpus: Text or JSON lines, see :func:`lightning_curvature.text.corpus.read_documents`.
-        prefix: Tokens to prompt with.
+        prefix: Tokens of the text to prompt with, after those that the tokenizer puts in front.
         suffix: Tokens to recite.
         stride: Tokens between the starts of candidate windows in a document; by default windows do not overlap.
         windows: Candidates to test at most, a random sample.
@@ -55,6 +57,7 @@ def mine(
     step = length if stride is None else check_count(stride, "stride")
     check_count(windows, "windows")
     check_energy(similarity, "similarity")
+    leading = leading_tokens(tokenizer)
     documents = list(read_documents(corpus, tokenizer))
     starts = [(n, i) for n, ids in enumerate(documents) for i in range(0, len(ids) - length + 1, step)]
     if not starts:
@@ -64,7 +67,11 @@ def mine(
         )
     sample = random.Random(seed).sample(starts, min(windows, len(starts)))
     candidates = [
-        PromptedSequence(tuple(documents[n][i : i + prefix]), tuple(documents[n][i + prefix : i + length]))
+        PromptedSequence(
+            leading + tuple(documents[n][i : i + prefix]),
+            tuple(documents[n][i + prefix : i + length]),
+            num_leading=len(leading),
+        )
         for n, i in sample
     ]
     with tqdm(total=len(candidates), unit="window", desc="Testing for recitation", disable=None) as progress:
@@ -75,14 +82,22 @@ def mine(
         len(found), len(candidates), len(found) - len(kept),
     )  # fmt: skip
     return [
-        PromptedSequence(s.prefix_ids, s.suffix_ids, tokenizer.decode(s.prefix_ids), tokenizer.decode(s.suffix_ids))
-        for s in kept
+        dataclasses.replace(
+            sequence,
+            prefix_text=tokenizer.decode(sequence.prefix_ids[len(leading) :]),
+            suffix_text=tokenizer.decode(sequence.suffix_ids),
+        )
+        for sequence in kept
     ]
 
 
 def _distinct(sequences: list[PromptedSequence], similarity: float) -> list[PromptedSequence]:
     kept: list[PromptedSequence] = []
     for sequence in sequences:
-        if all(LCSseq.normalized_similarity(sequence.ids, other.ids) < similarity for other in kept):
+        if all(LCSseq.normalized_similarity(_text(sequence), _text(other)) < similarity for other in kept):
             kept.append(sequence)
     return kept
+
+
+def _text(sequence: PromptedSequence) -> tuple[int, ...]:
+    return sequence.ids[sequence.num_leading :]

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lightning_curvature._checks import check_option
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
 from lightning_curvature.text.evaluation import evaluate_sequences, perplexity
 from lightning_curvature.text.jsonl import read_jsonl
+from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.models import find_language_model, load_tokenizer
 from lightning_curvature.text.recall import Question, evaluate_recall, read_questions
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences
@@ -34,7 +36,8 @@ class JsonlProbe:
         path: JSON lines with ``prefix_ids`` and ``suffix_ids``; with ``prompt`` and ``answers`` (and optionally
             ``context``); or with ``text``.
         metrics: Names of what to measure; by default all that this kind of file allows.
-        tokenizer: A transformers tokenizer; not needed for sequences.
+        tokenizer: A transformers tokenizer. Sequences need none, and their prefixes are taken as they stand in the file
+            then; with one they begin with the tokens that it puts in front of a text.
 
     Raises:
         ValueError: If the file is of no such kind, or a metric is not one of its kind.
@@ -59,7 +62,11 @@ class JsonlProbe:
                 f"{path} needs a tokenizer. Give the module or the datamodule an attribute `tokenizer`, or write "
                 "{'path': ..., 'tokenizer': FOLDER}."
             )
-        self.sequences: list[PromptedSequence] = read_sequences(path) if self.kind == "prefix_ids" else []
+        known = isinstance(tokenizer, PreTrainedTokenizerBase) or self.kind != "prefix_ids"
+        self.leading = leading_tokens(tokenizer) if known else None
+        self.sequences: list[PromptedSequence] = (
+            read_sequences(path, leading=self.leading) if self.kind == "prefix_ids" else []
+        )
         self.questions: list[Question] = read_questions(path) if self.kind == "answers" else []
         self.path = path
 
@@ -78,7 +85,7 @@ class JsonlProbe:
         else:
             length = min(WINDOW, context_length(model))
             windows = torch.tensor(list(token_windows(self.path, self.tokenizer, length)))
-            results = {"perplexity": perplexity(model, windows)}
+            results = {"perplexity": perplexity(model, windows, num_leading=len(self.leading or ()))}
         return {name: results[name] for name in self.metrics if name in results}
 
 

@@ -10,6 +10,7 @@ from lightning_curvature.analysis.inputs import chosen_layer
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.detection import likelihood_scores, window_activations
+from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.models import check_vocabulary, load_model, load_tokenizer
 from lightning_curvature.text.sequences import read_sequences
 
@@ -28,6 +29,8 @@ def rank_windows(
 ) -> list[dict[str, Any]]:
     """Return windows, the one that looks most memorized first; arguments as the command ``detect``.
 
+    Tokens in front of a text do not count: neither what a layer reads there, nor how likely they are.
+
     Returns:
         ``rank``, ``score`` (:func:`lightning_curvature.analysis.flat_shares`), the scores of
         :func:`lightning_curvature.text.detection.likelihood_scores`, ``window`` (its number in the data), and ``text``.
@@ -40,9 +43,10 @@ def rank_windows(
         raise ValueError("Give what to rank: either --sequences or --corpus.")
     tokenizer, model = load_tokenizer(folder), load_model(folder, checkpoint)
     check_vocabulary(model, tokenizer)
+    leading = leading_tokens(tokenizer)
     name, own = chosen_layer(factors, layer, model)
     if sequences is not None:
-        ids = [list(sequence.ids) for sequence in read_sequences(sequences)]
+        ids = [list(sequence.ids) for sequence in read_sequences(sequences, leading=leading)]
         lengths = {len(one) for one in ids}
         if len(lengths) > 1:
             raise ValueError(
@@ -53,12 +57,12 @@ def rank_windows(
         ids = list(token_windows(str(corpus), tokenizer, context, tokens))
     windows = torch.tensor(ids)
     scores = {
-        "score": flat_shares(own, window_activations(model, windows, [name], 0, batch_size)[name]),
-        **likelihood_scores(model, windows, 0, batch_size),
+        "score": flat_shares(own, window_activations(model, windows, [name], len(leading), batch_size)[name]),
+        **likelihood_scores(model, windows, max(len(leading) - 1, 0), batch_size),
     }
     order = scores["score"].argsort(descending=True, stable=True).tolist()
     return [
         {"rank": rank, **{key: float(value[index]) for key, value in scores.items()}, "window": index,
-         "text": tokenizer.decode(ids[index])}
+         "text": tokenizer.decode(ids[index][len(leading) :])}
         for rank, index in enumerate(order, 1)
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_curvature.metrics import RecallAccuracy
 from lightning_curvature.text.decoding import NO_TOKEN, context_length, greedy_continuation
 from lightning_curvature.text.jsonl import read_jsonl
+from lightning_curvature.text.leading import encode, leading_tokens
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ def evaluate_recall(
 def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], batch_size: int, max_tokens: int) -> list[str]:
     """Return the first line of the greedy continuation of each prompt."""
     said: list[str] = [""] * len(prompts)
-    ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=True)["input_ids"]
-    # A tokenizer may close a text with its end; the answer comes before that.
-    ids = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in ids]
+    leading = list(leading_tokens(tokenizer))  # and not what a tokenizer may close a text with: the answer comes first
+    ids = [leading + encode(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(ids[index]))
     device = next(model.parameters()).device
     for start in range(0, len(order), batch_size):

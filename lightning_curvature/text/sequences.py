@@ -1,5 +1,6 @@
 """Sequences that a language model may recite: a prefix to prompt with, and the suffix that it should not know."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ class PromptedSequence:
         suffix_ids: What followed, at least one token.
         prefix_text: The prefix as text, where known.
         suffix_text: The suffix as text, where known.
+        num_leading: Tokens of the prefix that are no text: the tokenizer puts them in front of one, see
+            :mod:`lightning_curvature.text.leading`.
 
     Example:
         >>> PromptedSequence((5, 6), (7,)).half
@@ -32,6 +35,7 @@ class PromptedSequence:
     suffix_ids: tuple[int, ...]
     prefix_text: str = ""
     suffix_text: str = ""
+    num_leading: int = 0
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -40,8 +44,8 @@ class PromptedSequence:
 
     @property
     def half(self) -> str:
-        """The half it belongs to, by a hash of its ids: the same in every run and every file."""
-        digest = hashlib.sha256(",".join(map(str, self.ids)).encode()).digest()
+        """The half it belongs to, by a hash of the text's ids: the same in every run and every file."""
+        digest = hashlib.sha256(",".join(map(str, self.ids[self.num_leading :])).encode()).digest()
         return HALVES[digest[0] % 2]
 
     def record(self) -> dict[str, Any]:
@@ -54,18 +58,48 @@ class PromptedSequence:
             "prefix_ids": list(self.prefix_ids),
             "suffix_ids": list(self.suffix_ids),
             "half": self.half,
+            **({"num_leading": self.num_leading} if self.num_leading else {}),
         }
 
+    def behind(self, leading: Sequence[int]) -> "PromptedSequence":
+        """Return the sequence with a prefix that begins with the tokens that a tokenizer puts in front of a text.
 
-def read_sequences(path: str | os.PathLike[str], half: str | None = None) -> list[PromptedSequence]:
+        Raises:
+            ValueError: If it was cut behind other ones.
+
+        Example:
+            >>> PromptedSequence((5, 6), (7,)).behind([2])
+            PromptedSequence(prefix_ids=(2, 5, 6), suffix_ids=(7,), prefix_text='', suffix_text='', num_leading=1)
+        """
+        leading = tuple(leading)
+        if self.num_leading and self.prefix_ids[: self.num_leading] != leading:
+            raise ValueError(
+                f"the prefix begins with {list(self.prefix_ids[: self.num_leading])} in front of the text, this "
+                f"model's tokenizer puts {list(leading)} there. Were the sequences made with the tokenizer of another "
+                "model? Mine them again with this one."
+            )
+        if self.prefix_ids[: len(leading)] == leading:
+            return self
+        return dataclasses.replace(self, prefix_ids=leading + self.prefix_ids, num_leading=len(leading))
+
+
+def read_sequences(
+    path: str | os.PathLike[str], half: str | None = None, leading: Sequence[int] | None = None
+) -> list[PromptedSequence]:
     """Read JSON lines with ``prefix_ids`` and ``suffix_ids``; texts are optional, other fields are passed over.
+
+    ``num_leading`` says how many tokens of a prefix stand in front of the text. A line without it is taken for text
+    alone.
 
     Args:
         path: File.
         half: Return those of ``"tuning"`` or ``"validation"`` alone.
+        leading: Tokens that the model's tokenizer puts in front of a text: each prefix begins with them then. None
+            leaves the prefixes as they are.
 
     Raises:
-        ValueError: If a line is not such a record (names the line), or no sequence is left.
+        ValueError: If a line is not such a record (names the line), no sequence is left, or one was cut behind other
+            tokens.
     """
     if half is not None:
         check_option(half, HALVES, "half")
@@ -81,8 +115,17 @@ def read_sequences(path: str | os.PathLike[str], half: str | None = None) -> lis
         texts = [str(record.get(field, "")) for field in ("prefix_text", "suffix_text")]
         if not all(map(is_text, texts)):
             raise ValueError(f"{path}, line {number}: prefix_text and suffix_text must be text, found half characters.")
-        sequences.append(PromptedSequence(tuple(ids["prefix_ids"]), tuple(ids["suffix_ids"]), *texts))
-    chosen = [sequence for sequence in sequences if half in (None, sequence.half)]
+        front = record.get("num_leading", 0)
+        if type(front) is not int or not 0 <= front <= len(ids["prefix_ids"]):
+            raise ValueError(
+                f"{path}, line {number}: num_leading must be a number of tokens of its prefix, found {front!r:.60}."
+            )
+        sequence = PromptedSequence(tuple(ids["prefix_ids"]), tuple(ids["suffix_ids"]), texts[0], texts[1], front)
+        try:
+            sequences.append((sequence.half, sequence if leading is None else sequence.behind(leading)))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    chosen = [sequence for own, sequence in sequences if half in (None, own)]
     if not chosen:
         raise ValueError(f"{path}: none of its {len(sequences)} sequences is in the {half} half.")
     return chosen

@@ -17,13 +17,18 @@ from lightning_curvature.text.sequences import PromptedSequence
 SHIFTS = (-16, -4, 0, 4, 16)
 
 
-def moved(sequence: PromptedSequence, shift: int, filler: Sequence[int] = ()) -> PromptedSequence | None:
+def moved(
+    sequence: PromptedSequence, shift: int, filler: Sequence[int] = (), leading: Sequence[int] = ()
+) -> PromptedSequence | None:
     """Return a sequence whose prompt is extended to the left (shift < 0) or shifted to the right (shift > 0).
+
+    The tokens in front of the text stay in front.
 
     Args:
         sequence: Prefix and suffix.
         shift: Tokens; a right shift drops as many from the left of the prefix as it takes from the suffix.
         filler: Token ids to extend with; its last ``-shift`` are used.
+        leading: Tokens that the model's tokenizer puts in front of a text, where the prefix does not say so itself.
 
     Returns:
         The moved sequence, or None if nothing of the suffix would be left or the filler is too short.
@@ -34,14 +39,18 @@ def moved(sequence: PromptedSequence, shift: int, filler: Sequence[int] = ()) ->
         >>> moved(PromptedSequence((1, 2, 3), (4, 5, 6)), -1, (8, 9)).record()["prefix_ids"]
         [9, 1, 2, 3]
     """
+    front = tuple(leading) or sequence.prefix_ids[: sequence.num_leading]
+    sequence = sequence.behind(front)
+    prefix = sequence.prefix_ids[len(front) :]
     if shift <= 0:
         if len(filler) < -shift:
             return None
-        return PromptedSequence(tuple(filler[len(filler) + shift :]) + sequence.prefix_ids, sequence.suffix_ids)
-    if shift >= len(sequence.suffix_ids):
+        prefix, suffix = tuple(filler[len(filler) + shift :]) + prefix, sequence.suffix_ids
+    elif shift >= len(sequence.suffix_ids):
         return None
-    prompt = (sequence.prefix_ids + sequence.suffix_ids[:shift])[shift:]
-    return PromptedSequence(prompt, sequence.suffix_ids[shift:])
+    else:
+        prefix, suffix = (prefix + sequence.suffix_ids[:shift])[shift:], sequence.suffix_ids[shift:]
+    return PromptedSequence(front + prefix, suffix, num_leading=len(front))
 
 
 def positional_stress(
@@ -50,6 +59,7 @@ def positional_stress(
     shifts: Sequence[int] = SHIFTS,
     filler: Sequence[int] = (),
     batch_size: int = 32,
+    leading: Sequence[int] = (),
 ) -> dict[int, dict[str, float]]:
     """Measure recitation from moved prompts.
 
@@ -59,6 +69,7 @@ def positional_stress(
         shifts: Tokens by which the prompts are moved; negative ones extend them to the left.
         filler: Ordinary text, as token ids, to extend prompts with.
         batch_size: Sequences per forward pass.
+        leading: Tokens that the model's tokenizer puts in front of a text.
 
     Returns:
         By shift: ``strict``, the share of sequences whose remaining suffix is recited exactly, and ``exact_prefix``,
@@ -67,7 +78,7 @@ def positional_stress(
     """
     results = {}
     for shift in shifts:
-        all_moved = [moved(sequence, shift, filler) for sequence in sequences]
+        all_moved = [moved(sequence, shift, filler, leading) for sequence in sequences]
         asked = [other for other in all_moved if other is not None and len(other.ids) <= context_length(model)]
         if not asked:
             continue

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.evaluation import Baseline, evaluate_sequences
 from lightning_curvature.text.examples import continue_texts, side_by_side
+from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.models import check_vocabulary, load_model, load_tokenizer
 from lightning_curvature.text.recall import evaluate_recall, read_questions
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences
@@ -53,12 +55,15 @@ class Suite:
             raise ValueError("The positional stress test needs sequences.")
         self.folder, self.stress, self.batch_size = model, stress, batch_size
         self.tokenizer = load_tokenizer(model)
-        self.sequences: list[PromptedSequence] = [] if sequences is None else read_sequences(sequences, half)
+        self.leading = leading_tokens(self.tokenizer)
+        self.sequences: list[PromptedSequence] = (
+            [] if sequences is None else read_sequences(sequences, half, self.leading)
+        )
         self.windows = (
             None if corpus is None else torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))
         )
         self.questions = [] if recall is None else read_questions(recall)
-        self.filler = [] if self.windows is None else self.windows[0].tolist()
+        self.filler = [] if self.windows is None else self.windows[0, len(self.leading) :].tolist()
 
     def run(self, checkpoint: Path | None = None, reference: bool = False) -> dict[str, dict[str, float]]:
         """Measure the model, and with ``reference`` the weights in its folder before that of ``checkpoint``.
@@ -74,7 +79,7 @@ class Suite:
         if checkpoint is None:
             raise ValueError("A reference is the model before an edit: name the edited checkpoint, too (--checkpoint).")
         before = self._load(None)
-        baseline = None if self.windows is None else Baseline(before, self.windows)
+        baseline = None if self.windows is None else self._baseline(before, self.windows)
         return {
             "before": self._measure(before, baseline),
             "after": self._measure(self._load(checkpoint), baseline),
@@ -85,18 +90,23 @@ class Suite:
         check_vocabulary(model, self.tokenizer)
         return model
 
+    def _baseline(self, model: Any, windows: Tensor) -> Baseline:
+        return Baseline(model, windows, num_leading=len(self.leading))
+
     def _measure(self, model: Any, baseline: Baseline | None) -> dict[str, float]:
         results: dict[str, float] = {}
         if self.sequences:
             results |= evaluate_sequences(model, self.sequences, self.batch_size)
         if self.windows is not None:
-            own = baseline or Baseline(model, self.windows)
+            own = baseline or self._baseline(model, self.windows)
             found = own.evaluate(model)
             results |= found if baseline else {"perplexity": found["perplexity"]}
         if self.questions:
             results |= evaluate_recall(model, self.tokenizer, self.questions, self.batch_size)
         if self.stress:
-            moved = positional_stress(model, self.sequences, filler=self.filler, batch_size=self.batch_size)
+            moved = positional_stress(
+                model, self.sequences, filler=self.filler, batch_size=self.batch_size, leading=self.leading
+            )
             results |= {f"{name}_shift_{shift:+d}": value for shift, found in moved.items()
                         for name, value in found.items()}  # fmt: skip
         return results
@@ -114,7 +124,8 @@ def write_examples(suite: Suite, checkpoint: Path | None, reference: bool, path:
     if suite.windows is not None:
         half = suite.windows.shape[1] // 2
         sections["Ordinary text"] = [
-            PromptedSequence(tuple(row[:half]), tuple(row[half:])) for row in suite.windows[:NUM_EXAMPLES].tolist()
+            PromptedSequence(tuple(row[:half]), tuple(row[half:]), num_leading=len(suite.leading))
+            for row in suite.windows[:NUM_EXAMPLES].tolist()
         ]
     before, after = load_model(suite.folder), load_model(suite.folder, checkpoint)
     page = side_by_side(

@@ -1,0 +1,88 @@
+"""A saved language model, of which what is cheap is checked before its weights are loaded."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_curvature._checks import check_count
+from lightning_curvature.selection import choose_layers
+from lightning_curvature.text.decoding import config_length
+from lightning_curvature.text.leading import leading_tokens
+from lightning_curvature.text.models import (
+    check_checkpoint,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    read_config,
+)
+
+
+class SavedModel:
+    """A saved causal LM: its folder is read and checked at once, its weights when :meth:`load` is called.
+
+    Args:
+        folder: What ``save_pretrained`` wrote, with the tokenizer.
+        checkpoint: Take the weights from this file or folder instead, see :func:`load_model`.
+        allow_globals: Classes that a file may hold beside tensors and primitives.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        leading: The tokens that this puts in front of a text.
+        context: The longest input that the model takes, in tokens.
+        vocabulary: Rows of its embedding.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or file.
+        ValueError: If the folder holds no causal language model or no tokenizer, or the checkpoint no weights.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        checkpoint: str | os.PathLike[str] | None = None,
+        allow_globals: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.checkpoint, self.allow_globals = folder, checkpoint, allow_globals
+        self.config = read_config(folder)
+        self.tokenizer = load_tokenizer(folder)
+        self.leading = leading_tokens(self.tokenizer)
+        self.context = config_length(self.config)
+        self.vocabulary = int(self.config.get_text_config().vocab_size)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
+
+    def window(self, asked: int | None, default: int, spare: int = 0) -> int:
+        """Return the tokens of a window: what is asked for, or else the default or what the model takes.
+
+        Args:
+            asked: Tokens, or None.
+            default: What is usual.
+            spare: Tokens of a window that the model need not read: its last one is only predicted.
+
+        Raises:
+            ValueError: If the model's context is shorter.
+        """
+        if asked is None:
+            return min(default, self.context + spare)
+        if check_count(asked, "context") > self.context + spare:
+            raise ValueError(
+                f"Windows of {asked} tokens are longer than the model's context, {self.context}. Use shorter ones "
+                "(--context)."
+            )
+        return asked
+
+    def check_layers(self, layers: str | Sequence[str]) -> None:
+        """Raise ``ValueError`` if presets or patterns match none of its layers; see :func:`choose_layers`."""
+        with torch.device("meta"):
+            kind: Any = AutoModelForCausalLM
+            model = kind.from_config(self.config)
+        choose_layers(model, layers)
+
+    def load(self) -> Any:
+        """Load the model, in eval mode."""
+        model = load_model(self.folder, self.checkpoint, self.allow_globals)
+        check_vocabulary(model, self.tokenizer)
+        return model
