@@ -4,8 +4,8 @@ import copy
 import functools
 import re
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -208,14 +208,14 @@ class KFACEditCallback(Callback):
         self.probe_results: dict[str, float] = {}
         self._collection: Collection | None = None
         self._next: Collection | None = None
-        self._renew = self._validates = self._fitted = self._in_fit = self._due = False
+        self._renew = self._validates = self._fitted = self._in_fit = self._due = self._averages = False
         self._siblings: Siblings | None = None
         self._validated: dict[str, str] | None = None
         self._weights: WeightWatch | None = None
         self._length, self._started = RunLength(), 0.0
         self._copies: dict[str, EditReport] = {}
         self._given_up: str | None = None
-        self._said: set[str] = set()
+        self._said: dict[str, None] = {}
         self._watch, self._stack = ExitStack(), ExitStack()
 
     @property
@@ -237,6 +237,11 @@ class KFACEditCallback(Callback):
         With several processes, as of the latest checkpoint, or end of a validation or of fit: they are added up there.
         """
         return self._kept if self._collection is None else self._collection.factors
+
+    @property
+    def problem(self) -> str | None:
+        """Why the callback stopped in the latest run, or what it found nothing to collect from; None if all went well."""
+        return self._given_up or next(iter(self._said), None)
 
     @property
     def _undecided(self) -> bool:
@@ -266,7 +271,7 @@ class KFACEditCallback(Callback):
         strategy = trainer.strategy
         check_strategy(strategy)
         if stage == "fit":
-            check_callbacks(self, callbacks, collects_in_validation=self.loop == "validation")
+            self._averages = check_callbacks(self, callbacks, collects_in_validation=self.loop == "validation")
         self._siblings = Siblings.of(strategy)
         self._siblings.savers[self.name], self._siblings.failed = self, False
         self._siblings.waits = stage == "fit"
@@ -275,7 +280,7 @@ class KFACEditCallback(Callback):
         if self.target is not None:
             datamodule = getattr(trainer, "datamodule", None)
             self.target.check(self.probes.files, any(hasattr(s, "probe_dataloader") for s in (pl_module, datamodule)))
-        self._in_fit, self._given_up, self._said = stage == "fit", None, set()
+        self._in_fit, self._given_up, self._said = stage == "fit", None, {}
         self._length, self._started, self._copies = RunLength(), time.monotonic(), {}
         self._validates = stage == "validate" and not self._fitted or stage == "fit" and self.loop == "validation"
         if self._validates:
@@ -382,7 +387,9 @@ class KFACEditCallback(Callback):
 
         Lightning calls it after the last step of an epoch, and after the validation there.
         """
-        collection = self._running()
+        collection = self._collection
+        if collection is None:
+            return
         collection.collector.abort()
         searches = self.target is not None and not trainer.enable_validation
         if searches and not self._out() and collection.synchronise():
@@ -427,7 +434,7 @@ class KFACEditCallback(Callback):
         silent = collection.silent
         collection.start(complete=True)
         if not collection.synchronise():
-            raise RuntimeError(_NO_DATA.format("validation step computed a loss"))
+            raise NothingToCollectError(_NO_DATA.format("validation step computed a loss"))
         self._check_silent(silent, collection.collector.frozen)
         self._validated = weight_hashes(layer_weights(pl_module, self.factors))
 
@@ -435,16 +442,17 @@ class KFACEditCallback(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Search a last time, work out what an edit does, and measure the probes. Lightning calls it after training."""
         collection = self._collection
+        nothing = "training step ran a backward pass" if self.loop == "train" else "validation ran"
         if collection is None or self._renew:
-            if self._next is not None or collection is None:
-                rank_zero_info("KFACEditCallback: this fit ran no step, and nothing was collected.")
+            if collection is None:
+                rank_zero_warn(_NO_DATA.format(nothing))
             return
         collection.collector.accumulator.join()
         if self._out():
             return
         if not collection.synchronise():
-            source = "training step ran a backward pass" if self.loop == "train" else "validation ran"
-            raise RuntimeError(_NO_DATA.format(source))
+            rank_zero_warn(_NO_DATA.format(nothing))
+            return
         self._fitted = True
         if self.loop == "train":
             self._check_silent(collection.silent, collection.collector.frozen)
@@ -496,7 +504,8 @@ class KFACEditCallback(Callback):
         """Find the energy of the target, if there is one."""
         if self.target is None:
             return
-        self.match = self.probes.match(trainer, pl_module, self.editor.at(1.0), self.factors, self.target)
+        with self._weights_restored():
+            self.match = self.probes.match(trainer, pl_module, self.editor.at(1.0), self.factors, self.target)
         if self.match is None:
             return
         self.editor.energy = self.match.energy
@@ -516,7 +525,9 @@ class KFACEditCallback(Callback):
             path, report = reports[-1]
             rank_zero_info(f"\n{path}:\n{report}")
             if len(reports) > 1:
-                rank_zero_info(f"Edited likewise, each with the factors of its step: {listing(p for p, _ in reports[:-1])}.")
+                rank_zero_info(
+                    f"Edited likewise, each with the factors of its step: {listing(p for p, _ in reports[:-1])}."
+                )
         elif self.report is not None:
             rank_zero_info(f"\n{nothing_written}\n{self.report}")
         if self.probe_results:
@@ -559,17 +570,15 @@ class KFACEditCallback(Callback):
 
     def _running(self) -> Collection:
         if self._collection is None:
-            if self._next is None and self._siblings is None:
-                raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
-            raise NothingToCollectError(_NO_DATA.format("batch was collected"))
+            raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
         return self._collection
 
     def _met(self, error: Exception) -> None:
         """Say what an error costs, and go on without what it is about."""
         if isinstance(error, NothingToCollectError):
             if str(error) not in self._said:
-                self._said.add(str(error))
-                rank_zero_warn(f"KFACEditCallback collects nothing from such a step: {error} Training goes on.")
+                self._said[str(error)] = None
+                rank_zero_warn(f"KFACEditCallback collected nothing from a step, and training goes on: {error}")
             return
         if self._collection is not None:
             self._collection.collector.abort()
@@ -599,7 +608,7 @@ class KFACEditCallback(Callback):
     ) -> None:
         """Go on collecting where the run that saved the checkpoint was. Lightning calls it before a fit goes on."""
         if trainer.state.fn == "fit" and (note := edited_note(checkpoint)) is not None:
-            rank_zero_warn(f"{trainer.ckpt_path} is an edited copy ({note}); training goes on from the edited weights.")
+            rank_zero_warn(f"Training goes on from {trainer.ckpt_path}. {note}")
         # By name: the state key changes with every setting, also with those that the factors do not depend on.
         kind = type(self).__qualname__
         states = [s for key, s in checkpoint.get("callbacks", {}).items() if str(key).startswith(kind)]
@@ -666,6 +675,7 @@ class KFACEditCallback(Callback):
             validated=self._validated,
             step=factors.provenance.get("step"),
             swapped=weights is not None and weights.swapped(),
+            averages=self._averages,
         )
         return why_no_copy(checkpoint, factors, measured, self.editor.ranks)
 
@@ -684,10 +694,23 @@ class KFACEditCallback(Callback):
 
     def _run_probes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""
-        results = {} if self._undecided else self.probes.measure(trainer, pl_module, self.editor, self.factors)
+        results: dict[str, float] = {}
+        if not self._undecided:
+            with self._weights_restored():
+                results = self.probes.measure(trainer, pl_module, self.editor, self.factors)
         group = "curvature" if self.name == "edited" else f"curvature-{self.name}"
         self.probe_results = {f"{group}/{name}": value for name, value in results.items()}
         return self.probe_results
+
+    @contextmanager
+    def _weights_restored(self) -> Iterator[None]:
+        """Edit the live weights inside a ``with`` block that puts them back: nobody's watch takes that for a change."""
+        savers = [] if self._siblings is None else [*self._siblings.savers.values()]
+        with ExitStack() as stack:
+            for saver in savers:
+                if isinstance(saver, KFACEditCallback) and saver._weights is not None:
+                    stack.enter_context(saver._weights.restored())
+            yield
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""

@@ -22,8 +22,7 @@ from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.fingerprints import fingerprint
 from lightning_curvature.fisher import FISHER_KINDS
 from lightning_curvature.layers import is_conv1d, matrix_shape
-from lightning_curvature.losses import SoftmaxLoss
-from lightning_curvature.objectives import NothingToCollectError, check_reentrant, frozen_layers
+from lightning_curvature.objectives import NothingToCollectError, frozen_layers
 from lightning_curvature.plan import DoesNotFitError, place_sums
 from lightning_curvature.positions import batch_mask, check_positions
 from lightning_curvature.ranks import Ranks
@@ -56,7 +55,9 @@ def check_class_dim(class_dim: Any, logits: str | None) -> None:
     if isinstance(class_dim, bool) or not isinstance(class_dim, int):
         raise TypeError(f"class_dim must be an integer or None, found {class_dim!r}.")
     if logits is None:
-        raise ValueError("class_dim says which dimension of named logits holds the classes: name them with logits='...'.")
+        raise ValueError(
+            "class_dim says which dimension of named logits holds the classes: name them with logits='...'."
+        )
 
 
 class Collector:
@@ -212,16 +213,13 @@ class Collector:
         if self._step is not None:
             self._step.before_backward(objective)
 
-    def choose(
-        self, losses: Sequence[SoftmaxLoss], fired: Sequence[str], heads: Collection[str], dead: Collection[str], taps: Taps
-    ) -> None:
+    def choose(self, fired: Sequence[str], heads: Collection[str], dead: Collection[str]) -> None:
         """Choose layers, given those that ran in the first batch; see :class:`lightning_curvature.step.Layers`.
 
         Raises:
             NothingToCollectError: If none of those that are meant ran in this batch.
             DoesNotFitError: If their factors do not fit into memory.
         """
-        check_reentrant(losses, taps)
         try:
             chosen = self.choice.resolve(fired, heads)
         except RuntimeError as error:

@@ -175,7 +175,9 @@ def find_class_dim(loss: SoftmaxLoss, name: str, class_dim: int | None, taps: Ta
     if class_dim is not None:
         dim = class_dim + len(shape) if class_dim < 0 else class_dim
         if not 0 <= dim < len(shape):
-            raise RuntimeError(f"class_dim={class_dim}: logits={name!r} returned {list(shape)}, without that dimension.")
+            raise RuntimeError(
+                f"class_dim={class_dim}: logits={name!r} returned {list(shape)}, without that dimension."
+            )
     elif len(shape) <= 2:
         dim = len(shape) - 1
     else:
@@ -247,7 +249,9 @@ def _unit(loss: SoftmaxLoss) -> Tensor:
     for part in (loss, *loss.twins):
         factor, denominator = part.factor, part.denominator
         if factor is None or denominator is None:
-            raise RuntimeError("The training's backward never reached the loss; fisher='empirical' has nothing to read.")
+            raise RuntimeError(
+                "The training's backward never reached the loss; fisher='empirical' has nothing to read."
+            )
         if not (part is loss or torch.equal(part.counted, loss.counted)):
             raise RuntimeError(_WEIGHED)
         parts.append((_uniform(whole(factor)), whole(denominator).double()))
@@ -297,9 +301,15 @@ def check_unreached(goals: set[Node], objective: Tensor) -> None:
         )
 
 
-def check_reentrant(losses: Sequence[SoftmaxLoss], taps: Taps) -> None:
-    """Raise if the logits were computed under reentrant activation checkpointing, in which layers have no graph."""
-    hidden = sorted(taps.without_graph - {call.name for call in taps.calls})
+def check_reentrant(losses: Sequence[SoftmaxLoss], taps: Taps, called: Collection[str]) -> None:
+    """Raise if the logits were computed under reentrant activation checkpointing, in which layers have no graph.
+
+    Args:
+        losses: The losses.
+        taps: What the step recorded.
+        called: Layers that ran with a graph.
+    """
+    hidden = sorted(taps.without_graph - set(called))
     if hidden and any(
         node.name() == "CheckpointFunctionBackward" for loss in losses for node in ancestors(node_of(loss.logits))
     ):

@@ -205,7 +205,7 @@ class Target:
 
     def unmeasured(self, measured: Iterable[str]) -> str:
         """Return what to do where no probe has the metric."""
-        names = sorted(measured)
+        names = sorted(name for name in measured if name.startswith(f"{self.probe}/"))
         return (
             f"{self}: no probe measures that.{did_you_mean(self.name, names)} Give files (probes=) or a method "
             f"probe_dataloader() of the module or datamodule; measured: {listing(names) or 'nothing'}."
@@ -240,7 +240,11 @@ def _first_batch(where: str, name: str, loader: Any, module: nn.Module) -> list[
 
 def check_batch(name: str, batch: Any) -> None:
     """Raise ``ValueError`` if a batch of a probe is not one that can be measured."""
-    if isinstance(batch, (list, tuple)) and len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch[1:]):
+    if (
+        isinstance(batch, (list, tuple))
+        and len(batch) in (2, 3)
+        and all(isinstance(part, Tensor) for part in batch[1:])
+    ):
         return
     count = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
     raise ValueError(

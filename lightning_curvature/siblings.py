@@ -1,6 +1,7 @@
 """The edited copy of a checkpoint: which weights it belongs to, and when there is none."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +29,15 @@ class Measured:
             which weights move.
         step: Step of the factors.
         swapped: Whether the live weights were changed since the last training step, which their factors do not
-            describe; only asked for factors of training steps.
+            describe.
+        averages: Whether a ``WeightAveraging`` saves its averages, which move on after a validation.
     """
 
     live: Callable[[], Mapping[str, Tensor]]
     validated: Mapping[str, str] | None
     step: int | None
     swapped: bool = False
+    averages: bool = False
 
 
 def why_no_copy(checkpoint: Checkpoint, factors: KroneckerFactors, measured: Measured, ranks: Ranks) -> str | None:
@@ -57,6 +60,12 @@ def why_no_copy(checkpoint: Checkpoint, factors: KroneckerFactors, measured: Mea
     hashes = ranks.gather(weight_hashes(saved))[0]
     if measured.validated is not None and not hashes.items() - measured.validated.items():
         return None
+    if measured.validated is not None and measured.averages:
+        return (
+            f"the factors are those of the validation at step {measured.step}: the weights were averaged further since, and "
+            "it has no edited copy. Let WeightAveraging update them by step, or save checkpoints when validation ends "
+            "(save_on_train_epoch_end=False)"
+        )
     live = {name: whole(weight.detach()).to(saved[name].dtype) for name, weight in measured.live().items()}
     same = not hashes.items() - ranks.gather(weight_hashes(live))[0].items()
     if same and not any(ranks.gather(measured.swapped)):
@@ -71,7 +80,7 @@ def why_no_copy(checkpoint: Checkpoint, factors: KroneckerFactors, measured: Mea
     return (
         f"it holds other weights than those that were {where} (step {measured.step}): a callback or hook puts others in "
         "their place, averaged ones for example, which these factors do not describe. Collect in a validation of the "
-        "weights that are saved (loop='validation'; WeightAveraging: update by step, save when validation ends), or "
+        "weights that are saved (loop='validation'), or "
         "over the saved checkpoint afterwards (Trainer.validate)"
     )
 
@@ -153,6 +162,16 @@ class WeightWatch:
     def begin_step(self) -> None:
         """Notice whether they were changed since."""
         self._suspects = self._suspects or (self._changes is not None and self._changes != self._count())
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Change weights inside a ``with`` block that puts them back bit for bit."""
+        noticed = self._changes == self._count()
+        try:
+            yield
+        finally:
+            if noticed:
+                self._changes = self._count()
 
     @torch.no_grad()
     def swapped(self) -> bool:

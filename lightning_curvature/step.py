@@ -54,17 +54,13 @@ class Layers(Protocol):
     chosen: list[str] | None
     detaches: bool | None
 
-    def choose(
-        self, losses: Sequence[SoftmaxLoss], fired: Sequence[str], heads: Collection[str], dead: Collection[str], taps: Taps
-    ) -> None:
+    def choose(self, fired: Sequence[str], heads: Collection[str], dead: Collection[str]) -> None:
         """Set ``chosen``.
 
         Args:
-            losses: Softmax losses of a backward pass.
-            fired: Layers that they reach, in the order in which they ran.
+            fired: Layers that a softmax loss reaches, in the order in which they ran.
             heads: Output heads.
             dead: Layers that ran and whose outputs need no gradient.
-            taps: What the step recorded.
 
         Raises:
             NothingToCollectError: If none of the layers that are meant is among ``fired``.
@@ -195,12 +191,14 @@ class Step:
 
     def _take(self, losses: list[SoftmaxLoss], objective: Tensor | None) -> None:
         """Take the gradients that go through some losses."""
+        if self._layers.chosen is None:
+            objectives.check_reentrant(losses, self.taps, {call.name for call in self._calls})
         leaves = self._detached_leaves(losses)
         calls = self._reached_calls(losses, objective, leaves)
         if self._layers.chosen is None:
             self._heads |= objectives.output_heads(losses, self._calls)
             below = [call.name for call in calls if call.name not in self._heads]
-            if (below or not leaves) and not self._choose(losses, calls):
+            if (below or not leaves) and not self._choose(calls):
                 return
         chosen = self._layers.chosen or []
         self.frozen |= {call.name for call in self._calls if call.edge is None and call.name in chosen}
@@ -240,12 +238,12 @@ class Step:
         met = set[Node]().union(*(reached(node_of(loss.logits), goals) for loss in losses))
         return [call for call in live if call.edge is not None and call.edge.node in met]
 
-    def _choose(self, losses: Sequence[SoftmaxLoss], calls: Sequence[LayerCall]) -> bool:
+    def _choose(self, calls: Sequence[LayerCall]) -> bool:
         """Choose layers among those that were called; tell whether there are any."""
         fired = list(dict.fromkeys(call.name for call in calls))
         dead = {call.name for call in self._calls if call.edge is None}
         try:
-            self._layers.choose(losses, fired, self._heads, dead, self.taps)
+            self._layers.choose(fired, self._heads, dead)
         except objectives.NothingToCollectError as error:
             self.passed_over.append(str(error))
             return False
@@ -297,9 +295,7 @@ class Step:
             seed = (self._seed + _GOLDEN * self._num_drawn) % 2**32
             self._num_drawn += 1
             random = torch.Generator(losses[0].logits.device).manual_seed(seed)
-            passes = fisher.gradient_passes(
-                self._options.kind, losses, targets, self._options.draws, random, groups
-            )
+            passes = fisher.gradient_passes(self._options.kind, losses, targets, self._options.draws, random, groups)
             received = list(passes)
         for index, call in enumerate(calls):
             arrived = [gradient for sent in received if (gradient := sent[index]) is not None]
@@ -316,7 +312,7 @@ class Step:
         goals = {call.edge.node for call in self._calls if call.edge is not None}
         met = reached(activation.grad_fn, goals)
         calls = [call for call in self._calls if call.edge is not None and call.edge.node in met]
-        if self._layers.chosen is None and not self._choose([], calls):
+        if self._layers.chosen is None and not self._choose(calls):
             return True
         calls = [call for call in calls if call.name in (self._layers.chosen or [])]
         self._detached = [copy for copy in self._detached if copy not in copies]
@@ -354,7 +350,9 @@ class Step:
         if self._num_used == 1 and not self.passed_over:  # a layer that nothing was sent to has positions all the same
             chosen = self._layers.chosen or []
             calls = [call for call in self._calls if call.edge is not None and call.name in chosen]
-        scales: list[float | Tensor] = [1.0 if self._options.kind == "exact" else 1.0 / self._options.draws] * len(calls)
+        scales: list[float | Tensor] = [1.0 if self._options.kind == "exact" else 1.0 / self._options.draws] * len(
+            calls
+        )
         gradients = [self._received.get(call, _Received()).gradients for call in calls]
         if self._options.kind == "empirical":
             gradients = [[] if call.gradient is None else [call.gradient] for call in calls]

@@ -381,4 +381,3 @@ def _version(tensor: Tensor) -> int:
 
 def _own_methods(root: nn.Module) -> list[str]:
     return [name for name, value in vars(type(root)).items() if callable(value) and not name.startswith("_")]
-

@@ -57,7 +57,7 @@ def check_validation(ranks: Ranks, *sources: object) -> None:
         )
 
 
-def check_callbacks(own: Callback, callbacks: list[Callback], collects_in_validation: bool) -> None:
+def check_callbacks(own: Callback, callbacks: list[Callback], collects_in_validation: bool) -> bool:
     """Refuse callbacks that are known to save other weights than those that are collected.
 
     Others that do so are noticed when a checkpoint is saved.
@@ -69,7 +69,11 @@ def check_callbacks(own: Callback, callbacks: list[Callback], collects_in_valida
 
     Raises:
         MisconfigurationException: If the edit would not belong to what is saved.
+
+    Returns:
+        Whether averaged weights are saved, by a ``WeightAveraging``.
     """
+    averages = False
     for callback in list(callbacks):
         kinds = {kind.__name__ for kind in type(callback).__mro__}
         if "ModelPruning" in kinds:
@@ -84,10 +88,12 @@ def check_callbacks(own: Callback, callbacks: list[Callback], collects_in_valida
                 "KFACEditCallback(loop='validation'), since validation runs on its averaged weights, or collect "
                 "over the averaged model afterwards (Trainer.validate)."
             )
+        averages |= "WeightAveraging" in kinds
         if "WeightAveraging" in kinds and callbacks.index(callback) < callbacks.index(own):
             # It takes the averaged weights out of the module when validation ends; the probes come before that.
             callbacks.remove(own)
             callbacks.insert(callbacks.index(callback), own)
+    return averages
 
 
 def batches_before(trainer: pl.Trainer) -> int:

@@ -108,6 +108,8 @@ def run(loop, fisher, strategy="one process", module=None, callbacks=(), folder=
     trainer = models.trainer(folder, callback, *callbacks, devices=size, strategy=make(), **options)
     getattr(trainer, loop)(kind(parallel, **(module or {})))
     trainer.strategy.barrier()
+    if callback.problem is not None:
+        raise RuntimeError(callback.problem)
     return trainer, callback, KroneckerFactors.load(saved)
 
 

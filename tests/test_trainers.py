@@ -278,7 +278,7 @@ def test_a_backward_pass_that_is_not_seen_is_told(tmp_path):
     trainer = models.trainer(tmp_path, KFACEditCallback(), enable_checkpointing=False)
     with (
         pytest.warns(UserWarning, match=r"no backward pass of it was seen, .* self.manual_backward\(loss\)"),
-        pytest.raises(RuntimeError, match="collected no data: no training step ran a backward pass"),
+        pytest.warns(UserWarning, match="collected no data: no training step ran a backward pass"),
     ):
         trainer.fit(Unseen(), models.loader(models.images(32)))
 

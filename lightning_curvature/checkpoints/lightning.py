@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_curvature.ranks import Ranks
 
 Checkpoint = dict[str, Any]
+_EARLIER = 10_000_000  # nanoseconds by which an edited copy is older than its checkpoint, to who looks for the latest
 
 
 class Sibling(Protocol):
@@ -176,7 +177,7 @@ class Siblings:
                 if checkpoint is not None and (edited := edit(checkpoint, copy)) is not None:
                     self._save(edited, copy)
                     if self.ranks.rank == 0:  # ckpt_path="last" takes the latest file
-                        before = os.stat(path).st_mtime_ns - 1
+                        before = os.stat(path).st_mtime_ns - _EARLIER
                         os.utime(copy, ns=(before, before))
 
     def _read_back(self, path: str, stamp: tuple[int, int] | None) -> Checkpoint | None:
