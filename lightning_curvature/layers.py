@@ -42,10 +42,41 @@ def fused_experts(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
 
 
+def is_lazy(module: nn.Module) -> bool:
+    """Tell whether a layer's weight has no shape yet: a lazy layer that has not run."""
+    weight: Any = getattr(module, "weight", None)
+    return nn.parameter.is_lazy(weight)
+
+
+def has_lazy(root: nn.Module) -> bool:
+    """Tell whether a network holds layers that can be chosen and whose weights have no shape before they run."""
+    return any((is_matmul(part) or isinstance(part, nn.Conv2d)) and is_lazy(part) for part in root.modules())
+
+
 def is_packed(module: nn.Module) -> bool:
     """Tell whether a layer's weight is packed or quantized, so that its entries are no floating-point numbers."""
+    return _packing(module) is not None
+
+
+def _packing(module: nn.Module) -> str | None:
+    """Return what a weight is instead of a matrix of floating-point numbers, or None."""
     weight = module.weight
-    return not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1)
+    if not isinstance(weight, Tensor):
+        return type(weight).__name__
+    if is_lazy(module):
+        return None
+    stored = getattr(weight, "_local_tensor", weight)  # of a DTensor
+    kind = type(stored)
+    # A subclass with operators of its own keeps something else than its entries, whatever its dtype says.
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"{kind.__name__}, {stored.dtype}"
+    if stored.layout is not torch.strided:
+        return f"{stored.layout}"
+    if not stored.is_floating_point() or stored.dtype.itemsize == 1:
+        return f"{stored.dtype}"
+    shape = list(as_matrix(weight, is_conv1d(module)).shape)
+    expected = list(matrix_shape(module))
+    return None if shape == expected else f"{type(stored).__name__} {shape} in a layer of {expected}"
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -56,14 +87,55 @@ def refusal(module: nn.Module) -> str | None:
         return f"{type(module).__name__} is not supported (nn.Linear, transformers Conv1D and nn.Conv2d are)"
     if fused := fused_experts(module):
         return f"it keeps its experts in fused 3-D parameters ({', '.join(fused)}), which have no module of their own"
-    if not (is_matmul(module) or isinstance(module, nn.Conv2d)):
-        return None
+    return _weight_refusal(module) if is_matmul(module) or isinstance(module, nn.Conv2d) else None
+
+
+def _weight_refusal(module: nn.Module) -> str | None:
+    """Return why the weight of a layer of a kind that can be edited is none, or None."""
     if parametrize.is_parametrized(module, "weight"):
-        return "its weight is computed by a parametrization; remove it with parametrize.remove_parametrizations first"
-    if hasattr(module, "weight_orig"):
+        kinds = ", ".join(type(part).__name__.strip("_") for part in _parametrizations(module))
+        return (
+            f"its weight is computed by a parametrization ({kinds}); remove it with "
+            "parametrize.remove_parametrizations(module, 'weight') first"
+        )
+    if computed := _recomputed(module):
+        return computed
+    if "weight" not in module._parameters:
+        held = getattr(module, "weight", None)
+        what = (
+            "a buffer" if "weight" in module._buffers else f"an attribute ({type(held).__name__}) that is set elsewhere"
+        )
+        return f"its weight is no parameter of its own but {what}; make it an nn.Parameter"
+    if module.weight is None:
+        return "its weight is None"
+    if packing := _packing(module):
+        return f"its weight is packed or quantized ({packing})"
+    if module.weight.is_meta:
+        return "its weight is on the meta device and has no values; load or initialise the weights first"
+    return None
+
+
+def _parametrizations(module: Any) -> Any:
+    return module.parametrizations["weight"]
+
+
+def _recomputed(module: nn.Module) -> str | None:
+    """Return what computes a weight anew before each forward pass, and how to stop it; None if nothing does."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if getattr(hook, "name", "weight") == "weight"]
+    names = {type(hook).__name__ for hook in hooks}
+    held = {*module._parameters, *module._buffers}
+    if "WeightNorm" in names or {"weight_g", "weight_v"} <= held:
+        return (
+            "its weight is computed before each forward pass by torch.nn.utils.weight_norm; remove that with "
+            "torch.nn.utils.remove_weight_norm(module) first"
+        )
+    if "SpectralNorm" in names or {"weight_orig", "weight_u"} <= held:
+        return (
+            "its weight is computed before each forward pass by torch.nn.utils.spectral_norm; remove that with "
+            "torch.nn.utils.remove_spectral_norm(module) first"
+        )
+    if "weight_orig" in held:
         return "it is pruned (torch.nn.utils.prune); make that permanent with prune.remove(module, 'weight') first"
-    if is_packed(module):
-        return f"its weight is packed or quantized ({getattr(module.weight, 'dtype', type(module.weight).__name__)})"
     return None
 
 
@@ -73,7 +145,13 @@ def is_editable(module: nn.Module) -> bool:
 
 
 def matrix_shape(module: Any) -> tuple[int, int]:
-    """Return the shape ``(d_out, d_in)`` of an editable layer's weight, also where the weight itself is sharded."""
+    """Return the shape ``(d_out, d_in)`` of an editable layer's weight, also where the weight itself is sharded.
+
+    Raises:
+        RuntimeError: If the layer is lazy and has not run.
+    """
+    if is_lazy(module):
+        raise RuntimeError(f"{type(module).__name__} has no shape before it runs; run one batch through the network.")
     if isinstance(module, nn.Conv2d):
         return module.out_channels, module.in_channels * math.prod(module.kernel_size)
     if is_conv1d(module):
@@ -120,15 +198,27 @@ def conv_patches(module: nn.Conv2d, images: Tensor) -> Tensor:
         module: A convolution with ``groups=1``.
         images: ``[b, c, h, w]`` or ``[c, h, w]``.
     """
-    images = images if images.dim() == 4 else images[None]
-    pad: list[int] = []  # last dimension first, as F.pad wants it
+    patches = F.unfold(padded(module, images), module.kernel_size, dilation=module.dilation, stride=module.stride)
+    return rearrange(patches, "b d n -> (b n) d")
+
+
+def padding_of(module: nn.Conv2d) -> list[int]:
+    """Return the padding of a convolution as ``F.pad`` wants it: the last dimension first."""
+    pad: list[int] = []
     for axis in (1, 0):
         if module.padding == "same":
             total = module.dilation[axis] * (module.kernel_size[axis] - 1)
             pad += [total // 2, total - total // 2]
         elif module.padding != "valid":
             pad += [int(module.padding[axis])] * 2
+        else:
+            pad += [0, 0]
+    return pad
+
+
+def padded(module: nn.Conv2d, images: Tensor) -> Tensor:
+    """Return images ``[b, c, h, w]`` with the padding of a convolution around them."""
+    images = images if images.dim() == 4 else images[None]
+    pad = padding_of(module)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    images = F.pad(images, pad, mode=mode) if any(pad) else images
-    patches = F.unfold(images, module.kernel_size, dilation=module.dilation, stride=module.stride)
-    return rearrange(patches, "b d n -> (b n) d")
+    return F.pad(images, pad, mode=mode) if any(pad) else images

@@ -30,11 +30,19 @@ def find_layer(module: nn.Module, name: str) -> Any:
 
 
 def layer_weights(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Return the weights of layers as they are stored; of a module that FSDP2 shards, the shards."""
+    """Return the weights of layers as they are stored; of a module that FSDP2 shards, the shards.
+
+    Raises:
+        ValueError: If a weight is no parameter of its layer, or no longer is.
+    """
     for part in module.modules():
         if callable(reshard := getattr(part, "reshard", None)):
             reshard()  # between a forward and a backward pass FSDP2 puts copies in their place
-    return {name: module.get_parameter(f"{name}.weight") for name in names}
+    layers = {name: module.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+            raise ValueError(f"Layer {name!r} cannot be edited: {refusal(layer) or 'it has no weight of its own'}.")
+    return {name: layer.weight for name, layer in layers.items()}
 
 
 @torch.no_grad()
