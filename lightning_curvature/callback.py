@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.nn.parameter import is_lazy
 
 from lightning_curvature._checks import check_count, check_option, listing
 from lightning_curvature.checkpoints.archive import edited_note
@@ -25,6 +24,7 @@ from lightning_curvature.collector import Collector, check_class_dim, check_opti
 from lightning_curvature.editing import DEFAULT_ENERGY
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.layers import has_lazy
 from lightning_curvature.objectives import NothingToCollectError
 from lightning_curvature.plan import edit_seconds
 from lightning_curvature.probes import Probes, Target, before_after
@@ -36,8 +36,6 @@ from lightning_curvature.trainers import RunLength, batches_before, check_callba
 from lightning_curvature.validation import collected_from
 from lightning_curvature.weights import layer_weights
 
-P = ParamSpec("P")
-
 _NO_DATA = (
     "KFACEditCallback collected no data: no {}, or every batch held NaN or infinite values. "
     "There is no edited checkpoint."
@@ -46,15 +44,13 @@ _TENTH = 0.1  # share of the training's time above which the time of edits is to
 LOOPS = ("train", "validation")
 
 
-def _never_ends_a_fit(
-    hook: "Callable[Concatenate[KFACEditCallback, pl.Trainer, P], None]",
-) -> "Callable[Concatenate[KFACEditCallback, pl.Trainer, P], None]":
+def _never_ends_a_fit(hook: Callable[..., None]) -> Callable[..., None]:
     """Make a warning of an error that a hook meets while a fit runs: the callback is an extra."""
 
     @functools.wraps(hook)
-    def guarded(self: "KFACEditCallback", trainer: pl.Trainer, *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: "KFACEditCallback", *args: Any, **kwargs: Any) -> None:
         try:
-            hook(self, trainer, *args, **kwargs)
+            hook(self, *args, **kwargs)
         except Exception as error:
             if not self._in_fit:
                 raise
@@ -111,8 +107,8 @@ class KFACEditCallback(Callback):
             More makes training cheaper, and the factors in the middle of a run older; see ``docs/performance.md``.
         share: Share of the positions of a collected batch that is used, in (0, 1], chosen at random.
         loop: Where to collect during fit: ``"train"``, or ``"validation"``.
-        logits: Submodule or method of the module that returns the logits, if its cross-entropy cannot be found: a tensor
-            ``[batch, classes]``, or one of more dimensions whose classes the softmax of the loss tells.
+        logits: Submodule or method of the module that returns the logits, if its cross-entropy cannot be found: a
+            tensor ``[batch, classes]``, or one of more dimensions whose classes the softmax of the loss tells.
         class_dim: Dimension of the classes of these logits, where the loss does not tell: 1 for
             ``[batch, classes, ...]``, -1 for ``[batch, ..., classes]``.
         probes: By name, files of JSON lines to measure a language model on: a path, or a dict with ``path`` and
@@ -240,7 +236,7 @@ class KFACEditCallback(Callback):
 
     @property
     def problem(self) -> str | None:
-        """Why the callback stopped in the latest run, or what it found nothing to collect from; None if all went well."""
+        """Why the callback stopped, or collected nothing from a step, in the latest run; None if all went well."""
         return self._given_up or next(iter(self._said), None)
 
     @property
@@ -282,7 +278,7 @@ class KFACEditCallback(Callback):
             self.target.check(self.probes.files, any(hasattr(s, "probe_dataloader") for s in (pl_module, datamodule)))
         self._in_fit, self._given_up, self._said = stage == "fit", None, {}
         self._length, self._started, self._copies = RunLength(), time.monotonic(), {}
-        self._validates = stage == "validate" and not self._fitted or stage == "fit" and self.loop == "validation"
+        self._validates = (stage == "validate" and not self._fitted) or (stage == "fit" and self.loop == "validation")
         if self._validates:
             check_validation(self.editor.ranks, pl_module, getattr(trainer, "datamodule", None))
         if stage == "validate" and not self._validates:
@@ -299,7 +295,7 @@ class KFACEditCallback(Callback):
 
         Lazy layers have no shape yet: the collection begins with the first batch that finds them built.
         """
-        if self._renew and self._next is None and not any(map(is_lazy, pl_module.parameters())):
+        if self._renew and self._next is None and not has_lazy(pl_module):
             collector = Collector(pl_module, **self._options, ranks=self.editor.ranks, shard=self.shard_factors)
             self._next = Collection(collector, self.window, self._settings, self.every)
         return self._next if self._renew else self._collection
@@ -483,9 +479,9 @@ class KFACEditCallback(Callback):
             trained = time.monotonic() - self._started
             if count * seconds > _TENTH * trained:
                 rank_zero_info(
-                    f"KFACEditCallback edits {count} checkpoint{'s' * (count > 1)} now, at about {seconds:.2g} s each by "
-                    f"the size of the layers; training took {trained:.0f} s. Keep fewer checkpoints, or edit fewer or "
-                    "smaller layers, if that is too long."
+                    f"KFACEditCallback edits {count} checkpoint{'s' * (count > 1)} now, at about {seconds:.2g} s each "
+                    f"by the size of the layers; training took {trained:.0f} s. Keep fewer checkpoints, or edit fewer "
+                    "or smaller layers, if that is too long."
                 )
         self._siblings.make_copies(self.name)
 
@@ -522,12 +518,11 @@ class KFACEditCallback(Callback):
         """Show what was edited in which file, and what the probes say; save the factors."""
         reports = list(self._copies.items())
         if reports:
-            path, report = reports[-1]
-            rank_zero_info(f"\n{path}:\n{report}")
+            copy, report = reports[-1]
+            rank_zero_info(f"\n{copy}:\n{report}")
             if len(reports) > 1:
-                rank_zero_info(
-                    f"Edited likewise, each with the factors of its step: {listing(p for p, _ in reports[:-1])}."
-                )
+                others = listing(other for other, _ in reports[:-1])
+                rank_zero_info(f"Edited likewise, with the factors of their steps: {others}.")
         elif self.report is not None:
             rank_zero_info(f"\n{nothing_written}\n{self.report}")
         if self.probe_results:
@@ -585,8 +580,8 @@ class KFACEditCallback(Callback):
         if self._given_up is None:
             self._given_up = str(error) or type(error).__name__
             rank_zero_warn(
-                f"KFACEditCallback stops, and training goes on: {self._given_up} Checkpoints that are saved from now on "
-                "have no edited copy."
+                f"KFACEditCallback stops, and training goes on: {self._given_up} Checkpoints that are saved from now "
+                "on have no edited copy."
             )
 
     def _out(self) -> bool:

@@ -23,7 +23,7 @@ from lightning_curvature.fingerprints import fingerprint
 from lightning_curvature.fisher import FISHER_KINDS
 from lightning_curvature.layers import is_conv1d, matrix_shape
 from lightning_curvature.objectives import NothingToCollectError, frozen_layers
-from lightning_curvature.plan import DoesNotFitError, place_sums
+from lightning_curvature.plan import place_sums
 from lightning_curvature.positions import batch_mask, check_positions
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.selection import LayerChoice, choose_layers
@@ -208,7 +208,8 @@ class Collector:
                 cross-entropy.
 
         Raises:
-            RuntimeError: If the logits cannot be told, the factors do not fit into memory, or ``exact`` is too expensive.
+            RuntimeError: If the logits cannot be told, the factors do not fit into memory, or ``exact`` is too
+                expensive.
         """
         if self._step is not None:
             self._step.before_backward(objective)
@@ -221,7 +222,7 @@ class Collector:
             DoesNotFitError: If their factors do not fit into memory.
         """
         try:
-            chosen = self.choice.resolve(fired, heads)
+            chosen = self.choice.resolve(fired, heads, dead)
         except RuntimeError as error:
             self.frozen |= set(dead)
             raise NothingToCollectError(frozen_layers(dead) if dead else str(error)) from error
@@ -325,7 +326,7 @@ class Collector:
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the chosen layers as they are now; of all that may be chosen before the first batch."""
         names = self.choice.modules if self.chosen is None else self.chosen
-        return {name: self.choice.modules[name].weight for name in names}
+        return {name: self.choice.modules[name].get_parameter("weight") for name in names}
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

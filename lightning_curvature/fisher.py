@@ -163,8 +163,8 @@ def independent_groups(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Tensor:
     """Number the loss positions so that those of one number belong to examples that do not see each other.
 
     Examples lie along the first dimension of the layers' outputs. That no example sees another one is checked: the
-    gradient of some examples' logits must stay in their slices of every layer. Sets of examples are taken by the bits of
-    their numbers, so that each pair is told apart by one of them, in ``2 log2(examples)`` backward passes. Where a
+    gradient of some examples' logits must stay in their slices of every layer. Sets of examples are taken by the bits
+    of their numbers, so that each pair is told apart by one of them, in ``2 log2(examples)`` backward passes. Where a
     gradient does not stay (tokens flattened into the first dimension, batch normalisation, a graph of nodes), each loss
     position is a group of its own.
 

@@ -11,8 +11,8 @@ from torch.autograd.graph import Node, get_gradient_edge
 # Nodes that hand values on as they are: views, copies and casts. Their names end with "Backward" and a number.
 _HANDED_ON = (
     "Alias", "AsStrided", "Chunk", "Clone", "Contiguous", "Expand", "Index", "Movedim", "Narrow", "Permute", "Reshape",
-    "Select", "Slice", "Split", "Squeeze", "Swap", "T", "To", "ToCopy", "Transpose", "Unbind", "Unsqueeze", "UnsafeView",
-    "Unsafe", "View",
+    "Select", "Slice", "Split", "Squeeze", "Swap", "T", "ToCopy", "Transpose", "Unbind", "Unsqueeze", "UnsafeView",
+    "View",
 )  # fmt: skip
 _REORDERED = ("T", "Transpose", "Permute", "Movedim", "Swap")
 _SOFTMAX = ("Softmax", "LogSoftmax")

@@ -25,8 +25,8 @@ from lightning_curvature.taps import LayerCall, Taps
 
 _KNOWN = (
     "The curvature is defined here for F.cross_entropy, nn.CrossEntropyLoss, and F.nll_loss after log_softmax; a model "
-    "that hides it (a fused or compiled loss, a hand-written focal or margin loss over a softmax) names the submodule or "
-    "method that returns its logits: logits='...', and class_dim= if the classes are not the last of three or more "
+    "that hides it (a fused or compiled loss, a hand-written focal or margin loss over a softmax) names the submodule "
+    "or method that returns its logits: logits='...', and class_dim= if the classes are not the last of three or more "
     "dimensions."
 )
 
@@ -61,8 +61,8 @@ def why_no_loss(taps: Taps, logits: str | None) -> str:
     """Return why a backward pass has no softmax loss, and what to do."""
     if logits is not None:
         return (
-            f"logits={logits!r}: nothing that it returned reaches the training loss (with gradients). Name the submodule "
-            "or method whose return value the loss is computed from."
+            f"logits={logits!r}: nothing that it returned reaches the training loss (with gradients). Name the "
+            "submodule or method whose return value the loss is computed from."
         )
     names = sorted({loss.name for loss in taps.other_losses})
     seen = f" It computes {listing(names)}." if names else ""
@@ -111,8 +111,8 @@ def _of_one_call(members: Sequence[tuple[SoftmaxLoss, Origin]]) -> list[SoftmaxL
     if len(kept) > 1 and size is not None and sum(loss.logits.numel() for loss in kept) > size:
         raise RuntimeError(
             f"{len(kept)} softmax losses read the same outputs in different ways (logits of shapes {shapes_of(kept)}), "
-            "so that their classes are not told apart. Name the submodule or method that returns the logits that count: "
-            "logits='...'; a validation step may also return the loss that counts."
+            "so that their classes are not told apart. Name the submodule or method that returns the logits that "
+            "count: logits='...'; a validation step may also return the loss that counts."
         )
     return kept
 
@@ -190,14 +190,14 @@ def find_class_dim(loss: SoftmaxLoss, name: str, class_dim: int | None, taps: Ta
                 dims = {len(shape) - 1}
         if len(dims) != 1:
             raise RuntimeError(
-                f"logits={name!r} returned {list(shape)}, and which dimension holds the classes cannot be told from the "
-                f"loss. Say it: class_dim=1 for [batch, classes, ...], class_dim=-1 for [batch, ..., classes]."
+                f"logits={name!r} returned {list(shape)}, and which dimension holds the classes cannot be told from "
+                f"the loss. Say it: class_dim=1 for [batch, classes, ...], class_dim=-1 for [batch, ..., classes]."
             )
         (dim,) = dims
     if shape[dim] < 2:
         raise RuntimeError(
-            f"logits={name!r} returned {list(shape)}: one class only, whose softmax is always 1. A binary or squared loss "
-            "has no softmax; its curvature is not collected."
+            f"logits={name!r} returned {list(shape)}: one class only, whose softmax is always 1. A binary or squared "
+            "loss has no softmax; its curvature is not collected."
         )
     return dim
 
@@ -207,13 +207,13 @@ def _check_no_other_loss(name: str, goal: Node, others: Sequence[OtherLoss], kno
     direct = sorted({other.name for other in others if reaches(other.input.grad_fn, {goal})})
     if direct:
         raise RuntimeError(
-            f"logits={name!r} goes into {listing(direct)}, and into no softmax: it is no softmax loss, so its curvature is "
-            f"another one than would be collected. {_KNOWN}"
+            f"logits={name!r} goes into {listing(direct)}, and into no softmax: it is no softmax loss, so its "
+            f"curvature is another one than would be collected. {_KNOWN}"
         )
     if known:
         raise RuntimeError(
-            f"logits={name!r} goes into no softmax on its way to the training loss (a binary, squared or margin loss?), so "
-            f"its curvature is another one than would be collected. {_KNOWN}"
+            f"logits={name!r} goes into no softmax on its way to the training loss (a binary, squared or margin "
+            f"loss?), so its curvature is another one than would be collected. {_KNOWN}"
         )
 
 
@@ -285,8 +285,9 @@ def check_single_path(losses: Sequence[SoftmaxLoss], goals: set[Node], objective
             continue
         if node in goals:
             raise RuntimeError(
-                "fisher='empirical': the training loss reaches the layers on other paths than through the cross-entropy "
-                "(a regularizer, an auxiliary loss), so their gradients are mixed. Use fisher='sketched' or 'sampled'."
+                "fisher='empirical': the training loss reaches the layers on other paths than through the "
+                "cross-entropy (a regularizer, an auxiliary loss), so their gradients are mixed. Use fisher='sketched' "
+                "or 'sampled'."
             )
         seen.add(node)
         stack.extend(parent for parent, _ in node.next_functions)

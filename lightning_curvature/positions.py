@@ -55,8 +55,8 @@ def counted_positions(
         return torch.stack(list(not_zero)).any(0) if not_zero else torch.zeros(count, dtype=torch.bool, device=device)
     if call.nested:
         raise RuntimeError(
-            f"positions={positions!r}: layer {call.name!r} reads rows of several lengths (a nested tensor), which have no "
-            "[batch, position]. Use 'contributing' or 'all'."
+            f"positions={positions!r}: layer {call.name!r} reads rows of several lengths (a nested tensor), which have "
+            "no [batch, position]. Use 'contributing' or 'all'."
         )
     shape = call.output_shape[:-1]
     if positions == "first":

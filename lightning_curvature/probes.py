@@ -220,8 +220,8 @@ def _first_batch(where: str, name: str, loader: Any, module: nn.Module) -> list[
     what = f"{where}(): the probe {name!r}"
     if isinstance(loader, (str, bytes, Tensor, Iterator)) or not isinstance(loader, Iterable):
         raise MisconfigurationException(
-            f"{what} is a {type(loader).__name__}; expected a DataLoader, or another iterable of batches that can be read "
-            "more than once."
+            f"{what} is a {type(loader).__name__}; expected a DataLoader, or another iterable of batches that can be "
+            "read more than once."
         )
     with isolate_rng():
         batch = next(iter(loader), None)
@@ -232,8 +232,8 @@ def _first_batch(where: str, name: str, loader: Any, module: nn.Module) -> list[
     check_batch(name, batch)
     if getattr(module.forward, "__func__", module.forward) in (nn.Module.forward, pl.LightningModule.forward):
         raise MisconfigurationException(
-            f"{what} is measured by the module's forward(inputs), and {type(module).__name__} has none. Define it so that "
-            "it returns the logits."
+            f"{what} is measured by the module's forward(inputs), and {type(module).__name__} has none. Define it so "
+            "that it returns the logits."
         )
     return ["accuracy"]
 

@@ -199,8 +199,8 @@ class Ranks:
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor as a plain, dense one. A collective where it is spread over processes (a ``DTensor``).
 
-    Rows of several lengths (a nested tensor) come one after the other, ``[n, ...]``. A sharded state dict may lie on the
-    CPU, where its processes cannot send it.
+    Rows of several lengths (a nested tensor) come one after the other, ``[n, ...]``. A sharded state dict may lie on
+    the CPU, where its processes cannot send it.
     """
     if tensor.is_nested:
         return torch.cat([part.reshape(-1, part.shape[-1]) for part in tensor.unbind()])

@@ -62,25 +62,25 @@ def why_no_copy(checkpoint: Checkpoint, factors: KroneckerFactors, measured: Mea
         return None
     if measured.validated is not None and measured.averages:
         return (
-            f"the factors are those of the validation at step {measured.step}: the weights were averaged further since, and "
-            "it has no edited copy. Let WeightAveraging update them by step, or save checkpoints when validation ends "
-            "(save_on_train_epoch_end=False)"
+            f"the factors are those of the validation at step {measured.step}: the weights were averaged further "
+            "since, and it has no edited copy. Let WeightAveraging update them by step, or save checkpoints when "
+            "validation ends (save_on_train_epoch_end=False)"
         )
     live = {name: whole(weight.detach()).to(saved[name].dtype) for name, weight in measured.live().items()}
     same = not hashes.items() - ranks.gather(weight_hashes(live))[0].items()
     if same and not any(ranks.gather(measured.swapped)):
         if measured.validated is not None:
             rank_zero_warn(
-                f"A checkpoint of step {checkpoint['global_step']} was saved, and the factors are those of the validation "
-                f"at step {measured.step}: its edit rests on older weights. Save checkpoints after validation "
-                "(ModelCheckpoint's default) to have exact ones."
+                f"A checkpoint of step {checkpoint['global_step']} was saved, and the factors are those of the "
+                f"validation at step {measured.step}: its edit rests on older weights. Save checkpoints after "
+                "validation (ModelCheckpoint's default) to have exact ones."
             )
         return None
     where = "validated" if measured.validated is not None else "trained"
     return (
-        f"it holds other weights than those that were {where} (step {measured.step}): a callback or hook puts others in "
-        "their place, averaged ones for example, which these factors do not describe. Collect in a validation of the "
-        "weights that are saved (loop='validation'), or "
+        f"it holds other weights than those that were {where} (step {measured.step}): a callback or hook puts others "
+        "in their place, averaged ones for example, which these factors do not describe. Collect in a validation of "
+        "the weights that are saved (loop='validation'), or "
         "over the saved checkpoint afterwards (Trainer.validate)"
     )
 
@@ -102,7 +102,7 @@ def edited_copy(
         ValueError: If it cannot be edited.
     """
     ranks, weights = editor.ranks, _tensors(checkpoint)
-    layers = _layer_tensors(checkpoint, {name: factors for name in editor.plan(factors)}, ranks)
+    layers = _layer_tensors(checkpoint, dict.fromkeys(editor.plan(factors), factors), ranks)
     # The edit goes by the module's names, and reaches whatever shares memory with a weight.
     renamed = {f"{name}.weight": weight for name, weight in layers.items()}
     edited, report = editor.edit_state_dict({**weights, **renamed}, factors)

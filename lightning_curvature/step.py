@@ -257,7 +257,8 @@ class Step:
             self.passed_over.append(objectives.frozen_layers(dead))
         elif ran & set(chosen):
             self.passed_over.append(
-                f"A softmax loss was backpropagated that does not depend on the chosen layers {listing(sorted(chosen))}."
+                f"A softmax loss was backpropagated that does not depend on the chosen layers "
+                f"{listing(sorted(chosen))}."
             )
 
     def _check_head(self, loss: SoftmaxLoss) -> None:
@@ -337,13 +338,14 @@ class Step:
         """Return what the step adds to the factors; None if there is nothing.
 
         Raises:
-            RuntimeError: If the training sent no gradient to any chosen layer, or weighs its loss positions differently.
+            RuntimeError: If the training sent no gradient to any chosen layer, or weighs its loss positions
+                differently.
         """
         if not self._received:
             if self._detached and not self.passed_over:
                 self.passed_over.append(
-                    "The logits depend on the layers through a detached activation alone, whose gradient was not handed on "
-                    "with activation.backward(gradient). Backpropagate it so, or take detach() away."
+                    "The logits depend on the layers through a detached activation alone, whose gradient was not "
+                    "handed on with activation.backward(gradient). Backpropagate it so, or take detach() away."
                 )
             return None
         calls = [call for call in self._calls if call in self._received]
@@ -390,12 +392,14 @@ def _lies_in(part: Tensor, activation: Tensor) -> bool:
     """Tell whether a tensor is a view of the memory of another one."""
     if part.untyped_storage().data_ptr() != activation.untyped_storage().data_ptr() or part.dtype != activation.dtype:
         return False
-    extents = []
-    for tensor in (part, activation):
-        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        extents.append((tensor.storage_offset(), tensor.storage_offset() + last))
-    (start, end), (first, last) = extents
+    (start, end), (first, last) = _extent(part), _extent(activation)
     return part.numel() > 0 and first <= start and end <= last
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Return the first and the last place of a tensor in its storage."""
+    start = int(tensor.storage_offset())
+    return start, start + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _placed(copies: Sequence[_Detached], activation: Tensor, together: bool) -> list[Tensor]:

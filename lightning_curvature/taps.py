@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_curvature._checks import did_you_mean
 from lightning_curvature.compiled import uncompiled
-from lightning_curvature.layers import check_forward, rows_agree
+from lightning_curvature.forwards import check_forward, rows_agree
 from lightning_curvature.losses import OTHER_LOSSES, SOFTMAX_LOSSES, OtherLoss, SoftmaxLoss, every_position, read_loss
 from lightning_curvature.ranks import whole
 
@@ -200,14 +200,18 @@ class Taps:
             shape = torch.Size([*rows.shape[:-1], output.shape[-1]])
         if not rows_agree(module, rows, shape):
             raise RuntimeError(
-                f"Layer {name!r}: it read {list(rows.shape)} and returned {list(shape)}, which are not as many positions: "
-                f"the forward of its class {type(module).__name__} does more than multiply. Leave it out of layers=."
+                f"Layer {name!r}: it read {list(rows.shape)} and returned {list(shape)}, which are not as many "
+                f"positions: the forward of its class {type(module).__name__} does more than multiply. Leave it out of "
+                "layers=."
             )
         if name in self._unchecked:
             self._unchecked.discard(name)
             reason = check_forward(module, rows, whole(output.detach()))
             if reason is not None:
-                raise RuntimeError(f"Layer {name!r} cannot be collected: {reason}")
+                raise RuntimeError(
+                    f"Layer {name!r} cannot be collected: {reason}. Its factors would be those of another product; "
+                    "leave it out of layers=."
+                )
         call = LayerCall(
             name=name,
             module=module,
@@ -294,7 +298,8 @@ def named_target(root: nn.Module, name: str) -> Any:
     if not isinstance(target, nn.Module) and not callable(target):
         options = [*(n for n, _ in root.named_modules() if n), *_own_methods(root)]
         raise ValueError(
-            f"logits={name!r} is neither a submodule nor a method of {type(root).__name__}.{did_you_mean(name, options)}"
+            f"logits={name!r} is neither a submodule nor a method of {type(root).__name__}."
+            f"{did_you_mean(name, options)}"
         )
     return target
 
@@ -304,18 +309,19 @@ def _check_tensors(name: str, inputs: Any, output: Any) -> None:
     for what, value in (("reads", inputs), ("returns", output)):
         if not isinstance(value, Tensor):
             raise RuntimeError(
-                f"Layer {name!r} {what} a {type(value).__name__}, expected a tensor: its class does more than multiply its "
-                "input by its weight. Leave it out of layers=."
+                f"Layer {name!r} {what} a {type(value).__name__}, expected a tensor: its class does more than multiply "
+                "its input by its weight. Leave it out of layers=."
             )
         if torch._C._functorch.is_functorch_wrapped_tensor(value):
             raise RuntimeError(
-                f"Layer {name!r} runs inside a torch.func transform (vmap, grad, jvp), whose tensors have no place in the "
-                "autograd graph. Collect from a step without it: a plain forward pass and loss.backward(), or over the "
-                "trained model (lightning_curvature.collect.collect)."
+                f"Layer {name!r} runs inside a torch.func transform (vmap, grad, jvp), whose tensors have no place in "
+                "the autograd graph. Collect from a step without it: a plain forward pass and loss.backward(), or over "
+                "the trained model (lightning_curvature.collect.collect)."
             )
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
         raise RuntimeError(
-            f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without CUDA graphs."
+            f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without CUDA "
+            "graphs."
         )
 
 

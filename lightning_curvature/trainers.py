@@ -106,8 +106,8 @@ class RunLength:
     """How many training batches a fit still has, worked out anew at each batch.
 
     What ends a run may be counted in epochs, in optimizer steps (of several optimizers, or of accumulated batches, also
-    where a module accumulates by itself), or in time. Steps for each batch are those of the latest batches, and an epoch
-    of unknown length is taken for as long as the one before.
+    where a module accumulates by itself), or in time. Steps for each batch are those of the latest batches, and an
+    epoch of unknown length is taken for as long as the one before.
 
     Args:
         span: Batches over which steps and time are counted, and twice as many at most.

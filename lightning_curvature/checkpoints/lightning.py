@@ -177,12 +177,12 @@ class Siblings:
                 if checkpoint is not None and (edited := edit(checkpoint, copy)) is not None:
                     self._save(edited, copy)
                     if self.ranks.rank == 0:  # ckpt_path="last" takes the latest file
-                        before = os.stat(path).st_mtime_ns - _EARLIER
+                        before = _stamp(path)[1] - _EARLIER
                         os.utime(copy, ns=(before, before))
 
     def _read_back(self, path: str, stamp: tuple[int, int] | None) -> Checkpoint | None:
         """Return a checkpoint that this run has written; its weights on the first process alone. A collective."""
-        known = self.ranks.first(lambda: os.path.exists(path) and _stamp(path) == stamp)
+        known = self.ranks.first(lambda: Path(path).exists() and _stamp(path) == stamp)
         if not known:
             rank_zero_warn(f"{path} has changed since it was saved, or is gone: it has no edited copy.")
             return None
@@ -281,7 +281,7 @@ def _is_local(path: str) -> bool:
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+    status = Path(path).stat()
     return status.st_size, status.st_mtime_ns
 
 
