@@ -122,7 +122,7 @@ def _same_softmax(one: SoftmaxLoss, two: SoftmaxLoss, origin: Origin, size: int 
         return False
     if node_of(one.logits) is node_of(two.logits):
         return one.logits.output_nr == two.logits.output_nr
-    return not origin.reordered and one.logits.numel() == size
+    return not (origin.reordered or origin.operations) and one.logits.numel() == size
 
 
 def several_outputs(shapes: Sequence[Sequence[int]]) -> str:

@@ -194,10 +194,8 @@ class Taps:
     def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         _check_tensors(name, inputs, output)
         nested, version = inputs.is_nested, _version(inputs)
-        rows, shape = inputs.detach(), output.shape
-        if nested:
-            rows = whole(rows)
-            shape = torch.Size([*rows.shape[:-1], output.shape[-1]])
+        rows = whole(inputs.detach()) if nested else inputs.detach()
+        shape = torch.Size([len(rows), output.size(-1)]) if output.is_nested else output.shape
         if not rows_agree(module, rows, shape):
             raise RuntimeError(
                 f"Layer {name!r}: it read {list(rows.shape)} and returned {list(shape)}, which are not as many "
