@@ -419,10 +419,10 @@ class KFACEditCallback(Callback):
 
     def _end_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the factors of a validation that ends."""
+        collection = self._running()
+        collection.collector.accumulator.join()  # first of all: others may still add batches
         if self._out():
             return
-        collection = self._running()
-        collection.collector.accumulator.join()
         step = trainer.global_step
         if not self._in_fit and trainer.ckpt_path and self._siblings is not None:
             step = self._siblings.loaded_step if self._siblings.loaded_step is not None else step
