@@ -317,10 +317,15 @@ class _Layers:
                 far[layer] = distance
         if not far:
             return
+        furthest = max(far.values())
+        how = (
+            f"the furthest is {furthest:.2g} of its norm away, by a sample of its entries"
+            if furthest
+            else "few entries"
+        )
         found = (
             f"{len(far)} of {len(asked)} layers of {self.checkpoint.path} have other weights than those that the "
-            f"factors were collected on: {listing(far, 3)}; the furthest is {max(far.values()):.2g} of its norm away, "
-            "by a sample of its entries."
+            f"factors were collected on: {listing(far, 3)}; {how}."
         )
         if not force:
             raise ValueError(
