@@ -581,7 +581,7 @@ def test_commands(saved, tmp_path, capsys):
     assert "model.layers.1.mlp.down_proj" in shown
     assert "model.layers.0" not in shown
     run("inspect", out)
-    assert "model.layers.1.mlp.down_proj       0.6" in capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj  0.6 " in capsys.readouterr().out
     run("revert", "--checkpoint", out, "--delta", delta, "--out", back)
     assert hashes(back) == hashes(saved / "sharded")
     run("apply", "--checkpoint", back, "--delta", delta, "--out", tmp_path / "again")

@@ -54,7 +54,7 @@ SOURCES = {"pt": "model.pt", "ckpt": "model.ckpt", "safetensors": "model.safeten
     [
         *((source, out, "a file of torch.save is written; name it NAME.ckpt or NAME.pt")
           for source in ("pt", "ckpt")
-          for out in ("x.safetensors", "x.SafeTensors", "x.ckpt.safetensors", ".safetensors", "x.json", "x.gguf", "a.h5")),
+          for out in ("x.safetensors", "x.SafeTensors", "x.ckpt.safetensors", ".safetensors", "x.json", "x.gguf")),
         *(("safetensors", out, "a safetensors file is written; name it NAME.safetensors")
           for out in ("x.pt", "x.ckpt", "x.PT", "x.safetensors.bin", "pytorch_model.bin", "x.pth.tar", "x.json")),
         *(("folder", out, "a Hugging Face folder is written; name a folder")
