@@ -135,8 +135,7 @@ def command(saved, tmp_path, *more, checkpoint="folder", factors="factors.safete
     [
         (["--half", "tuning"], "--half is used by --forget alone, which is not given"),
         (["--strength", 0.4], "--strength is used by --forget alone"),
-        (["--model", "folder"], "--model is used by --perplexity and --forget and a preset of --layers alone"),
-        (["--layers", "model.*", "--model", "folder"], "--model is used by"),
+        (["--model", "model.pt"], "folder is a folder with a model of its own: leave --model out"),
         (["--context", 128], "--context is used by --perplexity alone"),
         (["--tokens", 50000], "--tokens is used by --perplexity alone"),
         (["--corpus", "text.txt"], "--corpus is used by --perplexity alone"),
@@ -146,7 +145,6 @@ def command(saved, tmp_path, *more, checkpoint="folder", factors="factors.safete
         (["--perplexity", 1.1], "needs a text to measure it on: --corpus"),
         (["--perplexity", 1.1, "--corpus", "nothing.txt"], "--corpus: .*nothing.txt is no file"),
         (["--forget", "folder"], "--forget: .*folder is no file"),
-        (["--perplexity", 1.1, "--corpus", "text.txt", "--model", "model.pt"], "--model: .*model.pt is no folder"),
         (["--dry-run", "--save-delta", "d.safetensors"], "--dry-run writes nothing: leave --save-delta out"),
         (["--to-hf", "folder"], r"is no file of torch.save \(.ckpt, .pt\): only those become a folder"),
         (["--allow-global", "argparse.Namespace"], "--allow-global is for files of torch.save"),
@@ -160,6 +158,20 @@ def test_options_that_would_be_ignored_are_errors(saved, tmp_path, nothing_compu
     with pytest.raises(SystemExit, match=message):
         run(*command(saved, tmp_path, *given))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "folder"], "--model is used by --perplexity and --forget and a preset of --layers alone"),
+        (["--layers", "net.*", "--model", "folder"], "--model is used by"),
+        (["--perplexity", 1.1, "--corpus", "text.txt", "--model", "model.pt"], "--model: .*model.pt is no folder"),
+    ],
+)
+def test_the_model_of_a_checkpoint(saved, tmp_path, nothing_computed, options, message):
+    given = [saved / option if option in {"folder", "text.txt", "model.pt"} else option for option in options]
+    with pytest.raises(SystemExit, match=message):
+        run(*command(saved, tmp_path, *given, checkpoint="model.ckpt", out="o.ckpt"))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def edit(
     """
     options = {"corpus": corpus, "forget": forget, "half": half, "strength": strength, "model": model,
                "tokens": tokens, "context": context}  # fmt: skip
+    if model not in (None, checkpoint) and checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is a folder with a model of its own: leave --model out.")
     _check_used(options, perplexity, layers)
     if dry_run and save_delta is not None:
         raise ValueError("--dry-run writes nothing: leave --save-delta out.")
@@ -131,7 +133,12 @@ def _check_used(options: Mapping[str, Any], perplexity: float | None, layers: li
     for name in sorted(given - {"forget"}):
         takers = {user: active for user, (active, takes) in users.items() if name in takes}
         if not any(takers.values()):
-            raise ValueError(f"--{name} is used by {' and '.join(takers)} alone, which is not given. Leave it out.")
+            remedy = (
+                "Leave it out, or say what the edit may cost: --perplexity."
+                if "--perplexity" in takers
+                else "Leave it out."
+            )
+            raise ValueError(f"--{name} is used by {' and '.join(takers)} alone, which is not given. {remedy}")
     if perplexity is not None and "corpus" not in given:
         raise ValueError("--perplexity needs a text to measure it on: --corpus.")
     for name in ("corpus", "forget"):
@@ -154,8 +161,6 @@ def _chosen(
         from lightning_curvature.text.choosing import Chooser
     model = options["model"]
     weights = None if model in (None, checkpoint) else checkpoint
-    if weights is not None and weights.is_dir():
-        raise ValueError(f"{weights} is a folder with a model of its own: leave --model out.")
     chooser = Chooser(model or checkpoint, weights, factors, allowed)
     names = chooser.names.items()
     factors = KroneckerFactors({own: chooser.factors[name] for own, name in names}, factors.provenance)  # read once
