@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, files
+from lightning_curvature.checkpoints import huggingface
 from lightning_curvature.checkpoints.archive import edited_note
 from lightning_curvature.cli import main
 from lightning_curvature.collect import collect
@@ -191,6 +192,22 @@ def test_a_language_model_and_its_neighbour(tmp_path):
     with pytest.raises(ValueError, match=r"6 of 6 layers of .*two have other weights"):
         EDITOR.edit_checkpoint(tmp_path / "two", factors, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+    assert huggingface.edited_note(tmp_path / "one") is None
+    note = huggingface.edited_note(tmp_path / "a")
+    assert note.startswith(f"The model in {tmp_path / 'a'} is an edited copy (method kfac, layers 'model.layers.0.mlp.")
+
+
+def test_other_weights_are_refused_before_a_model_is_run(tmp_path, monkeypatch):
+    """An energy that is chosen by perplexity takes long to find."""
+    rows = language.tokens(8, 12)
+    one, two = language.model("llama", seed=0), language.model("llama", seed=1)
+    collect(one, [rows], lambda ids: one(input_ids=ids, labels=ids).loss, layers="mlp").save(tmp_path / "f.safetensors")
+    two.save_pretrained(tmp_path / "two")
+    (tmp_path / "t.txt").write_text("w1 w2")
+    monkeypatch.setattr("lightning_curvature.text.choosing.Chooser.__init__", None)
+    with pytest.raises(SystemExit, match="6 of 6 layers"):
+        main(["edit", "--checkpoint", str(tmp_path / "two"), "--factors", str(tmp_path / "f.safetensors"), "--out",
+              str(tmp_path / "o"), "--perplexity", "1.1", "--corpus", str(tmp_path / "t.txt")])  # fmt: skip
 
 
 def test_what_has_no_fingerprint():
