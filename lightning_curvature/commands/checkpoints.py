@@ -72,7 +72,7 @@ def edit(
         model: Folder of the Hugging Face model whose weights the checkpoint holds, for --perplexity, --forget and
             presets of --layers; by default the checkpoint itself.
         tokens: Tokens of the corpus to read at most; by default 50000.
-        context: Tokens of a window of the corpus; by default 128.
+        context: Tokens of a window of the corpus; by default 128, or as many as the model takes.
         dry_run: Print what would be done, and write nothing.
         save_delta: Also write a delta file, with which revert gets the original back.
         to_hf: Write a Hugging Face folder from a .ckpt or .pt whose module holds a Hugging Face model; names a folder
@@ -159,6 +159,7 @@ def _chosen(
     """Return the editor, the factors, and how the energy was found, where the model has to run for it."""
     with extra("text"):
         from lightning_curvature.text.choosing import Chooser
+        from lightning_curvature.text.decoding import context_length
     model = options["model"]
     weights = None if model in (None, checkpoint) else checkpoint
     chooser = Chooser(model or checkpoint, weights, factors, allowed)
@@ -170,7 +171,8 @@ def _chosen(
         editor = BulkStepEditor(strength, editor.energy, editor.layers, editor.score, editor.soft)
     if perplexity is None:
         return editor, factors, {}
-    tokens, context = options["tokens"] or _TOKENS, options["context"] or _CONTEXT
+    tokens = _TOKENS if options["tokens"] is None else options["tokens"]
+    context = min(_CONTEXT, context_length(chooser.model)) if options["context"] is None else options["context"]
     target = chooser.find(editor, perplexity, options["corpus"], tokens, context)
     return editor.at(target["energy"]), factors, target
 
