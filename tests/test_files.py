@@ -288,6 +288,7 @@ def test_outputs_never_replace_what_is_read(saved, tmp_path):
         (folder / "edited", None, "lie one inside the other"),
         (tmp_path / "o", folder, "is the source itself"),
         (tmp_path / "o", tmp_path / "o", "is named twice"),
+        (tmp_path / "o", tmp_path / "o" / "d.safetensors", "lies inside of a folder that is written as a whole"),
         (tmp_path / "o", folder / "d.safetensors", "lie one inside the other"),
     ]:
         with pytest.raises(FileExistsError, match=message):

@@ -146,6 +146,8 @@ def command(saved, tmp_path, *more, checkpoint="folder", factors="factors.safete
         (["--perplexity", 1.1, "--corpus", "nothing.txt"], "--corpus: .*nothing.txt is no file"),
         (["--forget", "folder"], "--forget: .*folder is no file"),
         (["--dry-run", "--save-delta", "d.safetensors"], "--dry-run writes nothing: leave --save-delta out"),
+        (["--bases", "out/bases"], "lie one inside the other"),
+        (["--save-delta", "out/d.safetensors"], "lies inside of a folder that is written as a whole"),
         (["--to-hf", "folder"], r"is no file of torch.save \(.ckpt, .pt\): only those become a folder"),
         (["--allow-global", "argparse.Namespace"], "--allow-global is for files of torch.save"),
         (["--bases", "text.txt"], "--bases: .*text.txt is a file; name a folder"),
@@ -154,7 +156,7 @@ def command(saved, tmp_path, *more, checkpoint="folder", factors="factors.safete
 def test_options_that_would_be_ignored_are_errors(saved, tmp_path, nothing_computed, options, message):
     files = {"folder", "text.txt", "nothing.txt", "model.pt"}
     given = [saved / option if option in files else option for option in options]
-    given = [tmp_path / option if option == "d.safetensors" else option for option in given]
+    given = [tmp_path / option if str(option).endswith(("d.safetensors", "/bases")) else option for option in given]
     with pytest.raises(SystemExit, match=message):
         run(*command(saved, tmp_path, *given))
     assert not list(tmp_path.iterdir())

@@ -99,7 +99,8 @@ def edit(
     if allowed and found.format != "archive":
         raise ValueError(f"--allow-global is for files of torch.save; {checkpoint} is none.")
     loaded = KroneckerFactors.open(factors)
-    check_outputs([path for path in (out, save_delta) if path is not None], [factors], overwrite)
+    read = [path for path in (factors, corpus, forget, bases) if path is not None]
+    check_outputs([path for path in (out, save_delta) if path is not None], read, overwrite)
     folder = next((path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir()), None)
     share = DEFAULT_ENERGY if energy is None else energy
     editor = CurvatureEditor(share, named_layers(layers, loaded, folder), score, soft)
