@@ -98,14 +98,17 @@ def edit_checkpoint(
     _warn_if_edited(checkpoint)
     with ExitStack() as stack:
         scratch = stack.enter_context(Scratch(Path(target)))
-        hashes = checkpoint_hashes(checkpoint)
-        before, unedited = checkpoint.provenance, content_hash(hashes)
-        if to_hf is not None:
+        before = checkpoint.provenance
+        if to_hf is None:
+            layers = FileLayers(editor, checkpoint, own, before)  # what finds no tensor is told before all is hashed
+            hashes = checkpoint_hashes(checkpoint)
+            unedited = content_hash(hashes)
+        else:
             from lightning_curvature.checkpoints.conversion import to_folder  # those who need it import transformers
 
-            edited = to_folder(_archive(checkpoint), to_hf, scratch.path / "model")
-            checkpoint, hashes = edited, checkpoint_hashes(edited)
-        layers = FileLayers(editor, checkpoint, own, before)
+            unedited = content_hash(checkpoint_hashes(checkpoint))
+            checkpoint = to_folder(_archive(checkpoint), to_hf, scratch.path / "model")
+            layers, hashes = FileLayers(editor, checkpoint, own, before), checkpoint_hashes(checkpoint)
         layers.check_origin(source, hashes, force)
         record = None if delta is None else stack.enter_context(DeltaRecord(Path(delta), checkpoint, hashes))
         new: dict[str, Callable[[], Tensor]] = {}

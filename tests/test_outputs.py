@@ -83,6 +83,17 @@ def test_what_is_written_can_be_read(saved, tmp_path, source, out, capsys):
     assert formats.open_checkpoint(tmp_path / out).format == formats.open_checkpoint(saved / SOURCES[source]).format
 
 
+def test_a_wrong_pattern_is_told_before_anything_is_read(saved, tmp_path, nothing_computed):
+    factors = KroneckerFactors.open(saved / "factors.safetensors")
+    with pytest.raises(ValueError, match=r"Pattern 'x\*' matches no layer of the factors"):
+        CurvatureEditor(0.8, ["x*"]).edit_checkpoint(saved / "model.pt", factors, tmp_path / "o.pt")
+    eye = torch.eye(2)
+    other = KroneckerFactors({"other.fc": LayerFactors(A=eye, G=eye, num_inputs=9, num_gradients=9)})
+    with pytest.raises(ValueError, match="1 of 1 layers of the factors have no weight in the checkpoint"):
+        EDITOR.edit_checkpoint(saved / "model.pt", other, tmp_path / "o.pt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_files_have_names_of_their_format(saved, tmp_path, nothing_computed):
     factors = KroneckerFactors.open(saved / "factors.safetensors")
     for name in ("d.pt", "d.ckpt", "d.BIN", "d.json"):
