@@ -195,9 +195,15 @@ def _warn_if_edited(checkpoint: Checkpoint) -> None:
 def check_origin(
     editor: WeightEditor, source: _Path, factors: KroneckerFactors, allow_globals: Sequence[str] = ()
 ) -> None:
-    """Raise ``ValueError`` if an edit would be refused since the factors fit the checkpoint's names or weights not."""
+    """Raise ``ValueError`` if an edit would be refused since the factors were collected on other weights.
+
+    Whether they fit the model at all is told by those who load it.
+    """
     checkpoint = open_weights(source, allow_globals)
-    layers = FileLayers(editor, checkpoint, OneByOne(factors, torch.device("cpu")), checkpoint.provenance)
+    try:
+        layers = FileLayers(editor, checkpoint, OneByOne(factors, torch.device("cpu")), checkpoint.provenance)
+    except ValueError:
+        return
     layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force=False)
 
 

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from lightning_curvature import files
 from lightning_curvature._checks import listing
 from lightning_curvature.bases import bases_in
@@ -199,6 +202,7 @@ def named_layers(layers: list[str] | None, factors: KroneckerFactors, folder: Pa
             f"--layers {' '.join(presets)}: presets need a model folder, with the config.json of a model of "
             "transformers (--model). Or name patterns on the layers of the factors."
         )
+    _fill(module)
     modules = dict(module.named_modules())
     names = match_layers(factors, (f"{name}.weight" for name in modules))
     head = module.get_output_embeddings()
@@ -217,6 +221,16 @@ def named_layers(layers: list[str] | None, factors: KroneckerFactors, folder: Pa
             )
         chosen += [layer for layer in held if layer not in chosen]
     return chosen
+
+
+def _fill(module: nn.Module) -> None:
+    """Give the weights of a model on the meta device values that take no memory: what has none cannot be chosen."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if weight not in filled:
+                filled[weight] = nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))
+            setattr(part, name, filled[weight])
 
 
 def revert(
