@@ -199,6 +199,7 @@ def check_origin(
 
     Whether they fit the model at all is told by those who load it.
     """
+    editor.plan(factors)
     checkpoint = open_weights(source, allow_globals)
     try:
         layers = FileLayers(editor, checkpoint, OneByOne(factors, torch.device("cpu")), checkpoint.provenance)
