@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replacing
@@ -24,7 +24,12 @@ from lightning_curvature.checkpoints.formats import (
 from lightning_curvature.checkpoints.huggingface import AS_IT_IS, CARD, NOTE
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.checkpoints.outputs import check_name, check_outputs
-from lightning_curvature.checkpoints.safetensors import SafetensorsFile, check_header, looks_like_safetensors
+from lightning_curvature.checkpoints.safetensors import (
+    SafetensorsFile,
+    check_header,
+    join_files,
+    looks_like_safetensors,
+)
 from lightning_curvature.checkpoints.scratch import Scratch
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text, parse_json
 from lightning_curvature.factor_files import HEADER
@@ -64,7 +69,7 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
         Args:
             facts: What the edited copy says about itself.
         """
-        tensors = {name: load_file(Path(self.scratch.name, str(i)))["delta"] for i, name in enumerate(self.names)}
+        parts = {name: Path(self.scratch.name, str(i)) for i, name in enumerate(self.names)}
         header = {
             "version": _VERSION,
             "tensors": {name: {"original": self.original[name], "edited": self.edited[name]} for name in self.names},
@@ -76,7 +81,7 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
         if self.path.exists():
             shutil.copy2(self.path, Path(self.scratch.name, _OLD))
         with replacing(self.path) as temporary:
-            save_file(tensors, temporary, metadata={DELTA: json.dumps(header)})
+            join_files(parts, temporary, {DELTA: json.dumps(header)})
         self.written = True
 
     def __exit__(self, *exception: object) -> None:

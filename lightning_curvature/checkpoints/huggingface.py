@@ -50,6 +50,20 @@ def card_section(provenance: Mapping[str, Any]) -> str:
     )
 
 
+def edited_note(folder: str | os.PathLike[str]) -> str | None:
+    """Return a sentence that says what was edited in a folder, for those who load a model from it; None if nothing was.
+
+    Raises:
+        ValueError: If what it says of its edit is damaged.
+    """
+    note = Path(folder) / NOTE
+    if not note.is_file():
+        return None
+    facts = check_facts(parse_json(note.read_bytes(), f"{note}"), f"{note}")
+    layers = listing(facts.get("layers", {}), 3)
+    return f"The model in {folder} is an edited copy (method {facts.get('method')}, layers {layers})."
+
+
 class HuggingFaceFolder:
     """A folder written by ``save_pretrained`` with safetensors weights.
 

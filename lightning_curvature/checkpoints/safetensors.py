@@ -13,7 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -140,8 +140,7 @@ class SafetensorsFile:
         if provenance is not None:
             metadata[KEY] = json.dumps(provenance)
         content = {_METADATA: metadata, **self.header} if metadata else self.header
-        header = json.dumps(content, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
+        header = _packed(content)
         recorded = (headers or {}).get("")
         if recorded is not None and {k: v for k, v in json.loads(recorded).items() if k != _METADATA} == self.header:
             header = recorded.encode()
@@ -151,7 +150,7 @@ class SafetensorsFile:
             temporary.open("r+b") as out,
             self.path.open("rb") as source,
         ):
-            out.write(len(header).to_bytes(8, "little") + header)
+            _write_header(out, header)
             source.seek(self.start)
             shutil.copyfileobj(source, out, _CHUNK)
             for name, edit in edits.items():
@@ -160,6 +159,36 @@ class SafetensorsFile:
                 out.seek(8 + len(header) + int(self.header[name]["data_offsets"][0]))
                 out.write(as_bytes(new))
             out.flush()
+
+
+def join_files(parts: Mapping[str, Path], target: Path, metadata: Mapping[str, str]) -> None:
+    """Write one file of the tensors of several, each of which holds one; they pass through memory in chunks.
+
+    Args:
+        parts: Files by the name that their tensor gets.
+        target: File to write.
+        metadata: Its metadata.
+    """
+    files, header, offset = {name: SafetensorsFile(path) for name, path in parts.items()}, dict[str, Any](), 0
+    for name, file in files.items():
+        ((own, entry),) = file.header.items()
+        header[name] = {**entry, "data_offsets": [offset, offset + file.num_bytes(own)]}
+        offset += file.num_bytes(own)
+    with target.open("wb") as out:
+        _write_header(out, _packed({_METADATA: dict(metadata), **header}))
+        for file in files.values():
+            with file.path.open("rb") as source:
+                source.seek(file.start)
+                shutil.copyfileobj(source, out, _CHUNK)
+
+
+def _packed(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _write_header(out: BinaryIO, header: bytes) -> None:
+    out.write(len(header).to_bytes(8, "little") + header)
 
 
 def looks_like_safetensors(path: str | os.PathLike[str]) -> bool:

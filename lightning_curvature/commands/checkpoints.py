@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from lightning_curvature import files
 from lightning_curvature._checks import listing
 from lightning_curvature.bases import bases_in
@@ -72,7 +75,7 @@ def edit(
         model: Folder of the Hugging Face model whose weights the checkpoint holds, for --perplexity, --forget and
             presets of --layers; by default the checkpoint itself.
         tokens: Tokens of the corpus to read at most; by default 50000.
-        context: Tokens of a window of the corpus; by default 128.
+        context: Tokens of a window of the corpus; by default 128, or as many as the model takes.
         dry_run: Print what would be done, and write nothing.
         save_delta: Also write a delta file, with which revert gets the original back.
         to_hf: Write a Hugging Face folder from a .ckpt or .pt whose module holds a Hugging Face model; names a folder
@@ -85,6 +88,8 @@ def edit(
     """
     options = {"corpus": corpus, "forget": forget, "half": half, "strength": strength, "model": model,
                "tokens": tokens, "context": context}  # fmt: skip
+    if model not in (None, checkpoint) and checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is a folder with a model of its own: leave --model out.")
     _check_used(options, perplexity, layers)
     if dry_run and save_delta is not None:
         raise ValueError("--dry-run writes nothing: leave --save-delta out.")
@@ -97,7 +102,8 @@ def edit(
     if allowed and found.format != "archive":
         raise ValueError(f"--allow-global is for files of torch.save; {checkpoint} is none.")
     loaded = KroneckerFactors.open(factors)
-    check_outputs([path for path in (out, save_delta) if path is not None], [factors], overwrite)
+    read = [path for path in (factors, corpus, forget, bases) if path is not None]
+    check_outputs([path for path in (out, save_delta) if path is not None], read, overwrite)
     folder = next((path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir()), None)
     share = DEFAULT_ENERGY if energy is None else energy
     editor = CurvatureEditor(share, named_layers(layers, loaded, folder), score, soft)
@@ -131,7 +137,12 @@ def _check_used(options: Mapping[str, Any], perplexity: float | None, layers: li
     for name in sorted(given - {"forget"}):
         takers = {user: active for user, (active, takes) in users.items() if name in takes}
         if not any(takers.values()):
-            raise ValueError(f"--{name} is used by {' and '.join(takers)} alone, which is not given. Leave it out.")
+            remedy = (
+                "Leave it out, or say what the edit may cost: --perplexity."
+                if "--perplexity" in takers
+                else "Leave it out."
+            )
+            raise ValueError(f"--{name} is used by {' and '.join(takers)} alone, which is not given. {remedy}")
     if perplexity is not None and "corpus" not in given:
         raise ValueError("--perplexity needs a text to measure it on: --corpus.")
     for name in ("corpus", "forget"):
@@ -152,10 +163,9 @@ def _chosen(
     """Return the editor, the factors, and how the energy was found, where the model has to run for it."""
     with extra("text"):
         from lightning_curvature.text.choosing import Chooser
+        from lightning_curvature.text.decoding import context_length
     model = options["model"]
     weights = None if model in (None, checkpoint) else checkpoint
-    if weights is not None and weights.is_dir():
-        raise ValueError(f"{weights} is a folder with a model of its own: leave --model out.")
     chooser = Chooser(model or checkpoint, weights, factors, allowed)
     names = chooser.names.items()
     factors = KroneckerFactors({own: chooser.factors[name] for own, name in names}, factors.provenance)  # read once
@@ -165,7 +175,8 @@ def _chosen(
         editor = BulkStepEditor(strength, editor.energy, editor.layers, editor.score, editor.soft)
     if perplexity is None:
         return editor, factors, {}
-    tokens, context = options["tokens"] or _TOKENS, options["context"] or _CONTEXT
+    tokens = _TOKENS if options["tokens"] is None else options["tokens"]
+    context = min(_CONTEXT, context_length(chooser.model)) if options["context"] is None else options["context"]
     target = chooser.find(editor, perplexity, options["corpus"], tokens, context)
     return editor.at(target["energy"]), factors, target
 
@@ -191,6 +202,7 @@ def named_layers(layers: list[str] | None, factors: KroneckerFactors, folder: Pa
             f"--layers {' '.join(presets)}: presets need a model folder, with the config.json of a model of "
             "transformers (--model). Or name patterns on the layers of the factors."
         )
+    _fill(module)
     modules = dict(module.named_modules())
     names = match_layers(factors, (f"{name}.weight" for name in modules))
     head = module.get_output_embeddings()
@@ -209,6 +221,16 @@ def named_layers(layers: list[str] | None, factors: KroneckerFactors, folder: Pa
             )
         chosen += [layer for layer in held if layer not in chosen]
     return chosen
+
+
+def _fill(module: nn.Module) -> None:
+    """Give the weights of a model on the meta device values that take no memory: what has none cannot be chosen."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if weight not in filled:
+                filled[weight] = nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))
+            setattr(part, name, filled[weight])
 
 
 def revert(
