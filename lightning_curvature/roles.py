@@ -4,7 +4,8 @@ The modules around a layer decide, the nearest first, up to the block that holds
 state space, query, key and value projections held together), then what their class and their attribute are called.
 The layer's own name counts last: an ``out_proj`` alone says nothing.
 
-A *block* is a composite module held by an ``nn.Sequential``, ``nn.ModuleList`` or ``nn.ModuleDict``.
+A *block* is a composite module held by an ``nn.ModuleList`` or ``nn.ModuleDict``, or beside others by an
+``nn.Sequential``.
 """
 
 import re
@@ -84,10 +85,24 @@ def block_depth(name: str, modules: Mapping[str, nn.Module]) -> int:
     """Return how many parts of a layer's name are those of the innermost block above it; 0 without one."""
     path = name.split(".")
     for depth in range(len(path) - 1, 0, -1):
-        inside = isinstance(modules[".".join(path[: depth - 1])], _CONTAINERS)
-        if inside and not isinstance(modules[".".join(path[:depth])], _CONTAINERS):
+        if not isinstance(modules[".".join(path[:depth])], _CONTAINERS) and _stacks(
+            modules[".".join(path[: depth - 1])]
+        ):
             return depth
     return 0
+
+
+def _stacks(module: nn.Module) -> bool:
+    """Tell whether a module is a container of blocks, rather than one module with a norm or an activation beside it."""
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, _CONTAINERS)
+    composite = [any(True for _ in child.children()) for child in module.children()]
+    return sum(composite) != 1 or len(composite) == 1
+
+
+def block_of(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return the name of the innermost block above a layer, or nothing."""
+    return ".".join(name.split(".")[: block_depth(name, modules)])
 
 
 def mixer_of(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -110,15 +125,18 @@ def mlp_layers(roles: Mapping[str, str | None], modules: Mapping[str, nn.Module]
         roles: What :func:`layer_role` says of each linear layer.
         modules: Every module of the network, by name.
     """
-    above = {_block(name, modules) for name, role in roles.items() if role in (ATTENTION, MIXER)}
+    above = {block_of(name, modules) for name, role in roles.items() if role in (ATTENTION, MIXER)}
     stages = {block[: end.start()] for block in above for end in re.finditer(r"[.]", block)}
     blocks = {name: _mlp_block(name, modules, stages) for name in roles}
     speaking = {blocks[name] for name, role in roles.items() if role == MLP}
 
     def belongs(name: str, role: str | None) -> bool:
-        if not blocks[name] or _is_router(name, modules):
+        if _is_router(name, modules):
             return False
-        return role == MLP or (role is None and blocks[name] not in speaking and not _is_outside(name, modules))
+        if role == MLP:
+            return block_depth(name, modules) > 0
+        silent = bool(blocks[name]) and blocks[name] not in speaking
+        return role is None and silent and not _is_outside(name, modules)
 
     return frozenset(name for name, role in roles.items() if belongs(name, role))
 
@@ -128,13 +146,9 @@ def is_gate(name: str) -> bool:
     return _GATE.fullmatch(name.rpartition(".")[2]) is not None
 
 
-def _block(name: str, modules: Mapping[str, nn.Module]) -> str:
-    return ".".join(name.split(".")[: block_depth(name, modules)])
-
-
 def _mlp_block(name: str, modules: Mapping[str, nn.Module], stages: set[str]) -> str:
     """Return the block of a layer; of a stage, which holds blocks itself, what an inner container holds."""
-    block = _block(name, modules)
+    block = block_of(name, modules)
     if block and block not in stages:
         return block
     path = name.split(".")

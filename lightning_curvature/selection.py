@@ -22,6 +22,7 @@ state-space and recurrent mixers are neither MLP nor attention: "linear" or a pa
 head and which one is last is read off the first collected batch, not guessed from names.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from torch import nn
 from lightning_curvature._checks import did_you_mean, listing
 from lightning_curvature.copies import find_copies, is_idle_copy
 from lightning_curvature.layers import fused_experts, is_editable, is_matmul, refusal
-from lightning_curvature.roles import ATTENTION, MIXER, block_depth, is_gate, layer_role, mixer_of, mlp_layers
+from lightning_curvature.roles import ATTENTION, MIXER, MLP, block_of, is_gate, layer_role, mixer_of, mlp_layers
 
 PRESETS = ("last-mlp", "mlp", "attention", "linear")
 
@@ -50,6 +51,7 @@ class LayerChoice:
         refused: Why layers of the pools that are no candidates cannot be edited.
         uncalled: Candidates whose weight another module reads without calling them.
         mixed: Candidates in mixers, whose weights a kernel may read without calling them.
+        blocks: Of candidates in a block, the name of the innermost one.
         copies: For candidates in one of several modules of the same structure, their counterparts in the others.
     """
 
@@ -59,9 +61,12 @@ class LayerChoice:
     refused: Mapping[str, str] = field(default_factory=dict)
     uncalled: frozenset[str] = frozenset()
     mixed: frozenset[str] = frozenset()
+    blocks: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
-    def resolve(self, fired: Iterable[str], heads: Collection[str], dead: Collection[str] = ()) -> list[str]:
+    def resolve(
+        self, fired: Iterable[str], heads: Collection[str], dead: Collection[str] = (), read: Collection[str] = ()
+    ) -> list[str]:
         """Return the chosen layers, given what one batch showed.
 
         A preset takes what ran of its candidates. Of the rest it leaves out what never will, and says so: layers whose
@@ -73,6 +78,7 @@ class LayerChoice:
             heads: Candidates whose output is the logits.
             dead: Candidates that ran without a graph, or on which the logits do not depend; whether or not they are
                 among ``fired``.
+            read: Candidates whose weight some function was seen to read.
 
         Returns:
             Their names in the order in which they ran; last those that did not run yet.
@@ -82,15 +88,12 @@ class LayerChoice:
         """
         order = list(dict.fromkeys([*fired, *sorted(set(dead) - set(fired))]))
         live = {name for name in order if name not in dead}
-        uncalled = self._uncalled(set(order))
-        spared = uncalled | self._idle(live, dead)
+        uncalled = self._uncalled(set(order)) | (set(read) - set(order))
+        passed_over = uncalled | self._passed_over(set(order))
+        spared = passed_over | self._idle(live, dead)
         chosen, left_out = set(self.named), set[str]()
         for preset, pools in self.pools.items():
-            beside = [pool - set(heads) for pool in pools]
-            if not any(beside):
-                continue
-            pool = next((pool for pool in beside if pool - spared), next(filter(None, beside)))
-            pool = self._without_refused(preset, pool, heads)
+            pool = self._pool(preset, pools, heads, spared)
             kept = (pool - spared) or pool
             left_out |= pool - kept
             chosen |= _last(kept, order, live) if preset == "last-mlp" else kept
@@ -104,10 +107,11 @@ class LayerChoice:
         if never or len(silent) == len(chosen):
             raise RuntimeError(
                 f"Chosen layers {listing(never or silent)} never ran in the first collected batch (with gradients), "
-                "so they have no factors. (nn.MultiheadAttention reads the weight of its out_proj without calling it, "
-                f"and so do the kernels of state-space mixers.) Choose among the layers that ran: {listing(order)}."
+                "so they have no factors. (nn.MultiheadAttention reads the weight of its out_proj without calling it; "
+                "torchvision's Swin and the kernels of state-space mixers do the like.) Choose among the layers that "
+                f"ran: {listing(order)}."
             )
-        self._tell(left_out - chosen, uncalled)
+        self._tell(left_out - chosen, passed_over)
         return [name for name in order if name in chosen] + silent
 
     def _idle(self, live: set[str], dead: Collection[str]) -> set[str]:
@@ -115,12 +119,19 @@ class LayerChoice:
         without = [name for name in self.modules if name not in live]
         return {name for name in without if is_idle_copy(name, self.modules, self.copies.get(name, ()), live, dead)}
 
-    def _without_refused(self, preset: str, pool: frozenset[str], heads: Collection[str]) -> frozenset[str]:
-        """Return the candidates in a pool; one layer that is none may be the output head, if no candidate is."""
-        lost = sorted(pool & set(self.refused))
-        if len(lost) > bool(not heads):
-            raise RuntimeError(_incomplete(preset, lost, self.refused))
-        return pool - set(lost)
+    def _pool(
+        self, preset: str, pools: Sequence[frozenset[str]], heads: Collection[str], spared: Collection[str]
+    ) -> frozenset[str]:
+        """Return the first pool of a preset with a candidate beside the head that is not spared."""
+        beside: list[frozenset[str]] = []
+        for pool in pools:
+            lost = sorted(pool & set(self.refused))
+            if len(lost) > bool(not heads):  # one layer that is no candidate may be the head, if no candidate is
+                raise RuntimeError(_incomplete(preset, lost, self.refused))
+            beside.append(pool - set(heads) - set(lost))
+            if beside[-1] - set(spared):
+                return beside[-1]
+        return next(filter(None, beside), frozenset())
 
     def _uncalled(self, ran: set[str]) -> Set[str]:
         """Return candidates that will not be called: what is known beforehand, and what a mixer that ran left out."""
@@ -128,10 +139,19 @@ class LayerChoice:
         in_kernels = {name for name in self.mixed - ran if name.rpartition(".")[0] in parents}
         return (self.uncalled - ran) | in_kernels
 
+    def _passed_over(self, ran: set[str]) -> Set[str]:
+        """Return candidates that ran in none of several repeated blocks, all of which ran."""
+        groups: dict[str, list[str]] = {}
+        for name in self.modules:
+            groups.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+        busy = {self.blocks[name] for name in ran if name in self.blocks}
+        silent = (group for group in groups.values() if len(group) > 1 and not ran.intersection(group))
+        return {name for group in silent if all(self.blocks.get(name) in busy for name in group) for name in group}
+
     def _tell(self, left_out: Set[str], uncalled: Set[str]) -> None:
         """Say which candidates of a preset are not taken, and why."""
         for names, reason in (
-            (left_out & uncalled, "another module reads their weights without calling them"),
+            (left_out & uncalled, "the modules that hold them ran and did not call them"),
             (left_out - uncalled, "they belong to a copy of the network, or to a teacher, that is not trained"),
         ):
             if names:
@@ -188,6 +208,7 @@ def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
         mixed=frozenset(
             name for name in candidates if is_matmul(modules[name]) and _role(name, roles, modules) == MIXER
         ),
+        blocks={name: block for name in candidates if (block := block_of(name, modules))},
         copies=find_copies(modules, candidates),
     )
 
@@ -263,7 +284,10 @@ def _presets(
     if attention or mixers or any(isinstance(module, nn.MultiheadAttention) for module in modules.values()):
         # The embedding, pooling and head of a transformer lie outside of its blocks.
         in_blocks = mlp_layers(roles, modules)
-        hidden = in_blocks if in_blocks or any(block_depth(name, modules) for name in mixers) else hidden
+        if in_blocks or any(block_of(name, modules) for name in mixers):
+            hidden = in_blocks
+        else:
+            hidden = frozenset(name for name in hidden if roles[name] == MLP) or hidden
     mlp = [hidden, frozenset[str]() if mixers else convolutions]
     return {"last-mlp": mlp, "mlp": mlp, "attention": [attention], "linear": [frozenset(roles)]}
 
