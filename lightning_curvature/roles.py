@@ -9,7 +9,7 @@ A *block* is a composite module held by an ``nn.ModuleList`` or ``nn.ModuleDict`
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -70,11 +70,9 @@ def layer_role(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     start = max(block_depth(name, modules), 1)
     for depth in range(len(path) - 1, start - 1, -1):
         module = modules[".".join(path[:depth])]
-        attribute = path[depth - 1]
-        if attribute.isdigit() and depth > 1:
-            attribute = path[depth - 2]
-        child = path[depth]
-        if role := _said_by_module(module, attribute, child):
+        if role := _said_by_module(module, _attribute(path, depth), path[depth]):
+            if role == MLP and any(_is_mixer(path, above, modules) for above in range(start + 1, depth)):
+                return MIXER  # such as the small network that makes the filter of a long convolution
             mlp_leaf = depth == len(path) - 1 and _MLP_LEAF.fullmatch(leaf)
             return MLP if role == ATTENTION and mlp_leaf and not _projections(module) else role
     root = modules.get("")
@@ -108,11 +106,17 @@ def block_of(name: str, modules: Mapping[str, nn.Module]) -> str:
 def mixer_of(name: str, modules: Mapping[str, nn.Module]) -> str:
     """Return the name of the mixer that a layer belongs to; of its parent, if its own name says so."""
     path = name.split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        attribute = path[depth - 1] if not path[depth - 1].isdigit() or depth == 1 else path[depth - 2]
-        if _said_by_module(modules[".".join(path[:depth])], attribute, path[depth]) == MIXER:
-            return ".".join(path[:depth])
-    return ".".join(path[:-1])
+    depths = (depth for depth in range(len(path) - 1, 0, -1) if _is_mixer(path, depth, modules))
+    return ".".join(path[: next(depths, -1)])
+
+
+def _attribute(path: Sequence[str], depth: int) -> str:
+    """Return what a module is called; of one that is numbered, what its container is called."""
+    return path[depth - 2] if path[depth - 1].isdigit() and depth > 1 else path[depth - 1]
+
+
+def _is_mixer(path: Sequence[str], depth: int, modules: Mapping[str, nn.Module]) -> bool:
+    return _said_by_module(modules[".".join(path[:depth])], _attribute(path, depth), path[depth]) == MIXER
 
 
 def mlp_layers(roles: Mapping[str, str | None], modules: Mapping[str, nn.Module]) -> frozenset[str]:
