@@ -1,6 +1,7 @@
 import copy
 import re
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -295,7 +296,7 @@ def test_a_router_that_runs_last_is_not_the_output_of_an_mlp():
 @pytest.fixture
 def messages(monkeypatch):
     found = []
-    monkeypatch.setattr("lightning_curvature.selection.rank_zero_info", found.append)
+    monkeypatch.setattr("lightning_curvature.choice.rank_zero_info", found.append)
     return found
 
 
@@ -413,6 +414,16 @@ def test_what_may_be_trained_later_is_not_left_out(messages):
     german = ["german.0", "german.1"]
     assert resolve_all(towers, "mlp", {"head"}, silent=german) == ["english.0", "english.1", *german]
     assert not messages
+
+
+def test_what_an_adapter_replaces_is_left_out():
+    net = nn.Sequential(lin(), nn.Tanh(), lin(), nn.Tanh(), lin(8, 3))
+    config = peft.LoraConfig(target_modules=["0"], modules_to_save=["2"], r=2)
+    wrapped = peft.get_peft_model(net, config)
+    inside = "base_model.model."
+    assert set(choose_layers(wrapped, "mlp").modules) == {
+        f"{inside}0.base_layer", f"{inside}2.modules_to_save.default", f"{inside}4"
+    }  # fmt: skip
 
 
 def test_a_pattern_takes_copies():
