@@ -69,7 +69,9 @@ class LayerChoice:
             pool = self._pool(preset, pools, heads, spared)
             kept = (pool - spared) or pool
             left_out |= pool - kept
-            chosen |= _last(kept, order, live) if preset == "last-mlp" else kept
+            if preset == "last-mlp" and kept and not (kept := frozenset(_last(kept, order, live))):
+                raise _never(sorted(pool), order)
+            chosen |= kept
         if not chosen:
             raise RuntimeError(
                 f"Layers {listing(self.pools)}: nothing to edit besides the output head ({listing(heads)}). "
@@ -78,12 +80,7 @@ class LayerChoice:
         silent = sorted(chosen - set(order))
         never = [name for name in silent if name in uncalled]
         if never or len(silent) == len(chosen):
-            raise RuntimeError(
-                f"Chosen layers {listing(never or silent)} never ran in the first collected batch (with gradients), "
-                "so they have no factors. (nn.MultiheadAttention reads the weight of its out_proj without calling it; "
-                "torchvision's Swin and the kernels of state-space mixers do the like.) Choose among the layers that "
-                f"ran: {listing(order)}."
-            )
+            raise _never(never or silent, order)
         self._tell(left_out - chosen, passed_over)
         return [name for name in order if name in chosen] + silent
 
@@ -154,4 +151,12 @@ def _last(pool: Collection[str], fired: Sequence[str], live: Collection[str]) ->
     """Return the layer of a pool that ran last: of those with a graph if there are any, gates and routers aside."""
     ran = [name for name in fired if name in pool]
     ran = [name for name in ran if name in live] or ran
-    return set(([name for name in ran if not is_gate(name)] or ran)[-1:]) or set(pool)
+    return set(([name for name in ran if not is_gate(name)] or ran)[-1:])
+
+
+def _never(silent: Iterable[str], ran: Iterable[str]) -> RuntimeError:
+    return RuntimeError(
+        f"Chosen layers {listing(silent)} never ran in the first collected batch (with gradients), so they have no "
+        "factors. (nn.MultiheadAttention reads the weight of its out_proj without calling it; torchvision's Swin and "
+        f"the kernels of state-space mixers do the like.) Choose among the layers that ran: {listing(ran)}."
+    )

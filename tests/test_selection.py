@@ -471,6 +471,12 @@ def test_lazy_layers_are_candidates():
     assert choice.modules["0"].weight.shape == (8, 5)
 
 
+def test_the_last_of_layers_none_of_which_ran_is_an_error():
+    net = nn.Sequential(lin(), lin(), nn.Conv2d(1, 1, 1), lin(8, 3))
+    with pytest.raises(RuntimeError, match="Chosen layers '0', '1' never ran in the first collected batch"):
+        choose_layers(net, ["last-mlp", "2"]).resolve(["2", "3"], {"3"})
+
+
 def test_nothing_but_the_head():
     choice = choose_layers(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), "last-mlp")
     with pytest.raises(RuntimeError, match=r"nothing to edit besides the output head \('1'\)"):
