@@ -283,6 +283,15 @@ def resolve_all(net, layers, heads, dead=(), silent=(), read=()):
     return choice.resolve(ran, set(heads), [name for name in dead if name in choice.modules], read)
 
 
+def test_a_network_behind_a_module_that_reshapes_is_no_block():
+    """Or the MLP of its head would be one of its blocks'."""
+    blocks = nn.ModuleList(named("B", attn=Attention(), mlp=mlp_in_out()) for _ in "ab")
+    net = nn.Sequential(nn.Flatten(), named("Net", blocks=blocks, mlp_head=named("MLP", fc1=lin(), fc2=lin(8, 3))))
+    expected = spelled("#.mlp.(in_proj|mid|out_proj)", "1.blocks.")
+    assert set(resolve_all(net, "mlp", {"1.mlp_head.fc2"})) == expected
+    assert set(resolve_all(net[1], "mlp", {"mlp_head.fc2"})) == {name.removeprefix("1.") for name in expected}
+
+
 def test_a_router_that_runs_last_is_not_the_output_of_an_mlp():
     gated = nn.Sequential(nn.ModuleList([
         named("B", attn=nn.MultiheadAttention(8, 2), mlp=named("MLP", up=lin(), down=lin(), shared_gate=lin(8, 1)))
