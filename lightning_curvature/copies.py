@@ -27,10 +27,16 @@ def find_copies(modules: Mapping[str, nn.Module], candidates: Collection[str]) -
         candidates: Names of the layers that matter.
     """
     alike: dict[Any, list[str]] = defaultdict(list)
+    whole = _shapes(modules[""])
     for name, module in modules.items():
         numbered = any(character.isdigit() for character in name)
-        if not numbered and any(True for _ in module.children()):
-            alike[type(module), _shapes(module)].append(name)
+        if numbered or not any(True for _ in module.children()):
+            continue
+        shapes = _shapes(module)
+        alike[type(module), shapes].append(name)
+        outside = tuple(entry for entry in whole if not entry[0].startswith(f"{name}."))
+        if name and type(module) is type(modules[""]) and shapes == outside:  # the network holds a copy of itself
+            alike[name] = ["", name]
     found: dict[str, set[str]] = defaultdict(set)
     for group in alike.values():
         for name in candidates:

@@ -62,10 +62,9 @@ def check_forward(module: nn.Module, inputs: Tensor, output: Tensor) -> str | No
         inputs, output = inputs.values(), output.values()
     if not rows_agree(module, inputs, output.shape):
         return f"it makes an output of {list(output.shape)} of an input of {list(inputs.shape)}{_whose(module)}"
-    # The same operators may be autocast, counted or traced where this runs.
+    unit = _unit(module, inputs, output)
     with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
         rows, found = _sample_rows(module, whole(inputs.detach()), whole(output.detach()))
-        unit = _unit(module, inputs, output)
         return _difference(module, rows, found, unit)
 
 

@@ -4,11 +4,12 @@ The modules around a layer decide, the nearest first, up to the block that holds
 state space, query, key and value projections held together), then what their class and their attribute are called.
 The layer's own name counts last: an ``out_proj`` alone says nothing.
 
-A *block* is a composite module held by an ``nn.Sequential``, ``nn.ModuleList`` or ``nn.ModuleDict``.
+A *block* is a composite module held by an ``nn.ModuleList`` or ``nn.ModuleDict``, or beside others by an
+``nn.Sequential``.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -69,11 +70,9 @@ def layer_role(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     start = max(block_depth(name, modules), 1)
     for depth in range(len(path) - 1, start - 1, -1):
         module = modules[".".join(path[:depth])]
-        attribute = path[depth - 1]
-        if attribute.isdigit() and depth > 1:
-            attribute = path[depth - 2]
-        child = path[depth]
-        if role := _said_by_module(module, attribute, child):
+        if role := _said_by_module(module, _attribute(path, depth), path[depth]):
+            if role == MLP and any(_is_mixer(path, above, modules) for above in range(start + 1, depth)):
+                return MIXER  # such as the small network that makes the filter of a long convolution
             mlp_leaf = depth == len(path) - 1 and _MLP_LEAF.fullmatch(leaf)
             return MLP if role == ATTENTION and mlp_leaf and not _projections(module) else role
     root = modules.get("")
@@ -84,20 +83,40 @@ def block_depth(name: str, modules: Mapping[str, nn.Module]) -> int:
     """Return how many parts of a layer's name are those of the innermost block above it; 0 without one."""
     path = name.split(".")
     for depth in range(len(path) - 1, 0, -1):
-        inside = isinstance(modules[".".join(path[: depth - 1])], _CONTAINERS)
-        if inside and not isinstance(modules[".".join(path[:depth])], _CONTAINERS):
+        if not isinstance(modules[".".join(path[:depth])], _CONTAINERS) and _stacks(
+            modules[".".join(path[: depth - 1])]
+        ):
             return depth
     return 0
+
+
+def _stacks(module: nn.Module) -> bool:
+    """Tell whether a module is a container of blocks, rather than one module with a norm or an activation beside it."""
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, _CONTAINERS)
+    composite = [any(True for _ in child.children()) for child in module.children()]
+    return sum(composite) != 1 or len(composite) == 1
+
+
+def block_of(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return the name of the innermost block above a layer, or nothing."""
+    return ".".join(name.split(".")[: block_depth(name, modules)])
 
 
 def mixer_of(name: str, modules: Mapping[str, nn.Module]) -> str:
     """Return the name of the mixer that a layer belongs to; of its parent, if its own name says so."""
     path = name.split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        attribute = path[depth - 1] if not path[depth - 1].isdigit() or depth == 1 else path[depth - 2]
-        if _said_by_module(modules[".".join(path[:depth])], attribute, path[depth]) == MIXER:
-            return ".".join(path[:depth])
-    return ".".join(path[:-1])
+    depths = (depth for depth in range(len(path) - 1, 0, -1) if _is_mixer(path, depth, modules))
+    return ".".join(path[: next(depths, -1)])
+
+
+def _attribute(path: Sequence[str], depth: int) -> str:
+    """Return what a module is called; of one that is numbered, what its container is called."""
+    return path[depth - 2] if path[depth - 1].isdigit() and depth > 1 else path[depth - 1]
+
+
+def _is_mixer(path: Sequence[str], depth: int, modules: Mapping[str, nn.Module]) -> bool:
+    return _said_by_module(modules[".".join(path[:depth])], _attribute(path, depth), path[depth]) == MIXER
 
 
 def mlp_layers(roles: Mapping[str, str | None], modules: Mapping[str, nn.Module]) -> frozenset[str]:
@@ -110,15 +129,18 @@ def mlp_layers(roles: Mapping[str, str | None], modules: Mapping[str, nn.Module]
         roles: What :func:`layer_role` says of each linear layer.
         modules: Every module of the network, by name.
     """
-    above = {_block(name, modules) for name, role in roles.items() if role in (ATTENTION, MIXER)}
+    above = {block_of(name, modules) for name, role in roles.items() if role in (ATTENTION, MIXER)}
     stages = {block[: end.start()] for block in above for end in re.finditer(r"[.]", block)}
     blocks = {name: _mlp_block(name, modules, stages) for name in roles}
     speaking = {blocks[name] for name, role in roles.items() if role == MLP}
 
     def belongs(name: str, role: str | None) -> bool:
-        if not blocks[name] or _is_router(name, modules):
+        if _is_router(name, modules):
             return False
-        return role == MLP or (role is None and blocks[name] not in speaking and not _is_outside(name, modules))
+        if role == MLP:
+            return block_depth(name, modules) > 0
+        silent = bool(blocks[name]) and blocks[name] not in speaking
+        return role is None and silent and not _is_outside(name, modules)
 
     return frozenset(name for name, role in roles.items() if belongs(name, role))
 
@@ -128,13 +150,9 @@ def is_gate(name: str) -> bool:
     return _GATE.fullmatch(name.rpartition(".")[2]) is not None
 
 
-def _block(name: str, modules: Mapping[str, nn.Module]) -> str:
-    return ".".join(name.split(".")[: block_depth(name, modules)])
-
-
 def _mlp_block(name: str, modules: Mapping[str, nn.Module], stages: set[str]) -> str:
     """Return the block of a layer; of a stage, which holds blocks itself, what an inner container holds."""
-    block = _block(name, modules)
+    block = block_of(name, modules)
     if block and block not in stages:
         return block
     path = name.split(".")

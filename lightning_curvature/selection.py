@@ -23,119 +23,20 @@ head and which one is last is read off the first collected batch, not guessed fr
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_curvature._checks import did_you_mean, listing
-from lightning_curvature.copies import find_copies, is_idle_copy
+from lightning_curvature.choice import LayerChoice, incomplete
+from lightning_curvature.copies import find_copies
 from lightning_curvature.layers import fused_experts, is_editable, is_matmul, refusal
-from lightning_curvature.roles import ATTENTION, MIXER, block_depth, is_gate, layer_role, mixer_of, mlp_layers
+from lightning_curvature.roles import ATTENTION, MIXER, MLP, block_of, layer_role, mixer_of, mlp_layers
+
+__all__ = ["PRESETS", "LayerChoice", "choose_layers"]
 
 PRESETS = ("last-mlp", "mlp", "attention", "linear")
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """The layers that a choice may take, before a batch has shown the rest.
-
-    Args:
-        modules: Candidates by module name.
-        named: Candidates that a pattern asked for; they are taken whatever they are.
-        pools: For each chosen preset, what it stands for in falling order of preference; the first pool that holds a
-            layer beside the output head counts.
-        refused: Why layers of the pools that are no candidates cannot be edited.
-        uncalled: Candidates whose weight another module reads without calling them.
-        mixed: Candidates in mixers, whose weights a kernel may read without calling them.
-        copies: For candidates in one of several modules of the same structure, their counterparts in the others.
-    """
-
-    modules: Mapping[str, nn.Module]
-    named: frozenset[str]
-    pools: Mapping[str, Sequence[frozenset[str]]]
-    refused: Mapping[str, str] = field(default_factory=dict)
-    uncalled: frozenset[str] = frozenset()
-    mixed: frozenset[str] = frozenset()
-    copies: Mapping[str, frozenset[str]] = field(default_factory=dict)
-
-    def resolve(self, fired: Iterable[str], heads: Collection[str], dead: Collection[str] = ()) -> list[str]:
-        """Return the chosen layers, given what one batch showed.
-
-        A preset takes what ran of its candidates. Of the rest it leaves out what never will, and says so: layers whose
-        weight is read without a call, and copies of the network that are not trained. The others may run, or get
-        gradients, in later batches.
-
-        Args:
-            fired: Candidates in the order in which they first ran.
-            heads: Candidates whose output is the logits.
-            dead: Candidates that ran without a graph, or on which the logits do not depend; whether or not they are
-                among ``fired``.
-
-        Returns:
-            Their names in the order in which they ran; last those that did not run yet.
-
-        Raises:
-            RuntimeError: If a chosen layer never runs, or if no layer is left.
-        """
-        order = list(dict.fromkeys([*fired, *sorted(set(dead) - set(fired))]))
-        live = {name for name in order if name not in dead}
-        uncalled = self._uncalled(set(order))
-        spared = uncalled | self._idle(live, dead)
-        chosen, left_out = set(self.named), set[str]()
-        for preset, pools in self.pools.items():
-            beside = [pool - set(heads) for pool in pools]
-            if not any(beside):
-                continue
-            pool = next((pool for pool in beside if pool - spared), next(filter(None, beside)))
-            pool = self._without_refused(preset, pool, heads)
-            kept = (pool - spared) or pool
-            left_out |= pool - kept
-            chosen |= _last(kept, order, live) if preset == "last-mlp" else kept
-        if not chosen:
-            raise RuntimeError(
-                f"Layers {listing(self.pools)}: nothing to edit besides the output head ({listing(heads)}). "
-                "Name the layers, for example layers=['features.*']; the head is taken only when a pattern names it."
-            )
-        silent = sorted(chosen - set(order))
-        never = [name for name in silent if name in uncalled]
-        if never or len(silent) == len(chosen):
-            raise RuntimeError(
-                f"Chosen layers {listing(never or silent)} never ran in the first collected batch (with gradients), "
-                "so they have no factors. (nn.MultiheadAttention reads the weight of its out_proj without calling it, "
-                f"and so do the kernels of state-space mixers.) Choose among the layers that ran: {listing(order)}."
-            )
-        self._tell(left_out - chosen, uncalled)
-        return [name for name in order if name in chosen] + silent
-
-    def _idle(self, live: set[str], dead: Collection[str]) -> set[str]:
-        """Return candidates without gradients that are copies of trained ones, or a teacher's."""
-        without = [name for name in self.modules if name not in live]
-        return {name for name in without if is_idle_copy(name, self.modules, self.copies.get(name, ()), live, dead)}
-
-    def _without_refused(self, preset: str, pool: frozenset[str], heads: Collection[str]) -> frozenset[str]:
-        """Return the candidates in a pool; one layer that is none may be the output head, if no candidate is."""
-        lost = sorted(pool & set(self.refused))
-        if len(lost) > bool(not heads):
-            raise RuntimeError(_incomplete(preset, lost, self.refused))
-        return pool - set(lost)
-
-    def _uncalled(self, ran: set[str]) -> Set[str]:
-        """Return candidates that will not be called: what is known beforehand, and what a mixer that ran left out."""
-        parents = {name.rpartition(".")[0] for name in ran}
-        in_kernels = {name for name in self.mixed - ran if name.rpartition(".")[0] in parents}
-        return (self.uncalled - ran) | in_kernels
-
-    def _tell(self, left_out: Set[str], uncalled: Set[str]) -> None:
-        """Say which candidates of a preset are not taken, and why."""
-        for names, reason in (
-            (left_out & uncalled, "another module reads their weights without calling them"),
-            (left_out - uncalled, "they belong to a copy of the network, or to a teacher, that is not trained"),
-        ):
-            if names:
-                rank_zero_info(f"layers={listing(self.pools)} leaves out {listing(sorted(names))}: {reason}.")
 
 
 def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
@@ -188,6 +89,7 @@ def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
         mixed=frozenset(
             name for name in candidates if is_matmul(modules[name]) and _role(name, roles, modules) == MIXER
         ),
+        blocks={name: block for name in candidates if (block := block_of(name, modules))},
         copies=find_copies(modules, candidates),
     )
 
@@ -216,7 +118,7 @@ def _check_preset(
     lost = [name for name in refused if name in pools[0]]
     last = [name for name in roles if name in pools[0]][-1:]  # may be the output head, which a preset leaves out
     if lost and lost != last:
-        raise ValueError(_incomplete(preset, lost, refused))
+        raise ValueError(incomplete(preset, lost, refused))
     if any(pools):
         return
     mixers = {name: mixer_of(name, modules) for name, role in roles.items() if role == MIXER}
@@ -232,19 +134,6 @@ def _check_preset(
         f"mixers, which are neither MLP nor attention: {', '.join(shown)}. Name layers that are called, for example "
         f"layers=[{pattern!r}]; its editable layers are {listing(editable)}."
     )
-
-
-def _incomplete(preset: str, lost: Sequence[str], refused: Mapping[str, str]) -> str:
-    """Return the words of the error that a preset would have holes."""
-    reason = refused[lost[0]]
-    packed = "packed or quantized" in reason
-    what = "whose weights are packed (quantized)" if packed else "that cannot be edited"
-    remedy = (
-        "Load the model in full precision, edit it, and quantize it afterwards"
-        if packed
-        else "Or name the layers that you want instead"
-    )
-    return f"Preset {preset!r} would leave out layers {what}: {listing(lost, 3)} ({reason}). {remedy}."
 
 
 def _weight_refusal(module: nn.Module) -> str | None:
@@ -263,16 +152,12 @@ def _presets(
     if attention or mixers or any(isinstance(module, nn.MultiheadAttention) for module in modules.values()):
         # The embedding, pooling and head of a transformer lie outside of its blocks.
         in_blocks = mlp_layers(roles, modules)
-        hidden = in_blocks if in_blocks or any(block_depth(name, modules) for name in mixers) else hidden
+        if in_blocks or any(block_of(name, modules) for name in mixers):
+            hidden = in_blocks
+        else:
+            hidden = frozenset(name for name in hidden if roles[name] == MLP) or hidden
     mlp = [hidden, frozenset[str]() if mixers else convolutions]
     return {"last-mlp": mlp, "mlp": mlp, "attention": [attention], "linear": [frozenset(roles)]}
-
-
-def _last(pool: Collection[str], fired: Sequence[str], live: Collection[str]) -> set[str]:
-    """Return the layer of a pool that ran last: of those with a graph if there are any, gates and routers aside."""
-    ran = [name for name in fired if name in pool]
-    ran = [name for name in ran if name in live] or ran
-    return set(([name for name in ran if not is_gate(name)] or ran)[-1:]) or set(pool)
 
 
 def _tied(modules: Mapping[str, nn.Module]) -> set[str]:
@@ -281,10 +166,17 @@ def _tied(modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _is_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Tell whether a layer belongs to an adapter around another layer, which peft keeps as ``base_layer``."""
+    """Tell whether a layer belongs to an adapter around another layer, or was replaced by one; as peft keeps them.
+
+    It keeps the layer that an adapter is around as ``base_layer``, and what a trained copy replaces as
+    ``original_module``, beside ``modules_to_save``.
+    """
     path = name.split(".")
-    for depth in range(len(path)):
-        if path[depth] != "base_layer" and f"{'.'.join(path[:depth])}.base_layer".lstrip(".") in modules:
+    for depth, part in enumerate(path):
+        above = ".".join(path[:depth])
+        if part != "base_layer" and f"{above}.base_layer".lstrip(".") in modules:
+            return True
+        if part == "original_module" and f"{above}.modules_to_save".lstrip(".") in modules:
             return True
     return False
 

@@ -215,6 +215,31 @@ def test_rounding_is_no_difference(width, offset):
         assert check_forward(layer, x, layer(x)) is None
 
 
+class Widened(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+def test_the_coarsest_dtype_counts_also_where_the_output_says_another():
+    layer, x = Widened(24, 16), linear_input()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+        assert output.dtype is torch.float32
+        assert check_forward(layer, x, output) is None
+    assert check_forward(layer, x, output) is not None  # not without autocast: that is no rounding of float32
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("medium", torch.bfloat16), ("high", torch.float16)])
+def test_float32_products_may_be_rounded_where_the_user_allows_it(precision, dtype, monkeypatch):
+    """float16 has as many digits as TF32."""
+    layer, x = nn.Linear(24, 16, bias=False), linear_input()
+    rounded = x.to(dtype).float() @ layer.weight.to(dtype).float().T
+    assert check_forward(layer, x, rounded) is not None
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert check_forward(layer, x, rounded) is None
+    assert check_forward(layer, x, rounded * 1.1) is not None
+
+
 def test_what_hooks_and_patches_do_to_the_output_is_told():
     layer, x = nn.Linear(24, 16), linear_input()
     assert "(a hook changes it)" in check_forward(layer, x, layer(x) * 2)
@@ -240,6 +265,7 @@ def test_rows():
     conv = nn.Conv2d(3, 5, 3, padding=1)
     assert not rows_agree(conv, image(), torch.Size([2, 5, 12, 11]))
     assert not rows_agree(conv, image(), torch.Size([5, 13, 11]))
+    assert not rows_agree(conv, image()[0, 0], torch.Size([5, 13, 11]))
 
 
 def test_values_that_are_not_finite_are_passed_over():
