@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_curvature._checks import check_count
 from lightning_curvature.selection import choose_layers
+from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import config_length
 from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.models import (
@@ -18,6 +20,7 @@ from lightning_curvature.text.models import (
     load_tokenizer,
     read_config,
 )
+from lightning_curvature.text.sequences import PromptedSequence, check_fit
 
 
 class SavedModel:
@@ -73,6 +76,21 @@ class SavedModel:
                 "(--context)."
             )
         return asked
+
+    def windows(self, corpus: str | os.PathLike[str], tokens: int, asked: int | None, default: int) -> Tensor:
+        """Return windows of a text for perplexity, int64 ``[n, context]``; arguments as :meth:`window`."""
+        context = self.window(asked, default, 1) if asked is None else check_count(asked, "context")
+        windows = torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))
+        self.window(context, default, 1)
+        if context - max(len(self.leading), 1) < 1:
+            raise ValueError(
+                f"In a window of {context} tokens there is nothing to predict. Use a longer one (--context)."
+            )
+        return windows
+
+    def check_fit(self, sequences: Sequence[PromptedSequence]) -> None:
+        """Raise ``ValueError`` if the model cannot read some sequences."""
+        check_fit(sequences, self.vocabulary, self.context)
 
     def check_layers(self, layers: str | Sequence[str]) -> None:
         """Raise ``ValueError`` if presets or patterns match none of its layers; see :func:`choose_layers`."""
