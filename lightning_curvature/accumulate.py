@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_curvature.factors import LayerFactors
-from lightning_curvature.moments import full_precision
+from lightning_curvature.moments import SecondMoment, full_precision
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.rows import BatchGradients, CallRows, read_batch, same_inputs
 from lightning_curvature.streams import SideStreams
@@ -123,7 +123,7 @@ class Accumulator:
             def of_batch(name: str) -> LayerSums:
                 if name not in made:
                     group = of_first[first[name]]
-                    made.update({name: LayerSums.zero(kinds[name], self.ranks.device) for name in group})
+                    made.update({name: self._new_sums(name, kinds[name], self.ranks.device) for name in group})
                     for other in group:
                         made[other].share_inputs(made[name].inputs)
                     if self.ranks.counts:  # one that does not count takes part, and adds nothing
@@ -157,10 +157,10 @@ class Accumulator:
 
     def _part(self, group: Collection[str]) -> None:
         """Let layers that read the same now go their own ways from those that they shared with, and that do not."""
-        owners: dict[int, list[str]] = {}
-        for name, sums in self._sums.items():
-            owners.setdefault(id(sums.inputs), []).append(name)
-        for names in owners.values():
+        together: dict[str, list[str]] = {}
+        for name, first in sharing(self._sums).items():
+            together.setdefault(first, []).append(name)
+        for names in together.values():
             here = [name for name in names if name in group]
             if 0 < len(here) < len(names):
                 inputs = self._sums[here[0]].inputs.copy()
@@ -206,8 +206,8 @@ class Accumulator:
         new = {name for name in groups if name not in self._sums}
         for group in own.values():
             self._part([name for name in group if name not in new])
-        merged_inputs: set[int] = set()
-        for name, merged in sums_over(self.ranks, kinds, get, owners.__getitem__, groups):
+        merged_inputs: list[SecondMoment] = []
+        for name, merged in sums_over(self.ranks, kinds, get, owners.__getitem__, groups, self._new_sums):
             self._totals[name] = self._totals.get(name, 0) + merged.inputs.count
             if owners[name] != self.ranks.rank:
                 continue
@@ -216,8 +216,8 @@ class Accumulator:
                 known = [other for other in own[groups[name]] if other in new and other in self._sums]
                 self._sums[name].share_inputs(self._sums[known[0]].inputs)
             sums = self._sums[name]
-            sums.merge_(merged, with_inputs=id(sums.inputs) not in merged_inputs)
-            merged_inputs.add(id(sums.inputs))
+            sums.merge_(merged, with_inputs=not any(sums.inputs is known for known in merged_inputs))
+            merged_inputs.append(sums.inputs)
         return True
 
     def _warn_of_skipped(self) -> None:
@@ -237,7 +237,7 @@ class Accumulator:
         counters = self.ranks.gather((self.num_seen, self.num_batches, self.num_skipped))
         kinds = {name: sums.kind for name, sums in self.sums.items()}
         groups = shared_by_all(self.ranks, sharing(self.sums))
-        merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0, groups)
+        merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0, groups, self._new_sums)
         sums = {name: layer for name, layer in merged if self.ranks.rank == 0}
         return {
             "num_seen": max(seen for seen, _, _ in counters),
@@ -250,7 +250,7 @@ class Accumulator:
         """Go on where :meth:`state_dict` was taken, with as many processes as there are now."""
         self.num_seen = state["num_seen"]
         self.num_batches, self.num_skipped = map(self.ranks.share, (state["num_batches"], state["num_skipped"]))
-        found = sums_from(state)
+        found = sums_from(state, self._new_sums)
         self._shared = set()
         if self.owners is None:
             parts = {name: sums.share(self.ranks) for name, sums in found.items()}

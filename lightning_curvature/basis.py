@@ -27,6 +27,10 @@ class FaultyLayerError(ValueError):
     """A layer cannot be edited, because its weight or its factors are not what training leaves in them."""
 
 
+class TooFewPositionsError(FaultyLayerError):
+    """The factors of a layer rest on too few positions for their rank, so that an edit would take what is not noise."""
+
+
 class CurvatureBasis(NamedTuple):
     """Eigenvectors (columns) and eigenvalues (descending, none negative) of ``G`` and ``A``, all float64."""
 

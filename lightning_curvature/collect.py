@@ -34,7 +34,7 @@ def collect(
 
 
 def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable[[Batch], Tensor]) -> KroneckerFactors:
-    """Run a collector over data; arguments and errors as :func:`collect`."""
+    """Run a collector over data; arguments and errors as :func:`collect`. A collective with several processes."""
     for batch in batches:
         collector.open(batch)
         try:
@@ -48,8 +48,10 @@ def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable
 
 
 def check_collected(collector: Collector) -> None:
-    """Raise ``RuntimeError`` if a pass over data collected nothing, or nothing of some chosen layers."""
-    if not collector.sums and (collector.chosen is None or collector.accumulator.num_skipped):
+    """Raise ``RuntimeError`` if a pass over data collected nothing, or nothing of some chosen layers. A collective."""
+    collector.accumulator.join()  # where sums are spread, others may have more batches
+    collected = any(collector.ranks.gather(bool(collector.accumulator.num_positions)))
+    if not collected and (collector.chosen is None or collector.accumulator.num_skipped):
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
     check_silent(collector.silent)
 

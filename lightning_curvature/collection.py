@@ -92,9 +92,8 @@ class Collection:
         own, chosen = self._complete or self.collector.factors(), self._chosen()
         if self.ranks.size == 1:
             return own
-        kinds, first = {name: self.collector.kinds[name] for name in own}, dict[int, str]()
-        shared = {name: first.setdefault(id(layer.A), name) for name, layer in own.items()}
-        groups = shared_by_all(self.ranks, shared)
+        kinds = {name: self.collector.kinds[name] for name in own}
+        groups = shared_by_all(self.ranks, own.tied_inputs())
         merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(own[name]), groups=groups)
         factors = {name: sums.factors() for name, sums in merged}
         return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))

@@ -18,6 +18,7 @@ from lightning_curvature._checks import check_count, check_option, check_share, 
 from lightning_curvature.accumulate import Accumulator, owners_of
 from lightning_curvature.compiled import check_graphed, is_compiled
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.fingerprints import fingerprint
 from lightning_curvature.fisher import FISHER_KINDS
 from lightning_curvature.layers import is_conv1d, matrix_shape
 from lightning_curvature.losses import SoftmaxLoss
@@ -282,7 +283,10 @@ class Collector:
 
     def finish(self) -> KroneckerFactors:
         """Return the same factors, and drop the sums one by one, so that the two are never there as a whole."""
-        return KroneckerFactors(self.accumulator.take(), self._facts)
+        modules, layers = self.choice.modules, self.accumulator.take()
+        for name, layer in layers.items():  # whoever finishes has not trained meanwhile, as a callback does
+            layers[name] = dataclasses.replace(layer, weight=fingerprint(modules[name].weight))
+        return KroneckerFactors(layers, self._facts)
 
     @property
     def _facts(self) -> dict[str, Any]:

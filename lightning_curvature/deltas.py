@@ -2,27 +2,42 @@
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.checkpoints.formats import Checkpoint, open_checkpoint, tensor_hash, tensor_hashes, values_hash
+from lightning_curvature.checkpoints.formats import (
+    Checkpoint,
+    checkpoint_hashes,
+    open_checkpoint,
+    tensor_hash,
+    values_hash,
+)
 from lightning_curvature.checkpoints.huggingface import AS_IT_IS, CARD, NOTE
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.checkpoints.outputs import check_outputs
-from lightning_curvature.checkpoints.safetensors import SafetensorsFile, check_header
+from lightning_curvature.checkpoints.outputs import check_name, check_outputs
+from lightning_curvature.checkpoints.safetensors import (
+    SafetensorsFile,
+    check_header,
+    join_files,
+    looks_like_safetensors,
+)
+from lightning_curvature.checkpoints.scratch import Scratch
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text, parse_json
+from lightning_curvature.factor_files import HEADER
 
 DELTA = "lightning_curvature.delta"
 """Metadata entry of a delta file, JSON."""
 _VERSION = 1
+_OLD = "old"
 
 
 class DeltaRecord(AbstractContextManager["DeltaRecord"]):
@@ -31,13 +46,12 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
     Args:
         path: File to write.
         checkpoint: The original.
-        facts: What the edited copy says about itself.
         hashes: Hashes of all tensors of the original.
     """
 
-    def __init__(self, path: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, checkpoint: Checkpoint, hashes: Mapping[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.checkpoint, self.facts = path, checkpoint, facts
+        self.path, self.checkpoint = path, checkpoint
         self.scratch = tempfile.TemporaryDirectory(prefix=".delta.", dir=path.parent)
         self.original, self.edited = dict(hashes), dict(hashes)
         self.names: list[str] = []
@@ -49,26 +63,36 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
         self.names.append(name)
         self.edited[name] = tensor_hash(new)
 
-    def write(self) -> None:
-        """Write the file."""
-        tensors = {name: load_file(Path(self.scratch.name, str(i)))["delta"] for i, name in enumerate(self.names)}
+    def write(self, facts: Mapping[str, Any]) -> None:
+        """Write the file.
+
+        Args:
+            facts: What the edited copy says about itself.
+        """
+        parts = {name: Path(self.scratch.name, str(i)) for i, name in enumerate(self.names)}
         header = {
             "version": _VERSION,
             "tensors": {name: {"original": self.original[name], "edited": self.edited[name]} for name in self.names},
             "values": {"original": values_hash(self.original), "edited": values_hash(self.edited)},
-            "edit": self.facts,
+            "edit": facts,
             "before": self.checkpoint.provenance,
             "headers": self.checkpoint.headers(),
         }
+        if self.path.exists():
+            shutil.copy2(self.path, Path(self.scratch.name, _OLD))
         with replacing(self.path) as temporary:
-            save_file(tensors, temporary, metadata={DELTA: json.dumps(header)})
+            join_files(parts, temporary, {DELTA: json.dumps(header)})
         self.written = True
 
     def __exit__(self, *exception: object) -> None:
-        """Remove what is not needed."""
-        self.scratch.cleanup()
+        """Remove what is not needed; a delta that was replaced comes back."""
         if self.written and not self.keep:
-            self.path.unlink()
+            old = Path(self.scratch.name, _OLD)
+            if old.exists():
+                old.replace(self.path)
+            else:
+                self.path.unlink()
+        self.scratch.cleanup()
 
 
 def apply_delta(
@@ -97,16 +121,17 @@ def apply_delta(
         ValueError: If the delta belongs to another checkpoint, or is damaged.
     """
     check_outputs([target], [source, delta], overwrite)
-    checkpoint = open_checkpoint(source, allow_globals)
-    file = SafetensorsFile(delta)
-    header = read_header(file)
+    header, file = open_delta(delta)
+    checkpoint = open_weights(source, allow_globals)
+    check_name(target, checkpoint.format)
     here, there = ("edited", "original") if revert else ("original", "edited")
     layers = [name.removesuffix(".weight") for name in header["tensors"]]
     try:
         names = match_layers(layers, checkpoint.shapes(), checkpoint.module_names)
     except ValueError as error:
         raise ValueError(f"{source} has other tensors than the checkpoint that {delta} belongs to. {error}") from error
-    hashes = tensor_hashes(checkpoint.shapes(), checkpoint.read)
+    checkpoint.check_ties(names.values())
+    hashes = checkpoint_hashes(checkpoint)
     for layer, name in names.items():
         expected = header["tensors"][f"{layer}.weight"]
         if hashes[name] != expected[here]:
@@ -123,20 +148,55 @@ def apply_delta(
             + ("Take back the later edit first." if revert else "Is it another model?")
         )
 
-    def flip(layer: str) -> Callable[[Tensor], Tensor]:
-        def flipped(old: Tensor) -> Tensor:
-            bits, difference = _bits(old), file.read(f"{layer}.weight")
-            fits = difference.shape == bits.shape and difference.dtype == bits.dtype
-            new = (bits ^ difference).view(old.dtype).view(old.shape) if fits else None
-            if new is None or tensor_hash(new) != header["tensors"][f"{layer}.weight"][there]:
-                raise ValueError(f"{delta} is damaged: {layer!r} does not become the {there} tensor. {COPY_AGAIN}")
-            return new
-
-        return flipped
-
     facts = header["before"] if revert else header["edit"]
     headers = header["headers"] if revert else None
-    checkpoint.copy(target, {name: flip(layer) for layer, name in names.items()}, facts, headers)
+    with Scratch(Path(target)) as scratch:
+        flipped = {}
+        for layer, name in names.items():
+            new = _flipped(checkpoint.read(name), file.read(f"{layer}.weight"))
+            if new is None or tensor_hash(new) != header["tensors"][f"{layer}.weight"][there]:
+                raise ValueError(f"{delta} is damaged: {layer!r} does not become the {there} tensor. {COPY_AGAIN}")
+            flipped[name] = scratch.keep(new)
+        checkpoint.copy(target, flipped, facts, headers)
+
+
+def _flipped(old: Tensor, difference: Tensor) -> Tensor | None:
+    """Return a tensor with some of its bits flipped; None if the difference is one of another tensor."""
+    bits = _bits(old)
+    if difference.shape != bits.shape or difference.dtype != bits.dtype:
+        return None
+    return (bits ^ difference).view(old.dtype).view(old.shape)
+
+
+def open_weights(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> Checkpoint:
+    """Open a checkpoint to edit; arguments and errors as :func:`open_checkpoint`.
+
+    Raises:
+        ValueError: Also if it is a file of factors, or a delta.
+    """
+    checkpoint = open_checkpoint(path, allow_globals)
+    if isinstance(checkpoint, SafetensorsFile):
+        if DELTA in checkpoint.metadata:
+            raise ValueError(f"{path} is a delta, not a checkpoint: revert and apply take it as --delta.")
+        if HEADER in checkpoint.metadata:
+            raise ValueError(f"{path} holds K-FAC factors, not weights: edit takes it as --factors.")
+    return checkpoint
+
+
+def open_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Any], SafetensorsFile]:
+    """Return the header of a delta, and its file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is none; what else it is, where that can be told.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file. A delta is written by edit with --save-delta.")
+    if not looks_like_safetensors(path):
+        kind = "it is a folder" if Path(path).is_dir() else "it is no safetensors file"
+        raise ValueError(f"{path} is no delta ({kind}); it is written by edit with --save-delta.")
+    file = SafetensorsFile(path)
+    return read_header(file), file
 
 
 def read_header(file: SafetensorsFile) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,16 @@ from torch import Tensor
 
 from lightning_curvature.checkpoints.archive import check_tensors, read_archive
 from lightning_curvature.checkpoints.tree import parse_json, put_together
+from lightning_curvature.fingerprints import check_fingerprint
 from lightning_curvature.layer_factors import COUNTS, ERRORS, OPTIONAL, LayerFactors
 
 HEADER = "lightning_curvature.factors"
 SHARES = "shares_A_with"
 VERSIONS = (1, 2)
 """Of files: those whose layers have each an A of their own, and those in which layers share one."""
+_FIELDS = {*COUNTS, "transposed", *ERRORS, "weight", SHARES}
+_MAKE = "Factors of a model are made by lightning-curvature collect."
+_FOLDER = "it is a folder"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,12 +58,16 @@ class FactorFile(Mapping[str, LayerFactors]):
     def __len__(self) -> int:
         return len(self.layers)
 
+    def tied_inputs(self) -> dict[str, str]:
+        """Return, for each layer, the first one that has the same A; itself if there is none."""
+        first: dict[str, str] = {}
+        return {name: first.setdefault(numbers.get(SHARES, name), name) for name, numbers in self.layers.items()}
+
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Open a factor file; what is wrong with it becomes an error that names it."""
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: not a complete factor file (it is a folder). Name the file in it.")
+    _check_kind(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -68,9 +77,28 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         ) from error
 
 
+def _check_kind(path: str | os.PathLike[str]) -> None:
+    """Raise if something else was named than a safetensors file."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file. {_MAKE}")
+    holds = "it holds weights, not factors"
+    if Path(path).is_dir():
+        model = any(Path(path).glob("*.safetensors")) and (Path(path) / "config.json").exists()
+        found, remedy = (f"it is a folder of a model: {holds}", _MAKE) if model else (_FOLDER, "Name the file in it.")
+        raise ValueError(f"{path}: not a complete factor file ({found}). {remedy}")
+    if zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path}: not a complete factor file (it is a file of torch.save: {holds}). {_MAKE} Factors of the code of "
+            "arXiv:2510.24256 are read by KroneckerFactors.load(path, names=...)."
+        )
+
+
 def _read_header(file: Any) -> dict[str, Any]:
     """Return the header of an open factor file; the only place where it is checked."""
-    header = parse_json((file.metadata() or {}).get(HEADER, ""), f"the metadata entry {HEADER!r}")
+    metadata = file.metadata() or {}
+    if HEADER not in metadata:
+        raise ValueError("it holds weights, not factors; lightning-curvature collect makes factors of a model")
+    header = parse_json(metadata[HEADER], f"the metadata entry {HEADER!r}")
     if header.get("version") not in VERSIONS:
         raise ValueError(
             f"it has version {header.get('version')!r:.60}, this package reads those up to {VERSIONS[-1]}: update it"
@@ -80,12 +108,13 @@ def _read_header(file: Any) -> dict[str, Any]:
         raise ValueError("its header has no layers, or no provenance")
     json.dumps(provenance, ensure_ascii=False).encode()  # so that it can be shown
     for name, counts in layers.items():
-        if not isinstance(counts, dict) or not {*COUNTS[:2]} <= counts.keys() <= {*COUNTS, "transposed", *ERRORS,
-                                                                                   SHARES}:  # fmt: skip
+        if not isinstance(counts, dict) or not {*COUNTS[:2]} <= counts.keys() <= _FIELDS:
             raise ValueError(f"layer {name!r} must have {', '.join(COUNTS)} and transposed")
         for key, value in counts.items():
             if key == SHARES:
                 fits = isinstance(value, str) and value in layers
+            elif key == "weight":
+                fits = check_fingerprint(value)
             elif key in ERRORS:
                 fits = type(value) in (int, float) and 0 <= value < float("inf")
             else:  # up to 2**53 a count is exact in float64, in which factors are merged
@@ -152,7 +181,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def is_factor_file(path: str | os.PathLike[str]) -> bool:
     """Tell whether a safetensors file was written by :meth:`lightning_curvature.KroneckerFactors.save`."""
-    if Path(path).is_dir():
+    if not Path(path).is_file():
         return False
     try:
         with safe_open(path, framework="pt") as file:

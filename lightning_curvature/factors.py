@@ -15,8 +15,10 @@ from torch import Tensor
 
 from lightning_curvature._checks import did_you_mean
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.outputs import check_safetensors_name
 from lightning_curvature.checkpoints.tree import take_apart
 from lightning_curvature.factor_files import HEADER, SHARES, VERSIONS, FactorFile, read_paper_factors
+from lightning_curvature.fingerprints import Fingerprint
 from lightning_curvature.layer_factors import LayerFactors
 
 __all__ = ["KroneckerFactors", "LayerFactors", "digest_of"]
@@ -71,7 +73,25 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
 
     def counts(self) -> dict[str, int]:
         """Return the positions behind the inputs' factor of each layer."""
+        if isinstance(self._layers, FactorFile):
+            return {name: numbers["num_inputs"] for name, numbers in self._layers.layers.items()}
         return {name: layer.num_inputs for name, layer in self.items()}
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Return which weight each layer was collected on, where that is known."""
+        if isinstance(self._layers, FactorFile):
+            return {name: facts["weight"] for name, facts in self._layers.layers.items() if "weight" in facts}
+        return {name: layer.weight for name, layer in self.items() if layer.weight is not None}
+
+    def tied_inputs(self) -> dict[str, str]:
+        """Return, for each layer, the first one that has the same A, since both read the same; itself if none does.
+
+        An opened file tells from its header, for each access makes a new tensor; others by which tensors are the same.
+        """
+        if isinstance(self._layers, FactorFile):
+            return self._layers.tied_inputs()
+        layers, first = dict(self.items()), dict[int, str]()  # the tensors live as long as their ids are compared
+        return {name: first.setdefault(id(layer.A), name) for name, layer in layers.items()}
 
     def gathered(self) -> "KroneckerFactors":
         """Return these factors on one process, the first one. A collective if they are spread over several."""
@@ -91,15 +111,17 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         """
         if set(self) != set(other):
             raise ValueError(f"Cannot merge factors of other layers: only in one are {sorted(set(self) ^ set(other))}.")
-        merged, means = {}, dict[tuple[int, ...], Tensor]()
+        merged, means = {}, dict[tuple[str | int, ...], Tensor]()
+        tied, tied_two = self.tied_inputs(), other.tied_inputs()
         for name, one in self.items():
             two = other[name]
             if one.shape != two.shape or one.transposed != two.transposed:
                 raise ValueError(f"Layer {name!r}: cannot merge factors of a {one.shape} and a {two.shape} weight.")
-            A = _weighted_mean(one.A, one.num_inputs, two.A, two.num_inputs)
-            shared = (id(one.A), one.num_inputs, id(two.A), two.num_inputs)
+            shared = (tied[name], one.num_inputs, tied_two[name], two.num_inputs)
+            if shared not in means:
+                means[shared] = _weighted_mean(one.A, one.num_inputs, two.A, two.num_inputs)
             merged[name] = LayerFactors(
-                A=means.setdefault(shared, A),
+                A=means[shared],
                 G=_weighted_mean(one.G, one.num_gradients, two.G, two.num_gradients),
                 num_inputs=one.num_inputs + two.num_inputs,
                 num_gradients=one.num_gradients + two.num_gradients,
@@ -109,6 +131,7 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
                 G_coupled=_merged_mean(one.G_coupled, one.num_inputs, two.G_coupled, two.num_inputs),
                 A_error=_merged_error(one.A, one.num_inputs, one.A_error, two.A, two.num_inputs, two.A_error),
                 G_error=_merged_error(one.G, one.num_gradients, one.G_error, two.G, two.num_gradients, two.G_error),
+                weight=one.weight if one.weight == two.weight else None,
             )
         return KroneckerFactors(merged, self.provenance)
 
@@ -122,20 +145,21 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
             state: State of a collection that is going on, tensors and primitives; :func:`load_state` reads it.
 
         Raises:
+            ValueError: If the name is one of another format.
             OSError: If it cannot be written; what was there before stays.
         """
+        check_safetensors_name(path, "a factor file")
         tensors: dict[str, Tensor] = {}
         layers: dict[str, dict[str, Any]] = {}
-        owners: dict[int, str] = {}
+        tied = self.tied_inputs()
         for name, layer in self.items():
-            layers[name] = {**layer.numbers, **layer.errors}
-            owner = owners.setdefault(id(layer.A), name)
-            if owner != name:
-                layers[name][SHARES] = owner
+            layers[name] = layer.facts
+            if tied[name] != name:
+                layers[name][SHARES] = tied[name]
             for factor, tensor in layer.tensors.items():
-                if factor != "A" or owner == name:
+                if factor != "A" or tied[name] == name:
                     tensors[f"{name}.{factor}"] = tensor.cpu().contiguous().clone()
-        version = VERSIONS[len(owners) < len(layers)]
+        version = VERSIONS[any(first != name for name, first in tied.items())]
         header = {"version": version, "layers": layers, "provenance": self.provenance}
         if state is not None:
             header["state"] = take_apart(dict(state), tensors, _STATE)

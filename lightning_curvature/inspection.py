@@ -1,9 +1,7 @@
 """What a factor file, a delta or a checkpoint says about itself."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -24,7 +22,7 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
         FileNotFoundError: If there is nothing.
         ValueError: If it is neither.
     """
-    if Path(path).suffix == ".safetensors" and is_factor_file(path):
+    if is_factor_file(path):
         factors = KroneckerFactors.open(path)
         layers = {}
         for name, layer in factors.items():
@@ -62,16 +60,11 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
 def description(found: Mapping[str, Any]) -> str:
     """Return what :func:`describe` returned, as text."""
     if found["kind"] == "delta":
-        edit = json.dumps(found["edit"], indent=2)
-        return f"{found['path']}: a delta of {len(found['tensors'])} tensors, of the edit:\n{edit}"
+        return f"{found['path']}: a delta of {len(found['tensors'])} tensors, of the edit:\n{edit_table(found['edit'])}"
     if found["kind"] == "checkpoint":
         total = f"{found['path']}: {found['tensors']} tensors, {size(found['bytes'])}"
         edit = found["edit"]
-        return (
-            f"{total}; not edited by this package."
-            if edit is None
-            else f"{total}; edited:\n{json.dumps(edit, indent=2)}"
-        )
+        return f"{total}; not edited by this package." if edit is None else f"{total}; edited:\n{edit_table(edit)}"
     headers = ["layer", "weight", "positions", "error of A", "of G", "half of the mass in", "90 %", "99 %"]
     rows = [
         [name, "{} x {}".format(*layer["shape"]), layer["num_inputs"],
@@ -81,3 +74,28 @@ def description(found: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     source = ", ".join(f"{key}={value}" for key, value in found["provenance"].items())
     return f"K-FAC factors ({source})\nSHA-256 {found['sha256']}\n{tabulate(rows, headers)}"
+
+
+def edit_table(facts: Mapping[str, Any]) -> str:
+    """Return what an edited checkpoint says about its edit, and those before it, as text."""
+    unknown = "not known"
+    source = ", ".join(f"{key}={value}" for key, value in facts.get("provenance", {}).items())
+    headers = ["layer", "energy", "positions", "||W'-W||/||W||"]
+    rows = [
+        [name, *(layer.get(key, unknown) for key in ("energy", "positions")), _shown(layer.get("relative_change"))]
+        for name, layer in facts.get("layers", {}).items()
+    ]
+    lines = [
+        f"Method {facts.get('method', unknown)}, by {facts.get('package', unknown)}; factors: {source or unknown}",
+        tabulate(rows, headers, disable_numparse=True),
+        *(f"Left as it is: {reason}" for reason in dict(facts.get("skipped") or {}).values()),
+        f"SHA-256 of the unedited weights {facts.get('source', unknown)}",
+        f"SHA-256 of the factors {facts.get('factors', unknown)}",
+    ]
+    if isinstance(facts.get("before"), Mapping):
+        lines += ["Edited before:", edit_table(facts["before"])]
+    return "\n".join(lines)
+
+
+def _shown(change: Any) -> str:
+    return f"{change:.3f}" if isinstance(change, (int, float)) else "not known"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_curvature.bases import Original, known_basis
 from lightning_curvature.basis import CurvatureBasis
+from lightning_curvature.fingerprints import Fingerprint
 
 OPTIONAL = ("A_coupled", "G_coupled", "eigenvalues", "margins")
 COUNTS = ("num_inputs", "num_gradients", "num_seen")
@@ -36,6 +37,8 @@ class LayerFactors:
         A_error: Standard error of ``A``, relative to its Frobenius norm, from the spread of the batches; None if it is
             not known.
         G_error: The same of ``G``.
+        weight: Which weight they were collected on, see :mod:`lightning_curvature.fingerprints`; None if it is not
+            known, or moved meanwhile.
 
     Raises:
         ValueError: If a factor is not a square floating matrix, an optional one does not have its shape, or a count is
@@ -54,6 +57,7 @@ class LayerFactors:
     margins: Tensor | None = None
     A_error: float | None = None
     G_error: float | None = None
+    weight: Fingerprint | None = None
 
     def __post_init__(self) -> None:
         for name, factor in (("A", self.A), ("G", self.G)):
@@ -96,6 +100,11 @@ class LayerFactors:
     def errors(self) -> dict[str, float]:
         """The standard errors that are known, by name."""
         return {name: error for name in ERRORS if (error := getattr(self, name)) is not None}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything but tensors that is known, by name, as JSON values."""
+        return {**self.numbers, **self.errors, **({} if self.weight is None else {"weight": dict(self.weight)})}
 
     def digest(self) -> str:
         """Return a SHA-256 over counts and tensors."""

@@ -64,22 +64,28 @@ class ShardedFactors(KroneckerFactors):
             told |= part
         return digest_of({name: told[name] for name in self})
 
+    def tied_inputs(self) -> dict[str, str]:
+        """Return, for each layer, the first one of its process that has the same A. A collective."""
+        told: dict[str, str] = {}
+        for part in self.ranks.gather(KroneckerFactors(self._layers).tied_inputs()):
+            told |= part
+        return {name: told[name] for name in self}
+
     def gathered(self) -> KroneckerFactors:
         """Return all factors on the first process, on the CPU; what the others get is empty. A collective."""
-        gathered, first = dict[str, LayerFactors](), dict[int, str]()
+        gathered, tied = dict[str, LayerFactors](), self.tied_inputs()
         for name in self:
             owner = self.owners[name]
             layer = self._layers.get(name)
-            own, told, shares_with = dict[str, Tensor](), None, name
+            own, told = dict[str, Tensor](), None
             if layer is not None:
-                own, told = layer.tensors, {**layer.numbers, **layer.errors}
-                shares_with = first.setdefault(id(layer.A), name)
-                own = {key: tensor for key, tensor in own.items() if key != "A" or shares_with == name}
-            keys, numbers, shares_with = self.ranks.gather((list(own), told, shares_with))[owner]
+                own, told = layer.tensors, layer.facts
+                own = {key: tensor for key, tensor in own.items() if key != "A" or tied[name] == name}
+            keys, numbers = self.ranks.gather((list(own), told))[owner]
             tensors = {key: self.ranks.send(own.get(key), owner) for key in keys}
             if self.ranks.rank == 0 and numbers is not None:
                 on_cpu: dict[str, Any] = {key: tensor.cpu() for key, tensor in tensors.items()}
-                if shares_with != name:
-                    on_cpu["A"] = gathered[shares_with].A
+                if tied[name] != name:
+                    on_cpu["A"] = gathered[tied[name]].A
                 gathered[name] = LayerFactors(**(on_cpu | numbers))
         return KroneckerFactors(gathered, self.provenance)

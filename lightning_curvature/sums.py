@@ -153,7 +153,9 @@ class LayerSums:
 
     def factors(self) -> LayerFactors:
         """Return the normalised factors; layers that share the inputs' moment share the tensor."""
-        coupled = {name: self.moments[name].mean() for name in self.moments.keys() - {"inputs", "gradients"}}
+        coupled: dict[str, Any] = {
+            name: self.moments[name].mean() for name in self.moments.keys() - {"inputs", "gradients"}
+        }
         return LayerFactors(
             A=self.inputs.mean(),
             G=self.gradients.mean(),
@@ -179,18 +181,24 @@ class LayerSums:
             "transposed": self.transposed,
         }
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the place of the sums that :meth:`state_dict` was taken from, on the device of its tensors."""
+        if "eigenvalues" in state:
+            raise ValueError("The state is one of a collection of eigenvalues, which holds no factors. Begin anew.")
+        self.moments = {name: SecondMoment.from_state_dict(moment) for name, moment in state["moments"].items()}
+        self.num_seen = state["num_seen"]
+
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "LayerSums":
         """Return the sums that :meth:`state_dict` was taken from, on the device of its tensors."""
         sums = cls(0, 0, torch.device("meta"), state["transposed"])
-        sums.moments = {name: SecondMoment.from_state_dict(moment) for name, moment in state["moments"].items()}
-        sums.num_seen = state["num_seen"]
+        sums.load_state_dict(state)
         return sums
 
 
 def sharing(sums: Mapping[str, LayerSums]) -> dict[str, str]:
     """Return, for each layer, the first one that has the same inputs' moment; itself if there is none."""
-    first: dict[int, str] = {}
+    first: dict[int, str] = {}  # the sums keep the moments, so that no id is used again
     return {name: first.setdefault(id(layer.inputs), name) for name, layer in sums.items()}
 
 
@@ -209,9 +217,19 @@ def state_of(sums: Mapping[str, LayerSums]) -> dict[str, Any]:
     return {"version": STATE_VERSION, "sums": states, "shared": shared}
 
 
-def sums_from(state: Mapping[str, Any]) -> dict[str, LayerSums]:
-    """Return the sums that :func:`state_of` was given."""
-    sums = {name: LayerSums.from_state_dict(layer) for name, layer in state["sums"].items()}
+def sums_from(
+    state: Mapping[str, Any], new: Callable[[str, LayerKind, torch.device], LayerSums]
+) -> dict[str, LayerSums]:
+    """Return the sums that :func:`state_of` was given.
+
+    Args:
+        state: What it returned.
+        new: Returns empty sums of a layer, given its name, its kind, and the device on which they live.
+    """
+    sums, nowhere = dict[str, LayerSums](), torch.device("meta")
+    for name, layer in state["sums"].items():
+        sums[name] = new(name, LayerKind(0, 0, layer["transposed"]), nowhere)
+        sums[name].load_state_dict(layer)
     share_again(sums, state["shared"])
     return sums
 
@@ -233,6 +251,7 @@ def sums_over(
     get: Callable[[str], LayerSums],
     to: Callable[[str], int | None] = lambda _: None,
     groups: Mapping[str, Hashable] | None = None,
+    new: Callable[[str, LayerKind, torch.device], LayerSums] = lambda _, kind, device: LayerSums.zero(kind, device),
 ) -> Iterator[tuple[str, LayerSums]]:
     """Yield the sums of all processes by layer, one layer at a time. A collective.
 
@@ -243,6 +262,7 @@ def sums_over(
         to: Returns the only process that needs the totals of a layer, or None.
         groups: What :func:`shared_by_all` returned; layers of one group, which go to one process, have one inputs'
             moment in the result, too. By default each layer has its own.
+        new: Returns empty sums of a layer that this process has not seen.
 
     Raises:
         RuntimeError: If two processes have seen a layer of one name and of different kinds.
@@ -256,7 +276,7 @@ def sums_over(
     left = Counter(groups[name] for name in union)
     inputs: dict[Hashable, SecondMoment] = {}
     for name, kind in union.items():
-        own = get(name) if name in kinds else LayerSums.zero(kind, ranks.device)
+        own = get(name) if name in kinds else new(name, kind, ranks.device)
         summed = own.over(ranks, to(name), inputs.pop(groups[name], None))
         left[groups[name]] -= 1
         if left[groups[name]]:

@@ -115,10 +115,11 @@ class _Graphs:
     """
 
     def __init__(self, kept: Sequence[Tensor], collect: bool = False) -> None:
-        self.kept = {id(tensor) for tensor in kept}
+        self.kept = {id(tensor): tensor for tensor in kept}
         self.collect = collect
         self.found: list[Tensor] = []
-        self.seen: set[int] = set()
+        # What a container became, by its id, which no other can have as long as it is kept here.
+        self.seen: dict[int, tuple[Any, Any]] = {}
 
     def detached(self, value: Any) -> Any:
         """Return a value without graphs: the same object where nothing, or its items alone, had to change."""
@@ -131,9 +132,12 @@ class _Graphs:
             return value.detach()
         if not isinstance(value, (list, deque, dict, tuple)) and not _is_record(value):
             return value
-        if id(value) in self.seen:
-            return value
-        self.seen.add(id(value))
+        if id(value) not in self.seen:
+            self.seen[id(value)] = value, value  # one that holds itself stays what it is
+            self.seen[id(value)] = value, self._container_detached(value)
+        return self.seen[id(value)][1]
+
+    def _container_detached(self, value: Any) -> Any:
         if isinstance(value, (list, deque)):
             for index, item in enumerate(value):
                 if (new := self.detached(item)) is not item:

@@ -23,6 +23,7 @@ from lightning_curvature.demos.recitation import RecitedText
 from lightning_curvature.demos.settings import TextSettings
 from lightning_curvature.demos.text_analyses import analyse_text
 from lightning_curvature.demos.vit import LitViT
+from lightning_curvature.inspection import describe
 from lightning_curvature.text.detection import window_scores
 from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.models import load_model, load_tokenizer
@@ -80,6 +81,17 @@ def test_the_checkpoints_are_what_the_report_measured(run):
     CurvatureEditor(report["settings"]["energy"]).edit(model, KroneckerFactors.load(out / "factors.safetensors"))
     edited = torch.load(out / "edited.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, edited[key]) for key, value in model.state_dict().items())
+
+
+def test_the_edited_checkpoint_says_what_was_edited(run):
+    out, _ = run
+    report = json.loads((out / "report.json").read_text())
+    found = describe(out / "edited.ckpt")["edit"]
+    assert {name: layer["energy"] for name, layer in found["layers"].items()} == dict.fromkeys(
+        report["layers"], report["settings"]["energy"]
+    )
+    assert found["factors"] == KroneckerFactors.load(out / "factors.safetensors").digest()
+    assert describe(out / "original.ckpt")["edit"] is None
 
 
 def test_the_page_of_the_digits_demo(run):
@@ -150,6 +162,7 @@ def test_other_commands_read_what_the_text_demo_writes(text_run, tmp_path, capsy
     for when in ("before", "after"):
         for metric in ("strict", "loose", "edit_distance", "min_k"):
             assert results[when][metric] == pytest.approx(report[when][metric], abs=1e-6)
+    assert describe(out / "edited.ckpt")["edit"]["method"] == "kfac"
     edited = torch.load(out / "edited.ckpt", weights_only=True)["state_dict"]
     module = LitCausalLM.load_from_checkpoint(out / "original.ckpt", weights_only=True)
     CurvatureEditor(report["settings"]["energy"]).edit(module, KroneckerFactors.load(out / "factors.safetensors"))

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -534,6 +535,32 @@ def test_folders_are_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypa
     assert (old / "x").read_text() == "new"
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_old_folder_is_put_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, lost):
+    """Also what cannot be put back is not deleted."""
+    monkeypatch.setattr(atomic, "_exchange", lambda one, two: False)
+    old, rename = tmp_path / "target", Path.rename
+    old.mkdir()
+    (old / "x").write_text("old")
+
+    def failing(self, to):
+        if self.name == "new" or (lost and self.name == "new.old"):
+            raise OSError(28, "No space left on device")
+        return rename(self, to)
+
+    def write():
+        with atomic.replacing_folder(old) as new:
+            new.mkdir()
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    (kept,) = tmp_path.rglob("x")
+    assert kept.read_text() == "old"
+    assert (kept.parent == old) == (not lost)
+    assert lost or list(tmp_path.iterdir()) == [old]
+
+
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
@@ -554,7 +581,7 @@ def test_commands(saved, tmp_path, capsys):
     assert "model.layers.1.mlp.down_proj" in shown
     assert "model.layers.0" not in shown
     run("inspect", out)
-    assert '"energy": 0.6' in capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj  0.6 " in capsys.readouterr().out
     run("revert", "--checkpoint", out, "--delta", delta, "--out", back)
     assert hashes(back) == hashes(saved / "sharded")
     run("apply", "--checkpoint", back, "--delta", delta, "--out", tmp_path / "again")

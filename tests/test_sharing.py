@@ -20,6 +20,7 @@ from lightning_curvature.collect import collect
 from lightning_curvature.collector import Collector
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.sums import LayerKind
+from lightning_curvature.text.detection import distinct_inputs
 from tests import language, models, processes
 
 PROJECTIONS = ["gate", "up", "down"]
@@ -337,6 +338,53 @@ def test_a_file_holds_a_shared_factor_once(tmp_path):
     separate.save(tmp_path / "one.safetensors")
     with safe_open(tmp_path / "one.safetensors", "pt") as file:
         assert json.loads(file.metadata()["lightning_curvature.factors"])["version"] == 1  # as earlier versions read
+
+
+def many_layers(count=26, dim=64):
+    """Each with an A of its own, but the last, which reads what the first does."""
+    torch.manual_seed(0)
+    squares = [torch.randn(dim, dim) for _ in range(count)]
+    layers = {f"blocks.{i}.fc": LayerFactors(A=x @ x.T, G=torch.eye(2), num_inputs=9, num_gradients=9)
+              for i, x in enumerate(squares)}  # fmt: skip
+    layers["last"] = LayerFactors(A=layers["blocks.0.fc"].A, G=torch.eye(2), num_inputs=9, num_gradients=9)
+    return KroneckerFactors(layers)
+
+
+def test_an_opened_file_never_takes_one_layer_for_another(tmp_path):
+    """Each access makes new tensors, at addresses where those of other layers were; the memory of freed ones is."""
+    factors = many_layers()
+    factors.save(tmp_path / "f.safetensors")
+    tied = {name: name for name in factors} | {"last": "blocks.0.fc"}
+    assert factors.tied_inputs() == tied
+    for _ in range(5):
+        opened = KroneckerFactors.open(tmp_path / "f.safetensors")
+        assert opened.tied_inputs() == tied
+        assert opened.counts() == dict.fromkeys(factors, 9)
+        assert distinct_inputs(opened) == distinct_inputs(factors) == list(factors)[:-1]
+        opened.save(tmp_path / "again.safetensors")
+        again = KroneckerFactors.load(tmp_path / "again.safetensors")
+        merged = opened.merge(KroneckerFactors.open(tmp_path / "f.safetensors"))
+        for name, layer in factors.items():
+            assert torch.equal(again[name].A, layer.A)
+            torch.testing.assert_close(merged[name].A, layer.A)
+        for found in (again, merged):
+            assert found.tied_inputs() == tied
+            assert found["last"].A is found["blocks.0.fc"].A
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "f.safetensors").read_bytes()
+
+
+def test_an_edit_with_an_opened_file_takes_the_factors_of_each_layer(tmp_path):
+    factors = many_layers(dim=16)
+    factors.save(tmp_path / "f.safetensors")
+    torch.manual_seed(1)
+    state = {f"{name}.weight": torch.randn(2, 16) for name in factors}
+    torch.save(state, tmp_path / "m.pt")
+    expected, _ = CurvatureEditor(0.7).edit_state_dict(state, many_layers(dim=16))
+    for _ in range(3):
+        opened = KroneckerFactors.open(tmp_path / "f.safetensors")
+        CurvatureEditor(0.7).edit_checkpoint(tmp_path / "m.pt", opened, tmp_path / "o.pt", overwrite=True)
+        edited = torch.load(tmp_path / "o.pt", weights_only=True)
+        assert all(torch.equal(edited[key], value) for key, value in expected.items())
 
 
 def test_merged_factors_share():

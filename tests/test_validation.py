@@ -202,6 +202,7 @@ def test_drop_graphs_reaches_every_container_and_keeps_objects_that_need_no_chan
     module.named, module.queue, module.record = Pair(graph, 2), collections.deque([graph, 1]), Record(graph)
     module.loop = {"a": [graph]}
     module.loop["self"] = module.loop
+    module.again = module.pair
     kept, frozen, loop, queue = module.kept, module.frozen, module.loop, module.queue
     found = graphs(module)
     assert len(found) == 6
@@ -216,6 +217,7 @@ def test_drop_graphs_reaches_every_container_and_keeps_objects_that_need_no_chan
     assert module.leaf[0] is leaf
     assert isinstance(module.named, Pair)
     assert module.record.number == 3
+    assert module.again is module.pair  # what was one tuple is one
     for value in (module.total, module.pair[0], module.named.one, module.queue[0], module.record.logits, loop["a"][0]):
         assert not value.requires_grad
     assert module.weight.requires_grad

@@ -4,25 +4,25 @@ import importlib
 import os
 import pickle
 import re
-import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.checkpoints.safetensors import Edits, check_same
+from lightning_curvature.checkpoints.outputs import Format
+from lightning_curvature.checkpoints.safetensors import Edits, check_same, looks_like_safetensors, tensor_hash
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text
 
 KEY = "lightning_curvature"
 """Entry of a Lightning checkpoint that says what was edited."""
-_BROKEN = "{}: not a file of torch.save, or a broken one ({}: {}). " + COPY_AGAIN
+_BROKEN = "{}: not a file of torch.save, or a broken one ({}: {})."
 _HARMFUL = re.compile(
     r"(os|posix|nt|sys|subprocess|shutil|io|runpy|socket|pty)\..*|builtins\.(eval|exec|open|getattr|compile|__import__)"
 )
@@ -59,7 +59,10 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
             # torch wraps its reason in advice to load the file unsafely, which would not help and is not given here.
             reason = str(error).partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
             reason = " ".join((reason or str(error)).split())[:300]
-            raise ValueError(_BROKEN.format(path, type(error).__name__, reason)) from error
+            remedy = (
+                "It is a safetensors file: name it NAME.safetensors." if looks_like_safetensors(path) else COPY_AGAIN
+            )
+            raise ValueError(f"{_BROKEN.format(path, type(error).__name__, reason)} {remedy}") from error
         globals_ = {found[1] or found[2]}
         with suppress(Exception):  # of a file that cannot be read to its end, the first one is named
             globals_ |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -74,6 +77,23 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
             f"{path} holds objects of {', '.join(needed)}, and unpickling them could run any code. Nothing was loaded. "
             f"If you trust the file, add --allow-global {' '.join(needed)} (allow_globals={needed!r})."
         ) from error
+
+
+def edited_note(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return a sentence that says what was edited in the content of a Lightning checkpoint; None if nothing was.
+
+    Args:
+        checkpoint: What ``torch.load`` returns of it, or a hook of Lightning is given.
+    """
+    found = checkpoint.get(KEY)
+    if not isinstance(found, dict):
+        return None
+    layers = found.get("layers") if isinstance(found.get("layers"), dict) else {}
+    return (
+        f"This checkpoint is an edited copy (method {found.get('method')}, layers {listing(layers or {}, 3)}): its "
+        "weights are not those that training left, while the states of its optimizers are. Go on from the checkpoint "
+        "beside it whose name lacks the mark, such as NAME.ckpt of NAME-edited.ckpt, unless you mean the edited one."
+    )
 
 
 def check_tensors(tensors: Mapping[Any, Any], path: str | os.PathLike[str]) -> None:
@@ -133,6 +153,8 @@ class ArchiveFile:
             )
         check_tensors({name: value for name, value in self.state_dict.items() if isinstance(value, Tensor)}, path)
 
+    format: Format = "archive"
+
     @property
     def provenance(self) -> dict[str, Any] | None:
         """What an earlier edit wrote, or None."""
@@ -151,6 +173,10 @@ class ArchiveFile:
         """Return the bytes of a tensor."""
         return int(self.state_dict[name].nbytes)
 
+    def hash(self, name: str) -> str:
+        """Return what :func:`lightning_curvature.checkpoints.safetensors.tensor_hash` does of one tensor."""
+        return tensor_hash(self.state_dict[name])
+
     def read(self, name: str) -> Tensor:
         """Return a copy of one tensor."""
         tensor: Tensor = self.state_dict[name].detach().clone()
@@ -168,45 +194,41 @@ class ArchiveFile:
         headers: Mapping[str, str] | None = None,  # noqa: ARG002
     ) -> None:
         """Write a copy with some tensors replaced, atomically; tensors that share memory with one of them follow it."""
-        folder = Path(target).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".edit.", dir=folder) as scratch:
-            state_dict = self._edited(edits, Path(scratch))
-            if self.nested is not None:
-                content = {**self.content, self.nested: state_dict, KEY: provenance}
-                if provenance is None:
-                    del content[KEY]
-            else:
-                content = state_dict
-                vars(content)[_ATTRIBUTE] = provenance
-                if provenance is None:
-                    del vars(content)[_ATTRIBUTE]
-            with replacing(target, like=self.path) as temporary:
-                torch.save(content, temporary)
+        state_dict = self._edited(edits)
+        if self.nested is not None:
+            content = {**self.content, self.nested: state_dict, KEY: provenance}
+            if provenance is None:
+                del content[KEY]
+        else:
+            content = state_dict
+            vars(content)[_ATTRIBUTE] = provenance
+            if provenance is None:
+                del vars(content)[_ATTRIBUTE]
+        with replacing(target, like=self.path) as temporary:
+            torch.save(content, temporary)
 
-    def _check_ties(self, name: str, edits: Edits) -> None:
-        """Raise if a tensor is tied to others in a way that an edit cannot keep."""
-        own = self.state_dict[name]
-        for other, tensor in self.state_dict.items():
-            if other == name or not isinstance(tensor, Tensor) or not _overlap(own, tensor):
-                continue
-            if other in edits or not _same_view(own, tensor):
-                how = "is the same tensor" if other in edits else "shares a part of its memory"
-                raise ValueError(
-                    f"{name!r} cannot be edited: {other!r} {how} (tied weights). Leave one of them out of layers=."
-                )
+    def check_ties(self, names: Iterable[str]) -> None:
+        """Raise ``ValueError`` if one of the tensors to edit is tied to others in a way that an edit cannot keep."""
+        names = set(names)
+        for name in sorted(names):
+            own = self.state_dict[name]
+            for other, tensor in self.state_dict.items():
+                if other == name or not isinstance(tensor, Tensor) or not _overlap(own, tensor):
+                    continue
+                if other in names or not _same_view(own, tensor):
+                    how = "is the same tensor" if other in names else "shares a part of its memory"
+                    raise ValueError(
+                        f"{name!r} cannot be edited: {other!r} {how} (tied weights). Leave one of them out of layers=."
+                    )
 
-    def _edited(self, edits: Edits, scratch: Path) -> "OrderedDict[str, Any]":
-        """Return the state dict with new tensors, which lie in files until they are written."""
+    def _edited(self, edits: Edits) -> "OrderedDict[str, Any]":
+        """Return the state dict with new tensors."""
+        self.check_ties(edits)
         state_dict = OrderedDict(self.state_dict)
         vars(state_dict).update(getattr(self.state_dict, "__dict__", {}))
-        for number, (name, edit) in enumerate(edits.items()):
-            old = self.state_dict[name]
-            self._check_ties(name, edits)
-            new = edit(old.detach().clone())
+        for name, edit in edits.items():
+            old, new = self.state_dict[name], edit()
             check_same(name, old, new)
-            save_file({"weight": new.contiguous()}, scratch / str(number))
-            new = load_file(scratch / str(number))["weight"]
             for other, tensor in self.state_dict.items():
                 if isinstance(tensor, Tensor) and _same_view(tensor, old):
                     state_dict[other] = torch.nn.Parameter(new, old.requires_grad) if _is_parameter(tensor) else new

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,14 +55,51 @@ def replace_folder(new: Path, target: Path) -> None:
     """Put a folder in the place of another one; both lie on one file system.
 
     Where the system can exchange two names in one step (Linux), there is always a complete folder at ``target``, and
-    the old one is left at ``new``; elsewhere the old one is moved away first.
+    the old one is left at ``new``; elsewhere the old one is moved away first, and put back if the new one cannot take
+    its place.
     """
     if not target.exists():
         new.rename(target)
     elif not _exchange(new, target):
-        target.rename(new.with_suffix(".old"))
-        new.rename(target)
+        old = new.with_suffix(".old")
+        target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
     sync(target.parent)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of a folder to make beside the target; on success it is synced and put in the target's place.
+
+    If the body raises, what it made is removed and the target is as it was.
+
+    >>> target = Path(tempfile.mkdtemp(), "notes")
+    >>> with replacing_folder(target) as new:
+    ...     new.mkdir()
+    ...     _ = (new / "one").write_text("done")
+    >>> [path.name for path in target.iterdir()]
+    ['one']
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    new = scratch / "new"
+    try:
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                sync(file)
+        replace_folder(new, target)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):
+            scratch.rmdir()  # an old folder that could not be put back stays in it
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _exchange(one: Path, two: Path) -> bool:

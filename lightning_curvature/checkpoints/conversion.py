@@ -8,14 +8,13 @@ import torch
 import transformers
 
 from lightning_curvature.checkpoints.archive import ArchiveFile
-from lightning_curvature.checkpoints.formats import Checkpoint
 from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
 from lightning_curvature.checkpoints.weights import load_weights
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json")
 
 
-def to_folder(checkpoint: Checkpoint, template: str | os.PathLike[str], out: Path) -> HuggingFaceFolder:
+def to_folder(checkpoint: ArchiveFile, template: str | os.PathLike[str], out: Path) -> HuggingFaceFolder:
     """Write the Hugging Face model inside a Lightning checkpoint as a folder, with the dtypes of the checkpoint.
 
     Args:
@@ -24,15 +23,9 @@ def to_folder(checkpoint: Checkpoint, template: str | os.PathLike[str], out: Pat
         out: Folder to write.
 
     Raises:
-        ValueError: If it is another kind of checkpoint, the configuration names no model of transformers, or the
-            checkpoint does not hold exactly this model's weights.
+        ValueError: If the configuration names no model of transformers, or the checkpoint does not hold exactly this
+            model's weights.
     """
-    if not isinstance(checkpoint, ArchiveFile):
-        raise ValueError(f"{checkpoint.path} is no file of torch.save (.ckpt, .pt): only those become a folder.")
-    if not (Path(template) / "config.json").is_file():
-        raise ValueError(
-            f"{template} has no config.json; name the folder of the model that the checkpoint was made from."
-        )
     config = transformers.AutoConfig.from_pretrained(template, trust_remote_code=False)
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:

@@ -10,9 +10,21 @@ from torch import Tensor
 
 from lightning_curvature.checkpoints.archive import ArchiveFile
 from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
-from lightning_curvature.checkpoints.safetensors import SafetensorsFile, as_bytes
+from lightning_curvature.checkpoints.outputs import ARCHIVES, SAFETENSORS, ending
+from lightning_curvature.checkpoints.safetensors import SafetensorsFile, looks_like_safetensors, tensor_hash
+
+__all__ = [
+    "Checkpoint",
+    "checkpoint_hashes",
+    "content_hash",
+    "open_checkpoint",
+    "tensor_hash",
+    "tensor_hashes",
+    "values_hash",
+]
 
 Checkpoint = ArchiveFile | HuggingFaceFolder | SafetensorsFile
+_READERS = 8
 
 
 def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> Checkpoint:
@@ -31,7 +43,7 @@ def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] =
         raise FileNotFoundError(f"{path}: no such file or folder.")
     if path.is_dir():
         return HuggingFaceFolder(path)
-    if path.suffix == ".safetensors":
+    if ending(path) == SAFETENSORS or (ending(path) not in ARCHIVES and looks_like_safetensors(path)):
         return SafetensorsFile(path)
     return ArchiveFile(path, allow_globals)
 
@@ -48,9 +60,11 @@ def tensor_hashes(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[s
         return dict(zip(names, threads.map(lambda name: tensor_hash(read(name)), names), strict=True))
 
 
-def tensor_hash(tensor: Tensor) -> str:
-    """Return dtype, shape and SHA-256 of a tensor as one text."""
-    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(as_bytes(tensor)).hexdigest()}"
+def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return :func:`tensor_hash` of each tensor of a checkpoint; tensors pass through memory in chunks."""
+    names = sorted(checkpoint.shapes())
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _READERS)) as threads:  # hashing lets other threads run
+        return dict(zip(names, threads.map(checkpoint.hash, names), strict=True))
 
 
 def content_hash(hashes: Mapping[str, str]) -> str:

@@ -4,10 +4,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from lightning_curvature._checks import listing
-from lightning_curvature.checkpoints.atomic import replace_folder, sync
+from lightning_curvature.checkpoints.atomic import replacing_folder, sync
+from lightning_curvature.checkpoints.outputs import Format
 from lightning_curvature.checkpoints.safetensors import Edits, SafetensorsFile
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, parse_json
 
@@ -49,6 +48,20 @@ def card_section(provenance: Mapping[str, Any]) -> str:
         f"- SHA-256 of the unedited weights: `{provenance.get('source', unknown)}`\n"
         f"- SHA-256 of the K-FAC factors: `{provenance.get('factors', unknown)}`\n{_END}\n"
     )
+
+
+def edited_note(folder: str | os.PathLike[str]) -> str | None:
+    """Return a sentence that says what was edited in a folder, for those who load a model from it; None if nothing was.
+
+    Raises:
+        ValueError: If what it says of its edit is damaged.
+    """
+    note = Path(folder) / NOTE
+    if not note.is_file():
+        return None
+    facts = check_facts(parse_json(note.read_bytes(), f"{note}"), f"{note}")
+    layers = listing(facts.get("layers", {}), 3)
+    return f"The model in {folder} is an edited copy (method {facts.get('method')}, layers {layers})."
 
 
 class HuggingFaceFolder:
@@ -94,6 +107,8 @@ class HuggingFaceFolder:
                 raise ValueError(f"{index} says that {file} holds {name!r}; it does not. The folder is not complete.")
         self.where = names
 
+    format: Format = "folder"
+
     @property
     def provenance(self) -> dict[str, Any] | None:
         """What an earlier edit wrote, or None."""
@@ -110,29 +125,12 @@ class HuggingFaceFolder:
     def module_names(self) -> dict[str, str]:
         """Return the tensor of each module's weight where transformers loads it under another name."""
         try:
-            import transformers
             from transformers.core_model_loading import revert_weight_conversion
         except ImportError:  # there are no such names without transformers, or in old releases of it
             return {}
-        file = self.path / "config.json"
-        if not file.is_file():
+        model = empty_model(self.path, len(self.where))
+        if model is None:
             return {}
-        depths = [n for key, n in parse_json(file.read_bytes(), f"{file}").items() if key.endswith(("layer", "layers"))]
-        if any(isinstance(n, int) and n > _SHARED_LAYERS + len(self.where) for n in depths):
-            raise ValueError(f"{file} names more layers than there are tensors. {COPY_AGAIN}")
-        try:
-            config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-            kind = getattr(transformers, (config.architectures or [""])[0], None)
-            if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-                return {}
-            with torch.device("meta"):
-                model = kind(config)
-        except (ValueError, OSError):  # of a model that transformers does not know
-            return {}
-        except Exception as error:  # transformers builds what it is told, and fails wherever that makes no sense
-            raise ValueError(
-                f"{file} describes no model that transformers can build ({type(error).__name__}: {error}). {COPY_AGAIN}"
-            ) from error
         stored = {}
         for name, parameter in model.named_parameters():
             found = revert_weight_conversion(model, {name: parameter})
@@ -143,6 +141,13 @@ class HuggingFaceFolder:
     def num_bytes(self, name: str) -> int:
         """Return the bytes of a tensor."""
         return self.shards[self.where[name]].num_bytes(name)
+
+    def check_ties(self, names: Iterable[str]) -> None:
+        """Do nothing: tensors of these files share no memory."""
+
+    def hash(self, name: str) -> str:
+        """Return what :func:`lightning_curvature.checkpoints.safetensors.tensor_hash` does of one tensor."""
+        return self.shards[self.where[name]].hash(name)
 
     def read(self, name: str) -> Tensor:
         """Return a copy of one tensor."""
@@ -170,31 +175,18 @@ class HuggingFaceFolder:
             provenance: What to write into the note; None leaves the note out.
             headers: What :meth:`headers` of the original returned: headers to write as they are.
         """
-        target = Path(target)
         if headers is not None and not self.shards.keys() <= headers.keys():
             headers = None  # of another format
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        try:
-            new = scratch / "new"
+        with replacing_folder(target) as new:
             shutil.copytree(self.path, new, ignore=self._not_copied)
             self._write_notes(new, provenance, headers)
             own = {file: {name: edit for name, edit in edits.items() if self.where[name] == file}
                    for file in self.shards}  # fmt: skip
-            with ThreadPoolExecutor(1) as thread:  # the disk is busy while edits are computed
-                copies = [thread.submit(_copy_and_sync, shard.path, new / file)
-                          for file, shard in self.shards.items() if not own[file]]  # fmt: skip
-                for file, shard in self.shards.items():
-                    if own[file]:
-                        shard.copy(new / file, own[file], provenance, None if headers is None else {"": headers[file]})
-                for copied in copies:
-                    copied.result()
-            for path in new.rglob("*"):
-                if path.is_file() and path.name not in self.shards:
-                    sync(path)
-            replace_folder(new, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            for file, shard in self.shards.items():
+                if own[file]:
+                    shard.copy(new / file, own[file], provenance, None if headers is None else {"": headers[file]})
+                else:
+                    _copy_and_sync(shard.path, new / file)
 
     def _write_notes(self, new: Path, provenance: Mapping[str, Any] | None, headers: Mapping[str, str] | None) -> None:
         """Write what the folder says about its edit: a note for programs, a section of the model card for people."""
@@ -232,6 +224,42 @@ class HuggingFaceFolder:
         if not exists:
             raise ValueError(f"{self.path}: {file!r} is named in the index, but there is no such file. {_AGAIN}")
         return resolved
+
+
+def empty_model(folder: Path, num_tensors: int | None = None) -> Any:
+    """Return the model that a folder's configuration describes, without memory for its weights (on the meta device).
+
+    Args:
+        folder: Folder with a ``config.json``.
+        num_tensors: How many tensors it has, if that is known.
+
+    Returns:
+        None if there is no configuration, or none of a model of transformers (which must be installed).
+
+    Raises:
+        ValueError: If the configuration is broken.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    import transformers
+
+    depths = [n for key, n in parse_json(file.read_bytes(), f"{file}").items() if key.endswith(("layer", "layers"))]
+    if num_tensors is not None and any(isinstance(n, int) and n > _SHARED_LAYERS + num_tensors for n in depths):
+        raise ValueError(f"{file} names more layers than there are tensors. {COPY_AGAIN}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+            return None
+        with torch.device("meta"):
+            return kind(config)
+    except (ValueError, OSError):  # of a model that transformers does not know
+        return None
+    except Exception as error:  # transformers builds what it is told, and fails wherever that makes no sense
+        raise ValueError(
+            f"{file} describes no model that transformers can build ({type(error).__name__}: {error}). {COPY_AGAIN}"
+        ) from error
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -1,8 +1,74 @@
-"""Which files may be written."""
+"""Which files may be written, and under which names."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
+
+Format = Literal["folder", "safetensors", "archive"]
+"""What a checkpoint is: a Hugging Face folder, a safetensors file, or a file of ``torch.save``."""
+
+SAFETENSORS = ".safetensors"
+ARCHIVES = (".pt", ".pth", ".ckpt", ".bin", ".th", ".tar", ".pkl", ".pickle")
+_OTHERS = (".json", ".jsonl", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".txt", ".yaml", ".csv", ".png")
+_WRITTEN = {
+    "folder": "a Hugging Face folder is written; name a folder",
+    "safetensors": "a safetensors file is written; name it NAME.safetensors",
+    "archive": "a file of torch.save is written; name it NAME.ckpt or NAME.pt",
+}
+
+
+def ending(path: str | os.PathLike[str]) -> str:
+    """Return what stands behind the last dot of a file's name, with the dot, in small letters.
+
+    >>> ending("runs/v1.2/Model.SafeTensors"), ending("model"), ending(".pt")
+    ('.safetensors', '', '.pt')
+    """
+    _, dot, last = Path(path).name.lower().rpartition(".")
+    return dot + last if dot else ""
+
+
+def check_name(output: str | os.PathLike[str], format_: Format) -> None:
+    """Raise if a checkpoint of some format cannot be written under a name, since readers tell formats by names.
+
+    A name that tells none, such as ``edited``, is one for any.
+
+    Args:
+        output: File or folder to write.
+        format_: What is written.
+
+    Raises:
+        ValueError: If the name is one of another format.
+        FileExistsError: If there is a file where a folder is written, or a folder where a file is.
+    """
+    end = ending(output)
+    fits = {
+        "folder": end not in (SAFETENSORS, *ARCHIVES, *_OTHERS),
+        "safetensors": end not in (*ARCHIVES, *_OTHERS),
+        "archive": end not in (SAFETENSORS, *_OTHERS),
+    }
+    if not fits[format_]:
+        raise ValueError(f"{output}: the format follows the source, and {_WRITTEN[format_]}.")
+    if Path(output).exists() and Path(output).is_dir() != (format_ == "folder"):
+        there = "a folder" if Path(output).is_dir() else "a file"
+        raise FileExistsError(f"{output} is {there}, and {_WRITTEN[format_]}.")
+
+
+def check_safetensors_name(output: str | os.PathLike[str], what: str) -> None:
+    """Raise if a safetensors file that is no checkpoint is to be written under the name of another format.
+
+    Args:
+        output: File to write.
+        what: What it is, for the error.
+
+    Raises:
+        ValueError: If the name is one of another format.
+        FileExistsError: If it is a folder.
+    """
+    if ending(output) in (*ARCHIVES, *_OTHERS):
+        raise ValueError(f"{output}: {what} is a safetensors file; name it NAME.safetensors.")
+    if Path(output).is_dir():
+        raise FileExistsError(f"{output} is a folder; {what} is one file. Name a file in it.")
 
 
 def check_outputs(
@@ -30,3 +96,6 @@ def check_outputs(
             raise FileExistsError(f"{output} is named twice among the files to write.")
         if path.exists() and not overwrite:
             raise FileExistsError(f"{output} exists. Choose another path, or --overwrite it.")
+        above = next(parent for parent in path.parents if parent.exists())
+        if not above.is_dir():
+            raise FileExistsError(f"{output} cannot be written: {above} is a file, not a folder.")

@@ -2,15 +2,16 @@
 
 A file is a header (eight bytes of length, JSON with dtype, shape and byte range of every tensor, and string metadata)
 and the bytes of the tensors. An edited tensor has the size of the original, so a copy with other metadata and a few
-other byte ranges is all that an edit needs: every other tensor stays byte-identical, whatever its dtype, and one tensor
-is in memory at a time.
+other byte ranges is all that an edit needs: every other tensor stays byte-identical, whatever its dtype, and passes
+through memory in chunks; one edited tensor is in memory at a time.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,15 +20,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.outputs import Format
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text, parse_json
 
-_CHUNK = 2**24
+_CHUNK = 2**22
 _METADATA = "__metadata__"
 KEY = "lightning_curvature.edit"
 """Metadata entry that says what was edited, as JSON."""
 
-Edits = Mapping[str, Callable[[Tensor], Tensor]]
-"""By tensor name, a function from the original to the new tensor."""
+Edits = Mapping[str, Callable[[], Tensor]]
+"""By tensor name, what returns the new tensor."""
+
+_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+}  # fmt: skip
 
 
 class SafetensorsFile:
@@ -47,7 +55,8 @@ class SafetensorsFile:
             with safe_open(self.path, framework="pt"):
                 pass  # the library checks the header, the byte ranges and the file's length
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error}). {COPY_AGAIN}") from error
+            remedy = "It is one of torch.save: name it NAME.pt." if zipfile.is_zipfile(path) else COPY_AGAIN
+            raise ValueError(f"{path}: not a complete safetensors file ({error}). {remedy}") from error
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             self.raw_header = file.read(length)
@@ -55,6 +64,8 @@ class SafetensorsFile:
         self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
         self.header = header
         self.start = 8 + length
+
+    format: Format = "safetensors"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor."""
@@ -69,11 +80,31 @@ class SafetensorsFile:
         begin, end = self.header[name]["data_offsets"]
         return int(end) - int(begin)
 
+    def check_ties(self, names: Iterable[str]) -> None:
+        """Do nothing: tensors of these files share no memory."""
+
     def read(self, name: str) -> Tensor:
         """Return a copy of one tensor."""
+        return self._mapped(name).clone()
+
+    def hash(self, name: str) -> str:
+        """Return what :func:`tensor_hash` does of one tensor, which passes through memory in chunks."""
+        entry = self.header[name]
+        if entry["dtype"] not in _DTYPES:
+            return tensor_hash(self.read(name))
+        digest, left = hashlib.sha256(), self.num_bytes(name)
+        with self.path.open("rb") as file:
+            file.seek(self.start + int(entry["data_offsets"][0]))
+            while left and (chunk := file.read(min(left, _CHUNK))):
+                digest.update(chunk)
+                left -= len(chunk)
+        return f"torch.{_DTYPES[entry['dtype']]} {entry['shape']} {digest.hexdigest()}"
+
+    def _mapped(self, name: str) -> Tensor:
+        """Return one tensor, which stays on the disk until its entries are used."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name).clone()
+                tensor: Tensor = file.get_tensor(name)
                 return tensor
         except (SafetensorError, AttributeError) as error:  # of a dtype that this torch does not have
             raise ValueError(f"{self.path}: {name!r} cannot be read ({error}). Save it with another dtype.") from error
@@ -109,33 +140,64 @@ class SafetensorsFile:
         if provenance is not None:
             metadata[KEY] = json.dumps(provenance)
         content = {_METADATA: metadata, **self.header} if metadata else self.header
-        header = json.dumps(content, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
+        header = _packed(content)
         recorded = (headers or {}).get("")
         if recorded is not None and {k: v for k, v in json.loads(recorded).items() if k != _METADATA} == self.header:
             header = recorded.encode()
 
-        def copy_all(out: BinaryIO) -> None:
-            out.write(len(header).to_bytes(8, "little") + header)
-            with self.path.open("rb") as source:
-                source.seek(self.start)
-                shutil.copyfileobj(source, out, _CHUNK)
-
         with (
             replacing(target, like=self.path) as temporary,
             temporary.open("r+b") as out,
-            ThreadPoolExecutor(1) as thread,  # the disk is busy while the first edit is computed
+            self.path.open("rb") as source,
         ):
-            copied = thread.submit(copy_all, out)
+            _write_header(out, header)
+            source.seek(self.start)
+            shutil.copyfileobj(source, out, _CHUNK)
             for name, edit in edits.items():
-                old = self.read(name)
-                new = edit(old)
-                check_same(name, old, new)
-                copied.result()
+                new = edit()
+                check_same(name, self._mapped(name), new)
                 out.seek(8 + len(header) + int(self.header[name]["data_offsets"][0]))
                 out.write(as_bytes(new))
-            copied.result()
             out.flush()
+
+
+def join_files(parts: Mapping[str, Path], target: Path, metadata: Mapping[str, str]) -> None:
+    """Write one file of the tensors of several, each of which holds one; they pass through memory in chunks.
+
+    Args:
+        parts: Files by the name that their tensor gets.
+        target: File to write.
+        metadata: Its metadata.
+    """
+    files, header, offset = {name: SafetensorsFile(path) for name, path in parts.items()}, dict[str, Any](), 0
+    for name, file in files.items():
+        ((own, entry),) = file.header.items()
+        header[name] = {**entry, "data_offsets": [offset, offset + file.num_bytes(own)]}
+        offset += file.num_bytes(own)
+    with target.open("wb") as out:
+        _write_header(out, _packed({_METADATA: dict(metadata), **header}))
+        for file in files.values():
+            with file.path.open("rb") as source:
+                source.seek(file.start)
+                shutil.copyfileobj(source, out, _CHUNK)
+
+
+def _packed(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _write_header(out: BinaryIO, header: bytes) -> None:
+    out.write(len(header).to_bytes(8, "little") + header)
+
+
+def looks_like_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file begins as a safetensors file does, whatever its name is."""
+    if not Path(path).is_file():
+        return False
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= Path(path).stat().st_size
 
 
 def check_header(text: str, what: str) -> None:
@@ -155,6 +217,23 @@ def _read_facts(text: str, what: str) -> dict[str, Any]:
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor, little-endian and row-major, as safetensors stores them."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Return dtype, shape and SHA-256 of a tensor as one text."""
+    digest = hashlib.sha256()
+    for piece in _pieces(tensor.detach()):
+        digest.update(as_bytes(piece))
+    return f"{tensor.dtype} {list(tensor.shape)} {digest.hexdigest()}"
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the parts of a tensor in their order; each is contiguous, or small."""
+    if tensor.is_contiguous() or tensor.nbytes <= _CHUNK:
+        yield tensor
+    else:
+        for part in tensor:
+            yield from _pieces(part)
 
 
 def check_same(name: str, old: Tensor, new: Tensor) -> None:

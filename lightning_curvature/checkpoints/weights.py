@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.archive import read_archive
+from lightning_curvature.checkpoints.outputs import SAFETENSORS, ending
 
 
 def load_weights(
@@ -74,7 +75,7 @@ def read_weights(path: Path, allow_globals: Sequence[str] = ()) -> dict[str, Ten
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; a checkpoint is a .ckpt, .pt or .safetensors file.")
-    if path.suffix == ".safetensors":
+    if ending(path) == SAFETENSORS:
         try:
             return load_file(path)
         except (SafetensorError, AttributeError) as error:

@@ -27,10 +27,10 @@ def report(path: Path) -> Output:
         path: Folder that a run wrote to: report.json, factors, edited checkpoints, analysis.json, as far as they are
             there.
     """
-    with extra("plots"):
-        from lightning_curvature.page import write_page
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder; name the one that a run wrote to.")
+    with extra("plots"):
+        from lightning_curvature.page import write_page
     page = write_page(path)
     return Output(f"Written to {page}", {"page": str(page)})
 

@@ -6,8 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
@@ -15,12 +13,8 @@ from lightning_curvature.report import EditReport
 
 
 def write_edited(source: Path, editor: WeightEditor, factors: KroneckerFactors, target: Path) -> EditReport:
-    """Write a copy of a Lightning checkpoint with edited weights."""
-    checkpoint = torch.load(source, weights_only=True)
-    checkpoint["state_dict"], report = editor.edit_state_dict(checkpoint["state_dict"], factors)
-    with replacing(target) as temporary:
-        torch.save(checkpoint, temporary)
-    return report
+    """Write a copy of a Lightning checkpoint with edited weights, which says what was edited."""
+    return editor.edit_checkpoint(source, factors, target, overwrite=True)
 
 
 def write_json(path: Path, content: Any) -> None:

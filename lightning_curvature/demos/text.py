@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_curvature import plots
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
 from lightning_curvature.callback import KFACEditCallback
-from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.atomic import replacing, replacing_folder
 from lightning_curvature.demos.files import versions, write_edited, write_json
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.python_text import read_texts
@@ -163,8 +163,9 @@ def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSett
     factors = callback.factors
     trainer.save_checkpoint(out / "original.ckpt", weights_only=False)
     factors.save(out / "factors.safetensors")
-    model.model.save_pretrained(out / "model")
-    data.tokenizer.save_pretrained(out / "model")
+    with replacing_folder(out / "model") as folder:
+        model.model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
     write_data(out, data)
 
     evaluation = Evaluation(model, data)

@@ -17,7 +17,7 @@ from lightning_curvature.sweep import Row, sweep
 from lightning_curvature.text.evaluation import perplexity, strict_rate, window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
 from lightning_curvature.text.saved import SavedModel
-from lightning_curvature.text.sequences import read_sequences
+from lightning_curvature.text.sequences import PromptedSequence, read_sequences
 from lightning_curvature.text.suffixes import suffix_batches, suffix_margins
 
 ENERGIES = (0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.96, 0.98, 0.99)
@@ -73,10 +73,18 @@ class Chooser:
         own = {self.names[layer]: self.given[layer] for layer in self.given}
         return KroneckerFactors(own, self.given.provenance)
 
+    def check_data(
+        self, forget: Path | None, half: str | None, corpus: Path | None, tokens: int, context: int | None
+    ) -> None:
+        """Read the data that are named, before the model is loaded; raise ``ValueError`` if it cannot take them."""
+        if forget is not None:
+            self._sequences(forget, half)
+        if corpus is not None:
+            self._windows(corpus, tokens, context)
+
     def add_margins(self, forget: Path, half: str | None) -> KroneckerFactors:
         """Return the factors, by their own names, with the gradient of margins of the sequences of a file."""
-        asked = read_sequences(forget, half, self.leading)
-        self.saved.check_fit(asked)
+        asked = self._sequences(forget, half)
         batches = suffix_batches(self.model, asked)
         self.factors = bulk.add_margins(
             self.model, self.factors, batches, lambda batch: suffix_margins(self.model, batch)
@@ -149,8 +157,7 @@ class Chooser:
         Returns:
             Its rows, with ``times``, the perplexity as a multiple of the unedited model's.
         """
-        asked, windows = read_sequences(sequences, half, self.leading), self._windows(corpus, tokens, context)
-        self.saved.check_fit(asked)
+        asked, windows = self._sequences(sequences, half), self._windows(corpus, tokens, context)
         named = {}
         for score in scores:
             for choice in layers or ["*"]:
@@ -179,6 +186,11 @@ class Chooser:
 
     def _nll(self, windows: Tensor) -> Tensor:
         return window_nll(self.model, windows, num_leading=len(self.leading))
+
+    def _sequences(self, path: Path, half: str | None) -> list[PromptedSequence]:
+        asked = read_sequences(path, half, self.leading)
+        self.saved.check_fit(asked)
+        return asked
 
     def _windows(self, corpus: Path, tokens: int, context: int | None) -> Tensor:
         return self.saved.windows(corpus, tokens, context, WINDOW)

@@ -17,10 +17,7 @@ LIKELIHOODS = ("likelihood", "margin", "min-k")
 
 def distinct_inputs(factors: KroneckerFactors) -> list[str]:
     """Return the layers of some factors, of those that share A (they read the same tensor) the first alone."""
-    first: dict[int, str] = {}
-    for name, layer in factors.items():
-        first.setdefault(id(layer.A), name)
-    return list(first.values())
+    return [name for name, first in factors.tied_inputs().items() if name == first]
 
 
 def likelihood_scores(model: Any, windows: Tensor, start: int = 0, batch_size: int = 32) -> dict[str, Tensor]:

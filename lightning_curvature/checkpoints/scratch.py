@@ -1,0 +1,40 @@
+"""New tensors of a checkpoint, kept on the disk until they are written."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typing_extensions import Self
+
+
+class Scratch:
+    """A folder beside a target in which tensors lie until it is written, so that one at a time is in memory.
+
+    Args:
+        target: File or folder that will be written.
+    """
+
+    def __init__(self, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(prefix=".edit.", dir=target.parent)
+        self.path = Path(self._folder.name)
+        self._count = 0
+
+    def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Keep a tensor; return what reads it, which leaves it on the disk until its entries are used."""
+        path = self.path / f"{self._count}.safetensors"
+        self._count += 1
+        save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
+        return lambda: load_file(path)["tensor"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the folder."""
+        self._folder.cleanup()
