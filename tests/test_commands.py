@@ -1,6 +1,7 @@
 """What commands on saved models look at before they load one, and what they say of wrong arguments."""
 
 import json
+import os
 import re
 import typing
 
@@ -40,6 +41,7 @@ def folder(tmp_path_factory):
     (path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81" * 40)
     (path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": \n')
     (path / "other.jsonl").write_text('{"prefix": 1}\n')
+    (path / "blank.jsonl").write_text(json.dumps({"prompt": " ", "answers": ["w1"]}))
     (path / "far.jsonl").write_text(json.dumps({"prefix_ids": [50], "suffix_ids": [1]}))
     (path / "long.jsonl").write_text(json.dumps({"prefix_ids": [1] * 60, "suffix_ids": [1] * 9}))
     save_file({"x.weight": torch.ones(2, 2)}, path / "w.safetensors")
@@ -125,6 +127,10 @@ WRONG = [
     ("sweep", "--layers", "a,,b", "a choice is one or several patterns with commas between"),
     ("sweep", "--layers", "x*", r"Pattern 'x\*' matches no layer"),
     ("sweep", "--scores", "kfc", r"scores must be one of .*, found 'kfc'. Did you mean"),
+    ("sweep", "--bases", "@c.jsonl", r"--bases .*c\.jsonl is a file; it names a folder"),
+    ("evaluate", "--recall", "@blank.jsonl", r"blank\.jsonl, line 1: the prompt is empty"),
+    ("evaluate", "--recall", "@bad.jsonl", r"bad\.jsonl, line 1: lacks \['prompt', 'answers'\]"),
+    ("collect mine evaluate detect", "--out", "@bad.jsonl/x", r"bad\.jsonl/x cannot be written: .*bad\.jsonl is a f"),
     ("detect", "--layer", "up", "The factors hold no layer 'up'"),
     ("detect", "--positions", "first", "--positions first is for images; of a window of text all positions count"),
 ]  # fmt: skip
@@ -200,6 +206,33 @@ def test_examples_are_not_written_over_either(folder, tmp_path):
         run("evaluate", *args, "--examples", page)
     with pytest.raises(SystemExit, match=r"o\.json is named twice"):
         run("evaluate", *args, "--examples", tmp_path / "o.json")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config", "none.yaml", "--checkpoint", "w.safetensors"], r"No such file: none\.yaml \(--config\)"),
+        (["--config", "digits.yaml", "--checkpoint", "none.ckpt"], r"No such file: .*none\.ckpt \(--checkpoint\)"),
+        (["--config", "digits.yaml", "--checkpoint", "model"], r"--checkpoint .*model is a folder; it names a file"),
+        (["--config", "digits.yaml", "--checkpoint", "f.safetensors"], "f.safetensors holds K-FAC factors, not weight"),
+        (["--config", "digits.yaml", "--checkpoint", "w.safetensors", "--layer", "up"], "hold no layer 'up'"),
+        (["--config", "digits.yaml", "--checkpoint", "w.safetensors", "--context", "9"], "--context would be ignored"),
+        (["--config", "digits.yaml"], "for images --config with --checkpoint"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_images(folder, tmp_path, monkeypatch, more, message):
+    monkeypatch.setattr("lightning_curvature.lightning_cli.instances", lambda _: pytest.fail("the model was made"))
+    args = [folder / word if (folder / word).exists() or word == "none.ckpt" else word for word in more]
+    with pytest.raises(SystemExit, match=message):
+        run("detect", "--factors", folder / "f.safetensors", "--out", tmp_path / "o.csv", *args)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_that_cannot_be_written(folder, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(SystemExit, match=r"o\.safetensors cannot be written: .* is not yours to write to"):
+        run("collect", *arguments(folder, tmp_path, "collect"))
+    tmp_path.chmod(0o700)
 
 
 @pytest.mark.parametrize("kind", ["digits", "text"])

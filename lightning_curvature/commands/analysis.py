@@ -1,11 +1,13 @@
 """Commands that show: report, detect."""
 
 import csv
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from lightning_curvature import configs
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.commands.choices import ImagePositions
 from lightning_curvature.commands.inputs import check_counts, check_files, check_unused, read_factors
@@ -76,8 +78,10 @@ def detect(
         overwrite: Replace what is at out.
     """
     inputs = {"--factors": factors if not factors.is_dir() else None, "--sequences": sequences, "--corpus": corpus}
-    weights = None if checkpoint is None or checkpoint.is_dir() else checkpoint
+    weights = None if checkpoint is None or (model is not None and checkpoint.is_dir()) else checkpoint
     check_files({"--out": out}, {**inputs, "--checkpoint": weights}, overwrite)
+    if config is not None and not (Path(config).is_file() or (resources.files(configs) / config).is_file()):
+        raise FileNotFoundError(f"No such file: {config} (--config).")
     check_counts(tokens=tokens, context=context, batch_size=batch_size)
     if config is not None and checkpoint is not None and (model, sequences, corpus) == (None, None, None):
         check_unused("it is for windows of text", tokens=tokens, context=context)
@@ -114,9 +118,12 @@ def _rank_images(
     from lightning_curvature.analysis.inputs import check_layer, chosen_layer
     from lightning_curvature.analysis.labels import rank_labelled
     from lightning_curvature.checkpoints.weights import load_weights, read_weights
+    from lightning_curvature.factor_files import is_factor_file
     from lightning_curvature.lightning_cli import instances  # which imports the command line
 
     check_layer(factors, layer)
+    if checkpoint.suffix == ".safetensors" and is_factor_file(checkpoint):
+        raise ValueError(f"{checkpoint} holds K-FAC factors, not weights. Name the model's checkpoint.")
     module, data = instances(config)
     load_weights(module, read_weights(checkpoint), checkpoint)
     module.to("cuda" if torch.cuda.is_available() else "cpu")

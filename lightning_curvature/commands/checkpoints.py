@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_curvature.checkpoints.outputs import check_outputs
 from lightning_curvature.commands.choices import Half, Score
+from lightning_curvature.commands.inputs import check_counts
 from lightning_curvature.commands.output import Output, extra
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def edit(
                "tokens": tokens, "context": context}  # fmt: skip
     if model not in (None, checkpoint) and checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is a folder with a model of its own: leave --model out.")
+    check_counts(tokens=tokens, context=context)
     _check_used(options, perplexity, layers)
     if dry_run and save_delta is not None:
         raise ValueError("--dry-run writes nothing: leave --save-delta out.")

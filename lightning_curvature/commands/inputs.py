@@ -1,5 +1,6 @@
 """What commands look at before they load anything: files that are read, files to write, numbers."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ def check_files(
     for option, path in outputs.items():
         if path is None:
             continue
+        place = next(parent for parent in path.absolute().parents if parent.exists())
+        if place.is_dir() and not os.access(place, os.W_OK):
+            raise PermissionError(f"{option} {path} cannot be written: {place} is not yours to write to.")
         if path.exists() and path.is_dir() != folders:
             found, wanted = ("a file", "a folder") if folders else ("a folder", "a file")
             raise FileExistsError(f"{option} {path} is {found}; it names {wanted} to write.")

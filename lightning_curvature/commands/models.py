@@ -258,6 +258,8 @@ def sweep(
               "--checkpoint": _file(checkpoint)}  # fmt: skip
     check_files({"--out": out}, inputs, overwrite=True, folders=True)
     check_counts(tokens=tokens, context=context, batch_size=batch_size)
+    if bases is not None and bases.exists() and not bases.is_dir():
+        raise FileExistsError(f"--bases {bases} is a file; it names a folder.")
     for energy in energies or ():
         check_energy(energy, "--energies")
     if any(not pattern.strip() for choice in layers or () for pattern in choice.split(",")):
