@@ -68,7 +68,7 @@ class EigenvalueSums(LayerSums):
         if ranks.size == 1:
             return self
         merged = EigenvalueSums(self.layer, torch.device("meta"))
-        merged.count = int(ranks.sum(torch.tensor(self.count)))
+        merged.count = int(ranks.sum(torch.tensor(self.count, device="cpu")))
         merged.total = ranks.sum(self.total, to)
         return merged
 

@@ -1,6 +1,5 @@
 """Edits of saved checkpoints, as a stream of tensors."""
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,25 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lightning_curvature._checks import listing
-from lightning_curvature.basis import TooFewPositionsError
 from lightning_curvature.checkpoints.archive import ArchiveFile
 from lightning_curvature.checkpoints.formats import Checkpoint, checkpoint_hashes, content_hash
-from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.checkpoints.outputs import check_name, check_outputs, check_safetensors_name
 from lightning_curvature.checkpoints.scratch import Scratch
 from lightning_curvature.deltas import DeltaRecord, open_weights
 from lightning_curvature.editing import WeightEditor
-from lightning_curvature.factors import KroneckerFactors, LayerFactors, digest_of
-from lightning_curvature.fingerprints import Fingerprint, difference
+from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.file_layers import FileLayers, OneByOne
 from lightning_curvature.plan import edit_bytes, size
-from lightning_curvature.report import EditReport, LayerEdit
+from lightning_curvature.report import EditReport
 
-_NOTHING = (
-    "The edit would change nothing: every weight, rounded to its dtype, stays what it is. Choose a smaller energy."
-)
 _Path = str | os.PathLike[str]
 
 
@@ -100,20 +93,23 @@ def edit_checkpoint(
             name is one of another format, or the factors were collected on other weights.
         RuntimeError: If a layer does not fit on the GPU.
     """
-    own = _OneByOne(factors, edit_device(device))
+    own = OneByOne(factors, edit_device(device))
     checkpoint = open_to_edit(source, target, overwrite, delta, allow_globals, to_hf)
     _warn_if_edited(checkpoint)
     with ExitStack() as stack:
         scratch = stack.enter_context(Scratch(Path(target)))
-        hashes = checkpoint_hashes(checkpoint)
-        before, unedited = checkpoint.provenance, content_hash(hashes)
-        if to_hf is not None:
+        before = checkpoint.provenance
+        if to_hf is None:
+            layers = FileLayers(editor, checkpoint, own, before)  # what finds no tensor is told before all is hashed
+            hashes = checkpoint_hashes(checkpoint)
+            unedited = content_hash(hashes)
+        else:
             from lightning_curvature.checkpoints.conversion import to_folder  # those who need it import transformers
 
-            edited = to_folder(_archive(checkpoint), to_hf, scratch.path / "model")
-            checkpoint, hashes = edited, checkpoint_hashes(edited)
-        layers = _Layers(editor, checkpoint, own, before)
-        layers.check_origin(hashes, force)
+            unedited = content_hash(checkpoint_hashes(checkpoint))
+            checkpoint = to_folder(_archive(checkpoint), to_hf, scratch.path / "model")
+            layers, hashes = FileLayers(editor, checkpoint, own, before), checkpoint_hashes(checkpoint)
+        layers.check_origin(source, hashes, force)
         record = None if delta is None else stack.enter_context(DeltaRecord(Path(delta), checkpoint, hashes))
         new: dict[str, Callable[[], Tensor]] = {}
 
@@ -141,11 +137,11 @@ def plan_edit(
     force: bool = False,
 ) -> EditPlan:
     """Work out what :func:`edit_checkpoint` would do; writes nothing."""
-    own = _OneByOne(factors, edit_device(device))
+    own = OneByOne(factors, edit_device(device))
     checkpoint = open_weights(source, allow_globals)
     _warn_if_edited(checkpoint)
-    layers = _Layers(editor, checkpoint, own, checkpoint.provenance)
-    layers.check_origin({name: checkpoint.hash(name) for name in layers.names.values()}, force)
+    layers = FileLayers(editor, checkpoint, own, checkpoint.provenance)
+    layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force)
     report = layers.edit(lambda *_: None)
     total = sum(checkpoint.num_bytes(name) for name in checkpoint.shapes())
     return EditPlan(report, 2 * total, total, max(edit_bytes(*own.shapes[layer]) for layer in report.layers))
@@ -199,10 +195,17 @@ def _warn_if_edited(checkpoint: Checkpoint) -> None:
 def check_origin(
     editor: WeightEditor, source: _Path, factors: KroneckerFactors, allow_globals: Sequence[str] = ()
 ) -> None:
-    """Raise ``ValueError`` if an edit would be refused since the factors fit the checkpoint's names or weights not."""
+    """Raise ``ValueError`` if an edit would be refused since the factors were collected on other weights.
+
+    Whether they fit the model at all is told by those who load it.
+    """
+    editor.plan(factors)
     checkpoint = open_weights(source, allow_globals)
-    layers = _Layers(editor, checkpoint, _OneByOne(factors, torch.device("cpu")), checkpoint.provenance)
-    layers.check_origin({name: checkpoint.hash(name) for name in layers.names.values()}, force=False)
+    try:
+        layers = FileLayers(editor, checkpoint, OneByOne(factors, torch.device("cpu")), checkpoint.provenance)
+    except ValueError:
+        return
+    layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force=False)
 
 
 def edit_device(device: str | torch.device) -> torch.device:
@@ -221,170 +224,9 @@ def edit_device(device: str | torch.device) -> torch.device:
     return found
 
 
-class _OneByOne(KroneckerFactors):
-    """Factors of one layer after the other, each of which is read once: its digest and its shape are taken then.
-
-    Args:
-        factors: The factors.
-        device: Where a layer's are moved to be edited.
-
-    Attributes:
-        shapes: Shape ``(d_out, d_in)`` of the weight of each layer that was read.
-    """
-
-    def __init__(self, factors: KroneckerFactors, device: torch.device) -> None:
-        super().__init__({}, factors.provenance)
-        self._layers = self._factors = factors
-        self.owners = factors.owners
-        self.device = device
-        self.shapes: dict[str, tuple[int, int]] = {}
-        self._digests: dict[str, str] = {}
-        self._A: tuple[Tensor, Tensor] | None = None
-
-    def __getitem__(self, name: str) -> LayerFactors:
-        found = super().__getitem__(name)
-        self.shapes[name] = found.shape
-        if name not in self._digests:
-            self._digests[name] = found.digest()
-        return found
-
-    def __call__(self, name: str) -> LayerFactors:
-        """Return the factors of a layer, as tensors of their own: what is worked out from them goes with these.
-
-        An eigenbasis goes with its layer, or with the last in a row that share A.
-        """
-        found = self[name]
-        if self._A is None or self._A[0] is not found.A:
-            self._A = found.A, found.A.detach().to(self.device)
-        here: dict[str, Any] = {
-            key: tensor.detach().to(self.device) for key, tensor in found.tensors.items() if key != "A"
-        }
-        return dataclasses.replace(found, A=self._A[1], **here)
-
-    def counts(self) -> dict[str, int]:
-        """Return the positions behind the inputs' factor of each layer."""
-        return self._factors.counts()
-
-    def fingerprints(self) -> dict[str, Fingerprint]:
-        """Return which weight each layer was collected on, where that is known."""
-        return self._factors.fingerprints()
-
-    def digest(self) -> str:
-        """Return what the factors' own method does; layers that were not edited are read here."""
-        for name in self:
-            if name not in self._digests:
-                self[name]
-        return digest_of({name: self._digests[name] for name in self})
-
-
-class _Layers:
-    """The layers of a checkpoint to edit.
-
-    Args:
-        editor: Edits them.
-        checkpoint: Holds their weights.
-        factors: Their factors.
-        before: What the checkpoint says of an earlier edit.
-
-    Attributes:
-        names: By layer, the tensor of its weight.
-    """
-
-    def __init__(
-        self, editor: WeightEditor, checkpoint: Checkpoint, factors: _OneByOne, before: Mapping[str, Any] | None
-    ) -> None:
-        self.editor, self.checkpoint, self.factors = editor, checkpoint, factors
-        self.energies = editor.plan(factors)
-        self.names = match_layers(self.energies, checkpoint.shapes(), checkpoint.module_names)
-        self._edited = self._edited_before(before)
-        checkpoint.check_ties(self.names.values())
-
-    def check_origin(self, hashes: Mapping[str, str], force: bool) -> None:
-        """Raise ``ValueError`` if the factors were collected on other weights, unless forced, which warns.
-
-        Layers that were edited already differ, and are passed over: that was told.
-
-        Args:
-            hashes: Hashes of the tensors.
-            force: Whether to go on.
-        """
-        recorded, far = self.factors.fingerprints(), {}
-        asked = [layer for layer in self.energies if layer in recorded and self.names[layer] not in self._edited]
-        for layer in asked:
-            name = self.names[layer]
-            distance = difference(recorded[layer], hashes[name], lambda name=name: self.checkpoint.read(name))  # type: ignore[misc]
-            if distance is not None:
-                far[layer] = distance
-        if not far:
-            return
-        furthest = max(far.values())
-        how = (
-            f"the furthest is {furthest:.2g} of its norm away, by a sample of its entries"
-            if furthest
-            else "few entries"
-        )
-        found = (
-            f"{len(far)} of {len(asked)} layers of {self.checkpoint.path} have other weights than those that the "
-            f"factors were collected on: {listing(far, 3)}; {how}."
-        )
-        if not force:
-            raise ValueError(
-                f"{found} Were they collected on another model? If this is a fine-tune of the model that they were "
-                "collected on, and you mean to edit it with these factors, add --force (force=True)."
-            )
-        warnings.warn(found, stacklevel=3)
-
-    def _edited_before(self, before: Mapping[str, Any] | None) -> set[str]:
-        """Return the tensors that earlier edits changed."""
-        layers: dict[str, None] = {}
-        while isinstance(before, Mapping):
-            layers |= dict.fromkeys(before.get("layers", {}))
-            before = before.get("before")
-        try:
-            return set(match_layers(layers, self.checkpoint.shapes(), self.checkpoint.module_names).values())
-        except ValueError:  # some of them are in this file no more
-            return {f"{layer}.weight" for layer in layers}
-
-    def edit(self, keep: Callable[[str, Tensor, Tensor], None]) -> EditReport:
-        """Edit one layer after the other.
-
-        Args:
-            keep: Takes the name of a tensor, the old and the new one.
-        """
-        reports: dict[str, LayerEdit] = {}
-        skipped: dict[str, str] = {}
-        for layer in tqdm(self.energies, unit="layer", desc="Editing", disable=None):
-            name = self.names[layer]
-            old = self.checkpoint.read(name)
-            try:
-                new, report = self._edit(layer, old)
-            except TooFewPositionsError as error:
-                skipped[layer] = str(error)
-                continue
-            reports[layer] = dataclasses.replace(report, tensor=name)
-            keep(name, old, new)
-        if not reports:
-            raise ValueError(f"No layer can be edited: {next(iter(skipped.values()))}")
-        if not any(report.changed for report in reports.values()):
-            raise ValueError(_NOTHING)
-        for reason in skipped.values():
-            warnings.warn(f"Left as it is: {reason}", stacklevel=3)
-        return EditReport(reports, self.editor.method, self.factors.provenance, skipped)
-
-    def _edit(self, layer: str, weight: Tensor) -> tuple[Tensor, LayerEdit]:
-        try:
-            factors = self.factors(layer)
-            return self.editor.edit_weight(layer, weight, factors, self.energies[layer], factors.transposed)
-        except torch.cuda.OutOfMemoryError as error:
-            raise RuntimeError(
-                f"Layer {layer!r}: editing it takes about {size(edit_bytes(*self.factors.shapes[layer]))}, more than "
-                "the GPU has left. Edit on the CPU (device='cpu', --device cpu), or free the GPU."
-            ) from error
-
-
 def _facts(
     editor: WeightEditor,
-    factors: _OneByOne,
+    factors: OneByOne,
     source: str,
     report: EditReport,
     before: Mapping[str, Any] | None,

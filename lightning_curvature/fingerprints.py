@@ -47,7 +47,7 @@ def difference(recorded: Fingerprint, found: str, read: Callable[[], Tensor]) ->
     (dtype, shape), (other, other_shape) = (_kind(text) for text in (recorded["hash"], found))
     if shape != other_shape or dtype is None or other is None:
         return None
-    old, new = torch.tensor(recorded["sample"], dtype=torch.float64), _sample(read())
+    old, new = torch.tensor(recorded["sample"], dtype=torch.float64, device="cpu"), _sample(read())
     if dtype != other:
         limits = [torch.finfo(dtype), torch.finfo(other)]
         eps, least = max(limit.eps for limit in limits), max(limit.eps * limit.tiny for limit in limits)
@@ -80,6 +80,6 @@ def _kind(text: str) -> tuple[torch.dtype | None, str]:
 
 def _sample(weight: Tensor) -> Tensor:
     count = min(_SAMPLE, weight.numel())
-    index = torch.arange(count) * weight.numel() // max(count, 1)
-    places = torch.unravel_index(index.to(weight.device), weight.shape)
+    index = torch.arange(count, device=weight.device) * weight.numel() // max(count, 1)
+    places = torch.unravel_index(index, weight.shape)
     return weight.detach()[places].cpu().double()

@@ -60,6 +60,12 @@ def test_a_lightning_checkpoint_becomes_a_folder(trained, tmp_path):
     checkpoint = formats.open_checkpoint(tmp_path / "a.ckpt")
     source = formats.content_hash(formats.tensor_hashes(checkpoint.shapes(), checkpoint.read))
     assert formats.open_checkpoint(out).provenance["source"] == source
+    trained = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    trained["state_dict"] = {key: 2 * value for key, value in trained["state_dict"].items()}
+    torch.save(trained, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"6 of 6 layers of .*x.ckpt have other weights .* furthest is 1 of its norm"):
+        EDITOR.edit_checkpoint(tmp_path / "x.ckpt", factors, tmp_path / "y", to_hf=tmp_path / "base")
+    (tmp_path / "x.ckpt").unlink()
     apply_delta(out, delta, tmp_path / "back", revert=True)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert all(torch.equal(value, module.net.state_dict()[key]) for key, value in back.state_dict().items())

@@ -22,6 +22,7 @@ from lightning_curvature.checkpoints import archive, atomic, formats, names
 from lightning_curvature.cli import main
 from lightning_curvature.collect import collect
 from lightning_curvature.deltas import apply_delta
+from lightning_curvature.file_layers import OneByOne
 from lightning_curvature.inspection import describe, description
 from tests import language, processes
 
@@ -287,6 +288,7 @@ def test_outputs_never_replace_what_is_read(saved, tmp_path):
         (folder / "edited", None, "lie one inside the other"),
         (tmp_path / "o", folder, "is the source itself"),
         (tmp_path / "o", tmp_path / "o", "is named twice"),
+        (tmp_path / "o", tmp_path / "o" / "d.safetensors", "lies inside of a folder that is written as a whole"),
         (tmp_path / "o", folder / "d.safetensors", "lie one inside the other"),
     ]:
         with pytest.raises(FileExistsError, match=message):
@@ -613,7 +615,7 @@ def test_the_device_of_an_edit(saved, tmp_path, monkeypatch):
     layers = factors(saved)
     name = next(iter(layers))
     full = dataclasses.replace(layers[name], margins=torch.zeros(layers[name].shape))
-    moved = files._OneByOne(KroneckerFactors({name: full}), torch.device("meta"))(name)
+    moved = OneByOne(KroneckerFactors({name: full}), torch.device("meta"))(name)
     assert list(moved.tensors) == ["A", "G", "margins"]
     assert {tensor.device.type for tensor in moved.tensors.values()} == {"meta"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

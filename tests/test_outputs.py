@@ -83,6 +83,17 @@ def test_what_is_written_can_be_read(saved, tmp_path, source, out, capsys):
     assert formats.open_checkpoint(tmp_path / out).format == formats.open_checkpoint(saved / SOURCES[source]).format
 
 
+def test_a_wrong_pattern_is_told_before_anything_is_read(saved, tmp_path, nothing_computed):
+    factors = KroneckerFactors.open(saved / "factors.safetensors")
+    with pytest.raises(ValueError, match=r"Pattern 'x\*' matches no layer of the factors"):
+        CurvatureEditor(0.8, ["x*"]).edit_checkpoint(saved / "model.pt", factors, tmp_path / "o.pt")
+    eye = torch.eye(2)
+    other = KroneckerFactors({"other.fc": LayerFactors(A=eye, G=eye, num_inputs=9, num_gradients=9)})
+    with pytest.raises(ValueError, match="1 of 1 layers of the factors have no weight in the checkpoint"):
+        EDITOR.edit_checkpoint(saved / "model.pt", other, tmp_path / "o.pt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_files_have_names_of_their_format(saved, tmp_path, nothing_computed):
     factors = KroneckerFactors.open(saved / "factors.safetensors")
     for name in ("d.pt", "d.ckpt", "d.BIN", "d.json"):
@@ -146,6 +157,8 @@ def command(saved, tmp_path, *more, checkpoint="folder", factors="factors.safete
         (["--perplexity", 1.1, "--corpus", "nothing.txt"], "--corpus: .*nothing.txt is no file"),
         (["--forget", "folder"], "--forget: .*folder is no file"),
         (["--dry-run", "--save-delta", "d.safetensors"], "--dry-run writes nothing: leave --save-delta out"),
+        (["--bases", "out/bases"], "lie one inside the other"),
+        (["--save-delta", "out/d.safetensors"], "lies inside of a folder that is written as a whole"),
         (["--to-hf", "folder"], r"is no file of torch.save \(.ckpt, .pt\): only those become a folder"),
         (["--allow-global", "argparse.Namespace"], "--allow-global is for files of torch.save"),
         (["--bases", "text.txt"], "--bases: .*text.txt is a file; name a folder"),
@@ -154,7 +167,7 @@ def command(saved, tmp_path, *more, checkpoint="folder", factors="factors.safete
 def test_options_that_would_be_ignored_are_errors(saved, tmp_path, nothing_computed, options, message):
     files = {"folder", "text.txt", "nothing.txt", "model.pt"}
     given = [saved / option if option in files else option for option in options]
-    given = [tmp_path / option if option == "d.safetensors" else option for option in given]
+    given = [tmp_path / option if str(option).endswith(("d.safetensors", "/bases")) else option for option in given]
     with pytest.raises(SystemExit, match=message):
         run(*command(saved, tmp_path, *given))
     assert not list(tmp_path.iterdir())

@@ -232,6 +232,8 @@ def test_an_edit_by_what_it_may_cost(saved, tmp_path, capsys):
     ]
     with pytest.raises(SystemExit, match="say what the edit may cost"):
         main([*start, "--corpus", str(path / "corpus.jsonl")])
+    with pytest.raises(SystemExit, match="windows of 64 tokens; choose on four"):  # as many as the model takes
+        main([*start, "--perplexity", "1.1", "--corpus", str(path / "corpus.jsonl")])
     with pytest.raises(SystemExit, match="needs a text to measure it on"):
         main([*start, "--perplexity", "1.1"])
 

@@ -94,6 +94,8 @@ def check_outputs(
                 raise FileExistsError(f"{output} and {other} lie one inside the other. Write to another path.")
         if resolved.count(path) > 1:
             raise FileExistsError(f"{output} is named twice among the files to write.")
+        if any(path != other and path.is_relative_to(other) for other in resolved):
+            raise FileExistsError(f"{output} lies inside of a folder that is written as a whole. Put it beside that.")
         if path.exists() and not overwrite:
             raise FileExistsError(f"{output} exists. Choose another path, or --overwrite it.")
         above = next(parent for parent in path.parents if parent.exists())

@@ -101,7 +101,8 @@ def edit(
     if allowed and found.format != "archive":
         raise ValueError(f"--allow-global is for files of torch.save; {checkpoint} is none.")
     loaded = KroneckerFactors.open(factors)
-    check_outputs([path for path in (out, save_delta) if path is not None], [factors], overwrite)
+    read = [path for path in (factors, corpus, forget, bases) if path is not None]
+    check_outputs([path for path in (out, save_delta) if path is not None], read, overwrite)
     folder = next((path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir()), None)
     share = DEFAULT_ENERGY if energy is None else energy
     editor = CurvatureEditor(share, named_layers(layers, loaded, folder), score, soft)
@@ -197,7 +198,7 @@ def named_layers(layers: list[str] | None, factors: "KroneckerFactors", folder: 
         ValueError: If there is a preset and no model, or it takes no layer of the factors.
     """
     from lightning_curvature._checks import listing
-    from lightning_curvature.checkpoints.huggingface import empty_model
+    from lightning_curvature.checkpoints.huggingface import empty_model, fill
     from lightning_curvature.checkpoints.names import match_layers
     from lightning_curvature.selection import PRESETS, choose_layers
 
@@ -211,6 +212,7 @@ def named_layers(layers: list[str] | None, factors: "KroneckerFactors", folder: 
             f"--layers {' '.join(presets)}: presets need a model folder, with the config.json of a model of "
             "transformers (--model). Or name patterns on the layers of the factors."
         )
+    fill(module)
     modules = dict(module.named_modules())
     names = match_layers(factors, (f"{name}.weight" for name in modules))
     head = module.get_output_embeddings()

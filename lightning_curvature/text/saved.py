@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_curvature._checks import check_count
+from lightning_curvature.checkpoints.huggingface import fill
 from lightning_curvature.selection import choose_layers
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import config_length
@@ -97,6 +98,7 @@ class SavedModel:
         with torch.device("meta"):
             kind: Any = AutoModelForCausalLM
             model = kind.from_config(self.config)
+        fill(model)  # layers without values cannot be chosen
         choose_layers(model, layers)
 
     def load(self) -> Any:
