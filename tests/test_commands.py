@@ -281,14 +281,14 @@ def test_the_weights_of_a_folder_must_fit(folder, tmp_path):
 
 
 def test_the_usual_window_is_what_a_short_model_takes(folder, tmp_path, capsys):
-    """64 tokens here, where 512, 128 and 64 are usual; of the last token of a window nothing is read."""
+    """64 tokens here, where 512, 128 and 64 are usual."""
     run("collect", *arguments(folder, tmp_path, "collect"), "--json")
     (layer,) = json.loads(capsys.readouterr().out)["layers"].values()
     assert layer["num_seen"] == 256  # four windows of 64 of 272 tokens
     run("evaluate", *arguments(folder, tmp_path, "evaluate"), "--json")
     found = json.loads(capsys.readouterr().out)["model"]["perplexity"]
     ids = [token for row in language.tokens(16, 16).tolist() for token in [*row, 0]]
-    windows = torch.tensor([ids[i : i + 65] for i in range(0, len(ids) - 64, 65)])
+    windows = torch.tensor([ids[i : i + 64] for i in range(0, len(ids) - 63, 64)])
     assert found == pytest.approx(perplexity(language.model("llama"), windows), rel=1e-5)
     net, tokenizer = models.load_model(folder / "model"), language.tokenizer()
     again = collecting.collect_text(net, tokenizer, folder / "c.jsonl", tmp_path / "g.safetensors")

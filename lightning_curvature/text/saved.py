@@ -64,13 +64,13 @@ class SavedModel:
         Args:
             asked: Tokens, or None.
             default: What is usual.
-            spare: Tokens of a window that the model need not read: its last one is only predicted.
+            spare: Tokens that a window may have more: its last one is only predicted.
 
         Raises:
             ValueError: If the model's context is shorter.
         """
         if asked is None:
-            return min(default, self.context + spare)
+            return min(default, self.context)
         if check_count(asked, "context") > self.context + spare:
             raise ValueError(
                 f"Windows of {asked} tokens are longer than the model's context, {self.context}. Use shorter ones "
@@ -80,7 +80,7 @@ class SavedModel:
 
     def windows(self, corpus: str | os.PathLike[str], tokens: int, asked: int | None, default: int) -> Tensor:
         """Return windows of a text for perplexity, int64 ``[n, context]``; arguments as :meth:`window`."""
-        context = self.window(asked, default, 1) if asked is None else check_count(asked, "context")
+        context = self.window(asked, default) if asked is None else check_count(asked, "context")
         windows = torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))
         self.window(context, default, 1)
         if context - max(len(self.leading), 1) < 1:
