@@ -8,15 +8,17 @@ import dataclasses
 import inspect
 import json
 import logging
+import os
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from lightning_curvature._checks import check_option
 from lightning_curvature.commands import analysis, checkpoints, demos, models
 from lightning_curvature.commands.output import Output
 
@@ -37,10 +39,17 @@ COMMANDS: dict[str, Callable[..., Output]] = {
     "detect": analysis.detect,
 }
 POSITIONAL = ("path",)
+DEVICES = {"device": ("auto", "cpu", "cuda", "cuda:N")}
+"""Words of options that take others, too."""
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of descriptions and examples."""
+    """Keeps the lines of descriptions and examples; says defaults and choices, not types of Python."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        fact = "required" if action.required else f"default: {action.default}"
+        plain = action.default in (None, False, argparse.SUPPRESS) or dataclasses.is_dataclass(action.default)
+        return f"{action.help or ''}{f' ({fact})' if action.required or not plain else ''}"
 
 
 def make_parser() -> ArgumentParser:
@@ -80,12 +89,15 @@ def _command_parser(function: Callable[..., Output]) -> ArgumentParser:
         required = parameter.default is inspect.Parameter.empty
         option = name if name in POSITIONAL else f"--{name.replace('_', '-')}"
         options: dict[str, Any] = {"help": texts[name]}
+        if words := choices(hints[name]) or DEVICES.get(name):
+            options["metavar"] = f"{{{','.join(words)}}}"
         if hints[name] is bool:
             options |= {"action": "store_true"}
-        elif hints[name] == list[str] | None:
-            options |= {"type": str, "nargs": "+", "action": "extend", "metavar": name.upper()}
+        elif kind := _item(hints[name]):
+            options |= {"type": kind, "nargs": "+", "action": "extend"}
+            options["metavar"] = (options["metavar"], "...") if words else name.upper()
         else:
-            options["type"] = hints[name]
+            options["type"] = str | None if words else hints[name]
             if not required:
                 options["default"] = parameter.default
             elif name not in POSITIONAL:
@@ -94,6 +106,20 @@ def _command_parser(function: Callable[..., Output]) -> ArgumentParser:
     parser.add_argument("--json", action="store_true", help="Print JSON, for programs.")
     parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
     return parser
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """Return the words that a type hint allows, or nothing if it allows more than some words."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return next((words for part in get_args(hint) if (words := choices(part))), ())
+
+
+def _item(hint: Any) -> type | None:
+    """Return the type of the items of an optional list, or None if the hint is none of that."""
+    lists = [part for part in get_args(hint) if get_origin(part) is list]
+    (item,) = get_args(lists[0]) if lists else (None,)
+    return str if get_origin(item) is Literal else item
 
 
 def _run(args: list[str]) -> None:
@@ -108,7 +134,13 @@ def _run(args: list[str]) -> None:
     if name == "demo":
         name, options = f"demo {options.demo}", options[options.demo]
     values = {key: _words(value) for key, value in vars(options).items() if key not in ("json", "debug")}
-    output = COMMANDS[name](**values)
+    function = COMMANDS[name]
+    hints = get_type_hints(function)
+    for key, value in values.items():
+        if words := choices(hints[key]):
+            for word in value if isinstance(value, list) else [] if value is None else [value]:
+                check_option(word, words, key)
+    output = function(**values)
     sys.stdout.write(json.dumps(output.data, indent=2, default=_jsonable) if options.json else output.text)
     sys.stdout.write("\n")
 
@@ -117,11 +149,20 @@ def _words(value: Any) -> Any:
     """Return a list of words, of which some may be JSON lists, as one list; anything else as it is."""
     if not isinstance(value, list):
         return value
-    return [word for given in value for word in (json.loads(given) if given.startswith('["') else [given])]
+    return [word for given in value for word in (json.loads(given) if str(given).startswith('["') else [given])]
 
 
 def _jsonable(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _sentence(error: Exception) -> str:
+    """Return what an error says, for people."""
+    if isinstance(error, OSError) and error.errno is not None:
+        reason = error.strerror or os.strerror(error.errno)
+        return f"{reason}: {error.filename}" if error.filename is not None else f"{reason}."
+    plain = isinstance(error, (ValueError, OSError, RuntimeError)) and str(error)
+    return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -139,7 +180,6 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in args:
             raise
-        kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
-        raise SystemExit(f"Error: {kind}{error}") from error
+        raise SystemExit(f"Error: {_sentence(error)}") from error
     finally:
         warnings.formatwarning = formatwarning

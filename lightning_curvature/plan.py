@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_curvature.moments import packed_size
 
@@ -94,6 +93,8 @@ def place_sums(layers: Mapping[str, tuple[int, int]], device: torch.device, accu
     Raises:
         DoesNotFitError: If they fit nowhere.
     """
+    from lightning.pytorch.utilities import rank_zero_info  # slow to import, and editing and inspecting need it not
+
     cpu = torch.device("cpu")
     plan = MemoryPlan(layers, cpu if accumulate_on == "cpu" or device.type == "mps" else device)  # MPS has no float64
     if layers:

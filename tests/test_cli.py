@@ -66,7 +66,7 @@ def test_an_unexpected_error_says_its_kind(files, monkeypatch):
     def broken(*args):
         raise KeyError("x")
 
-    monkeypatch.setattr("lightning_curvature.commands.checkpoints.describe", broken)
+    monkeypatch.setattr("lightning_curvature.inspection.describe", broken)
     with pytest.raises(SystemExit, match="Error: KeyError: 'x'"):
         main(["inspect", str(files / "f.safetensors")])
     with pytest.raises(KeyError):
@@ -116,3 +116,80 @@ def test_completion_as_jsonargparse_offers_it():
     done = process("--print_completion", "shtab-bash")
     assert done.returncode == 0
     assert "--save-delta" in done.stdout
+
+
+# What is imported ----------------------------------------------------------------------------------------------------
+
+SLOW = {"torch", "numpy", "scipy", "safetensors", "lightning", "pytorch_lightning", "torchmetrics", "transformers",
+        "torchvision", "sklearn", "matplotlib"}  # fmt: skip
+RUN = """
+import contextlib, io, json, sys
+from lightning_curvature.cli import main
+for args in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            main(args)
+        except SystemExit as stop:
+            code = stop.code
+        else:
+            code = 0
+    print(json.dumps([code, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def imported(*commands):
+    """Run commands in one new process; return by command what it ended with, and the slow packages imported by then."""
+    given = [[str(word) for word in words] for words in commands]
+    command = [sys.executable, "-c", RUN, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    results = map(json.loads, done.stdout.splitlines())
+    return {" ".join(words): (code, SLOW & set(modules)) for words, (code, modules) in zip(given, results, strict=True)}
+
+
+def test_help_usage_errors_and_completion_import_nothing_slow():
+    asked = [["--help"], *([*command.split(), "--help"] for command in COMMANDS), ["--print_completion", "shtab-bash"]]
+    found = imported(*asked)
+    assert found == {" ".join(words): (0, set()) for words in asked}
+    wrong = [
+        [], ["colect"], ["collect"], ["edit", "--dry-runs"], ["collect", "--tokens", "many"], ["demo"],
+        ["demo", "digts"], ["inspect"], ["sweep", "--energies", "a"],
+    ]  # fmt: skip
+    assert imported(*wrong) == {" ".join(words): (2, set()) for words in wrong}
+    failing = [
+        "mine --model m --corpus none.txt --out o", "evaluate --model m", "report none",
+        "collect --model m --corpus none.txt --out o --fisher true", "detect --factors none.safetensors --out o",
+        "sweep --model m --factors f --sequences s --corpus c --out o --scores kfc",
+    ]  # fmt: skip
+    for code, modules in imported(*map(str.split, failing)).values():
+        assert str(code).startswith("Error: ")
+        assert modules == set()
+
+
+def test_inspect_imports_torch_alone(files):
+    main([*edit(files, "--save-delta", str(files / "d.safetensors"))])
+    torch.save({"fc.weight": torch.ones(4, 6)}, files / "c.pt")
+    folder = files / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((files / "b.safetensors").read_bytes())
+    names = ("f.safetensors", "a.safetensors", "b.safetensors", "d.safetensors", "c.pt", "model")
+    found = imported(*(["inspect", files / name] for name in names), edit(files, "--overwrite"))
+    for code, modules in found.values():
+        assert code == 0
+        assert modules <= {"torch", "numpy", "safetensors"}
+
+
+def test_public_names_are_imported_when_they_are_asked_for():
+    code = """
+import sys
+import lightning_curvature
+assert not {"torch", "lightning"} & set(sys.modules)
+assert set(lightning_curvature.__all__) <= set(dir(lightning_curvature))
+from lightning_curvature import CurvatureEditor, EditReport, KroneckerFactors, LayerFactors
+assert lightning_curvature.KroneckerFactors is KroneckerFactors
+assert not {"lightning", "transformers"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import lightning_curvature
+
+    with pytest.raises(AttributeError, match="module 'lightning_curvature' has no attribute 'KFACCallback'"):
+        _ = lightning_curvature.KFACCallback

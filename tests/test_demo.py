@@ -224,7 +224,7 @@ def test_memorized_is_what_is_recited(text_run, caplog):
 def test_detection_on_what_the_text_demo_writes(text_run, tmp_path, capsys):
     out, _ = text_run
     common = ["detect", "--model", str(out / "model"), "--factors", str(out / "factors.safetensors"),
-              "--out", str(tmp_path / "ranked.csv")]  # fmt: skip
+              "--out", str(tmp_path / "ranked.csv"), "--overwrite"]  # fmt: skip
     main([*common, "--sequences", str(out / "memorized.jsonl")])
     assert "12 examples written to" in capsys.readouterr().out
     with (tmp_path / "ranked.csv").open(newline="") as file:

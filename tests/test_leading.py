@@ -202,7 +202,9 @@ def test_evaluate_an_edit_with_prompts_that_move(saved, capsys, tmp_path):
     page = (tmp_path / "x.md").read_text()
     assert f"### 1. `{'<s> ' * bool(saved.front)}" in page or f"### 1. `{language.words(saved.rows[0, :6])}`" in page
     ordinary = page.partition("## Ordinary text")[2]
-    assert f"### 1. `{language.words(windows[0, len(saved.front) : 5].tolist())}`" in ordinary
+    assert (
+        f"### 1. `{language.words(windows[0, len(saved.front) : (10 + len(saved.front)) // 2].tolist())}`" in ordinary
+    )
 
 
 def test_collect(saved, tmp_path):
@@ -281,9 +283,9 @@ def test_detect(saved, capsys, tmp_path, what):
                                       context=9)  # fmt: skip
     ((name, layer),) = factors.items()
     length = 10 if what == "corpus" else len(saved.front) + PREFIX + SUFFIX
-    source = ("--corpus", saved.path / "long.txt") if what == "corpus" else (
+    source = ("--corpus", saved.path / "long.txt", "--context", 10) if what == "corpus" else (
         "--sequences", saved.path / "plain.jsonl")  # fmt: skip
-    main(["detect", "--model", str(saved.model), "--factors", str(tmp_path / "f.safetensors"), "--context", "10",
+    main(["detect", "--model", str(saved.model), "--factors", str(tmp_path / "f.safetensors"),
           "--out", str(tmp_path / "r.csv"), *map(str, source)])  # fmt: skip
     capsys.readouterr()
     windows = cut(saved, length)

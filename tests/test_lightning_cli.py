@@ -43,7 +43,7 @@ def test_the_training_images_are_ranked_from_what_a_fit_leaves(tmp_path, monkeyp
     (config,) = tmp_path.rglob("config.yaml")
     (checkpoint,) = (path for path in tmp_path.rglob("*.ckpt") if "edited" not in path.name)
     rank = ["detect", "--factors", "factors.safetensors", "--out", "ranked.csv"]
-    images = [*rank, "--checkpoint", str(checkpoint), "--positions", "first", "--config"]
+    images = [*rank, "--overwrite", "--checkpoint", str(checkpoint), "--positions", "first", "--config"]
     main([*images, str(config)])
     assert f"{len(NoisyDigits().train)} examples written to ranked.csv" in capsys.readouterr().out
     with Path("ranked.csv").open(newline="") as file:
@@ -78,7 +78,7 @@ def test_the_training_images_are_ranked_from_what_a_fit_leaves(tmp_path, monkeyp
         main([*images, "digits.yaml", "--positions", "last"])
     for wrong in ([], ["--config", "digits.yaml"], [*images[5:], "digits.yaml", "--model", "m"]):
         with pytest.raises(SystemExit, match="for images --config with --checkpoint"):
-            main([*rank, *wrong])
+            main([*rank, "--overwrite", *wrong])
 
 
 def test_validate_collects_over_text(tmp_path, monkeypatch):

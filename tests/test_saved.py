@@ -93,7 +93,7 @@ def test_every_command_refuses_it(tmp_path, capsys):
         ["evaluate", *model, *corpus],
         ["sweep", *model, *corpus, *factors, *asked, "--out", out],
         ["detect", *model, *corpus, *factors, "--out", out],
-        ["edit", "--checkpoint", *model[1:], *corpus, *factors, "--perplexity", "1.1", "--out", out],
+        ["edit", "--checkpoint", *model[1:], *corpus, *factors, "--perplexity", "1.1", "--force", "--out", out[:-12]],
     ):
         with pytest.raises(SystemExit, match="holds no causal language model but a BertForMaskedLM"):
             main(command)

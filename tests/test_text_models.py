@@ -347,7 +347,7 @@ def test_mine_command(folder, tmp_path, capsys):
     assert len(sequences.read_sequences(out)) == 8
     assert "8 recited sequences (" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"Error: .*its longest document has 17 tokens, a window has 64"):
-        run(*arguments)
+        run(*arguments, "--overwrite")
     untrained = folder / "untrained"
     language.model("llama").save_pretrained(untrained)
     language.tokenizer().save_pretrained(untrained)
@@ -378,7 +378,7 @@ def test_evaluate_command(folder, edited, tmp_path, capsys):
     assert page.read_text().count("before (recited)") >= 5
     assert "## Ordinary text" in page.read_text()
     run("evaluate", "--model", folder / "model", "--checkpoint", edited, "--reference", *files[:2],
-        "--half", "validation", "--examples", page)  # fmt: skip
+        "--half", "validation", "--examples", page, "--overwrite")  # fmt: skip
     assert "Ordinary" not in page.read_text()
 
 

@@ -71,11 +71,19 @@ def chosen_layer(factors: KroneckerFactors, layer: str | None, module: nn.Module
     Raises:
         ValueError: If there is no such layer among the factors, or in the module.
     """
+    chosen = check_layer(factors, layer)
     names = match_layers(factors, module.state_dict())
+    return names[chosen].removesuffix(".weight"), factors[chosen]
+
+
+def check_layer(factors: KroneckerFactors, layer: str | None) -> str:
+    """Return the name of a layer among some factors; None for the last one. Errors as :func:`chosen_layer`."""
+    if not factors:
+        raise ValueError("The factors hold no layer at all. Collect them again.")
     chosen = list(factors)[-1] if layer is None else layer
     if chosen not in factors:
         raise ValueError(f"The factors hold no layer {chosen!r}.{did_you_mean(chosen, factors)}")
-    return names[chosen].removesuffix(".weight"), factors[chosen]
+    return chosen
 
 
 def check_activations(inputs: Tensor, d_in: int, what: str) -> Tensor:

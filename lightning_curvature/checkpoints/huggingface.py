@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.atomic import replacing_folder, sync
@@ -273,3 +273,13 @@ def _read_index(index: Path) -> dict[str, str]:
 def _copy_and_sync(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
     sync(target)
+
+
+def fill(module: nn.Module) -> None:
+    """Give the weights of a model on the meta device values that take no memory: what has none cannot be chosen."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if weight not in filled:
+                filled[weight] = nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))
+            setattr(part, name, filled[weight])

@@ -1,22 +1,26 @@
 """Commands that show: report, detect."""
 
 import csv
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tabulate import tabulate
 
-from lightning_curvature.analysis.inputs import chosen_layer
-from lightning_curvature.analysis.labels import rank_labelled
+from lightning_curvature import configs
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.checkpoints.weights import load_weights, read_weights
+from lightning_curvature.commands.choices import ImagePositions
+from lightning_curvature.commands.inputs import check_counts, check_files, check_unused, read_factors
 from lightning_curvature.commands.output import Output, extra
-from lightning_curvature.factors import KroneckerFactors
+
+if TYPE_CHECKING:
+    from lightning_curvature.factors import KroneckerFactors
 
 
 def report(path: Path) -> Output:
     """Write one HTML page of a run, report.html, into its folder: pictures inside, no network needed.
+
+    It is made from the other files of the folder, and made anew each time.
 
     Example:
         lightning-curvature report runs/text
@@ -25,6 +29,8 @@ def report(path: Path) -> Output:
         path: Folder that a run wrote to: report.json, factors, edited checkpoints, analysis.json, as far as they are
             there.
     """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder; name the one that a run wrote to.")
     with extra("plots"):
         from lightning_curvature.page import write_page
     page = write_page(path)
@@ -40,10 +46,11 @@ def detect(
     config: str | None = None,
     checkpoint: Path | None = None,
     layer: str | None = None,
-    positions: str = "all",
-    tokens: int = 100_000,
-    context: int = 64,
+    positions: ImagePositions | None = None,
+    tokens: int | None = None,
+    context: int | None = None,
     batch_size: int = 32,
+    overwrite: bool = False,
 ) -> Output:
     """Rank windows of text, or training images, by how memorized they look to a model, without labels; write CSV.
 
@@ -61,27 +68,38 @@ def detect(
         sequences: JSON lines with prefix_ids and suffix_ids, all of one length, to rank.
         corpus: Text file, or JSON lines with a field "text", of which windows are ranked.
         config: Configuration of lightning-curvature fit, such as LightningCLI saves; its training set is ranked.
-        checkpoint: Take the weights from this checkpoint (.ckpt, .pt, .safetensors).
+        checkpoint: Take the weights from here instead (.ckpt, .pt, .safetensors; with --model also a folder).
         layer: The layer whose inputs count; by default the last one of the factor file.
-        positions: Positions of an image that count: all, or first for a class token.
-        tokens: Tokens of the corpus to read at most.
-        context: Tokens of a window of the corpus.
+        positions: Positions of an image that count, first for a class token; by default all.
+        tokens: Tokens of the corpus to read at most; by default 100000.
+        context: Tokens of a window of the corpus, those that the tokenizer puts in front among them; by default 64, or
+            what the model takes if that is less.
         batch_size: Examples per forward pass.
+        overwrite: Replace what is at out.
     """
+    inputs = {"--factors": factors if not factors.is_dir() else None, "--sequences": sequences, "--corpus": corpus}
+    weights = None if checkpoint is None or (model is not None and checkpoint.is_dir()) else checkpoint
+    check_files({"--out": out}, {**inputs, "--checkpoint": weights}, overwrite)
+    if config is not None and not (Path(config).is_file() or (resources.files(configs) / config).is_file()):
+        raise FileNotFoundError(f"No such file: {config} (--config).")
+    check_counts(tokens=tokens, context=context, batch_size=batch_size)
     if config is not None and checkpoint is not None and (model, sequences, corpus) == (None, None, None):
-        rows = _rank_images(config, checkpoint, KroneckerFactors.load(factors), layer, positions, batch_size)
+        check_unused("it is for windows of text", tokens=tokens, context=context)
+        rows = _rank_images(config, checkpoint, read_factors(factors), layer, positions or "all", batch_size)
     elif config is not None or model is None:
         raise ValueError(
             "Give the model: for text --model with --sequences or --corpus, for images --config with --checkpoint."
         )
-    elif positions != "all":
+    elif positions is not None:
         raise ValueError(f"--positions {positions} is for images; of a window of text all positions count.")
     else:
+        if corpus is None:
+            check_unused("it is about the text of --corpus", tokens=tokens, context=context)
         with extra("text"):
             from lightning_curvature.text.ranking import rank_windows
         rows = rank_windows(
-            model, checkpoint, KroneckerFactors.load(factors), sequences=sequences, corpus=corpus, layer=layer,
-            tokens=tokens, context=context, batch_size=batch_size,
+            model, checkpoint, read_factors(factors), sequences=sequences, corpus=corpus, layer=layer,
+            tokens=tokens or 100_000, context=context, batch_size=batch_size,
         )  # fmt: skip
     with replacing(out) as temporary, Path(temporary).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -93,10 +111,19 @@ def detect(
 
 
 def _rank_images(
-    config: str, checkpoint: Path, factors: KroneckerFactors, layer: str | None, positions: str, batch_size: int
+    config: str, checkpoint: Path, factors: "KroneckerFactors", layer: str | None, positions: str, batch_size: int
 ) -> list[dict[str, Any]]:
+    import torch
+
+    from lightning_curvature.analysis.inputs import check_layer, chosen_layer
+    from lightning_curvature.analysis.labels import rank_labelled
+    from lightning_curvature.checkpoints.weights import load_weights, read_weights
+    from lightning_curvature.factor_files import is_factor_file
     from lightning_curvature.lightning_cli import instances  # which imports the command line
 
+    check_layer(factors, layer)
+    if checkpoint.suffix == ".safetensors" and is_factor_file(checkpoint):
+        raise ValueError(f"{checkpoint} holds K-FAC factors, not weights. Name the model's checkpoint.")
     module, data = instances(config)
     load_weights(module, read_weights(checkpoint), checkpoint)
     module.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,27 +3,18 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from lightning_curvature import files
-from lightning_curvature._checks import listing
-from lightning_curvature.bases import bases_in
-from lightning_curvature.bulk import BulkStepEditor
-from lightning_curvature.checkpoints.huggingface import empty_model
-from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.checkpoints.outputs import check_outputs
+from lightning_curvature.commands.choices import Half, Score
+from lightning_curvature.commands.inputs import check_counts
 from lightning_curvature.commands.output import Output, extra
-from lightning_curvature.deltas import apply_delta
-from lightning_curvature.editing import DEFAULT_ENERGY
-from lightning_curvature.editor import CurvatureEditor
-from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.inspection import describe, description
-from lightning_curvature.selection import PRESETS, choose_layers
 
-_STRENGTH, _TOKENS, _CONTEXT = 0.4, 50_000, 128
+if TYPE_CHECKING:
+    from lightning_curvature.editor import CurvatureEditor
+    from lightning_curvature.factors import KroneckerFactors
+
+_STRENGTH, _TOKENS = 0.4, 50_000
 
 
 def edit(
@@ -32,12 +23,12 @@ def edit(
     out: Path,
     energy: float | dict[str, float] | None = None,
     layers: list[str] | None = None,
-    score: str = "kfac",
+    score: Score = "kfac",
     soft: bool = False,
     perplexity: float | None = None,
     corpus: Path | None = None,
     forget: Path | None = None,
-    half: str | None = None,
+    half: Half | None = None,
     strength: float | None = None,
     model: Path | None = None,
     tokens: int | None = None,
@@ -75,7 +66,8 @@ def edit(
         model: Folder of the Hugging Face model whose weights the checkpoint holds, for --perplexity, --forget and
             presets of --layers; by default the checkpoint itself.
         tokens: Tokens of the corpus to read at most; by default 50000.
-        context: Tokens of a window of the corpus; by default 128, or as many as the model takes.
+        context: Tokens of a window of the corpus, those that the tokenizer puts in front among them; by default 128, or
+            what the model takes if that is less.
         dry_run: Print what would be done, and write nothing.
         save_delta: Also write a delta file, with which revert gets the original back.
         to_hf: Write a Hugging Face folder from a .ckpt or .pt whose module holds a Hugging Face model; names a folder
@@ -86,10 +78,17 @@ def edit(
         force: Edit weights that are not those that the factors were collected on, such as those of a fine-tune.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
+    from lightning_curvature import files
+    from lightning_curvature.bases import bases_in
+    from lightning_curvature.editing import DEFAULT_ENERGY
+    from lightning_curvature.editor import CurvatureEditor
+    from lightning_curvature.factors import KroneckerFactors
+
     options = {"corpus": corpus, "forget": forget, "half": half, "strength": strength, "model": model,
                "tokens": tokens, "context": context}  # fmt: skip
     if model not in (None, checkpoint) and checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is a folder with a model of its own: leave --model out.")
+    check_counts(tokens=tokens, context=context)
     _check_used(options, perplexity, layers)
     if dry_run and save_delta is not None:
         raise ValueError("--dry-run writes nothing: leave --save-delta out.")
@@ -128,6 +127,8 @@ def edit(
 
 def _check_used(options: Mapping[str, Any], perplexity: float | None, layers: list[str] | None) -> None:
     """Raise ``ValueError`` if an option would be ignored, or names no file."""
+    from lightning_curvature.selection import PRESETS
+
     given = {name for name, value in options.items() if value is not None}
     users = {
         "--perplexity": (perplexity is not None, {"corpus", "tokens", "context", "model"}),
@@ -145,6 +146,8 @@ def _check_used(options: Mapping[str, Any], perplexity: float | None, layers: li
             raise ValueError(f"--{name} is used by {' and '.join(takers)} alone, which is not given. {remedy}")
     if perplexity is not None and "corpus" not in given:
         raise ValueError("--perplexity needs a text to measure it on: --corpus.")
+    if perplexity is not None and not 1 < perplexity < float("inf"):
+        raise ValueError(f"The perplexity may become a multiple above 1 of what it was, found {perplexity!r}.")
     for name in ("corpus", "forget"):
         if name in given and not options[name].is_file():
             raise FileNotFoundError(f"--{name}: {options[name]} is no file.")
@@ -153,20 +156,24 @@ def _check_used(options: Mapping[str, Any], perplexity: float | None, layers: li
 
 
 def _chosen(
-    editor: CurvatureEditor,
+    editor: "CurvatureEditor",
     checkpoint: Path,
-    factors: KroneckerFactors,
+    factors: "KroneckerFactors",
     perplexity: float | None,
     options: Mapping[str, Any],
     allowed: Sequence[str],
-) -> tuple[CurvatureEditor, KroneckerFactors, dict[str, Any]]:
+) -> tuple["CurvatureEditor", "KroneckerFactors", dict[str, Any]]:
     """Return the editor, the factors, and how the energy was found, where the model has to run for it."""
     with extra("text"):
         from lightning_curvature.text.choosing import Chooser
-        from lightning_curvature.text.decoding import context_length
+    from lightning_curvature.bulk import BulkStepEditor
+    from lightning_curvature.factors import KroneckerFactors
+
     model = options["model"]
     weights = None if model in (None, checkpoint) else checkpoint
     chooser = Chooser(model or checkpoint, weights, factors, allowed)
+    tokens, context = options["tokens"] or _TOKENS, options["context"]
+    chooser.check_data(options["forget"], options["half"], options["corpus"], tokens, context)
     names = chooser.names.items()
     factors = KroneckerFactors({own: chooser.factors[name] for own, name in names}, factors.provenance)  # read once
     if options["forget"] is not None:
@@ -175,13 +182,11 @@ def _chosen(
         editor = BulkStepEditor(strength, editor.energy, editor.layers, editor.score, editor.soft)
     if perplexity is None:
         return editor, factors, {}
-    tokens = _TOKENS if options["tokens"] is None else options["tokens"]
-    context = min(_CONTEXT, context_length(chooser.model)) if options["context"] is None else options["context"]
     target = chooser.find(editor, perplexity, options["corpus"], tokens, context)
     return editor.at(target["energy"]), factors, target
 
 
-def named_layers(layers: list[str] | None, factors: KroneckerFactors, folder: Path | None) -> list[str] | None:
+def named_layers(layers: list[str] | None, factors: "KroneckerFactors", folder: Path | None) -> list[str] | None:
     """Return the layers of factors that presets stand for, and patterns as they are.
 
     Args:
@@ -192,6 +197,11 @@ def named_layers(layers: list[str] | None, factors: KroneckerFactors, folder: Pa
     Raises:
         ValueError: If there is a preset and no model, or it takes no layer of the factors.
     """
+    from lightning_curvature._checks import listing
+    from lightning_curvature.checkpoints.huggingface import empty_model, fill
+    from lightning_curvature.checkpoints.names import match_layers
+    from lightning_curvature.selection import PRESETS, choose_layers
+
     presets = [entry for entry in layers or () if entry in PRESETS]
     if not presets or layers is None:
         return layers
@@ -202,7 +212,7 @@ def named_layers(layers: list[str] | None, factors: KroneckerFactors, folder: Pa
             f"--layers {' '.join(presets)}: presets need a model folder, with the config.json of a model of "
             "transformers (--model). Or name patterns on the layers of the factors."
         )
-    _fill(module)
+    fill(module)
     modules = dict(module.named_modules())
     names = match_layers(factors, (f"{name}.weight" for name in modules))
     head = module.get_output_embeddings()
@@ -223,16 +233,6 @@ def named_layers(layers: list[str] | None, factors: KroneckerFactors, folder: Pa
     return chosen
 
 
-def _fill(module: nn.Module) -> None:
-    """Give the weights of a model on the meta device values that take no memory: what has none cannot be chosen."""
-    filled: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
-    for part in module.modules():
-        for name, weight in part.named_parameters(recurse=False):
-            if weight not in filled:
-                filled[weight] = nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))
-            setattr(part, name, filled[weight])
-
-
 def revert(
     checkpoint: Path, delta: Path, out: Path, overwrite: bool = False, allow_global: list[str] | None = None
 ) -> Output:
@@ -248,6 +248,8 @@ def revert(
         overwrite: Replace what is at out.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
+    from lightning_curvature.deltas import apply_delta
+
     apply_delta(checkpoint, delta, out, revert=True, overwrite=overwrite, allow_globals=allow_global or ())
     return Output(f"The original is back at {out}", {"out": str(out)})
 
@@ -267,6 +269,8 @@ def apply(
         overwrite: Replace what is at out.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
+    from lightning_curvature.deltas import apply_delta
+
     apply_delta(checkpoint, delta, out, revert=False, overwrite=overwrite, allow_globals=allow_global or ())
     return Output(f"Written to {out}", {"out": str(out)})
 
@@ -281,5 +285,7 @@ def inspect(path: Path, allow_global: list[str] | None = None) -> Output:
         path: Factor file, or checkpoint of any format.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
+    from lightning_curvature.inspection import describe, description
+
     found = describe(path, allow_global or ())
     return Output(description(found), found)

@@ -1,12 +1,12 @@
 """Choosing an edit of a saved language model: by what it may cost, or by a sweep."""
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_curvature import bulk
@@ -14,15 +14,15 @@ from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.sweep import Row, sweep
-from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.evaluation import perplexity, strict_rate, window_nll
-from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
-from lightning_curvature.text.models import check_vocabulary, load_model, load_tokenizer
-from lightning_curvature.text.sequences import read_sequences
+from lightning_curvature.text.saved import SavedModel
+from lightning_curvature.text.sequences import PromptedSequence, read_sequences
 from lightning_curvature.text.suffixes import suffix_batches, suffix_margins
 
 ENERGIES = (0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.96, 0.98, 0.99)
+WINDOW = 128
+"""Tokens of a window, where the model takes as many."""
 LIMITS = (1.02, 1.05, 1.10, 1.20)
 
 
@@ -52,17 +52,39 @@ class Chooser:
                 f"{folder} is no folder, and the model has to run: name the folder of the Hugging Face model whose "
                 "weights these are (--model)."
             )
-        self.tokenizer = load_tokenizer(folder)
-        self.leading = leading_tokens(self.tokenizer)
-        self.model = load_model(folder, checkpoint, allow_globals)
-        check_vocabulary(self.model, self.tokenizer)
-        self.names = {layer: name.removesuffix(".weight")
-                      for layer, name in match_layers(factors, self.model.state_dict()).items()}  # fmt: skip
-        self.factors = KroneckerFactors({self.names[layer]: factors[layer] for layer in factors}, factors.provenance)
+        self.saved = SavedModel(folder, checkpoint, allow_globals)
+        self.leading = self.saved.leading
+        self.given = factors
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The model; it is loaded when it is needed."""
+        return self.saved.load()
+
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
+        """The model's own name of each layer, by that in the factor file."""
+        return {layer: name.removesuffix(".weight")
+                for layer, name in match_layers(self.given, self.model.state_dict()).items()}  # fmt: skip
+
+    @functools.cached_property
+    def factors(self) -> KroneckerFactors:
+        """The factors by the model's own names."""
+        own = {self.names[layer]: self.given[layer] for layer in self.given}
+        return KroneckerFactors(own, self.given.provenance)
+
+    def check_data(
+        self, forget: Path | None, half: str | None, corpus: Path | None, tokens: int, context: int | None
+    ) -> None:
+        """Read the data that are named, before the model is loaded; raise ``ValueError`` if it cannot take them."""
+        if forget is not None:
+            self._sequences(forget, half)
+        if corpus is not None:
+            self._windows(corpus, tokens, context)
 
     def add_margins(self, forget: Path, half: str | None) -> KroneckerFactors:
         """Return the factors, by their own names, with the gradient of margins of the sequences of a file."""
-        asked = read_sequences(forget, half, self.leading)
+        asked = self._sequences(forget, half)
         batches = suffix_batches(self.model, asked)
         self.factors = bulk.add_margins(
             self.model, self.factors, batches, lambda batch: suffix_margins(self.model, batch)
@@ -70,7 +92,9 @@ class Chooser:
         provenance = {**self.factors.provenance, "forget": {"file": forget.name, "half": half, "sequences": len(asked)}}
         return KroneckerFactors({own: self.factors[name] for own, name in self.names.items()}, provenance)
 
-    def find(self, editor: CurvatureEditor, limit: float, corpus: Path, tokens: int, context: int) -> dict[str, Any]:
+    def find(
+        self, editor: CurvatureEditor, limit: float, corpus: Path, tokens: int, context: int | None
+    ) -> dict[str, Any]:
         """Find the strongest edit within a perplexity on every other window, and measure it on the other ones.
 
         Returns:
@@ -84,7 +108,9 @@ class Chooser:
             raise ValueError(f"The perplexity may become a multiple above 1 of what it was, found {limit!r}.")
         windows = self._windows(corpus, tokens, context)
         if len(windows) < 4:
-            raise ValueError(f"{corpus} has {len(windows)} windows of {context} tokens; choose on four at least.")
+            raise ValueError(
+                f"{corpus} has {len(windows)} windows of {windows.shape[1]} tokens; choose on four at least."
+            )
         editor = self._renamed(editor)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No edit stays within")  # said below, with the remedy
@@ -123,7 +149,7 @@ class Chooser:
         scores: Sequence[str],
         soft: bool,
         tokens: int,
-        context: int,
+        context: int | None,
         batch_size: int,
     ) -> list[Row]:
         """Measure ``strict`` and ``perplexity`` under many edits; see :func:`lightning_curvature.sweep.sweep`.
@@ -131,12 +157,14 @@ class Chooser:
         Returns:
             Its rows, with ``times``, the perplexity as a multiple of the unedited model's.
         """
-        asked, windows = read_sequences(sequences, half, self.leading), self._windows(corpus, tokens, context)
-        editors = {}
+        asked, windows = self._sequences(sequences, half), self._windows(corpus, tokens, context)
+        named = {}
         for score in scores:
             for choice in layers or ["*"]:
                 editor = CurvatureEditor(1.0, choice.split(","), score, soft)
-                editors[editor.method if layers is None else f"{editor.method}: {choice}"] = self._renamed(editor)
+                editor.plan(self.given)  # a pattern that matches nothing is told before the model is loaded
+                named[editor.method if layers is None else f"{editor.method}: {choice}"] = editor
+        editors = {name: self._renamed(editor) for name, editor in named.items()}
 
         def measure() -> dict[str, float]:
             return {
@@ -159,8 +187,13 @@ class Chooser:
     def _nll(self, windows: Tensor) -> Tensor:
         return window_nll(self.model, windows, num_leading=len(self.leading))
 
-    def _windows(self, corpus: Path, tokens: int, context: int) -> Tensor:
-        return torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))
+    def _sequences(self, path: Path, half: str | None) -> list[PromptedSequence]:
+        asked = read_sequences(path, half, self.leading)
+        self.saved.check_fit(asked)
+        return asked
+
+    def _windows(self, corpus: Path, tokens: int, context: int | None) -> Tensor:
+        return self.saved.windows(corpus, tokens, context, WINDOW)
 
 
 def best_within(rows: Sequence[Row], limits: Sequence[float] = LIMITS) -> list[Row]:

@@ -27,6 +27,9 @@ from lightning_curvature.text.models import check_vocabulary
 
 log = logging.getLogger(__name__)
 
+WINDOW = 512
+"""Tokens of a window, where the model takes as many."""
+
 
 def collect_text(
     model: Any,
@@ -35,7 +38,7 @@ def collect_text(
     out: str | os.PathLike[str],
     *,
     tokens: int | None = None,
-    context: int = 512,
+    context: int | None = None,
     batch_size: int = 4,
     passes: int = 1,
     save_every: int = 50,
@@ -53,7 +56,8 @@ def collect_text(
         corpus: Text or JSON lines, see :mod:`lightning_curvature.text.corpus`.
         out: Factor file to write.
         tokens: Tokens to read at most.
-        context: Tokens of a window, those in front of the text among them.
+        context: Tokens of a window, those in front of the text among them; by default 512, or what the model takes if
+            that is less.
         batch_size: Windows per forward pass.
         passes: Groups of layers, each with a pass of its own, where the factors of all do not fit into memory at once.
         save_every: Batches between two saves of the progress.
@@ -71,6 +75,7 @@ def collect_text(
     for name, value in (("passes", passes), ("batch_size", batch_size), ("save_every", save_every)):
         check_count(value, name)
     check_vocabulary(model, tokenizer)
+    context = min(WINDOW, context_length(model)) if context is None else check_count(context, "context")
     if context > context_length(model):
         raise ValueError(f"context={context} is longer than the model's, {context_length(model)} tokens.")
     partial = Path(f"{os.fspath(out)}.partial")
@@ -79,7 +84,7 @@ def collect_text(
     settings = {"tokens": tokens, "context": context, "batch_size": batch_size, "passes": passes, **options}
     leading = leading_tokens(tokenizer)
     run = _fingerprint(model, tokenizer, corpus, **settings, **({"leading": leading} if leading else {}))
-    state = _load(partial, run) or {"pass": 0, "batches": 0, "collector": None}
+    state = _load(partial, run, passes) or {"pass": 0, "batches": 0, "collector": None}
     device = next(model.parameters()).device
     pieces = [Path(f"{partial}.{index}") for index in range(passes)]
     for index in range(state["pass"], passes):
@@ -146,12 +151,24 @@ def _save(partial: Path, run: str, index: int, batches: int, collector: dict[str
         torch.save({"run": run, "pass": index, "batches": batches, "collector": collector}, temporary)
 
 
-def _load(partial: Path, run: str) -> dict[str, Any] | None:
+def _load(partial: Path, run: str, passes: int) -> dict[str, Any] | None:
+    """Return the progress of a run, or None; raise ``ValueError`` if it is damaged, or that of another run."""
     if not partial.exists():
         return None
-    state: dict[str, Any] = torch.load(partial, weights_only=True)
-    if state["run"] != run:
+    try:
+        state: dict[str, Any] = torch.load(partial, weights_only=True)
         old, new = json.loads(state["run"]), json.loads(run)
+        state["pass"], state["batches"], state["collector"] = (state[key] for key in ("pass", "batches", "collector"))
+        if old == new:
+            for index in range(state["pass"]):
+                KroneckerFactors.open(f"{partial}.{index}")
+    except Exception as error:  # a file that was cut off can fail in any way
+        pieces = f" and {partial}.0 to .{passes - 1}" if passes > 1 else ""
+        raise ValueError(
+            f"{partial}, the progress of an interrupted collection, is damaged or not complete "
+            f"({type(error).__name__}). Delete it{pieces}, and collect from the start."
+        ) from error
+    if old != new:
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         raise ValueError(
             f"{partial} is the progress of another run: {changed} differ. Finish that run with its own arguments, or "

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_curvature._checks import check_count
 from lightning_curvature.checkpoints.tree import is_text
-from lightning_curvature.text.jsonl import read_jsonl
+from lightning_curvature.text.jsonl import check_file, read_jsonl
 from lightning_curvature.text.leading import encode, leading_tokens
 
 _CHUNK = 200_000
@@ -25,6 +25,7 @@ def read_documents(path: str | os.PathLike[str], tokenizer: Any) -> Iterator[lis
     Raises:
         ValueError: If the file is empty, or a line of JSON lacks ``text``.
     """
+    check_file(path, "text, or JSON lines (*.jsonl) with a field 'text'")
     if Path(path).suffix == ".jsonl":
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for number, record in read_jsonl(path, ("text",)):

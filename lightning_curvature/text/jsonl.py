@@ -21,6 +21,7 @@ def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> It
         ValueError: If a line is no JSON object in UTF-8 or lacks a field; names file and line. If the file holds no
             object.
     """
+    check_file(path, "JSON lines")
     required = list(required)
     found = False
     with Path(path).open("rb") as file:
@@ -40,6 +41,14 @@ def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> It
             yield number, record
     if not found:
         raise ValueError(f"{path}: the file is empty; expected one JSON object per line.")
+
+
+def check_file(path: str | os.PathLike[str], expected: str) -> None:
+    """Raise ``OSError`` if there is no file at a path; says what was expected there."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected a file, {expected}.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No such file: {path}; expected {expected}.")
 
 
 def write_jsonl(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:

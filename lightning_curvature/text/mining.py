@@ -53,10 +53,25 @@ def mine(
     Raises:
         ValueError: If no document is as long as a window, or the model cannot read one.
     """
+    check_energy(similarity, "similarity")
+    asked = candidates(tokenizer, corpus, prefix=prefix, suffix=suffix, stride=stride, windows=windows, seed=seed)
+    return mine_among(model, tokenizer, asked, similarity, batch_size)
+
+
+def candidates(
+    tokenizer: Any,
+    corpus: str | os.PathLike[str],
+    *,
+    prefix: int,
+    suffix: int,
+    stride: int | None,
+    windows: int,
+    seed: int,
+) -> list[PromptedSequence]:
+    """Return windows to test, a random sample; arguments and errors as :func:`mine`."""
     length = check_count(prefix, "prefix") + check_count(suffix, "suffix")
     step = length if stride is None else check_count(stride, "stride")
     check_count(windows, "windows")
-    check_energy(similarity, "similarity")
     leading = leading_tokens(tokenizer)
     documents = list(read_documents(corpus, tokenizer))
     starts = [(n, i) for n, ids in enumerate(documents) for i in range(0, len(ids) - length + 1, step)]
@@ -66,7 +81,7 @@ def mine(
             f"{corpus}: its longest document has {longest} tokens, a window has {prefix} + {suffix}. Use shorter ones."
         )
     sample = random.Random(seed).sample(starts, min(windows, len(starts)))
-    candidates = [
+    return [
         PromptedSequence(
             leading + tuple(documents[n][i : i + prefix]),
             tuple(documents[n][i + prefix : i + length]),
@@ -74,17 +89,23 @@ def mine(
         )
         for n, i in sample
     ]
-    with tqdm(total=len(candidates), unit="window", desc="Testing for recitation", disable=None) as progress:
-        found = recited(model, candidates, batch_size, progress.update)
+
+
+def mine_among(
+    model: nn.Module, tokenizer: Any, asked: list[PromptedSequence], similarity: float, batch_size: int
+) -> list[PromptedSequence]:
+    """Return those of some windows that a model recites, as :func:`mine` does."""
+    with tqdm(total=len(asked), unit="window", desc="Testing for recitation", disable=None) as progress:
+        found = recited(model, asked, batch_size, progress.update)
     kept = _distinct(found, similarity)
     log.info(
         "%d of %d windows are recited, %d of them near-duplicates of others.",
-        len(found), len(candidates), len(found) - len(kept),
+        len(found), len(asked), len(found) - len(kept),
     )  # fmt: skip
     return [
         dataclasses.replace(
             sequence,
-            prefix_text=tokenizer.decode(sequence.prefix_ids[len(leading) :]),
+            prefix_text=tokenizer.decode(sequence.prefix_ids[sequence.num_leading :]),
             suffix_text=tokenizer.decode(sequence.suffix_ids),
         )
         for sequence in kept

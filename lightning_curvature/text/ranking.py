@@ -6,13 +6,14 @@ from typing import Any
 import torch
 
 from lightning_curvature.analysis.detection import flat_shares
-from lightning_curvature.analysis.inputs import chosen_layer
+from lightning_curvature.analysis.inputs import check_layer, chosen_layer
 from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.detection import likelihood_scores, window_activations
-from lightning_curvature.text.leading import leading_tokens
-from lightning_curvature.text.models import check_vocabulary, load_model, load_tokenizer
+from lightning_curvature.text.saved import SavedModel
 from lightning_curvature.text.sequences import read_sequences
+
+WINDOW = 64
+"""Tokens of a window, where the model takes as many."""
 
 
 def rank_windows(
@@ -24,7 +25,7 @@ def rank_windows(
     corpus: Path | None,
     layer: str | None,
     tokens: int,
-    context: int,
+    context: int | None,
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """Return windows, the one that looks most memorized first; arguments as the command ``detect``.
@@ -41,12 +42,13 @@ def rank_windows(
     """
     if (sequences is None) == (corpus is None):
         raise ValueError("Give what to rank: either --sequences or --corpus.")
-    tokenizer, model = load_tokenizer(folder), load_model(folder, checkpoint)
-    check_vocabulary(model, tokenizer)
-    leading = leading_tokens(tokenizer)
-    name, own = chosen_layer(factors, layer, model)
+    saved = SavedModel(folder, checkpoint)
+    tokenizer, leading = saved.tokenizer, saved.leading
+    check_layer(factors, layer)
     if sequences is not None:
-        ids = [list(sequence.ids) for sequence in read_sequences(sequences, leading=leading)]
+        asked = read_sequences(sequences, leading=leading)
+        saved.check_fit(asked)
+        ids = [list(sequence.ids) for sequence in asked]
         lengths = {len(one) for one in ids}
         if len(lengths) > 1:
             raise ValueError(
@@ -54,7 +56,14 @@ def rank_windows(
                 "one length at a time."
             )
     else:
-        ids = list(token_windows(str(corpus), tokenizer, context, tokens))
+        ids = saved.windows(Path(str(corpus)), tokens, context, WINDOW).tolist()
+    if len(ids[0]) < len(leading) + 2:
+        raise ValueError(
+            f"Windows of {len(ids[0]) - len(leading)} token of text say nothing: a score is about what a layer reads "
+            "before the last one. Use longer ones."
+        )
+    model = saved.load()
+    name, own = chosen_layer(factors, layer, model)
     windows = torch.tensor(ids)
     scores = {
         "score": flat_shares(own, window_activations(model, windows, [name], len(leading), batch_size)[name]),

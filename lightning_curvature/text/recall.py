@@ -40,6 +40,8 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         answers = record["answers"]
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
             raise ValueError(f"{path}, line {number}: answers must be a list of strings, found {answers!r:.60}.")
+        if not str(record["prompt"]).strip():
+            raise ValueError(f"{path}, line {number}: the prompt is empty; expected a question or the start of a text.")
         questions.append(Question(str(record["prompt"]), tuple(answers), str(record.get("context", ""))))
     return questions
 

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_curvature._checks import check_count
+from lightning_curvature.checkpoints.huggingface import fill
 from lightning_curvature.selection import choose_layers
+from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import config_length
 from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.models import (
@@ -18,6 +21,7 @@ from lightning_curvature.text.models import (
     load_tokenizer,
     read_config,
 )
+from lightning_curvature.text.sequences import PromptedSequence, check_fit
 
 
 class SavedModel:
@@ -60,13 +64,13 @@ class SavedModel:
         Args:
             asked: Tokens, or None.
             default: What is usual.
-            spare: Tokens of a window that the model need not read: its last one is only predicted.
+            spare: Tokens that a window may have more: its last one is only predicted.
 
         Raises:
             ValueError: If the model's context is shorter.
         """
         if asked is None:
-            return min(default, self.context + spare)
+            return min(default, self.context)
         if check_count(asked, "context") > self.context + spare:
             raise ValueError(
                 f"Windows of {asked} tokens are longer than the model's context, {self.context}. Use shorter ones "
@@ -74,11 +78,27 @@ class SavedModel:
             )
         return asked
 
+    def windows(self, corpus: str | os.PathLike[str], tokens: int, asked: int | None, default: int) -> Tensor:
+        """Return windows of a text for perplexity, int64 ``[n, context]``; arguments as :meth:`window`."""
+        context = self.window(asked, default) if asked is None else check_count(asked, "context")
+        windows = torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))
+        self.window(context, default, 1)
+        if context - max(len(self.leading), 1) < 1:
+            raise ValueError(
+                f"In a window of {context} tokens there is nothing to predict. Use a longer one (--context)."
+            )
+        return windows
+
+    def check_fit(self, sequences: Sequence[PromptedSequence]) -> None:
+        """Raise ``ValueError`` if the model cannot read some sequences."""
+        check_fit(sequences, self.vocabulary, self.context)
+
     def check_layers(self, layers: str | Sequence[str]) -> None:
         """Raise ``ValueError`` if presets or patterns match none of its layers; see :func:`choose_layers`."""
         with torch.device("meta"):
             kind: Any = AutoModelForCausalLM
             model = kind.from_config(self.config)
+        fill(model)  # layers without values cannot be chosen
         choose_layers(model, layers)
 
     def load(self) -> Any:

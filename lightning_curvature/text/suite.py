@@ -3,24 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.evaluation import Baseline, evaluate_sequences
 from lightning_curvature.text.examples import continue_texts, side_by_side
-from lightning_curvature.text.leading import leading_tokens
-from lightning_curvature.text.models import check_vocabulary, load_model, load_tokenizer
+from lightning_curvature.text.models import check_vocabulary, load_model, put_weights
 from lightning_curvature.text.recall import evaluate_recall, read_questions
+from lightning_curvature.text.saved import SavedModel
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences
 from lightning_curvature.text.stress import positional_stress
 
 NUM_EXAMPLES = 10
+WINDOW = 128
+"""Tokens of a window, where the model takes as many."""
 
 
 class Suite:
-    """Files to measure a model on, read and checked once.
+    """Files to measure a model on, read and checked once, and before the model is loaded.
 
     Args:
         model: Folder of a Hugging Face causal LM and its tokenizer.
@@ -30,11 +30,12 @@ class Suite:
         recall: JSON lines with ``prompt`` and ``answers``.
         stress: Also run the positional stress test on the sequences.
         tokens: Tokens of the corpus to read at most.
-        context: Tokens of a window.
+        context: Tokens of a window; by default 128, or what the model takes if that is less.
         batch_size: Sequences per forward pass.
+        checkpoint: Take the weights from here instead, a file or a folder.
 
     Raises:
-        ValueError: If there is no file to measure on, or one of them is not as described.
+        ValueError: If one of the files is not as described, or the model cannot read what is in it.
     """
 
     def __init__(
@@ -46,49 +47,65 @@ class Suite:
         recall: Path | None = None,
         stress: bool = False,
         tokens: int = 100_000,
-        context: int = 128,
+        context: int | None = None,
         batch_size: int = 32,
+        checkpoint: Path | None = None,
     ) -> None:
-        if sequences is None and corpus is None and recall is None:
-            raise ValueError("Nothing to measure on: give at least one of sequences, corpus and recall.")
-        if stress and sequences is None:
-            raise ValueError("The positional stress test needs sequences.")
-        self.folder, self.stress, self.batch_size = model, stress, batch_size
-        self.tokenizer = load_tokenizer(model)
-        self.leading = leading_tokens(self.tokenizer)
+        self.saved = SavedModel(model, checkpoint)
+        self.stress, self.batch_size = stress, batch_size
+        self.tokenizer, self.leading = self.saved.tokenizer, self.saved.leading
         self.sequences: list[PromptedSequence] = (
             [] if sequences is None else read_sequences(sequences, half, self.leading)
         )
-        self.windows = (
-            None if corpus is None else torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))
-        )
+        self.saved.check_fit(self.sequences)
+        self.windows = None if corpus is None else self.saved.windows(corpus, tokens, context, WINDOW)
         self.questions = [] if recall is None else read_questions(recall)
         self.filler = [] if self.windows is None else self.windows[0, len(self.leading) :].tolist()
 
-    def run(self, checkpoint: Path | None = None, reference: bool = False) -> dict[str, dict[str, float]]:
-        """Measure the model, and with ``reference`` the weights in its folder before that of ``checkpoint``.
+    def run(self, reference: bool = False, examples: Path | None = None) -> dict[str, dict[str, float]]:
+        """Measure the model, and with ``reference`` first with the weights in its folder instead of the checkpoint's.
+
+        Args:
+            reference: Whether to.
+            examples: With ``reference``, Markdown file for continuations of ten sequences and ten ordinary prompts
+                before and after.
 
         Returns:
             Metrics by name, under ``"model"``, or under ``"before"`` and ``"after"``.
-
-        Raises:
-            ValueError: If ``reference`` is asked for without a checkpoint to compare with.
         """
-        if not reference:
-            return {"model": self._measure(self._load(checkpoint), None)}
-        if checkpoint is None:
-            raise ValueError("A reference is the model before an edit: name the edited checkpoint, too (--checkpoint).")
-        before = self._load(None)
-        baseline = None if self.windows is None else self._baseline(before, self.windows)
-        return {
-            "before": self._measure(before, baseline),
-            "after": self._measure(self._load(checkpoint), baseline),
-        }
-
-    def _load(self, checkpoint: Path | None) -> Any:
-        model = load_model(self.folder, checkpoint)
+        if not reference or self.saved.checkpoint is None:
+            return {"model": self._measure(self.saved.load(), None)}
+        model = load_model(self.saved.folder)
         check_vocabulary(model, self.tokenizer)
-        return model
+        baseline = None if self.windows is None else self._baseline(model, self.windows)
+        results = {"before": self._measure(model, baseline)}
+        before = {} if examples is None else self._continued(model)
+        put_weights(model, self.saved.checkpoint)  # one model in memory, loaded once
+        results["after"] = self._measure(model, baseline)
+        if examples is not None:
+            after = self._continued(model)
+            page = side_by_side(
+                {title: (asked, before[title], after[title]) for title, asked in self._examples().items()},
+                self.tokenizer,
+            )
+            with replacing(examples) as temporary:
+                temporary.write_text(page, encoding="utf-8")
+        return results
+
+    def _examples(self) -> dict[str, list[PromptedSequence]]:
+        """Return what to continue, by the title of its section."""
+        sections = {"Sequences": self.sequences[:NUM_EXAMPLES]}
+        if self.windows is not None:
+            half = (self.windows.shape[1] + len(self.leading)) // 2
+            sections["Ordinary text"] = [
+                PromptedSequence(tuple(row[:half]), tuple(row[half:]), num_leading=len(self.leading))
+                for row in self.windows[:NUM_EXAMPLES].tolist()
+                if half
+            ]
+        return sections
+
+    def _continued(self, model: Any) -> dict[str, list[str]]:
+        return {title: continue_texts(model, self.tokenizer, asked) for title, asked in self._examples().items()}
 
     def _baseline(self, model: Any, windows: Tensor) -> Baseline:
         return Baseline(model, windows, num_leading=len(self.leading))
@@ -110,34 +127,3 @@ class Suite:
             results |= {f"{name}_shift_{shift:+d}": value for shift, found in moved.items()
                         for name, value in found.items()}  # fmt: skip
         return results
-
-
-def write_examples(suite: Suite, checkpoint: Path | None, reference: bool, path: Path) -> None:
-    """Write continuations of ten sequences and ten ordinary prompts before and after an edit, as Markdown.
-
-    Raises:
-        ValueError: If there is nothing to compare, or nothing to continue.
-    """
-    if not (reference and suite.sequences):
-        raise ValueError("Examples are continuations before and after: they need --reference and --sequences.")
-    sections = {"Sequences": suite.sequences[:NUM_EXAMPLES]}
-    if suite.windows is not None:
-        half = suite.windows.shape[1] // 2
-        sections["Ordinary text"] = [
-            PromptedSequence(tuple(row[:half]), tuple(row[half:]), num_leading=len(suite.leading))
-            for row in suite.windows[:NUM_EXAMPLES].tolist()
-        ]
-    before, after = load_model(suite.folder), load_model(suite.folder, checkpoint)
-    page = side_by_side(
-        {
-            title: (
-                asked,
-                continue_texts(before, suite.tokenizer, asked),
-                continue_texts(after, suite.tokenizer, asked),
-            )
-            for title, asked in sections.items()
-        },
-        suite.tokenizer,
-    )
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
