@@ -70,7 +70,7 @@ def moderate(values: Tensor) -> tuple[Tensor, int]:
     >>> moderate(torch.tensor([3e-300, 1.5], dtype=torch.float64))[1]
     0
     >>> moderate(torch.tensor([3e-300, 0.0], dtype=torch.float64))[0]
-    tensor([0.5022, 0.0000], dtype=torch.float64)
+    tensor([0.5023, 0.0000], dtype=torch.float64)
     """
     largest = max(map(abs, torch.stack(values.aminmax()).tolist())) if values.numel() else 0.0
     exponent = math.frexp(largest)[1]

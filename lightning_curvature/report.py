@@ -119,7 +119,7 @@ class EditReport:
                 "spectrum looks steeper than it is, and the edit removes more than it should: collect more positions."
             )
         for name, edit in self.layers.items():
-            if edit.also:
+            if edit.also and edit.changed:
                 remarks.append(
                     f"The weight of layer {name!r} is that of {listing(edit.also)}, too, which is edited with it."
                 )

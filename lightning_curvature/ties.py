@@ -1,6 +1,7 @@
 """Weights that share memory: which do, and what becomes of the others when one of them is edited."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,16 @@ from torch import Tensor, nn
 def find_tie(weights: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the first two layers whose weights share memory; None if there are none."""
     names, places = list(weights), [_Place.of(weight) for weight in weights.values()]
-    for index, place in enumerate(places):
-        for earlier in range(index):
-            if places[earlier].shares(place):
-                return names[earlier], names[index]
-    return None
+    ties = [
+        (index, later)
+        for near in _near(places)
+        for index, later in combinations(near, 2)
+        if places[index].shares(places[later])
+    ]
+    if not ties:
+        return None
+    earlier, later = min(ties)
+    return names[earlier], names[later]
 
 
 def check_tie(tie: tuple[str, str] | None) -> None:
@@ -28,11 +34,14 @@ def check_tie(tie: tuple[str, str] | None) -> None:
 
 def names_sharing(weights: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the names of the tensors that share memory with each weight, by layer."""
-    places = {name: _Place.of(tensor) for name, tensor in tensors.items()}
-    return {
-        layer: [name for name, place in places.items() if place.shares(own)]
-        for layer, own in ((layer, _Place.of(weight)) for layer, weight in weights.items())
-    }
+    layers, names = list(weights), list(tensors)
+    places = [_Place.of(tensor) for tensor in (*weights.values(), *tensors.values())]
+    found: dict[str, list[str]] = {layer: [] for layer in layers}
+    for near in _near(places):
+        for index, later in product(near, near):
+            if index < len(layers) <= later and places[index].shares(places[later]):
+                found[layers[index]].append(names[later - len(layers)])
+    return found
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -76,11 +85,12 @@ def with_replaced(
 
 
 class _Place(NamedTuple):
-    """Where the entries of a tensor lie, in bytes; ``stop`` is 0 if that cannot be said."""
+    """Where the entries of a tensor lie, in bytes; one that has no memory of its own is a place by itself."""
 
     tensor: Any
-    start: int = 0
-    stop: int = 0
+    device: str
+    start: int
+    stop: int
 
     @classmethod
     def of(cls, tensor: Any) -> "_Place":
@@ -88,18 +98,16 @@ class _Place(NamedTuple):
         try:
             if here.layout == torch.strided and here.numel() and (start := here.data_ptr()):
                 steps = sum((size - 1) * step for size, step in zip(here.shape, here.stride(), strict=True))
-                return cls(tensor, start, start + (1 + steps) * here.element_size())
+                return cls(tensor, str(here.device), start, start + (1 + steps) * here.element_size())
         except (AttributeError, RuntimeError, NotImplementedError):
-            pass  # of a foreign class, which has no memory of its own
-        return cls(tensor)
+            pass  # of a foreign class
+        return cls(tensor, "", id(tensor), id(tensor) + 1)
 
     def shares(self, other: "_Place") -> bool:
         """Tell whether two tensors have an entry in common."""
-        if self.tensor is other.tensor:
-            return True
-        if max(self.start, other.start) >= min(self.stop, other.stop) or self.tensor.device != other.tensor.device:
+        if self.device != other.device or max(self.start, other.start) >= min(self.stop, other.stop):
             return False
-        if _same(self.tensor, other.tensor):
+        if self.tensor is other.tensor or _same(self.tensor, other.tensor):
             return True
         # Interleaved ones, such as columns of one matrix, have none: mark the bytes of one, and look at the other's.
         first = min(self.start, other.start)
@@ -113,6 +121,20 @@ class _Place(NamedTuple):
         return marks.as_strided(
             (*here.shape, width), (*(step * width for step in here.stride()), 1), self.start - first
         )
+
+
+def _near(places: Sequence[_Place]) -> Iterator[list[int]]:
+    """Yield the numbers of places that may overlap, in ascending order; all others are far from each other."""
+    near: list[int] = []
+    end = ("", 0)
+    for index in sorted(range(len(places)), key=lambda index: places[index][1:]):
+        place = places[index]
+        if near and (place.device, place.start) >= end:
+            yield sorted(near)
+            near = []
+        end = max(end, (place.device, place.stop)) if near else (place.device, place.stop)
+        near.append(index)
+    yield sorted(near)
 
 
 def _same(one: Any, two: Any) -> bool:
