@@ -25,16 +25,16 @@ class Original(NamedTuple):
     """A factor of which there is a copy on another device, and its version when the copy was made."""
 
     factor: Tensor
-    version: int
+    version: int | str
 
     @classmethod
     def now(cls, factor: Tensor) -> "Original":
-        """Return a factor with the version that it has now."""
-        return cls(factor, factor._version)
+        """Return a factor with the version that it has now; one made in inference mode has none but its entries."""
+        return cls(factor, tensor_hash(factor) if factor.is_inference() else factor._version)
 
 
 class _Kept(NamedTuple):
-    version: int
+    version: int | str
     vectors: Tensor
     values: Tensor
 
@@ -86,6 +86,11 @@ def known_basis(A: Tensor, G: Tensor, of: tuple[Original, Original] | None = Non
     """
     first_A, first_G = (Original.now(A), Original.now(G)) if of is None else of
     return CurvatureBasis(*_known(G, first_G, "Factor G"), *_known(A, first_A, "Factor A"))
+
+
+def known_values(factor: Tensor, what: str, of: Original | None = None) -> Tensor:
+    """Return the eigenvalues of a factor, descending, worked out once; arguments as :func:`known_basis`."""
+    return _known(factor, Original.now(factor) if of is None else of, what)[1]
 
 
 def _known(factor: Tensor, first: Original, what: str) -> tuple[Tensor, Tensor]:

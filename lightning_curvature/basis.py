@@ -1,4 +1,4 @@
-r"""The curvature basis: decomposition, selection of coefficients, projection. Pure functions on tensors.
+r"""The curvature basis: selection of coefficients, projection. Pure functions on tensors.
 
 With ``G = U_G diag(lam) U_G^T`` and ``A = U_A diag(mu) U_A^T`` the K-FAC curvature of the direction ``u_i v_j^T`` is
 the product ``lam_i mu_j``, the *mass* of the pair (i, j). Both spectra are sorted, so the pairs above a threshold form
@@ -18,17 +18,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_curvature._checks import check_energy
+from lightning_curvature.decomposition import FaultyLayerError, TooFewPositionsError, decompose, moderate
+
+__all__ = [
+    "TIE",
+    "CurvatureBasis",
+    "FaultyLayerError",
+    "Staircase",
+    "TooFewPositionsError",
+    "coefficients",
+    "curvature_basis",
+    "decompose",
+    "project_weight",
+    "select_largest",
+    "select_staircase",
+    "shrink",
+]
 
 TIE = 1e-9
 """Relative difference below which two masses count as equal (an eigensolver splits equal eigenvalues by rounding)."""
-
-
-class FaultyLayerError(ValueError):
-    """A layer cannot be edited, because its weight or its factors are not what training leaves in them."""
-
-
-class TooFewPositionsError(FaultyLayerError):
-    """The factors of a layer rest on too few positions for their rank, so that an edit would take what is not noise."""
 
 
 class CurvatureBasis(NamedTuple):
@@ -52,43 +60,6 @@ class Staircase(NamedTuple):
         return int(self.columns.sum())
 
 
-def decompose(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """Return eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, eigenvalues descending.
-
-    Args:
-        factor: ``[d, d]``, any floating dtype; decomposed in float64 on its device, and once more on the CPU if the
-            solver does not converge.
-        what: Name for errors, such as ``"Factor A"``.
-
-    Returns:
-        Eigenvectors ``[d, d]`` (columns) and eigenvalues ``[d]``; eigenvalues below the rounding error
-        ``d * eps * largest`` are set to zero, and so are negative ones.
-
-    Raises:
-        FaultyLayerError: If the matrix is not finite, its trace is zero, or the solver does not converge.
-    """
-    if not bool(torch.isfinite(factor).all()):
-        raise FaultyLayerError(f"{what} holds NaN or infinite values. Collect it again; a batch probably overflowed.")
-    try:
-        values, vectors = torch.linalg.eigh(factor.double())
-    except torch.cuda.OutOfMemoryError:
-        raise  # it says nothing of the factor
-    except RuntimeError:
-        try:
-            values, vectors = torch.linalg.eigh(factor.double().cpu())
-        except RuntimeError as error:
-            raise FaultyLayerError(
-                f"{what} could not be decomposed, neither on {factor.device} nor on the CPU: {error} Collect it again, "
-                "or leave the layer out (skip_faulty=True edits the others)."
-            ) from error
-    values, vectors = values.to(factor.device).flip(0), vectors.to(factor.device).flip(1)
-    floor = values[0] * len(values) * torch.finfo(torch.float64).eps
-    values = torch.where(values > floor, values, 0.0)
-    if not float(values.sum()) > 0.0:
-        raise FaultyLayerError(f"{what} is zero: no signal reached the layer, so its directions cannot be told apart.")
-    return vectors, values
-
-
 def curvature_basis(A: Tensor, G: Tensor) -> CurvatureBasis:
     """Return the curvature basis of a layer from its factors ``A: [d_in, d_in]`` and ``G: [d_out, d_out]``."""
     U_G, lam = decompose(G, "Factor G")
@@ -110,6 +81,9 @@ def select_staircase(lam: Tensor, mu: Tensor, energy: float) -> Staircase:
     Returns:
         The kept columns of each row, and the share that was reached.
 
+    Raises:
+        FaultyLayerError: If a spectrum is not finite, or all of it is zero.
+
     Example:
         >>> lam, mu = torch.tensor([2.0, 1.0]), torch.tensor([3.0, 1.0, 0.0])
         >>> select_staircase(lam, mu, 0.7)
@@ -119,9 +93,10 @@ def select_staircase(lam: Tensor, mu: Tensor, energy: float) -> Staircase:
     if energy == 1.0:
         return Staircase(torch.full_like(lam, len(mu), dtype=torch.int64), 1.0)
     # Many steps on short arrays: NumPy starts each several times faster than torch, and a GPU would be waited for.
-    rows, cols = (values.double().cpu().numpy() for values in (lam, mu))
+    # Neither spectrum's scale matters, and their products must be numbers.
+    rows, cols = (moderate(values.double().cpu())[0].numpy() for values in (lam, mu))
     sums = np.concatenate([[0.0], cols.cumsum()])
-    total = float(rows.sum() * cols.sum())
+    total = _check_total(float(rows.sum() * cols.sum()))
     wanted = energy * total * (1 - 1e-12)
 
     def kept(threshold: float) -> tuple[NDArray[np.int64], float]:
@@ -154,19 +129,17 @@ def select_largest(scores: Tensor, energy: float) -> tuple[Tensor, float]:
         Which entries are kept, bool ``[d_out, d_in]``, and the share that was reached.
 
     Raises:
-        ValueError: If the scores are not finite, or all of them are zero.
+        FaultyLayerError: If the scores are not finite, or all of them are zero.
 
     Example:
         >>> select_largest(torch.tensor([[3.0, 1.0], [0.0, 4.0]]), 0.8)
         (tensor([[ True, False],
                 [False,  True]]), 0.875)
     """
-    scores = scores.double()
+    scores = moderate(scores.double())[0]
     ordered = scores.flatten().sort(descending=True).values
     sums = ordered.cpu().cumsum(0)  # whose rounding differs from run to run on a GPU
-    total = float(sums[-1])
-    if not 0.0 < total < float("inf"):
-        raise ValueError("The scores of the coefficients are zero or not finite, so none can be told from another.")
+    total = _check_total(float(sums[-1]))
     last = min(int((sums < energy * total * (1 - 1e-12)).sum()), len(ordered) - 1)
     keep = (scores >= ordered[last] * (1 - TIE)) & (scores > 0)
     return keep, float(scores[keep].sum()) / total
@@ -182,17 +155,15 @@ def shrink(scores: Tensor, energy: float) -> tuple[Tensor, float]:
         energy: Share to keep, in (0, 1).
 
     Raises:
-        ValueError: If the scores are not finite, or all of them are zero.
+        FaultyLayerError: If the scores are not finite, or all of them are zero.
 
     Example:
         >>> factors, kept = shrink(torch.tensor([[4.0, 4.0]]), 0.8)
         >>> [round(float(factor), 6) for factor in factors[0]], round(kept, 6)
         ([0.8, 0.8], 0.8)
     """
-    scores = scores.double()
-    total = float(scores.sum())
-    if not 0.0 < total < float("inf"):
-        raise ValueError("The scores of the coefficients are zero or not finite, so none can be told from another.")
+    scores = moderate(scores.double())[0]
+    total = _check_total(float(scores.sum()))
 
     def kept(logarithm: float) -> tuple[Tensor, float]:
         factors = scores / (scores + math.exp(logarithm))
@@ -206,10 +177,18 @@ def shrink(scores: Tensor, energy: float) -> tuple[Tensor, float]:
     return kept(high)
 
 
+def _check_total(total: float) -> float:
+    if not 0.0 < total < math.inf:
+        raise FaultyLayerError(
+            "The scores of the coefficients are zero or not finite, so none can be told from another."
+        )
+    return total
+
+
 def _columns_above(lam: NDArray[np.float64], mu: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
     """For each i, count the j with ``lam_i * mu_j >= threshold``."""
     ascending = mu[::-1]
-    with np.errstate(divide="ignore"):  # above every mu_j where lam_i is zero
+    with np.errstate(divide="ignore", over="ignore"):  # above every mu_j where lam_i is zero
         columns = len(mu) - np.searchsorted(ascending, threshold / lam)
     while True:  # a quotient is rounded: the products decide, for all equal ones at once
         after, last = np.minimum(columns, len(mu) - 1), np.maximum(columns - 1, 0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import check_energy
 from lightning_curvature.basis import coefficients
+from lightning_curvature.decomposition import moderate
 from lightning_curvature.editing import Projection
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
@@ -78,6 +79,7 @@ class BulkStepEditor(CurvatureEditor):
         score: As in :class:`CurvatureEditor`.
         soft: As in :class:`CurvatureEditor`.
         bulk: Share of the directions of each side, the flattest, in which the step is made.
+        min_positions: As in :class:`CurvatureEditor`.
 
     Raises:
         TypeError: If ``strength`` is no number.
@@ -94,8 +96,9 @@ class BulkStepEditor(CurvatureEditor):
         score: str = "kfac",
         soft: bool = False,
         bulk: float = 0.9,
+        min_positions: int | None = None,
     ) -> None:
-        super().__init__(energy, layers, score, soft)
+        super().__init__(energy, layers, score, soft, min_positions=min_positions)
         if isinstance(strength, bool) or not isinstance(strength, (int, float)):
             raise TypeError(f"strength must be a number, found {strength!r}.")
         if not strength >= 0:
@@ -114,7 +117,7 @@ class BulkStepEditor(CurvatureEditor):
         basis = factors.basis
         matrix = weight.to(basis.U_A)
         first = [round((1 - self.bulk) * side) for side in matrix.shape]
-        step = coefficients(factors.margins, basis)
+        step = coefficients(moderate(factors.margins.double())[0], basis)
         step[: first[0]] = 0
         step[:, : first[1]] = 0
         if not float(step.norm()) > 0.0:

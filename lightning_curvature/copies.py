@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_curvature.layers import is_lazy
-from lightning_curvature.weights import same_memory
+from lightning_curvature.ties import find_tie
 
 _TEACHER = re.compile(
     r"(^|_)(ema|teacher|momentum|target|shadow|averaged?|swa|frozen|reference|ref|lpips|perceptual)(_|\d|$)",
@@ -79,7 +79,7 @@ def _shapes(module: nn.Module) -> tuple[Any, ...]:
 
 def _same_values(layer: Any, other: Any) -> bool:
     """Tell whether two layers have equal weights that are not one and the same."""
-    if is_lazy(layer) or is_lazy(other) or same_memory(layer.weight, other.weight):
+    if is_lazy(layer) or is_lazy(other) or find_tie({"one": layer.weight, "other": other.weight}) is not None:
         return False
     one, two = (getattr(part.weight.detach(), "_local_tensor", part.weight.detach()) for part in (layer, other))
     return one.shape == two.shape and one.device == two.device and torch.equal(one, two)

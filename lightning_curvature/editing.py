@@ -17,13 +17,15 @@ from typing_extensions import Self
 
 from lightning_curvature._checks import check_energy, did_you_mean, listing
 from lightning_curvature._version import __version__
-from lightning_curvature.basis import FaultyLayerError
+from lightning_curvature.basis import FaultyLayerError, TooFewPositionsError
+from lightning_curvature.decomposition import moderate, scaled
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.layers import as_matrix, from_matrix, is_conv1d
 from lightning_curvature.plan import place_edit
 from lightning_curvature.ranks import Ranks, spread_like, whole
 from lightning_curvature.report import EditReport, LayerEdit
-from lightning_curvature.weights import find_layer, layer_weights, same_memory, write_weights
+from lightning_curvature.ties import check_tie, find_tie, named_tensors, names_sharing, with_replaced
+from lightning_curvature.weights import find_layer, layer_weights, write_weights
 
 DEFAULT_ENERGY = 0.85
 """Share of the curvature mass that is kept unless the user says otherwise; docs/decisions.md shows the evidence."""
@@ -77,8 +79,8 @@ class Editor(ABC):
         """Edit the weights of a module in place.
 
         Raises:
-            ValueError: If the factors do not fit the module; names the layer, both shapes and the remedy. Nothing is
-                edited then.
+            ValueError: If the factors do not fit the module, which names the layer, both shapes and the remedy; or if
+                two of the layers share a weight. Nothing is edited then.
         """
         new, report = self.edited_weights(module, factors)
         write_weights(layer_weights(module, new), new)
@@ -143,9 +145,15 @@ class WeightEditor(Editor):
     skip_faulty = False
     """Whether a layer that cannot be edited (NaN, zero factors) is left as it is, with a warning."""
 
+    reads_factors = True
+    """Whether an edit depends on the spectra of the factors, and not on which layers they are of alone."""
+
     @abstractmethod
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the edited ``[d_out, d_in]`` weight; ``energy`` is below 1."""
+
+    def check_positions(self, factors: LayerFactors) -> None:
+        """Raise ``TooFewPositionsError`` if the factors rest on too few positions for this edit; here, none do."""
 
     def edit_state_dict(
         self, state_dict: Mapping[str, Tensor], factors: KroneckerFactors
@@ -167,12 +175,7 @@ class WeightEditor(Editor):
                 )
             weights[name] = state_dict[key]
         new, report = self.edit_layers(weights, factors)
-        edited = dict(state_dict)
-        for key, tensor in state_dict.items():
-            for name, weight in new.items():
-                if same_memory(tensor, weights[name]):
-                    edited[key] = weight
-        return edited, report
+        return with_replaced(state_dict, weights, new), report.with_shared(names_sharing(weights, state_dict))
 
     def edit_checkpoint(
         self, src: str | os.PathLike[str], factors: KroneckerFactors, dst: str | os.PathLike[str], **options: Any
@@ -203,14 +206,17 @@ class WeightEditor(Editor):
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         """Return new weights by layer, and what was done, computed from the factors alone."""
         transposed = {name: is_conv1d(find_layer(module, name)) for name in self.plan(factors)}
-        return self.edit_layers(layer_weights(module, transposed), factors, transposed)
+        weights = layer_weights(module, transposed)
+        new, report = self.edit_layers(weights, factors, transposed)
+        return new, report.with_shared(names_sharing(weights, named_tensors(module)))
 
     def edit_layers(
         self, weights: Mapping[str, Tensor], factors: KroneckerFactors, transposed: Mapping[str, bool] | None = None
     ) -> tuple[dict[str, Tensor], EditReport]:
         """Return new weights by layer, laid out as the old ones are, and what was done.
 
-        Several processes share the work: each edits some layers, and all get all of them.
+        Several processes share the work: each edits some layers, and all get all of them. A layer whose factors rest on
+        too few positions stays as it is, with a warning.
 
         Args:
             weights: Stored weights by layer; what is spread over processes is gathered, one layer at a time.
@@ -218,9 +224,13 @@ class WeightEditor(Editor):
             transposed: Whether a weight is stored as ``[d_in, d_out]``; by default as the factors say.
 
         Raises:
-            ValueError: As :meth:`edit_weight`, for the first such layer, on all processes.
+            ValueError: As :meth:`edit_weight`, for the first such layer, on all processes; or if two of the layers
+                share a weight, or none is left to be edited.
         """
         plan = self.plan(factors)
+        # What is spread over processes may share memory on some of them alone.
+        for tie in self.ranks.gather(find_tie({name: weights[name] for name in plan})):
+            check_tie(tie)
         owners = factors.owners or self.ranks.owners({name: float(weights[name].numel()) for name in plan})
         work = {}
         for name, energy in plan.items():
@@ -230,7 +240,7 @@ class WeightEditor(Editor):
                 work[name] = functools.partial(self.edit_weight, name, weight, factors[name], energy, stored)
         new, reports, skipped = {}, {}, {}
         for name, result in self.ranks.spread(plan, work, owners).items():
-            if isinstance(result, FaultyLayerError) and self.skip_faulty:
+            if isinstance(result, TooFewPositionsError) or (isinstance(result, FaultyLayerError) and self.skip_faulty):
                 skipped[name] = str(result)
             elif isinstance(result, ValueError):
                 raise result
@@ -257,6 +267,7 @@ class WeightEditor(Editor):
         Raises:
             ValueError: If the factors are for a weight of another shape.
             FaultyLayerError: A ``ValueError``; if the weight or the factors are such that no edit makes sense.
+            TooFewPositionsError: A ``FaultyLayerError``; if the factors rest on too few positions.
         """
         stored = weight.detach()
         if not stored.is_floating_point() or stored.dtype.itemsize < 2:
@@ -264,6 +275,8 @@ class WeightEditor(Editor):
                 f"Layer {name!r}: its weight is packed or quantized ({stored.dtype}, {list(stored.shape)}), and its "
                 "entries cannot be edited. Edit the model in full precision, and quantize it afterwards."
             )
+        if stored.device.type == "meta":
+            raise ValueError(f"Layer {name!r}: its weight is on the meta device and has no entries. Load it first.")
         if stored.dim() < 2 or not bool(torch.isfinite(stored).all()):
             what = (
                 "holds NaN or infinite values"
@@ -278,25 +291,29 @@ class WeightEditor(Editor):
                 f"{list(matrix.shape)}. Were they collected on another model?"
             )
         if energy == 1.0 and self.keeps_at_full_energy:
-            result = Projection(matrix, matrix.numel(), 1.0)
+            result, exponent = Projection(matrix, matrix.numel(), 1.0), 0
         else:
+            matrix, exponent = moderate(matrix)
             try:
                 result = self._projected(name, matrix, factors, energy)
             except ValueError as error:
-                kind = FaultyLayerError if isinstance(error, FaultyLayerError) else ValueError
+                kind = type(error) if isinstance(error, FaultyLayerError) else ValueError
                 raise kind(f"Layer {name!r}: {error}") from error
-        change = torch.linalg.vector_norm((result.weight - matrix).double()) / torch.linalg.vector_norm(matrix.double())
-        new = from_matrix(result.weight, stored, transposed)
+        new = from_matrix(scaled(result.weight, -exponent), stored, transposed)
+        if not bool(torch.isfinite(new).all()):
+            raise FaultyLayerError(f"Layer {name!r}: its edited weight is too large for {stored.dtype}.")
         edit = LayerEdit(
             energy=energy,
             energy_kept=result.energy_kept,
             kept=result.kept,
             total=matrix.numel(),
-            relative_change=float(change.nan_to_num()),
+            relative_change=relative_change(result.weight, matrix),
             changed=int((new != stored).sum()),
             tensor=f"{name}.weight",
             num_inputs=factors.num_inputs,
             dropped=1.0 - factors.num_inputs / factors.num_seen if factors.num_seen else 0.0,
+            num_gradients=factors.num_gradients,
+            needed=max(factors.shape) if self.reads_factors else 0,
         )
         return new, edit
 
@@ -305,10 +322,21 @@ class WeightEditor(Editor):
         place = place_edit(matrix.device, factors.A.device, factors.shape)
         if place != factors.A.device:
             try:
-                return self.project(matrix, factors.to(place), energy)
+                return self._checked_projection(matrix, factors.to(place), energy)
             except torch.cuda.OutOfMemoryError:
                 warnings.warn(f"Layer {name!r} does not fit on {place}, so it is edited on the CPU.", stacklevel=2)
-        return self.project(matrix, factors, energy)  # not in the handler, whose error holds what was tried
+        return self._checked_projection(matrix, factors, energy)  # not in the handler, whose error holds what was tried
+
+    def _checked_projection(self, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        self.check_positions(factors)
+        return self.project(matrix, factors, energy)
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """Return ``||new - old|| / ||old||`` (Frobenius); 0 for zeros that stay."""
+    old, exponent = moderate(old.double())
+    change = torch.linalg.vector_norm(scaled(new.double(), exponent) - old)
+    return float((change / torch.linalg.vector_norm(old)).nan_to_num())
 
 
 def _checked(energy: float | Mapping[str, float]) -> float | dict[str, float]:

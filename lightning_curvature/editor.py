@@ -8,7 +8,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_curvature._checks import check_option
-from lightning_curvature.basis import coefficients, project_weight, select_largest, select_staircase, shrink
+from lightning_curvature.basis import (
+    TooFewPositionsError,
+    coefficients,
+    project_weight,
+    select_largest,
+    select_staircase,
+    shrink,
+)
 from lightning_curvature.editing import DEFAULT_ENERGY, Projection, WeightEditor
 from lightning_curvature.factors import LayerFactors
 from lightning_curvature.scores import SCORES, score_coefficients
@@ -31,8 +38,14 @@ class CurvatureEditor(WeightEditor):
         soft: Shrink coefficients smoothly, by ``s / (s + t)``, instead of keeping some and dropping others; ``t`` is
             such that the share ``energy`` of the scores is kept.
         skip_faulty: Leave a layer that cannot be edited as it is, with a warning, and edit the others: NaN in its
-            weight or its factors, factors of zero, or an eigenvalue solver that does not converge. Files are not edited
-            in part: there such a layer is an error.
+            weight or its factors, or factors of zero. Files are not edited in part: there such a layer is an error.
+        min_positions: Positions that each factor of a layer must rest on, or the layer is left as it is, with a
+            warning; None for as many as its live inputs and outputs, see
+            :meth:`lightning_curvature.LayerFactors.too_few_positions`; 0 edits whatever the factors rest on.
+
+    Raises:
+        TypeError: As :class:`lightning_curvature.editing.Editor`.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> from torch import nn
@@ -54,9 +67,15 @@ class CurvatureEditor(WeightEditor):
         score: str = "kfac",
         soft: bool = False,
         skip_faulty: bool = False,
+        min_positions: int | None = None,
     ) -> None:
         super().__init__(energy, layers)
         self.skip_faulty = skip_faulty
+        if min_positions is not None and (isinstance(min_positions, bool) or not isinstance(min_positions, int)):
+            raise TypeError(f"min_positions must be an integer or None, found {min_positions!r}.")
+        if min_positions is not None and min_positions < 0:
+            raise ValueError(f"min_positions must not be negative, found {min_positions!r}.")
+        self.min_positions = min_positions
         self.score = check_option(score, SCORES, "score")
         self.soft = soft
         self.method = f"{score}, soft" if soft else score
@@ -67,6 +86,18 @@ class CurvatureEditor(WeightEditor):
         other = super().at(energy)
         other._known = WeakKeyDictionary() if self._known is None else self._known
         return other
+
+    def check_positions(self, factors: LayerFactors) -> None:
+        """Raise ``TooFewPositionsError`` if the factors rest on too few positions."""
+        positions = min(factors.num_inputs, factors.num_gradients)
+        if self.min_positions is None:
+            reason = factors.too_few_positions()
+        elif positions < self.min_positions:
+            reason = f"its factors rest on {positions} positions, and min_positions={self.min_positions} asks for more."
+        else:
+            reason = None
+        if reason is not None:
+            raise TooFewPositionsError(reason)
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the part of a weight in its directions of highest score."""

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curvature.bases import Original, known_basis
+from lightning_curvature.bases import Original, known_basis, known_values
 from lightning_curvature.basis import CurvatureBasis
+from lightning_curvature.decomposition import moderate
 from lightning_curvature.fingerprints import Fingerprint
 
 OPTIONAL = ("A_coupled", "G_coupled", "eigenvalues", "margins")
 COUNTS = ("num_inputs", "num_gradients", "num_seen")
 ERRORS = ("A_error", "G_error")
 """Fields of :class:`LayerFactors` that may be missing."""
+_REST = 1e-3
+"""Share of the trace beyond as many eigenvalues as there are positions that still counts as rounding."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,6 +125,34 @@ class LayerFactors:
     @functools.cached_property
     def _basis_of_copy(self) -> CurvatureBasis:
         return known_basis(self.A, self.G, vars(self)["_copied"])
+
+    def too_few_positions(self) -> str | None:
+        """Return a sentence that says that a factor rests on too few positions for its rank; None if none does.
+
+        The moment of n positions has n directions at most. Where it has fewer than there are live inputs (outputs), it
+        says nothing about the others, which an edit would remove whatever they are for. Dead inputs, whose diagonal is
+        zero, and factors of more directions than their count, such as those made by hand, are no matter. Only a factor
+        of fewer positions than live inputs is decomposed.
+
+        Raises:
+            FaultyLayerError: If a factor that is decomposed cannot be.
+        """
+        of_A, of_G = vars(self).get("_copied", (None, None))
+        for name, side, factor, count, of in (
+            ("A", "inputs", self.A, self.num_inputs, of_A),
+            ("G", "outputs", self.G, self.num_gradients, of_G),
+        ):
+            live = int(factor.diagonal().count_nonzero())
+            if count >= live:
+                continue
+            values = moderate(known_values(factor, f"Factor {name}", of))[0]
+            if float(values[count:].sum()) <= _REST * float(values.sum()):
+                return (
+                    f"Factor {name} rests on {count} positions, too few for its {live} live {side}: of the other "
+                    "directions it says nothing, and an edit would remove them. Collect more positions, or insist "
+                    "with CurvatureEditor(min_positions=0)."
+                )
+        return None
 
     @property
     def original(self) -> "LayerFactors":

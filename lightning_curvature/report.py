@@ -1,10 +1,13 @@
 """What an edit did."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tabulate import tabulate
+
+from lightning_curvature._checks import listing
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class LayerEdit:
         tensor: Name of the weight.
         num_inputs: Positions behind the layer's factors.
         dropped: Share of the positions seen that did not count.
+        num_gradients: Positions behind the factor of the outputs.
+        needed: Positions that the factors should rest on, the larger side of the weight; 0 if no factor is read.
+        also: Names of the other tensors that share the weight, and are edited with it.
     """
 
     energy: float
@@ -32,6 +38,14 @@ class LayerEdit:
     tensor: str
     num_inputs: int
     dropped: float
+    num_gradients: int = 0
+    needed: int = 0
+    also: tuple[str, ...] = ()
+
+    @property
+    def positions(self) -> int:
+        """Positions behind the factor that rests on fewer."""
+        return min(self.num_inputs, self.num_gradients)
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,14 @@ class EditReport:
     method: str = "kfac"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def with_shared(self, names: Mapping[str, Iterable[str]]) -> "EditReport":
+        """Return the report with the names of the tensors that share each layer's weight, its own one aside."""
+        layers = {
+            layer: dataclasses.replace(edit, also=tuple(name for name in names[layer] if name != edit.tensor))
+            for layer, edit in self.layers.items()
+        }
+        return dataclasses.replace(self, layers=layers)
 
     def __str__(self) -> str:
         headers = [
@@ -81,4 +103,24 @@ class EditReport:
         source = ", ".join(f"{key}={value}" for key, value in self.provenance.items())
         title = f"Edited layers (method {self.method}; {source})" if source else f"Edited layers (method {self.method})"
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * (len(headers) - 1)))
-        return "\n".join([title, table, *(f"Left as it is: {reason}" for reason in self.skipped.values())])
+        return "\n".join([title, table, *self._remarks()])
+
+    def _remarks(self) -> list[str]:
+        """Return what the numbers of the table do not say, in words."""
+        few = [
+            f"{name!r} ({edit.positions} of {edit.needed})"
+            for name, edit in self.layers.items()
+            if edit.positions < edit.needed
+        ]
+        remarks = [f"Left as it is: {reason}" for reason in self.skipped.values()]
+        if few:
+            remarks.append(
+                f"Factors that rest on fewer positions than the larger side of the weight: {', '.join(few)}. Their "
+                "spectrum looks steeper than it is, and the edit removes more than it should: collect more positions."
+            )
+        for name, edit in self.layers.items():
+            if edit.also and edit.changed:
+                remarks.append(
+                    f"The weight of layer {name!r} is that of {listing(edit.also)}, too, which is edited with it."
+                )
+        return remarks

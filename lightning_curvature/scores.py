@@ -21,13 +21,14 @@ Brain Damage (saliency).
 import torch
 from torch import Tensor
 
+from lightning_curvature.decomposition import moderate
 from lightning_curvature.factors import LayerFactors
 
 SCORES = ("kfac", "ekfac", "coupled", "saliency", "activations")
 
 
 def score_coefficients(score: str, coefficients: Tensor, factors: LayerFactors) -> Tensor:
-    """Return the score of each coefficient, float64 ``[d_out, d_in]``, none negative.
+    """Return the score of each coefficient, float64 ``[d_out, d_in]``, none negative, up to a common power of two.
 
     Args:
         score: One of ``SCORES``.
@@ -38,6 +39,7 @@ def score_coefficients(score: str, coefficients: Tensor, factors: LayerFactors) 
         ValueError: If the factors lack what the score needs.
     """
     U_G, lam, U_A, mu = factors.basis
+    lam, mu = moderate(lam)[0], moderate(mu)[0]
     if score == "ekfac":
         if factors.eigenvalues is None:
             raise ValueError(
@@ -50,8 +52,8 @@ def score_coefficients(score: str, coefficients: Tensor, factors: LayerFactors) 
             raise ValueError(
                 "score='coupled' needs norm-weighted moments, which the factors do not hold. Collect with coupled=True."
             )
-        rows = _diagonal(U_G, factors.G_coupled)
-        columns = _diagonal(U_A, factors.A_coupled)
+        rows = moderate(_diagonal(U_G, factors.G_coupled))[0]
+        columns = moderate(_diagonal(U_A, factors.A_coupled))[0]
         return torch.outer(rows, columns) / rows.sum()
     if score == "activations":
         return mu.expand(len(lam), -1)
@@ -61,4 +63,4 @@ def score_coefficients(score: str, coefficients: Tensor, factors: LayerFactors) 
 
 def _diagonal(basis: Tensor, moment: Tensor) -> Tensor:
     """Return the diagonal of a moment in a basis, none negative."""
-    return (basis * (moment.to(basis) @ basis)).sum(0).clamp(min=0)
+    return (basis * (moderate(moment.to(basis))[0] @ basis)).sum(0).clamp(min=0)

@@ -16,13 +16,14 @@ def find_layer(module: nn.Module, name: str) -> Any:
     Raises:
         ValueError: If there is no such layer, or it cannot be edited.
     """
-    layer = dict(module.named_modules()).get(name)
-    if layer is None:
+    try:
+        layer = module.get_submodule(name)  # which knows a module that is registered twice by both of its names
+    except AttributeError:
         names = [found for found, candidate in module.named_modules() if is_editable(candidate)]
         raise ValueError(
             f"Layer {name!r}: the module has no such layer.{did_you_mean(name, names)} Were the factors collected on "
             "another model? Layer names are relative to the module that was collected."
-        )
+        ) from None
     if not is_editable(layer):
         reason = refusal(layer) or f"it is a {type(layer).__name__}"
         raise ValueError(f"Layer {name!r} cannot be edited: {reason}.")
@@ -50,13 +51,3 @@ def write_weights(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -
     """Write values into weights, by layer."""
     for name, weight in weights.items():
         weight.copy_(values[name])
-
-
-def same_memory(one: Any, two: Any) -> bool:
-    """Tell whether two tensors are the same entries of the same memory, as those of tied weights are."""
-    one, two = (getattr(tensor, "_local_tensor", tensor) for tensor in (one, two))
-    return isinstance(one, Tensor) and (
-        one is two
-        or (one.data_ptr() == two.data_ptr() and one.shape == two.shape and one.stride() == two.stride()
-            and one.numel() > 0 and one.device == two.device)
-    )  # fmt: skip

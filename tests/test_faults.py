@@ -1,5 +1,7 @@
 """What goes wrong in a run: an error or a counted warning that says so, nothing lost, live weights untouched."""
 
+import dataclasses
+import functools
 import resource
 import signal
 import warnings
@@ -14,10 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, LayerFactors
-from lightning_curvature.basis import decompose
+from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
+from lightning_curvature.basis import TooFewPositionsError, decompose
+from lightning_curvature.bulk import BulkStepEditor
 from lightning_curvature.checkpoints.archive import KEY
 from lightning_curvature.collect import collect
-from tests import cells, models, processes
+from tests import cells, models, processes, reference
 from tests.matrix import DDP2
 
 pytestmark = [
@@ -69,6 +73,7 @@ def test_a_full_gpu_is_no_fault_of_the_factor(monkeypatch):
 
 def test_a_layer_whose_factor_cannot_be_decomposed_is_named(monkeypatch):
     failing_eigh(monkeypatch, 100)
+    monkeypatch.setattr(torch.linalg, "svd", torch.linalg.eigh)
     net = nn.Sequential(nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"Layer '0': Factor G could not be decomposed, neither on cpu"):
         CurvatureEditor(0.5).edit(net, KroneckerFactors({"0": factors()}))
@@ -101,6 +106,158 @@ def test_a_faulty_layer_stops_the_edit_or_is_left_as_it_is(name):
     assert f"Left as it is: {report.skipped['0']}" in str(report)
     with pytest.raises(ValueError, match="No layer can be edited: Layer '0'"):
         CurvatureEditor(0.5, ["0"], skip_faulty=True).edit(net, found)
+
+
+# Factors that rest on too few positions -------------------------------------------------------------------------------
+
+
+def moment(positions, live, dead=0, seed=0):
+    x = torch.randn(positions, live, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    whole = torch.zeros(live + dead, live + dead, dtype=torch.float64)
+    whole[dead:, dead:] = x.T @ x / positions
+    return whole
+
+
+def spectrum(*values):
+    """Return a factor with these eigenvalues and no direction that is an axis."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64, generator=generator))[0]
+    return turn @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ turn.T
+
+
+FEW = {
+    "rank of A": ((moment(5, 8), 5, moment(20, 4), 20), "Factor A rests on 5 positions, too few for its 8 live inputs"),
+    "rank of G": (
+        (moment(20, 8), 20, moment(3, 4), 3),
+        "Factor G rests on 3 positions, too few for its 4 live outputs",
+    ),
+    "one position": ((moment(1, 8), 1, moment(1, 4), 1), "Factor A rests on 1 positions"),
+    "dead inputs, too": ((moment(5, 8, 30), 5, moment(20, 4), 20), "too few for its 8 live inputs"),
+    "nearly": ((spectrum(1, 1, 1.9e-3), 2, moment(9, 4), 9), "Factor A rests on 2 positions"),
+    "float32": ((moment(5, 300).float(), 5, moment(20, 4), 20), "too few for its 300 live inputs"),
+    "small numbers": ((1e-300 * moment(5, 8), 5, moment(20, 4), 20), "too few for its 8 live inputs"),
+}
+ENOUGH = {
+    "as many as live": (moment(8, 8), 8, moment(4, 4), 4),
+    "dead inputs": (moment(9, 8, 30), 9, moment(9, 4, 50), 9),
+    "by hand": (torch.eye(8), 3, torch.eye(4), 2),
+    "no count": (moment(5, 8), 0, moment(2, 4), 0),
+    "not quite of that rank": (spectrum(1, 1, 2.1e-3), 2, moment(9, 4), 9),
+    "several draws of a position": (moment(20, 8), 20, moment(6, 4), 3),
+}
+
+
+def few(A, num_inputs, G, num_gradients):
+    return LayerFactors(A=A, G=G, num_inputs=num_inputs, num_gradients=num_gradients)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_factors_say_that_they_rest_on_too_few_positions(name):
+    arguments, message = FEW[name]
+    assert message in few(*arguments).too_few_positions()
+
+
+@pytest.mark.parametrize("name", ENOUGH)
+def test_factors_that_rest_on_enough_positions_say_nothing(name, monkeypatch):
+    A, num_inputs, G, num_gradients = ENOUGH[name]
+    calls = failing_eigh(monkeypatch, 0)
+    assert few(A, num_inputs, G, num_gradients).too_few_positions() is None
+    lacking = [count < int((factor.diagonal() != 0).sum()) for factor, count in ((A, num_inputs), (G, num_gradients))]
+    assert len(calls) == sum(lacking)  # nothing is decomposed that need not be
+
+
+def two_layers(**options):
+    """Layers of which the first one's factors rest on too few positions."""
+    extra = {"margins": torch.ones(4, 8), "eigenvalues": torch.arange(1.0, 33.0).view(4, 8), "A_coupled": moment(20, 8),
+             "G_coupled": moment(20, 4)} | options  # fmt: skip
+    layers = [few(*FEW["rank of A"][0]), few(moment(20, 8), 20, moment(20, 4), 20)]
+    return KroneckerFactors({str(i): dataclasses.replace(layer, **extra) for i, layer in enumerate(layers)})
+
+
+def linears():
+    torch.manual_seed(0)
+    return nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+
+
+SCORES = ("kfac", "ekfac", "coupled", "saliency", "activations")
+CURVATURE_EDITORS = {
+    **{f"{score}, soft={soft}": functools.partial(CurvatureEditor, 0.7, score=score, soft=soft)
+       for score in SCORES for soft in (False, True)},
+    "bulk": functools.partial(BulkStepEditor, 0.3),
+    "bulk and edit": functools.partial(BulkStepEditor, 0.3, 0.7),
+}  # fmt: skip
+
+
+def edited(way, editor, net, found):
+    """Return the report of an edit, and the weights that it makes of the two layers."""
+    if way == "state dict":
+        state, report = editor.edit_state_dict(net.state_dict(), found)
+        return report, [state["0.weight"], state["1.weight"]]
+    if way == "applied":
+        with editor.applied(net, found) as report:
+            return report, [layer.weight.clone() for layer in net]
+    editor = editor.at(editor.energy) if way == "at" else editor
+    return editor.edit(net, found), [layer.weight for layer in net]
+
+
+@pytest.mark.parametrize("name", CURVATURE_EDITORS)
+@pytest.mark.parametrize("way", ["edit", "applied", "state dict", "at"])
+def test_a_layer_on_too_few_positions_is_left_as_it_is(name, way):
+    editor, net, found = CURVATURE_EDITORS[name](), linears(), two_layers()
+    before = [layer.weight.clone() for layer in net]
+    with pytest.warns(UserWarning, match="Left as it is: Layer '0': Factor A rests on 5 positions"):
+        report, after = edited(way, editor, net, found)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+    assert list(report.layers) == ["1"]
+    assert "Layer '0': Factor A rests on 5 positions, too few" in report.skipped["0"]
+    assert f"Left as it is: {report.skipped['0']}" in str(report)
+    with pytest.raises(ValueError, match="No layer can be edited: Layer '0': Factor A rests on 5 positions"):
+        editor.edit(net, KroneckerFactors({"0": found["0"]}))
+    with pytest.raises(TooFewPositionsError, match=r"Layer '0': Factor A .* insist with .*min_positions=0"):
+        editor.edit_weight("0", before[0], found["0"], 0.7, False)
+
+
+@pytest.mark.parametrize("name", CURVATURE_EDITORS)
+def test_an_edit_on_too_few_positions_can_be_insisted_on(name):
+    net, found = linears(), two_layers()
+    before = net[0].weight.detach().double()
+    report = CURVATURE_EDITORS[name](min_positions=0).edit(net, found)
+    assert list(report.layers) == ["0", "1"]
+    assert not torch.equal(before, net[0].weight.double())
+    assert "rest on fewer positions than the larger side of the weight: '0' (5 of 8). Their" in str(report)
+    assert "collect more positions" in str(report)
+    if name == "kfac, soft=False":
+        expected = reference.edit(before, found["0"].A, found["0"].G, 0.7)
+        torch.testing.assert_close(net[0].weight.double(), expected, rtol=1e-5, atol=1e-6)
+    strict = CURVATURE_EDITORS[name](min_positions=6)
+    with pytest.warns(
+        UserWarning, match="Layer '0': its factors rest on 5 positions, and min_positions=6 asks for more"
+    ):
+        assert list(strict.edit(linears(), found).layers) == ["1"]
+    with pytest.raises(ValueError, match=r"No layer can be edited: .* min_positions=21"):
+        CURVATURE_EDITORS[name](min_positions=21).edit(linears(), found)
+
+
+def test_what_reads_no_factors_or_changes_nothing_needs_no_positions():
+    for editor in (SVDEditor(0.7), RandomBasisEditor(0.7), CurvatureEditor({"0": 1.0, "1": 0.7})):
+        report = editor.edit(linears(), two_layers())
+        assert list(report.layers) == ["0", "1"]
+        assert ("fewer positions" in str(report)) == isinstance(editor, CurvatureEditor)
+
+
+def test_an_edit_with_dead_inputs_is_done_and_the_table_says_that_they_are_many():
+    A, n, G, _ = ENOUGH["dead inputs"]
+    report = CurvatureEditor(0.7).edit_layers({"0": torch.ones(54, 38)}, KroneckerFactors({"0": few(A, n, G, n)}))[1]
+    assert "'0' (9 of 54)" in str(report)
+
+
+def test_min_positions_is_checked():
+    for bad in (1.5, True, "3"):
+        with pytest.raises(TypeError, match="min_positions must be an integer or None, found"):
+            CurvatureEditor(min_positions=bad)
+    with pytest.raises(ValueError, match="min_positions must not be negative, found -1"):
+        CurvatureEditor(min_positions=-1)
 
 
 def test_factors_of_one_row_singular_and_one_by_one():
@@ -268,7 +425,7 @@ class OneBad(cells.Net):
 
 def one_bad(strategy, folder, shard):
     _, callback, found = cells.run("validate", "exact", strategy, kind=OneBad, folder=folder, shard_factors=shard)
-    return found.counts(), found.provenance["batches_skipped"], callback.report.layers["net.1"].relative_change
+    return found.counts(), found.provenance["batches_skipped"], callback.report.layers["net.3"].relative_change
 
 
 @pytest.mark.parametrize("shard", [False, True])

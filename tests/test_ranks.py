@@ -124,11 +124,11 @@ def random_splits(seeds):
         found = Collection(collector, None, {}).synchronise()
         assert found.counts() == expected.counts(), seed
         modules = {name: net.get_submodule(name) for name in found}
-        editor = CurvatureEditor(0.8)
+        editor = CurvatureEditor(0.8, min_positions=0)
         editor.ranks = ranks
         weights = {name: module.weight for name, module in modules.items()}
         edited, _ = editor.edit_layers(weights, found)
-        for name, weight in CurvatureEditor(0.8).edit_layers(weights, expected)[0].items():
+        for name, weight in CurvatureEditor(0.8, min_positions=0).edit_layers(weights, expected)[0].items():
             change = (edited[name].double() - weight.double()).norm() / weight.double().norm().clamp(min=1e-9)
             assert float(change) < 2e-2, (seed, name, change)  # a pair at the edge of the kept set may change sides
         gathered = found.gathered()
@@ -266,7 +266,7 @@ def other_order(shard, idle):
         collector.close()
     collector.accumulator.join()
     factors = Collection(collector, None, {}).synchronise()
-    editor = CurvatureEditor(0.6)
+    editor = CurvatureEditor(0.6, min_positions=0)
     editor.ranks = ranks
     edited, _ = editor.edit_layers({name: net[name].weight for name in factors}, factors)
     return list(factors), {name: weight.detach().sum().item() for name, weight in edited.items()}
@@ -318,6 +318,7 @@ def saving(strategy, folder, options, full=True):
     if isinstance(made, ModelParallelStrategy):
         made._save_distributed_checkpoint = not full
     callback = KFACEditCallback(cells.LAYERS, fisher="exact", **options)
+    callback.editor.min_positions = 0  # there are fewer images than inputs
     saver = ModelCheckpoint(folder, "{step}", monitor="step", mode="max", save_top_k=2)
     trainer = models.trainer(folder, callback, saver, devices=size, strategy=made, max_epochs=3,
                              use_distributed_sampler=False)  # fmt: skip
@@ -373,6 +374,7 @@ def resuming(strategy, folder, own, stop, ckpt_path):
     """Fit for some epochs, saving the last checkpoint; return the factors."""
     size, make, parallel = cells.STRATEGIES[strategy]
     callback = KFACEditCallback(cells.LAYERS, **own)
+    callback.editor.min_positions = 0  # there are fewer images than inputs
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     trainer = models.trainer(folder, callback, saver, devices=size, strategy=make(), max_epochs=stop,
                              limit_val_batches=0, use_distributed_sampler=False)  # fmt: skip

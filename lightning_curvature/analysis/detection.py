@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from lightning_curvature.analysis.inputs import check_activations
 from lightning_curvature.baselines.random_basis import random_orthogonal
+from lightning_curvature.basis import decompose
 from lightning_curvature.factors import LayerFactors
 
 FLAT = 0.5
@@ -54,9 +55,10 @@ def flat_shares(A: Tensor | LayerFactors, inputs: Tensor, flat: float = FLAT) ->
         Shares in [0, 1], higher where an example looks more memorized, float64 ``[examples]``.
 
     Raises:
-        ValueError: If a shape does not fit, or ``flat`` leaves no direction on one of the sides.
+        ValueError: If a shape does not fit, ``flat`` leaves no direction on one of the sides, or A is zero or not
+            finite.
     """
-    vectors = A.basis.U_A if isinstance(A, LayerFactors) else torch.linalg.eigh(A.double()).eigenvectors.flip(1)
+    vectors = A.basis.U_A if isinstance(A, LayerFactors) else decompose(A, "Factor A")[0]
     return _share(vectors, inputs, flat)
 
 

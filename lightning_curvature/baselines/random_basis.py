@@ -10,7 +10,8 @@ from lightning_curvature.factors import LayerFactors
 
 def random_orthogonal(dim: int, generator: torch.Generator) -> Tensor:
     """Return a random orthogonal matrix, float64 ``[dim, dim]``."""
-    basis: Tensor = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
+    normal = torch.randn(dim, dim, dtype=torch.float64, generator=generator, device=generator.device)
+    basis: Tensor = torch.linalg.qr(normal)[0]
     return basis
 
 
@@ -25,6 +26,7 @@ class RandomBasisEditor(WeightEditor):
         seed: Seed of the bases and of the choice; the global random state is not touched.
     """
 
+    reads_factors = False
     method = "random"
 
     def __init__(
@@ -38,8 +40,8 @@ class RandomBasisEditor(WeightEditor):
         generator = torch.Generator().manual_seed(self.seed)
         U_G, U_A = (random_orthogonal(d, generator) for d in weight.shape)
         kept = max(round(energy * weight.numel()), 1)
-        keep = torch.zeros(weight.numel(), dtype=torch.float64)
-        keep[torch.randperm(weight.numel(), generator=generator)[:kept]] = 1.0
-        basis = CurvatureBasis(U_G, torch.ones(len(U_G)), U_A, torch.ones(len(U_A)))
+        keep = torch.zeros(weight.numel(), dtype=torch.float64, device="cpu")
+        keep[torch.randperm(weight.numel(), generator=generator, device="cpu")[:kept]] = 1.0
+        basis = CurvatureBasis(U_G, torch.ones_like(U_G[0]), U_A, torch.ones_like(U_A[0]))
         edited = project_weight(weight.cpu(), basis, keep.view(weight.shape)).to(weight.device)
         return Projection(edited, kept, kept / weight.numel())

@@ -13,12 +13,13 @@ class SVDEditor(WeightEditor):
     Arguments as :class:`CurvatureEditor`; the factors only say which layers to edit.
     """
 
+    reads_factors = False
     method = "svd"
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the best approximation of a weight of the smallest rank that keeps ``energy`` of its squared norm."""
         U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
-        share = S.square().cumsum(0) / S.square().sum()
+        share = (S.square().cumsum(0) / S.square().sum()).nan_to_num(1.0)  # of a weight of zeros nothing is lost
         rank = min(int((share < energy * (1 - 1e-12)).sum()) + 1, len(S))
         edited = (U[:, :rank] * S[:rank]) @ Vh[:rank]
         # A matrix of rank r has r (d_out + d_in - r) free coefficients.

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_curvature._checks import check_count
-from lightning_curvature.editing import Editor
+from lightning_curvature.editing import Editor, relative_change
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.report import EditReport, LayerEdit
+from lightning_curvature.ties import check_tie, find_tie, named_tensors, names_sharing
 from lightning_curvature.weights import find_layer
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -83,7 +84,9 @@ class TrainedEditor(Editor):
 
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         """Return new weights by layer, and what was done; the module stays as it is."""
-        weights = {name: find_layer(module, name).weight.detach() for name in self.plan(factors)}
+        stored = {name: find_layer(module, name).weight for name in self.plan(factors)}
+        check_tie(find_tie(stored))
+        weights = {name: weight.detach() for name, weight in stored.items()}
         with torch.no_grad():
             before = [self.loss(module, batch) for batch in self.forget]
         trained = self.parameters(weights)
@@ -102,7 +105,8 @@ class TrainedEditor(Editor):
             optimizer.step()
         with torch.no_grad():
             new = {name: weight.detach() for name, weight in self.effective(weights, trained).items()}
-        return new, EditReport({name: _report(name, weights[name], new[name]) for name in weights}, self.method)
+        report = EditReport({name: _report(name, weights[name], new[name]) for name in weights}, self.method)
+        return new, report.with_shared(names_sharing(stored, named_tensors(module)))
 
 
 class GradientAscent(TrainedEditor):
@@ -167,7 +171,9 @@ class BalancedSubnet(TrainedEditor):
         """Return random scores, small against a step of the optimizer."""
         generator = torch.Generator().manual_seed(self.seed)
         return {
-            name: (1e-3 * torch.rand(weight.shape, generator=generator)).to(weight.device).requires_grad_(True)
+            name: (1e-3 * torch.rand(weight.shape, dtype=torch.float32, generator=generator, device="cpu"))
+            .to(weight.device)
+            .requires_grad_(True)
             for name, weight in weights.items()
         }
 
@@ -203,13 +209,12 @@ class _Bound(nn.Module):
 
 
 def _report(name: str, old: Tensor, new: Tensor) -> LayerEdit:
-    change = torch.linalg.vector_norm((new - old).double()) / torch.linalg.vector_norm(old.double())
     return LayerEdit(
         energy=1.0,
         energy_kept=1.0,
         kept=int((new != 0).sum()),
         total=old.numel(),
-        relative_change=float(change),
+        relative_change=relative_change(new, old),
         changed=int((new != old).sum()),
         tensor=f"{name}.weight",
         num_inputs=0,
