@@ -102,9 +102,9 @@ def _solve(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
         except RuntimeError as error:
             reason = reason or str(error)
             continue
-        if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
+        if bool(torch.isfinite(values).all()) and _orthonormal(vectors):
             return values, vectors
-        reason = reason or "The solver returned NaN."
+        reason = reason or "The solver returned vectors that are not orthonormal."
     raise FaultyLayerError(
         f"{what} could not be decomposed, neither on {matrix.device} nor on the CPU: {reason} Collect it again, or "
         "leave the layer out (skip_faulty=True edits the others)."
@@ -113,8 +113,7 @@ def _solve(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 def _eigh_of_reflection(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Decompose ``H M H`` with a reflection ``H``: the same eigenvalues, without zeros and blocks to stumble over."""
-    generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(len(matrix), dtype=torch.float64, generator=generator, device="cpu")
+    normal = _random_vector(len(matrix))
     normal /= torch.linalg.vector_norm(normal)
     reflected = _symmetric(matrix)
     product = reflected @ normal
@@ -129,6 +128,21 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     left, values, right = torch.linalg.svd(_symmetric(matrix))
     values, order = (values * (left * right.mT).sum(0)).sort()
     return values, left[:, order]
+
+
+def _orthonormal(vectors: Tensor) -> bool:
+    """Tell whether the columns of a square matrix are orthonormal, by a random vector that is turned and turned back.
+
+    Solvers have returned NaN without an error, and vectors of close eigenvalues with an angle of 1e-11.
+    """
+    vector = _random_vector(len(vectors)).to(vectors.device)
+    error = float((vectors.mT @ (vectors @ vector) - vector).abs().max())
+    return error <= 8 * (len(vectors) + 8) * torch.finfo(torch.float64).eps
+
+
+def _random_vector(length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(length, dtype=torch.float64, generator=generator, device="cpu")
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -169,6 +169,14 @@ def test_a_solver_that_returns_nan_has_failed(monkeypatch):
     check(ordinary(), *decompose(ordinary(), "Factor A"))
 
 
+def test_a_solver_whose_vectors_are_not_orthonormal_has_failed(monkeypatch):
+    values, vectors = torch.linalg.eigh(ordinary())
+    turn = torch.eye(30, dtype=torch.float64)
+    turn[3, 4] = 1e-10
+    solvers(monkeypatch, lambda call: (values, vectors @ turn) if call < 3 else None)
+    check(ordinary(), *decompose(ordinary(), "Factor A"))
+
+
 def test_what_no_solver_decomposes_is_named(monkeypatch):
     solvers(monkeypatch, failing)
     monkeypatch.setattr(torch.linalg, "svd", failing)
