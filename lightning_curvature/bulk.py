@@ -21,6 +21,7 @@ from lightning_curvature.editing import Projection
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors, LayerFactors
 from lightning_curvature.layers import as_matrix, is_conv1d
+from lightning_curvature.report import EditReport
 from lightning_curvature.weights import find_layer
 
 Batch = TypeVar("Batch")
@@ -128,6 +129,6 @@ class BulkStepEditor(CurvatureEditor):
         result = super().project(after, factors, energy)
         return Projection(result.weight.to(weight), result.kept, result.energy_kept)
 
-    def facts(self, factors: KroneckerFactors, source: str) -> dict[str, Any]:
+    def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
         """Return what an edited checkpoint says about itself, as JSON values."""
-        return {**super().facts(factors, source), "strength": self.strength, "bulk": self.bulk}
+        return {**super().facts(factors, source, report), "strength": self.strength, "bulk": self.bulk}

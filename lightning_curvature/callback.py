@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature._checks import check_count, check_option, listing
+from lightning_curvature.basis import FaultyLayerError
 from lightning_curvature.checkpoints.archive import edited_note
 from lightning_curvature.checkpoints.lightning import Checkpoint, Edit, Siblings
 from lightning_curvature.collect import check_silent
@@ -30,6 +31,7 @@ from lightning_curvature.plan import edit_seconds
 from lightning_curvature.probes import Probes, Target, before_after
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.report import EditReport
+from lightning_curvature.selection import PresetError
 from lightning_curvature.siblings import Measured, WeightWatch, edited_copy, weight_hashes, why_no_copy
 from lightning_curvature.targets import Match
 from lightning_curvature.trainers import RunLength, batches_before, check_callbacks, check_strategy, check_validation
@@ -133,6 +135,8 @@ class KFACEditCallback(Callback):
             layers, and receives what the others add in every step. Less memory, more traffic.
         skip_faulty: Leave layers that cannot be edited (NaN, factors of zero) as they are, with a warning, and edit the
             others, instead of leaving no edited checkpoint.
+        min_positions: Positions that the factors of a layer must rest on, or it is left as it is; None: as many as its
+            live inputs and outputs, 0: edit it whatever they rest on.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -166,11 +170,14 @@ class KFACEditCallback(Callback):
         target: dict[str, float] | None = None,
         shard_factors: bool = False,
         skip_faulty: bool = False,
+        min_positions: int | None = None,
     ) -> None:
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"name must be a part of a file name (letters, digits, '_', '-', '.'), found {name!r}.")
         self.name = name
-        self.editor = CurvatureEditor(energy, score=score, soft=soft, skip_faulty=skip_faulty)
+        self.editor = CurvatureEditor(
+            energy, score=score, soft=soft, skip_faulty=skip_faulty, min_positions=min_positions
+        )
         self.shard_factors = shard_factors
         if score == "ekfac":
             raise ValueError("score='ekfac' needs a second pass over the data: collect, correct_eigenvalues, edit.")
@@ -295,7 +302,7 @@ class KFACEditCallback(Callback):
 
         Lazy layers have no shape yet: the collection begins with the first batch that finds them built.
         """
-        if self._renew and self._next is None and not has_lazy(pl_module):
+        if self._renew and self._next is None and not self._given_up and not has_lazy(pl_module):
             collector = Collector(pl_module, **self._options, ranks=self.editor.ranks, shard=self.shard_factors)
             self._next = Collection(collector, self.window, self._settings, self.every)
         return self._next if self._renew else self._collection
@@ -317,9 +324,12 @@ class KFACEditCallback(Callback):
         """Choose layers, and check the probes. Lightning calls it when module and data are set up, before any step.
 
         Raises:
-            ValueError: If an argument does not fit the module.
+            ValueError: If an argument does not fit the module. A preset that has no layers in it costs a warning.
         """
-        self._prepare(pl_module)
+        try:
+            self._prepare(pl_module)
+        except PresetError as error:  # the network is not one for it, which is no mistake in an argument
+            self._met(error)
         self.probes.check_loaders(trainer, pl_module, self.target)
 
     @_never_ends_a_fit
@@ -511,8 +521,10 @@ class KFACEditCallback(Callback):
         """Work out what an edit of the live weights does; they stay as they are."""
         if self._undecided:
             return
-        factors = self.factors
-        self.report = self.editor.edit_layers(layer_weights(pl_module, factors), factors)[1]
+        try:
+            self.report = self.editor.edited_weights(pl_module, self.factors)[1]
+        except FaultyLayerError as error:
+            rank_zero_warn(f"No layer was edited: {error}")
 
     def _show(self, trainer: pl.Trainer, nothing_written: str) -> None:
         """Show what was edited in which file, and what the probes say; save the factors."""

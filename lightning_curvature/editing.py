@@ -185,23 +185,31 @@ class WeightEditor(Editor):
 
         return edit_checkpoint(self, src, factors, dst, **options)
 
-    def facts(self, factors: KroneckerFactors, source: str) -> dict[str, Any]:
+    def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
         """Return what an edited checkpoint says about itself, as JSON values.
 
         Args:
             factors: The factors.
             source: Hash of the unedited weights, see :func:`lightning_curvature.checkpoints.formats.content_hash`.
+            report: What was done, if it is known: which layers were left as they are, and how far the others moved.
         """
         positions = factors.counts()
+        layers: dict[str, dict[str, Any]] = {
+            name: {"energy": energy, "positions": positions[name]} for name, energy in self.plan(factors).items()
+        }
+        if report is not None:
+            layers = {
+                name: {**layers[name], "relative_change": edit.relative_change} for name, edit in report.layers.items()
+            }
         return {
             "method": self.method,
             "package": f"lightning_curvature {__version__}",
             "source": source,
             "factors": factors.digest(),
             "provenance": factors.provenance,
-            "layers": {name: {"energy": energy, "positions": positions[name]}
-                       for name, energy in self.plan(factors).items()},
-        }  # fmt: skip
+            "layers": layers,
+            **({"skipped": dict(report.skipped)} if report is not None and report.skipped else {}),
+        }
 
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         """Return new weights by layer, and what was done, computed from the factors alone."""

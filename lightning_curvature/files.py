@@ -2,11 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +118,9 @@ def edit_checkpoint(
                 record.add(name, old, edited)
 
         report = layers.edit(keep)
-        facts = _facts(editor, own, unedited, report, before)
+        facts = editor.facts(own, unedited, report)
+        if before is not None:
+            facts["before"] = before
         if record is not None:
             record.write(facts)  # before the target appears: there is never an edited copy without its delta
         checkpoint.copy(target, new, facts)
@@ -222,21 +223,3 @@ def edit_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:  # each build of torch has its own
         raise ValueError(f"device={str(device)!r} cannot edit, which takes float64; use auto, cpu or cuda.") from error
     return found
-
-
-def _facts(
-    editor: WeightEditor,
-    factors: OneByOne,
-    source: str,
-    report: EditReport,
-    before: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Return what the edited copy says about itself."""
-    facts = editor.facts(factors, source)
-    facts["layers"] = {
-        layer: {**facts["layers"][layer], "relative_change": edit.relative_change}
-        for layer, edit in report.layers.items()
-    }
-    if report.skipped:
-        facts["skipped"] = dict(report.skipped)
-    return facts if before is None else {**facts, "before": before}

@@ -34,9 +34,13 @@ from lightning_curvature.copies import find_copies
 from lightning_curvature.layers import fused_experts, is_editable, is_matmul, refusal
 from lightning_curvature.roles import ATTENTION, MIXER, MLP, block_of, layer_role, mixer_of, mlp_layers
 
-__all__ = ["PRESETS", "LayerChoice", "choose_layers"]
+__all__ = ["PRESETS", "LayerChoice", "PresetError", "choose_layers"]
 
 PRESETS = ("last-mlp", "mlp", "attention", "linear")
+
+
+class PresetError(ValueError):
+    """A preset has no layers in this network, or would leave out some of what it stands for."""
 
 
 def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
@@ -48,7 +52,8 @@ def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
 
     Raises:
         TypeError: If ``layers`` is neither a string nor a list of strings.
-        ValueError: If an entry matches no editable layer, or names one that cannot be edited.
+        PresetError: A ``ValueError``; if a preset does not apply to this network.
+        ValueError: If a pattern matches no editable layer, or names one that cannot be edited.
     """
     entries = [layers] if isinstance(layers, str) else list(layers)
     if not entries or not all(isinstance(entry, str) for entry in entries):
@@ -106,11 +111,11 @@ def _check_preset(
     roles: Mapping[str, str | None],
     editable: Sequence[str],
 ) -> None:
-    """Raise ``ValueError`` if a preset matches nothing, or would have to leave out some of what it stands for."""
+    """Raise ``PresetError`` if a preset matches nothing, or would have to leave out some of what it stands for."""
     modules, kind = dict(root.named_modules()), type(root).__name__
     experts = [name for name, module in modules.items() if fused_experts(module)]
     if experts and preset != "attention":
-        raise ValueError(
+        raise PresetError(
             f"Preset {preset!r} would leave out the experts of this {kind}: {listing(experts, 3)} keep them in fused "
             "3-D parameters, which cannot be edited. Name the layers that you want instead, for example "
             "layers='attention'."
@@ -118,18 +123,18 @@ def _check_preset(
     lost = [name for name in refused if name in pools[0]]
     last = [name for name in roles if name in pools[0]][-1:]  # may be the output head, which a preset leaves out
     if lost and lost != last:
-        raise ValueError(incomplete(preset, lost, refused))
+        raise PresetError(incomplete(preset, lost, refused))
     if any(pools):
         return
     mixers = {name: mixer_of(name, modules) for name, role in roles.items() if role == MIXER}
     if not mixers:
-        raise ValueError(
+        raise PresetError(
             f"Preset {preset!r} matches no layer of this {kind}; its editable layers are {listing(editable)}."
         )
     name = max(mixers, key=lambda name: ("out" in name.rpartition(".")[2], name))
     pattern = "*" + name[len(mixers[name].rpartition(".")[0]) :]
     shown = list(dict.fromkeys(f"{mixer!r} ({type(modules[mixer]).__name__})" for mixer in mixers.values()))[:3]
-    raise ValueError(
+    raise PresetError(
         f"Preset {preset!r} does not apply to this {kind}: its linear layers belong to state-space or recurrent "
         f"mixers, which are neither MLP nor attention: {', '.join(shown)}. Name layers that are called, for example "
         f"layers=[{pattern!r}]; its editable layers are {listing(editable)}."

@@ -111,10 +111,7 @@ def edited_copy(
         hashes = weight_hashes(weights)
     else:
         hashes = tensor_hashes(weights, weights.__getitem__) if ranks.rank == 0 else {}
-    facts = editor.facts(factors, content_hash(hashes))
-    if report.skipped:
-        facts["layers"] = {name: facts["layers"][name] for name in report.layers}
-        facts["skipped"] = dict(report.skipped)
+    facts = editor.facts(factors, content_hash(hashes), report)
     return {**checkpoint, "state_dict": state_dict, archive.KEY: facts}, report
 
 

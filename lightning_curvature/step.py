@@ -241,7 +241,8 @@ class Step:
     def _choose(self, calls: Sequence[LayerCall]) -> bool:
         """Choose layers among those that were called; tell whether there are any."""
         fired = list(dict.fromkeys(call.name for call in calls))
-        dead = {call.name for call in self._calls if call.edge is None}
+        live = {call.name for call in self._calls if call.edge is not None}
+        dead = ({call.name for call in self._calls} | self.taps.without_graph) - live
         try:
             self._layers.choose(fired, self._heads, dead)
         except objectives.NothingToCollectError as error:

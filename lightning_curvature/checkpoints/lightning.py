@@ -182,17 +182,20 @@ class Siblings:
 
     def _read_back(self, path: str, stamp: tuple[int, int] | None) -> Checkpoint | None:
         """Return a checkpoint that this run has written; its weights on the first process alone. A collective."""
-        known = self.ranks.first(lambda: Path(path).exists() and _stamp(path) == stamp)
-        if not known:
+        held: list[Checkpoint] = []
+
+        def read() -> int | None:
+            if not Path(path).is_file() or _stamp(path) != stamp:
+                return None
+            # The file is the one that this process wrote a moment ago, so it may hold what the run put into it.
+            held.append(torch.load(path, map_location="cpu", weights_only=False, mmap=True))
+            return int(held[0]["global_step"])
+
+        step = self.ranks.first(read)
+        if step is None:
             rank_zero_warn(f"{path} has changed since it was saved, or is gone: it has no edited copy.")
             return None
-        if self.ranks.rank == 0:
-            # The file is the one that this process wrote a moment ago, so it may hold what the run put into it.
-            checkpoint: Checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-            step = checkpoint["global_step"]
-        else:
-            checkpoint, step = {"state_dict": {}}, None
-        return {**checkpoint, "global_step": self.ranks.gather(step)[0]}
+        return held[0] if held else {"state_dict": {}, "global_step": step}
 
     def _check_free(self, copy: str) -> None:
         """Raise ``FileExistsError`` if the path of a copy is that of a checkpoint of this run."""
@@ -257,9 +260,11 @@ def _costs_a_warning(path: str) -> Iterator[None]:
 
 def _writes_one_file(strategy: Strategy) -> bool:
     """Tell whether a strategy writes each checkpoint at once, as one file in Lightning's own way."""
+    if getattr(strategy, "_save_distributed_checkpoint", False):
+        return False  # each process writes its shard
     try:
         return type(strategy.checkpoint_io) is TorchCheckpointIO
-    except NotImplementedError:  # of strategies whose processes write their shards
+    except NotImplementedError:
         return False
 
 

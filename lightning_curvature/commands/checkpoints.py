@@ -25,6 +25,7 @@ def edit(
     layers: list[str] | None = None,
     score: Score = "kfac",
     soft: bool = False,
+    min_positions: int | None = None,
     perplexity: float | None = None,
     corpus: Path | None = None,
     forget: Path | None = None,
@@ -56,6 +57,8 @@ def edit(
             mlp, attention, linear); by default all of them.
         score: What decides what is kept: kfac, activations, saliency, or, if the factors have it, ekfac, coupled.
         soft: Shrink what has a low score instead of dropping it.
+        min_positions: Positions that the factors of a layer must rest on, or it is left as it is; by default as many as
+            its live inputs and outputs; 0 edits it whatever they rest on.
         perplexity: Instead of an energy: find the strongest edit that raises the perplexity of --corpus to at most this
             multiple, 1.1 for example, on one half of its windows; what it costs on the other half is printed.
         corpus: Text file, or JSON lines with a field "text", for --perplexity.
@@ -105,7 +108,7 @@ def edit(
     check_outputs([path for path in (out, save_delta) if path is not None], read, overwrite)
     folder = next((path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir()), None)
     share = DEFAULT_ENERGY if energy is None else energy
-    editor = CurvatureEditor(share, named_layers(layers, loaded, folder), score, soft)
+    editor = CurvatureEditor(share, named_layers(layers, loaded, folder), score, soft, min_positions=min_positions)
     target: dict[str, Any] = {}
     with bases_in(bases):
         if perplexity is not None or forget is not None:
@@ -179,7 +182,9 @@ def _chosen(
     if options["forget"] is not None:
         factors = chooser.add_margins(options["forget"], options["half"])
         strength = _STRENGTH if options["strength"] is None else options["strength"]
-        editor = BulkStepEditor(strength, editor.energy, editor.layers, editor.score, editor.soft)
+        editor = BulkStepEditor(
+            strength, editor.energy, editor.layers, editor.score, editor.soft, min_positions=editor.min_positions
+        )
     if perplexity is None:
         return editor, factors, {}
     target = chooser.find(editor, perplexity, options["corpus"], tokens, context)
