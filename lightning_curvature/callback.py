@@ -1,6 +1,5 @@
 """The Lightning callback: when to collect, when to edit, what to save and log."""
 
-import copy
 import functools
 import re
 import time
@@ -450,7 +449,7 @@ class KFACEditCallback(Callback):
         collection = self._collection
         nothing = "training step ran a backward pass" if self.loop == "train" else "validation ran"
         if collection is None or self._renew:
-            if collection is None:
+            if collection is None and not self._given_up:
                 rank_zero_warn(_NO_DATA.format(nothing))
             return
         collection.collector.accumulator.join()
@@ -524,7 +523,7 @@ class KFACEditCallback(Callback):
         try:
             self.report = self.editor.edited_weights(pl_module, self.factors)[1]
         except FaultyLayerError as error:
-            rank_zero_warn(f"No layer was edited: {error}")
+            rank_zero_warn(f"An edit of the weights at the end would change nothing. {error}")
 
     def _show(self, trainer: pl.Trainer, nothing_written: str) -> None:
         """Show what was edited in which file, and what the probes say; save the factors."""
@@ -587,8 +586,6 @@ class KFACEditCallback(Callback):
                 self._said[str(error)] = None
                 rank_zero_warn(f"KFACEditCallback collected nothing from a step, and training goes on: {error}")
             return
-        if self._collection is not None:
-            self._collection.collector.abort()
         if self._given_up is None:
             self._given_up = str(error) or type(error).__name__
             rank_zero_warn(
@@ -652,8 +649,7 @@ class KFACEditCallback(Callback):
         """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
         factors, step = self.factors, checkpoint["global_step"]
         if self._out():
-            rank_zero_warn(f"The checkpoint of step {step} has no edited copy: {self._given_up}")
-            return None
+            return None  # which was told when it happened
         if not factors:
             if self._validates:
                 rank_zero_warn(
@@ -721,7 +717,8 @@ class KFACEditCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""
-        rest = copy.copy(self)
+        rest = object.__new__(type(self))
+        vars(rest).update(vars(self))
         factors = self.factors if self.editor.ranks.size == 1 else KroneckerFactors()
         results = {name: getattr(self, name) for name in ("report", "match", "probe_results")}
         rest._reset()

@@ -4,7 +4,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_curvature._checks import listing
@@ -120,6 +119,8 @@ class LayerChoice:
 
     def _tell(self, left_out: Set[str], uncalled: Set[str]) -> None:
         """Say which candidates of a preset are not taken, and why."""
+        from lightning.pytorch.utilities import rank_zero_info  # the command line looks at presets without Lightning
+
         for names, reason in (
             (left_out & uncalled, "the modules that hold them ran and did not call them"),
             (left_out - uncalled, "they belong to a copy of the network, or to a teacher, that is not trained"),

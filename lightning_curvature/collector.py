@@ -227,11 +227,13 @@ class Collector:
             self.frozen |= set(dead)
             raise NothingToCollectError(frozen_layers(dead) if dead else str(error)) from error
         self.chosen = self._plan(chosen)
-        if late := sorted(set(self.chosen) - set(fired)):
-            rank_zero_warn(
-                f"Chosen layers {listing(late)} did not run in the first collected batch. They are collected from "
-                "whenever they run; if they never do, they are not edited."
-            )
+        late = set(self.chosen) - set(fired)
+        for names, lack in ((late - set(dead), "did not run"), (late & set(dead), "ran without gradients (frozen?)")):
+            if names and late != set(self.chosen):  # where nothing is left, the step itself says so
+                rank_zero_warn(
+                    f"Chosen layers {listing(sorted(names))} {lack} in the first collected batch. They are collected "
+                    "from whenever they run with gradients; if they never do, they are not edited."
+                )
 
     def before_passes(self, count: int) -> None:
         """Raise if a batch needs too many backward passes; say what ``exact`` costs."""
@@ -300,6 +302,8 @@ class Collector:
 
     def _why_nothing(self, step: Step) -> RuntimeError | None:
         """Return the error of a step that gave nothing; None if it ran no backward pass that was seen."""
+        if step.failed:
+            return None
         if step.passed_over:
             return NothingToCollectError(step.passed_over[0])
         if step.taps.losses:
@@ -313,8 +317,9 @@ class Collector:
             self._step = None
 
     def _hand_over(self, error: Exception) -> None:
-        """Drop a step in which an error was met, and hand the error to who asked for it."""
-        self.abort()
+        """Take nothing more from a step in which an error was met, and hand the error to who asked for it."""
+        if self._step is not None:
+            self._step.failed = True
         if self.on_error is not None:
             self.on_error(error)
 
@@ -330,7 +335,7 @@ class Collector:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Hand an error of a ``with`` block to ``on_error``, if there is one, and drop the step."""
+        """Hand an error of a ``with`` block to ``on_error``, if there is one; the step gives nothing then."""
         try:
             yield
         except Exception as error:

@@ -255,7 +255,7 @@ class WeightEditor(Editor):
             else:
                 new[name], reports[name] = spread_like(result[0], weights[name]), result[1]
         if skipped and not new:
-            raise ValueError(f"No layer can be edited: {next(iter(skipped.values()))}")
+            raise FaultyLayerError(f"No layer can be edited: {next(iter(skipped.values()))}")
         for reason in skipped.values():
             warnings.warn(f"Left as it is: {reason}", stacklevel=2)
         return new, EditReport(reports, self.method, factors.provenance, skipped)

@@ -112,6 +112,7 @@ class Step:
     Attributes:
         passed_over: For each backward pass that was not used, why.
         frozen: Chosen layers that ran and whose outputs need no gradient.
+        failed: Whether an error was met: nothing more is taken.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Step:
         self.taps = taps
         self.passed_over: list[str] = []
         self.frozen: set[str] = set()
+        self.failed = False
         self._layers = layers
         self._options = options
         self._parameters = parameters
@@ -158,6 +160,8 @@ class Step:
         Raises:
             RuntimeError: If it cannot be told which loss counts, or gradients cannot be taken.
         """
+        if self.failed:
+            return
         if objective is not None:
             if any(reference() is objective for reference in self._told):
                 return  # Lightning's hook and the tensor's own method tell of the same pass
@@ -342,7 +346,7 @@ class Step:
             RuntimeError: If the training sent no gradient to any chosen layer, or weighs its loss positions
                 differently.
         """
-        if not self._received:
+        if self.failed or not self._received:
             if self._detached and not self.passed_over:
                 self.passed_over.append(
                     "The logits depend on the layers through a detached activation alone, whose gradient was not "

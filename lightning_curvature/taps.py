@@ -117,6 +117,7 @@ class Taps:
         self.without_graph: set[str] = set()
         self.other_losses: list[OtherLoss] = []
         self.recording = True
+        self._failed = False
         self._root = root
         self._modules = modules
         self._logits = logits
@@ -167,17 +168,21 @@ class Taps:
         try:
             yield
         finally:
-            self.recording = recording
+            self.recording = recording and not self._failed
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Hand an error of a ``with`` block to ``on_error``, if there is one: the code that is watched goes on."""
+        """Hand an error of a ``with`` block to ``on_error``, if there is one: the code that is watched goes on.
+
+        Hooks stay, and record nothing: they cannot be taken off inside of the code that they are in.
+        """
         try:
             yield
         except Exception as error:
             if self._on_error is None:
                 raise
-            self._stack.close()
+            self.recording = False
+            self._failed = True
             self._on_error(error)
 
     def _layer_hook(self, name: str) -> Callable[..., None]:

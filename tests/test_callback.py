@@ -275,7 +275,9 @@ def test_no_data_and_few_data(tmp_path):
     with pytest.warns(UserWarning, match="KFACEditCallback collected no data"):
         models.trainer(tmp_path, KFACEditCallback()).fit(NoStep(), models.loader(models.images(32)))
     assert not list(tmp_path.rglob("*-edited.ckpt"))
-    with pytest.warns(UserWarning, match=r"'net.3' rest on 16 positions for a \[24, 32\] weight"):
+    with pytest.warns(
+        UserWarning, match=r"Layer 'net.3': Factor A rests on 16 positions, too few for its 32 live inputs"
+    ):
         models.trainer(tmp_path / "few", KFACEditCallback(), max_epochs=1).fit(
             models.Classifier(), models.loader(models.images(16))
         )

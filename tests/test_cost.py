@@ -72,9 +72,28 @@ DISTINCT = [IN, HIDDEN, HIDDEN, HIDDEN, IN]  # A of gate and up, G of both, A an
 PRODUCTS = sum(2 * ROWS * packed_size(dim) for dim in DISTINCT)
 
 
+def checked(*layers):
+    """Return what it costs to check a layer's computation, once: a product of 64 rows, and one of their squares."""
+    return sum(2 * 2 * 64 * min(layer.out_features, 256) * layer.in_features for layer in layers)
+
+
+def test_a_layer_is_checked_once(step):
+    collector = Collector(step.model, NAMES, fisher="empirical")
+    first, second = (flops(lambda: step(collector)) for _ in range(2))
+    assert first - second == checked(*(step.model.get_submodule(name) for name in NAMES)) > 0
+
+
+def collected_once(step, **options):
+    """Return a collector that has checked its layers."""
+    collector = Collector(step.model, NAMES, **options)
+    step(collector)
+    return collector
+
+
 def test_empirical_costs_the_products_of_distinct_factors_by_half(step):
     plain = flops(step)
-    extra = flops(lambda: step(Collector(step.model, NAMES, fisher="empirical"))) - plain
+    collector = collected_once(step, fisher="empirical")
+    extra = flops(lambda: step(collector)) - plain
     assert extra == PRODUCTS
     full = sum(2 * ROWS * (m.in_features**2 + m.out_features**2) for m in (step.model[1].gate, step.model[1].up,
                                                                             step.model[1].down))  # fmt: skip
@@ -84,9 +103,9 @@ def test_empirical_costs_the_products_of_distinct_factors_by_half(step):
 @pytest.mark.parametrize("draws", [1, 2])
 def test_random_passes_stop_at_the_lowest_layer_and_take_no_weight_gradients(step, draws, monkeypatch):
     passes, backward = [], fisher._backward
+    plain, collector = flops(step), collected_once(step, fisher="sketched", draws=draws)
     monkeypatch.setattr(fisher, "_backward", lambda *given: passes.append(1) or backward(*given))
-    plain = flops(step)
-    extra = flops(lambda: step(Collector(step.model, NAMES, fisher="sketched", draws=draws))) - plain
+    extra = flops(lambda: step(collector)) - plain
     # From the logits through the head and down: nothing of gate and up, whose outputs are the goal, nor of block 0.
     down = 2 * ROWS * (10 * IN + IN * HIDDEN)
     gradients = (draws - 1) * sum(2 * ROWS * packed_size(dim) for dim in (HIDDEN, HIDDEN, IN))
@@ -118,7 +137,8 @@ def test_a_frozen_pass_takes_no_weight_gradients(step):
     model, x, y = step.model, torch.randn(ROWS, IN), torch.randint(10, (ROWS,))
     forward = flops(lambda: F.cross_entropy(model(x), y))
     found = flops(lambda: collect(model, [0], lambda _: F.cross_entropy(model(x), y), layers=NAMES, fisher="empirical"))
-    assert found == forward + 2 * ROWS * (10 * IN + IN * HIDDEN) + PRODUCTS
+    check = checked(*(model.get_submodule(name) for name in NAMES))
+    assert found == forward + 2 * ROWS * (10 * IN + IN * HIDDEN) + PRODUCTS + check
 
 
 class Waits(TorchDispatchMode):
