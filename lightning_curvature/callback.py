@@ -523,7 +523,7 @@ class KFACEditCallback(Callback):
         try:
             self.report = self.editor.edited_weights(pl_module, self.factors)[1]
         except FaultyLayerError as error:
-            rank_zero_warn(f"An edit of the weights at the end would change nothing. {error}")
+            rank_zero_warn(f"There is no edit of the weights at the end: {error}")
 
     def _show(self, trainer: pl.Trainer, nothing_written: str) -> None:
         """Show what was edited in which file, and what the probes say; save the factors."""
