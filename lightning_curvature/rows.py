@@ -203,7 +203,7 @@ def _reading(call: LayerCall) -> tuple[Any, ...]:
 def _sample(count: int, device: torch.device, batch: BatchGradients) -> tuple[Tensor, int]:
     """Choose positions, the same for all layers that have as many: bool ``[count]`` on a device, and their number."""
     generator = torch.Generator().manual_seed((batch.seed + count) % 2**63)
-    sample = torch.rand(count, generator=generator) < batch.share
+    sample = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu") < batch.share
     return sample.to(device, non_blocking=True), int(sample.sum())
 
 

@@ -130,7 +130,10 @@ def top_curvature(
         seed: Seed of the start.
     """
     generator = torch.Generator().manual_seed(seed)
-    vector = {name: torch.randn(w.shape, generator=generator).to(w) for name, w in products.weights.items()}
+    vector = {
+        name: torch.randn(w.shape, generator=generator, dtype=torch.float32, device="cpu").to(w)
+        for name, w in products.weights.items()
+    }
     value = 0.0
     for _ in range(steps):
         norm = max(inner(vector, vector) ** 0.5, torch.finfo(torch.float64).tiny)

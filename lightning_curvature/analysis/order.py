@@ -88,10 +88,17 @@ def curvature_order(
     if tuple(weight.shape) != factors.shape:
         raise ValueError(f"Layer {layer!r}: factors for {list(factors.shape)}, the weight is {list(weight.shape)}.")
     basis = factors.basis
-    tables = {score: score_coefficients(score, torch.ones(factors.shape), factors) for score in ("kfac", *scores)}
+    tables = {
+        score: score_coefficients(score, torch.ones(factors.shape, dtype=torch.float64, device="cpu"), factors)
+        for score in ("kfac", *scores)
+    }
     ordered = tables["kfac"].flatten().argsort(descending=True)
     generator = torch.Generator().manual_seed(seed)
-    places = ((torch.arange(count) + torch.rand(count, generator=generator)) / count * len(ordered)).long()
+    places = (
+        (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float32, device="cpu"))
+        / count
+        * len(ordered)
+    ).long()
     zeros = {name: torch.zeros_like(other) for name, other in products.weights.items() if name != layer}
     ggn, hessian = [], []
     for flat in ordered[places].tolist():

@@ -123,4 +123,4 @@ class LongestExactPrefix(MeanOverAll):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch."""
         lengths = longest_exact_prefix(preds, target)
-        self._add(lengths.sum(), torch.tensor(len(lengths)))
+        self._add(lengths.sum(), torch.tensor(len(lengths), device=lengths.device))

@@ -16,7 +16,7 @@ def _extraction_strength_update(preds: Tensor, target: Tensor) -> tuple[Tensor, 
     """Return the sum of the strengths and the number of sequences."""
     check_token_pairs(preds, target)
     suffixes = agreeing_prefix(preds.flip(1), target.flip(1))
-    return suffixes.sum().double() / preds.shape[1], torch.tensor(len(suffixes))
+    return suffixes.sum().double() / preds.shape[1], torch.tensor(len(suffixes), device=preds.device)
 
 
 def extraction_strength(preds: Tensor, target: Tensor) -> Tensor:

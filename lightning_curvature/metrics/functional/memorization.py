@@ -25,7 +25,7 @@ def _strict_memorization_update(preds: Tensor, target: Tensor) -> tuple[Tensor, 
     """Return the number of equal sequences and of all sequences."""
     check_token_pairs(preds, target)
     equal = (preds == target).all(1)
-    return equal.sum(), torch.tensor(len(equal))
+    return equal.sum(), torch.tensor(len(equal), device=equal.device)
 
 
 def strict_memorization(preds: Tensor, target: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _loose_memorization_update(preds: Tensor, target: Tensor, threshold: float) 
     check_share(threshold, "threshold")
     distances = _edit_distances(preds, target)
     similar = 1.0 - distances.double() / preds.shape[1] >= threshold - _ROUNDING
-    return similar.sum(), torch.tensor(len(similar))
+    return similar.sum(), torch.tensor(len(similar), device=similar.device)
 
 
 def loose_memorization(preds: Tensor, target: Tensor, threshold: float = 0.75) -> Tensor:
@@ -89,7 +89,7 @@ def loose_memorization(preds: Tensor, target: Tensor, threshold: float = 0.75) -
 def _normalized_edit_distance_update(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum of the normalized distances and the number of sequences."""
     distances = _edit_distances(preds, target)
-    return distances.double().sum() / preds.shape[1], torch.tensor(len(distances))
+    return distances.double().sum() / preds.shape[1], torch.tensor(len(distances), device=distances.device)
 
 
 def normalized_edit_distance(preds: Tensor, target: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def _ranking_overlap_update(logits: Tensor, baseline: Tensor, k: int) -> tuple[T
     gains = torch.arange(k, 0, -1, dtype=torch.float64, device=logits.device)
     discounts = 1.0 / torch.arange(2, k + 2, dtype=torch.float64, device=logits.device).log2()
     scores = (hits.double() @ gains @ discounts / (gains @ discounts)).clamp(max=1.0)
-    return scores.sum(), torch.tensor(scores.numel())
+    return scores.sum(), torch.tensor(scores.numel(), device=scores.device)
 
 
 def ranking_overlap(logits: Tensor, baseline: Tensor, k: int = 10) -> Tensor:
