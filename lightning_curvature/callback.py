@@ -31,7 +31,7 @@ from lightning_curvature.probes import Probes, Target, before_after
 from lightning_curvature.ranks import Ranks
 from lightning_curvature.report import EditReport
 from lightning_curvature.selection import PresetError
-from lightning_curvature.siblings import Measured, WeightWatch, edited_copy, weight_hashes, why_no_copy
+from lightning_curvature.siblings import LaterEdit, Measured, WeightWatch, weight_hashes, why_no_copy
 from lightning_curvature.targets import Match
 from lightning_curvature.trainers import RunLength, batches_before, check_callbacks, check_strategy, check_validation
 from lightning_curvature.validation import collected_from
@@ -669,7 +669,7 @@ class KFACEditCallback(Callback):
         if reason is not None:
             rank_zero_warn(f"The checkpoint of step {step} has no edited copy: {reason}.")
             return None
-        return self._edit_with(self.editor.at(self.editor.energy), factors)
+        return LaterEdit(self.editor.at(self.editor.energy), factors, self._copies)
 
     def _why_no_copy(self, checkpoint: Checkpoint, factors: KroneckerFactors) -> str | None:
         collector, weights = self._running().collector, self._weights
@@ -681,19 +681,6 @@ class KFACEditCallback(Callback):
             averages=self._averages,
         )
         return why_no_copy(checkpoint, factors, measured, self.editor.ranks)
-
-    def _edit_with(self, editor: CurvatureEditor, factors: KroneckerFactors) -> Edit:
-        """Return what makes an edited copy with the factors and the energy of now."""
-
-        def edit(checkpoint: Checkpoint, path: str) -> Checkpoint | None:
-            try:
-                copy, self._copies[path] = edited_copy(checkpoint, editor, factors)
-            except ValueError as error:
-                rank_zero_warn(f"The checkpoint of step {checkpoint['global_step']} has no edited copy: {error}")
-                return None
-            return copy
-
-        return edit
 
     def _run_probes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""

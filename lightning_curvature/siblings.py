@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_curvature.checkpoints import archive
 from lightning_curvature.checkpoints.formats import content_hash, tensor_hash, tensor_hashes
-from lightning_curvature.checkpoints.lightning import Checkpoint
+from lightning_curvature.checkpoints.lightning import Checkpoint, Edit
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
@@ -113,6 +114,40 @@ def edited_copy(
         hashes = tensor_hashes(weights, weights.__getitem__) if ranks.rank == 0 else {}
     facts = editor.facts(factors, content_hash(hashes), report)
     return {**checkpoint, "state_dict": state_dict, archive.KEY: facts}, report
+
+
+class LaterEdit:
+    """Makes the edited copy of one checkpoint, with the factors and the energy of the time at which it was saved.
+
+    Args:
+        editor: Edits it.
+        factors: Factors of its weights.
+        reports: Receives what was done, by the path of the copy.
+    """
+
+    def __init__(self, editor: WeightEditor, factors: KroneckerFactors, reports: dict[str, EditReport]) -> None:
+        self._editor = editor
+        self._factors: KroneckerFactors | Path = factors
+        self._reports = reports
+
+    def __call__(self, checkpoint: Checkpoint, path: str) -> Checkpoint | None:
+        """Return the copy of a checkpoint, given its path; None, with a warning, if there is none. A collective."""
+        try:
+            held = self._factors
+            factors = KroneckerFactors.load(held) if isinstance(held, Path) else held
+            copy, self._reports[path] = edited_copy(checkpoint, self._editor, factors)
+        except ValueError as error:
+            rank_zero_warn(f"The checkpoint of step {checkpoint['global_step']} has no edited copy: {error}")
+            return None
+        return copy
+
+    def shares_factors(self, other: Edit) -> bool:
+        """Tell whether another edit takes the same factors."""
+        return isinstance(other, LaterEdit) and self._factors is other._factors
+
+    def let_go(self, file: Path) -> None:
+        """Hold the factors no longer: they are read from a file when they are needed."""
+        self._factors = file
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import spectral_norm, weight_norm
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_curvature import KFACEditCallback, KroneckerFactors
+from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
 from lightning_curvature.collect import collect
 from lightning_curvature.siblings import WeightWatch
 from lightning_curvature.trainers import RunLength
@@ -75,7 +75,7 @@ PARTS = {
     "a layer's hook": "lightning_curvature.taps.Taps._record",
     "a loss": "lightning_curvature.taps.read_loss",
     "a checkpoint's factors": "lightning_curvature.collection.Collection.snapshot",
-    "a checkpoint's edit": "lightning_curvature.callback.edited_copy",
+    "a checkpoint's edit": "lightning_curvature.siblings.edited_copy",
     "on_train_end": "lightning_curvature.collection.Collection.synchronise",
     "a table": "lightning_curvature.report.EditReport.__str__",
 }
@@ -623,6 +623,28 @@ def test_edits_are_made_once_of_the_checkpoints_that_stay(tmp_path, monkeypatch)
     fit(tmp_path, Plain(), KFACEditCallback(), saver, max_epochs=4)
     assert len(decomposed) == 2  # A and G, once for sixteen checkpoints of which one replaces the other
     assert saved(tmp_path) == ["step=32-edited-factors.safetensors", "step=32-edited.ckpt", "step=32.ckpt"]
+
+
+def test_factors_of_checkpoints_that_wait_are_not_all_held(tmp_path):
+    """Each checkpoint gets the edit of its own factors all the same, which are read from the file beside it."""
+    alive = []
+
+    class Looking(pl.Callback):
+        def on_train_end(self, trainer, module):
+            waiting = trainer.strategy.save_checkpoint.__self__._waiting.values()
+            alive.append([isinstance(entry.edits["edited"]._factors, KroneckerFactors) for entry in waiting])
+
+    saver = ModelCheckpoint(tmp_path / "c", every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    fit(tmp_path, Plain(), KFACEditCallback(window=64, every=1, energy=0.7), saver, Looking(), max_epochs=2)
+    assert alive == [[False, False, False, True]]
+    for step in (4, 8, 12, 16):
+        original, copied = (
+            torch.load(tmp_path / "c" / f"step={step}{mark}.ckpt", weights_only=True) for mark in ("", "-edited")
+        )
+        factors = KroneckerFactors.load(tmp_path / "c" / f"step={step}-edited-factors.safetensors")
+        expected = CurvatureEditor(0.7).edit_state_dict(original["state_dict"], factors)[0]
+        assert all(torch.equal(value, copied["state_dict"][name]) for name, value in expected.items())
+        assert copied["lightning_curvature"]["factors"] == factors.digest()
 
 
 def test_what_edits_take_is_told_where_it_is_more_than_a_tenth(tmp_path, caplog, monkeypatch):

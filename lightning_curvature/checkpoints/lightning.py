@@ -26,10 +26,7 @@ class Sibling(Protocol):
     """What is saved beside every checkpoint. All methods are collectives."""
 
     def edit_later(self, checkpoint: Checkpoint) -> "Edit | None":
-        """Return what makes the edited copy of a checkpoint, or None, with a warning, if there is none that is right.
-
-        The checkpoint is not kept: the edit gets it again.
-        """
+        """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
 
     def factors_writer(self) -> Callable[[Path], None] | None:
         """Return what writes the factors and the state of their collection; None if there is nothing to write.
@@ -38,8 +35,17 @@ class Sibling(Protocol):
         """
 
 
-Edit = Callable[[Checkpoint, str], Checkpoint | None]
-"""From a checkpoint and the path of its edited copy to that copy; None, with a warning, if there is none."""
+class Edit(Protocol):
+    """What makes the edited copy of one checkpoint. All methods are collectives."""
+
+    def __call__(self, checkpoint: Checkpoint, path: str) -> Checkpoint | None:
+        """Return the copy of a checkpoint, given the copy's path; None, with a warning, if there is none."""
+
+    def shares_factors(self, other: "Edit") -> bool:
+        """Tell whether another edit takes the same factors."""
+
+    def let_go(self, file: Path) -> None:
+        """Hold the factors no longer: they are read from a file when they are needed."""
 
 
 def sibling(path: str | Path, mark: str, suffix: str | None = None) -> str:
@@ -148,6 +154,7 @@ class Siblings:
                     if edit is None:
                         self._remove_if_there(copy)  # of an older run
                     elif self.waits and self._reads_back and _is_local(path):
+                        self._hold_one_set(name, edit)
                         edits[name] = edit
                         self._remove_if_there(copy)
                     elif (edited := edit(checkpoint, copy)) is not None:
@@ -159,6 +166,21 @@ class Siblings:
             if edits:
                 self._waiting[path] = _Waiting(edits, _stamp(path) if self.ranks.rank == 0 else None)
 
+    def _hold_one_set(self, name: str, edit: Edit) -> None:
+        """Let go of the factors of edits that wait, where a new one takes others: they may be large.
+
+        They lie in files beside the checkpoints, which one process reads back. With several, which may not see each
+        other's files, what waits is edited now.
+        """
+        for path, waiting in list(self._waiting.items()):
+            old = waiting.edits.get(name)
+            if old is None or old.shares_factors(edit):
+                continue
+            if self.ranks.size == 1:
+                old.let_go(Path(factors_path(_apart(path), name)))
+            else:
+                self._make_copy(path, name)
+
     def num_waiting(self, name: str) -> int:
         """Return how many checkpoints wait for an edited copy with a mark."""
         return sum(name in waiting.edits for waiting in self._waiting.values())
@@ -166,19 +188,23 @@ class Siblings:
     def make_copies(self, name: str) -> None:
         """Make the edited copies with a mark that were left for the end of a fit. A collective."""
         for path, waiting in list(self._waiting.items()):
-            edit = waiting.edits.pop(name, None)
-            if not waiting.edits:
-                del self._waiting[path]
-            if edit is None:
-                continue
-            with _costs_a_warning(path):
-                checkpoint = self._read_back(path, waiting.stamp)
-                copy = sibling(_apart(path), f"-{name}")
-                if checkpoint is not None and (edited := edit(checkpoint, copy)) is not None:
-                    self._save(edited, copy)
-                    if self.ranks.rank == 0:  # ckpt_path="last" takes the latest file
-                        before = _stamp(path)[1] - _EARLIER
-                        os.utime(copy, ns=(before, before))
+            if name in waiting.edits:
+                self._make_copy(path, name)
+
+    def _make_copy(self, path: str, name: str) -> None:
+        """Make the edited copy of a checkpoint that was written before. A collective."""
+        waiting = self._waiting[path]
+        edit = waiting.edits.pop(name)
+        if not waiting.edits:
+            del self._waiting[path]
+        with _costs_a_warning(path):
+            checkpoint = self._read_back(path, waiting.stamp)
+            copy = sibling(_apart(path), f"-{name}")
+            if checkpoint is not None and (edited := edit(checkpoint, copy)) is not None:
+                self._save(edited, copy)
+                if self.ranks.rank == 0:  # ckpt_path="last" takes the latest file
+                    before = _stamp(path)[1] - _EARLIER
+                    os.utime(copy, ns=(before, before))
 
     def _read_back(self, path: str, stamp: tuple[int, int] | None) -> Checkpoint | None:
         """Return a checkpoint that this run has written; its weights on the first process alone. A collective."""
