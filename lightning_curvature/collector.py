@@ -149,7 +149,8 @@ class Collector:
         self._homes: dict[torch.device, torch.device] = {}
         self._unchecked = set(self.choice.modules)
         self._step: Step | None = None
-        self._opened = self._warned = False
+        self._opened = False
+        self._disturbed: bool | None = None
 
     @contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
@@ -245,6 +246,37 @@ class Collector:
         if self.fisher == "exact" and self.accumulator.num_seen == 0:
             rank_zero_info(f"fisher='exact' takes {count} backward passes per batch.")
 
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Run backward passes that leave buffers and ``.grad`` as they were.
+
+        Activation checkpointing calls modules again in a backward pass, and functions of other people's may write into
+        ``.grad`` there. Whether this model does so is found in the first batch.
+        """
+        if self._disturbed is False:
+            yield
+            return
+        places = [(module, name) for module in self.module.modules() for name in module._buffers]
+        buffers = [(*place, buffer, buffer._version, buffer.detach().clone())
+                   for place in places if (buffer := place[0]._buffers[place[1]]) is not None
+                   and not buffer.is_inference()]  # fmt: skip
+        grads = [(parameter, parameter.grad) for parameter in self.module.parameters()]
+        try:
+            for parameter, _ in grads:
+                parameter.grad = None
+            yield
+        finally:
+            changed = any(parameter.grad is not None for parameter, _ in grads)
+            for parameter, grad in grads:
+                parameter.grad = grad
+            with torch.no_grad():
+                for module, name, buffer, version, before in buffers:
+                    if module._buffers.get(name) is not buffer or buffer._version != version:
+                        changed = True
+                        module._buffers[name] = buffer
+                        buffer.copy_(before)
+            self._disturbed = bool(self._disturbed) or changed
+
     def stop(self) -> None:
         """Record nothing more, where the rest of the step (the optimizer's) is known to hold nothing of interest."""
         if self._step is not None:
@@ -307,7 +339,11 @@ class Collector:
         if step.passed_over:
             return NothingToCollectError(step.passed_over[0])
         if step.taps.losses:
-            self._warn_of_unseen_backward()
+            return NothingToCollectError(
+                "A training step computed a cross-entropy, and no backward pass of it was seen, so nothing was "
+                "collected from it. In manual optimization call self.manual_backward(loss) or loss.backward(); "
+                "torch.autograd.backward and torch.autograd.grad are not seen."
+            )
         return None
 
     def abort(self) -> None:
@@ -389,15 +425,6 @@ class Collector:
         """Go on where :meth:`state_dict` was taken; the sums move to their layers' device with the next batch."""
         self.chosen = state["chosen"]
         self.accumulator.load_state_dict(state)
-
-    def _warn_of_unseen_backward(self) -> None:
-        if not self._warned:
-            rank_zero_warn(
-                "A training step computed a cross-entropy, and no backward pass of it was seen, so nothing was "
-                "collected from it. In manual optimization call self.manual_backward(loss) or loss.backward(); "
-                "torch.autograd.backward and torch.autograd.grad are not seen."
-            )
-        self._warned = True
 
     def _plan(self, chosen: list[str]) -> list[str]:
         """Return the layers of this collector's group, having checked that their factors fit into memory."""

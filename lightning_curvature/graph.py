@@ -15,6 +15,7 @@ _HANDED_ON = (
     "View",
 )  # fmt: skip
 _REORDERED = ("T", "Transpose", "Permute", "Movedim", "Swap")
+_PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Linear", "Convolution", "Addmv", "Mv")
 _SOFTMAX = ("Softmax", "LogSoftmax")
 _LEAF = "torch::autograd::AccumulateGrad"
 
@@ -70,7 +71,8 @@ class Origin:
 
     def is_head_of(self, other: "Origin") -> bool:
         """Tell whether another tensor comes from the same layer in the same way, from this call of it or another."""
-        return bool(self.parameters) and (self.parameters, self.operations) == (other.parameters, other.operations)
+        same = self.node is other.node or (bool(self.parameters) and self.parameters == other.parameters)
+        return same and self.operations == other.operations
 
     def looks_like(self, other: "Origin") -> bool:
         """Tell whether another tensor may come from the same place, where no parameters are known."""
@@ -98,13 +100,22 @@ def origin_of(node: Node, parameters: Collection[int]) -> Origin:
         leaves = {parent: _leaf_below(parent) for parent in parents}
         own = frozenset(id(leaf) for leaf in leaves.values() if leaf is not None and id(leaf) in parameters)
         above = [parent for parent in parents if leaves[parent] is None]
-        if own or len(above) != 1:
-            return Origin(node, own, tuple(operations), reordered)
         kind = _kind(node)
-        if kind not in _HANDED_ON:
-            operations.append(kind)
+        if kind in _PRODUCTS:
+            return Origin(node, own or _frozen_weight(node), tuple(operations), reordered)
+        if len(above) != 1:
+            return Origin(node, own, tuple(operations), reordered)
+        if kind not in _HANDED_ON:  # a scale of its own belongs to what was done
+            operations.append(f"{kind} {sorted(own)}" if own else kind)
         reordered |= kind in _REORDERED
         (node,) = above
+
+
+def _frozen_weight(node: Node) -> frozenset[int]:
+    """Return the address of the weight of a product whose parameters need no gradient, as autograd has kept it."""
+    saved: Any = node
+    weight = next((getattr(saved, name) for name in ("_saved_mat2", "_saved_weight") if hasattr(saved, name)), None)
+    return frozenset() if weight is None else frozenset([-weight.data_ptr()])
 
 
 def _leaf_below(node: Node) -> Tensor | None:
@@ -142,8 +153,9 @@ def between(start: Node | None, goal: Node) -> list[Node]:
 
 @dataclass(frozen=True)
 class SoftmaxUse:
-    """A softmax that a tensor goes into: the shape of its output, and the dimension of its classes."""
+    """A softmax that a tensor goes into: its node, the shape of its output, and the dimension of its classes."""
 
+    node: Node
     shape: tuple[int, ...]
     dim: int
 
@@ -165,8 +177,14 @@ def softmax_uses(path: Collection[Node]) -> list[SoftmaxUse]:
         else:
             continue
         if len(shape) and len(dims) == 1:
-            uses.append(SoftmaxUse(tuple(shape), _signed(dims[0]) % len(shape)))
+            uses.append(SoftmaxUse(node, tuple(shape), _signed(dims[0]) % len(shape)))
     return uses
+
+
+def path_below(start: Node, goal: Node) -> tuple[list[str], bool]:
+    """Return the operations between a node and one below it that are no views, and whether dimensions are exchanged."""
+    kinds = [_kind(node) for node in between(start, goal) if node is not start]
+    return [kind for kind in kinds if kind not in _HANDED_ON], any(kind in _REORDERED for kind in kinds)
 
 
 def hides_its_operations(path: Collection[Node]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 
 @dataclass(eq=False)
@@ -23,6 +24,8 @@ class SoftmaxLoss:
         log_probabilities: Whether ``logits`` must be normalised, as ``nll_loss`` wants them.
         arrived: Gradients of the training objective that arrived at the loss, once its backward has run.
         twins: Further losses over the same softmax, such as those of mixed labels.
+        edge: Place of the loss in the autograd graph when it was computed, or of logits named by the user.
+        version: Version counter of the logits when the loss read them.
     """
 
     logits: Tensor
@@ -33,6 +36,22 @@ class SoftmaxLoss:
     log_probabilities: bool = False
     arrived: list[Tensor] = field(default_factory=list)
     twins: "tuple[SoftmaxLoss, ...]" = ()
+    edge: GradientEdge | None = None
+    version: int | None = None
+
+    @property
+    def node(self) -> Node:
+        """Node of the loss in the autograd graph, as it was computed: later in-place operations do not move it."""
+        edge = self.edge or get_gradient_edge(self.logits if self.output is None else self.output)
+        return edge.node
+
+    def check_logits(self) -> None:
+        """Raise ``RuntimeError`` if the logits were overwritten after the loss read them."""
+        if self.version is not None and self.logits._version != self.version:
+            raise RuntimeError(
+                "The logits were changed in place after the loss read them, so their softmax can no longer be "
+                "measured. Change a copy: logits = logits.clone() before the in-place operation."
+            )
 
     @property
     def num_classes(self) -> int:
@@ -80,6 +99,7 @@ OTHER_LOSSES: dict[Callable[..., Any], str] = {
         F.triplet_margin_with_distance_loss,
         F.cosine_embedding_loss,
         F.hinge_embedding_loss,
+        *(getattr(F, name) for name in ("linear_cross_entropy",) if hasattr(F, name)),  # fuses a head and its softmax
     )
 }
 
@@ -106,16 +126,27 @@ def read_loss(
     if not (logits.requires_grad and output.requires_grad):
         return None
     class_dim = 1 if logits.dim() > 1 else 0
-    if target.is_floating_point():  # class probabilities: every position counts
-        counted = every_position(logits.detach(), class_dim)
-        denominator = counted.sum()
+    if target.is_floating_point():  # class probabilities; a row of zeros weighs nothing
+        counted = target.detach().movedim(class_dim, -1).ne(0).any(-1)
+        denominator = torch.tensor(counted.numel(), device=counted.device)
     else:
         counted = target != given["ignore_index"]
         denominator = counted.sum() if weight is None else weight[target[counted]].sum()
+        if weight is not None:  # a class of weight zero is not trained on
+            counted = counted & (weight[target.where(counted, 0)] != 0)
     if _reduction(given) != "mean":
         denominator = torch.ones_like(denominator)
     # The softmax of a log-softmax is the same softmax: the log-probabilities that nll_loss receives serve as logits.
-    return SoftmaxLoss(logits, class_dim, counted, denominator, output, log_probabilities=function is F.nll_loss)
+    return SoftmaxLoss(
+        logits,
+        class_dim,
+        counted,
+        denominator,
+        output,
+        log_probabilities=function is F.nll_loss,
+        edge=get_gradient_edge(output),
+        version=logits._version,
+    )
 
 
 def _reduction(given: dict[str, Any]) -> str:

@@ -10,11 +10,13 @@ from torch.autograd.graph import Node
 from lightning_curvature._checks import listing
 from lightning_curvature.graph import (
     Origin,
+    SoftmaxUse,
     ancestors,
     between,
     hides_its_operations,
     node_of,
     origin_of,
+    path_below,
     reached,
     reaches,
     softmax_uses,
@@ -52,9 +54,42 @@ def losses_that_reach(taps: Taps, objective: Tensor | None) -> list[SoftmaxLoss]
     """
     if objective is None:
         return list(taps.losses)
-    nodes = {loss: node_of(loss.logits if loss.output is None else loss.output) for loss in taps.losses}
-    met = reached(objective.grad_fn, set(nodes.values()))
-    return [loss for loss in taps.losses if nodes[loss] in met]
+    met = reached(objective.grad_fn, {loss.node for loss in taps.losses})
+    return [loss for loss in taps.losses if loss.node in met]
+
+
+def seen_below(taps: Taps, named: Sequence[SoftmaxLoss], objective: Tensor | None) -> list[SoftmaxLoss]:
+    """Return the known softmax losses that a backward pass goes through, and that named logits go into.
+
+    Args:
+        taps: What the step recorded.
+        named: What the submodule or method that the user named returned.
+        objective: What is backpropagated, or None.
+    """
+    losses = list(taps.seen)
+    if objective is not None:
+        met = reached(objective.grad_fn, {loss.node for loss in losses})
+        losses = [loss for loss in losses if loss.node in met]
+    goals = {loss.node for loss in named}
+    return [loss for loss in losses if reached(node_of(loss.logits), goals)]
+
+
+def without_ignored(loss: SoftmaxLoss, objective: Tensor | None) -> SoftmaxLoss:
+    """Return a loss without the positions that the training gives a weight of exactly zero.
+
+    Where the loss is one number, or nothing is backpropagated, there is nothing to ask.
+    """
+    parts = (loss, *loss.twins)
+    asked = [part for part in parts if part.output is not None and part.output.dim() > 0]
+    if objective is None or objective.numel() != 1 or len(asked) < len(parts):
+        return loss
+    edges = [part.edge for part in asked if part.edge is not None]
+    factors = torch.autograd.grad(objective, edges, retain_graph=True, allow_unused=True)
+    used = [factor.reshape(loss.counted.shape) != 0 for factor in factors
+            if factor is not None and factor.numel() == loss.counted.numel()]  # fmt: skip
+    if len(used) < len(parts):
+        return loss
+    return dataclasses.replace(loss, counted=loss.counted & torch.stack(used).any(0))
 
 
 def why_no_loss(taps: Taps, logits: str | None) -> str:
@@ -71,7 +106,7 @@ def why_no_loss(taps: Taps, logits: str | None) -> str:
     return f"No softmax cross-entropy reaches the training loss.{seen} {_KNOWN}"
 
 
-def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int]) -> list[SoftmaxLoss]:
+def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], named: bool = False) -> list[SoftmaxLoss]:
     """Return losses that are one loss, on disjoint positions of one head; each distribution is there once.
 
     A head that is called chunk by chunk, or at each step of a sequence, has one loss for each call. Its outputs are
@@ -81,6 +116,7 @@ def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int]) -> l
     Args:
         losses: Softmax losses that one backward pass goes through.
         parameters: Addresses (``id``) of the network's parameters.
+        named: Whether the user named what their logits come from: one output, whatever made it.
 
     Raises:
         RuntimeError: If they are losses of different outputs, or overlap.
@@ -88,7 +124,7 @@ def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int]) -> l
     if len(losses) == 1:
         return list(losses)
     origins = [origin_of(node_of(loss.logits), parameters) for loss in losses]
-    if not all(origins[0].is_head_of(origin) for origin in origins):
+    if not (named or all(origins[0].is_head_of(origin) for origin in origins)):
         raise RuntimeError(several_outputs(shapes_of(losses)))
     merged: list[SoftmaxLoss] = []
     for node in dict.fromkeys(origin.node for origin in origins):
@@ -108,7 +144,8 @@ def _of_one_call(members: Sequence[tuple[SoftmaxLoss, Origin]]) -> list[SoftmaxL
         else:
             both = dataclasses.replace(twin, counted=twin.counted | loss.counted, twins=(*twin.twins, loss))
             kept[kept.index(twin)] = both
-    if len(kept) > 1 and size is not None and sum(loss.logits.numel() for loss in kept) > size:
+    total = sum(loss.logits.numel() for loss in kept)
+    if len(kept) > 1 and ((size is not None and total > size) or _overlap([loss.logits for loss in kept])):
         raise RuntimeError(
             f"{len(kept)} softmax losses read the same outputs in different ways (logits of shapes {shapes_of(kept)}), "
             "so that their classes are not told apart. Name the submodule or method that returns the logits that "
@@ -122,7 +159,34 @@ def _same_softmax(one: SoftmaxLoss, two: SoftmaxLoss, origin: Origin, size: int 
         return False
     if node_of(one.logits) is node_of(two.logits):
         return one.logits.output_nr == two.logits.output_nr
+    if _is_same_view(one.logits, two.logits):
+        return True
     return not (origin.reordered or origin.operations) and one.logits.numel() == size
+
+
+def _is_same_view(one: Tensor, two: Tensor) -> bool:
+    return (
+        one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
+        and one.dtype == two.dtype
+        and (one.storage_offset(), one.stride()) == (two.storage_offset(), two.stride())
+    )
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether tensors share entries of one memory."""
+    by_storage: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        if not hasattr(tensor, "full_tensor"):  # of processes that each hold a part
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor.detach())
+    for views in by_storage.values():
+        if len(views) > 1 and len({view.dtype for view in views}) == 1:
+            entries = views[0].untyped_storage().nbytes() // views[0].element_size()
+            times = torch.zeros(entries, dtype=torch.uint8, device=views[0].device)
+            for view in views:
+                times.as_strided(view.shape, view.stride(), int(view.storage_offset())).add_(1)
+            if bool((times > 1).any()):
+                return True
+    return False
 
 
 def several_outputs(shapes: Sequence[Sequence[int]]) -> str:
@@ -150,9 +214,7 @@ def check_log_probabilities(loss: SoftmaxLoss) -> None:
 
 
 def find_class_dim(loss: SoftmaxLoss, name: str, class_dim: int | None, taps: Taps, objective: Tensor | None) -> int:
-    """Return the dimension of the classes of logits that the user named.
-
-    Logits ``[classes]`` and ``[n, classes]`` have one answer. For more dimensions, the softmax that they go into tells.
+    """Return the dimension of the classes of logits that the user named, and whose softmax is written out by hand.
 
     Args:
         loss: The named logits.
@@ -162,44 +224,65 @@ def find_class_dim(loss: SoftmaxLoss, name: str, class_dim: int | None, taps: Ta
         objective: What is backpropagated, or None.
 
     Raises:
-        RuntimeError: If no softmax is applied to them, it cannot be told which dimension holds the classes, or there
-            is one class only.
+        RuntimeError: If no softmax is applied to them as they are, it cannot be told which dimension holds the classes,
+            or there is one class only.
     """
     shape = tuple(loss.logits.shape)
-    goal = node_of(loss.logits)
-    roots = [objective] if objective is not None else [seen.output for seen in taps.seen]
-    path = [node for root in roots if root is not None for node in between(root.grad_fn, goal)]
+    goal = loss.node
+    path = [] if objective is None else between(objective.grad_fn, goal)
     uses = softmax_uses(path)
     if not uses and not hides_its_operations(path):
         _check_no_other_loss(name, goal, taps.other_losses, bool(path))
-    if class_dim is not None:
-        dim = class_dim + len(shape) if class_dim < 0 else class_dim
-        if not 0 <= dim < len(shape):
-            raise RuntimeError(
-                f"class_dim={class_dim}: logits={name!r} returned {list(shape)}, without that dimension."
-            )
-    elif len(shape) <= 2:
-        dim = len(shape) - 1
-    else:
-        dims = {use.dim for use in uses if use.shape == shape}
-        sizes = {use.classes for use in uses}
-        if not dims and len(sizes) == 1:
-            (classes,) = sizes
-            dims = {dim for dim, size in enumerate(shape) if size == classes}
-            if len(dims) > 1 and classes == shape[-1] and all(use.dim == len(use.shape) - 1 for use in uses):
-                dims = {len(shape) - 1}
-        if len(dims) != 1:
-            raise RuntimeError(
-                f"logits={name!r} returned {list(shape)}, and which dimension holds the classes cannot be told from "
-                f"the loss. Say it: class_dim=1 for [batch, classes, ...], class_dim=-1 for [batch, ..., classes]."
-            )
-        (dim,) = dims
+    below = [origin for use in uses for origin in [path_below(use.node, goal)]]
+    changed = sorted({operation for operations, _ in below for operation in operations})
+    if changed:
+        raise RuntimeError(
+            f"logits={name!r}: between what it returned and the softmax of the loss there is more than views "
+            f"({', '.join(changed)}), so it returns no logits. Name the submodule or method that returns what goes "
+            "into the softmax."
+        )
+    dim = _told_dim(shape, uses, any(reordered for _, reordered in below), name, class_dim)
     if shape[dim] < 2:
         raise RuntimeError(
             f"logits={name!r} returned {list(shape)}: one class only, whose softmax is always 1. A binary or squared "
             "loss has no softmax; its curvature is not collected."
         )
     return dim
+
+
+def _told_dim(
+    shape: tuple[int, ...], uses: Sequence[SoftmaxUse], reordered: bool, name: str, class_dim: int | None
+) -> int:
+    """Return the dimension of the classes, by what the user said and the softmaxes that were seen."""
+    fits = set(range(len(shape)))
+    for use in uses:
+        fits &= {dim for dim, size in enumerate(shape) if size == use.classes}
+        if not reordered and use.shape == shape:
+            fits &= {use.dim}
+    last = len(shape) - 1
+    if class_dim is not None:
+        dim = class_dim + len(shape) if class_dim < 0 else class_dim
+        if not 0 <= dim < len(shape):
+            raise RuntimeError(
+                f"class_dim={class_dim}: logits={name!r} returned {list(shape)}, without that dimension."
+            )
+        if dim not in fits:
+            classes = sorted({use.classes for use in uses})
+            raise RuntimeError(
+                f"class_dim={class_dim}: logits={name!r} returned {list(shape)}, and the softmax of the loss has "
+                f"{classes} classes, in another dimension."
+            )
+        return dim
+    if len(fits) == 1:
+        return fits.pop()
+    if uses and not reordered and last in fits and all(use.dim == len(use.shape) - 1 for use in uses):
+        return last
+    if not uses and len(shape) <= 2:
+        return last
+    raise RuntimeError(
+        f"logits={name!r} returned {list(shape)}, and which dimension holds the classes cannot be told from the loss. "
+        "Say it: class_dim=1 for [batch, classes, ...], class_dim=-1 for [batch, ..., classes]."
+    )
 
 
 def _check_no_other_loss(name: str, goal: Node, others: Sequence[OtherLoss], known: bool) -> None:
@@ -277,7 +360,7 @@ def check_single_path(losses: Sequence[SoftmaxLoss], goals: set[Node], objective
     """Raise if the training loss reaches the layers on another path than through the softmax loss."""
     if any(loss.output is None for loss in losses) or objective is None:
         raise RuntimeError("fisher='empirical' reads the training's own loss; it cannot be used with logits='...'.")
-    barriers = {node_of(part.output) for loss in losses for part in (loss, *loss.twins) if part.output is not None}
+    barriers = {part.node for loss in losses for part in (loss, *loss.twins)}
     stack, seen = [objective.grad_fn], set(barriers)
     while stack:
         node = stack.pop()

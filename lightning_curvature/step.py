@@ -8,6 +8,7 @@ others are passed over, and the step says why.
 import dataclasses
 import weakref
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,6 +69,9 @@ class Layers(Protocol):
 
     def before_passes(self, count: int) -> None:
         """Raise if so many backward passes for one batch are too many."""
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Return a context after which buffers and ``.grad`` are what they were."""
 
 
 @dataclass(eq=False)
@@ -160,7 +164,7 @@ class Step:
         Raises:
             RuntimeError: If it cannot be told which loss counts, or gradients cannot be taken.
         """
-        if self.failed:
+        if self.failed or self.taps.closed:
             return
         if objective is not None:
             if any(reference() is objective for reference in self._told):
@@ -179,16 +183,18 @@ class Step:
 
     def _parts(self, losses: Sequence[SoftmaxLoss], objective: Tensor | None) -> list[SoftmaxLoss]:
         """Return the losses of a backward pass as parts of one loss, having checked that they are."""
+        for loss in losses:
+            loss.check_logits()
         name = self._options.logits
         if name is not None:
-            dims = [
-                objectives.find_class_dim(loss, name, self._options.class_dim, self.taps, objective) for loss in losses
-            ]
-            losses = [
+            losses = objectives.seen_below(self.taps, losses, objective) or [
                 dataclasses.replace(loss, class_dim=dim, counted=every_position(loss.logits.detach(), dim))
-                for loss, dim in zip(losses, dims, strict=True)
+                for loss in losses
+                for dim in [objectives.find_class_dim(loss, name, self._options.class_dim, self.taps, objective)]
             ]
-        parts = objectives.as_one_loss(losses, self._parameters)
+        parts = objectives.as_one_loss(losses, self._parameters, named=name is not None)
+        if self._options.kind != "empirical":
+            parts = [objectives.without_ignored(loss, objective) for loss in parts]
         for loss in parts:
             objectives.check_log_probabilities(loss)
         return parts
@@ -250,7 +256,10 @@ class Step:
         try:
             self._layers.choose(fired, self._heads, dead)
         except objectives.NothingToCollectError as error:
-            self.passed_over.append(str(error))
+            if self.taps.transformed:
+                self._pass_over(sorted(self.taps.transformed))
+            else:
+                self.passed_over.append(str(error))
             return False
         return True
 
@@ -260,6 +269,13 @@ class Step:
         ran = {call.name for call in self._calls}
         if dead:
             self.passed_over.append(objectives.frozen_layers(dead))
+        elif self.taps.transformed & set(chosen) and not ran & set(chosen):
+            names = listing(sorted(self.taps.transformed & set(chosen)))
+            self.passed_over.append(
+                f"Layers {names} run inside a torch.func transform (vmap, grad, jvp), whose tensors have no place in the "
+                "autograd graph. Collect from a step without it: a plain forward pass and loss.backward(), or over the "
+                "trained model (lightning_curvature.collect.collect)."
+            )
         elif ran & set(chosen):
             self.passed_over.append(
                 f"A softmax loss was backpropagated that does not depend on the chosen layers "
@@ -292,7 +308,7 @@ class Step:
         """Run the backward passes of the Fisher, and keep what arrives at calls and leaves."""
         targets = [*calls, *map(_as_call, leaves)]
         exact = self._options.kind == "exact"
-        with self.taps.own_pass():
+        with self.taps.own_pass(), self._layers.undisturbed():
             groups = []
             if exact:
                 groups = [fisher.independent_groups(loss, targets) if not leaves else fisher.alone(loss)
@@ -305,7 +321,8 @@ class Step:
             received = list(passes)
         for index, call in enumerate(calls):
             arrived = [gradient for sent in received if (gradient := sent[index]) is not None]
-            self._received.setdefault(call, _Received()).gradients.extend(arrived)
+            if arrived or not received:  # the logits depend on this call, or there are no positions
+                self._received.setdefault(call, _Received()).gradients.extend(arrived)
         for index, leaf in enumerate(leaves, len(calls)):
             sent_there = [torch.zeros_like(leaf) if (g := sent[index]) is None else g for sent in received]
             self._detached.append(_Detached(leaf, sent_there, []))
@@ -331,7 +348,7 @@ class Step:
                 self._received.setdefault(call, _Received()).losses.extend(losses)
         else:
             whole_activation = SoftmaxLoss(activation, activation.dim() - 1, activation.new_empty(0))
-            with self.taps.own_pass():
+            with self.taps.own_pass(), self._layers.undisturbed():
                 for seed in _placed(copies, activation, together=self._options.kind != "exact"):
                     for call, gradient in zip(calls, fisher.backpropagate(whole_activation, seed, calls), strict=True):
                         if gradient is not None:
@@ -354,9 +371,6 @@ class Step:
                 )
             return None
         calls = [call for call in self._calls if call in self._received]
-        if self._num_used == 1 and not self.passed_over:  # a layer that nothing was sent to has positions all the same
-            chosen = self._layers.chosen or []
-            calls = [call for call in self._calls if call.edge is not None and call.name in chosen]
         scales: list[float | Tensor] = [1.0 if self._options.kind == "exact" else 1.0 / self._options.draws] * len(
             calls
         )

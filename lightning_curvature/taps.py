@@ -95,8 +95,10 @@ class Taps:
         seen: With named logits, the softmax losses that were seen beside them.
         other_losses: Losses that are no softmax losses.
         without_gradients: Whether a softmax loss was seen through which no gradient passes.
+        transformed: Names of layers that ran inside a ``torch.func`` transform.
         without_graph: Names of layers that ran where nothing is recorded (no gradients, or a backward pass).
         recording: Whether anything is recorded.
+        closed: Whether the hooks were removed.
     """
 
     def __init__(
@@ -115,9 +117,10 @@ class Taps:
         self.seen: list[SoftmaxLoss] = []
         self.without_gradients = False
         self.without_graph: set[str] = set()
+        self.transformed: set[str] = set()
         self.other_losses: list[OtherLoss] = []
         self.recording = True
-        self._failed = False
+        self._failed = self.closed = False
         self._root = root
         self._modules = modules
         self._logits = logits
@@ -131,7 +134,7 @@ class Taps:
     def __enter__(self) -> "Taps":
         with ExitStack() as stack:
             for name, module in self._modules.items():
-                hook = self._layer_hook(name)
+                hook = _LayerHook(self, name)
                 handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             if self._logits is not None:
@@ -148,6 +151,7 @@ class Taps:
 
     def close(self) -> None:
         """Remove every hook and forget what was recorded."""
+        self.closed = True
         self._stack.close()
         self.calls, self.losses, self.seen, self.other_losses = [], [], [], []
 
@@ -185,18 +189,25 @@ class Taps:
             self._failed = True
             self._on_error(error)
 
-    def _layer_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not (self.recording and torch.is_grad_enabled()):
-                self.without_graph.add(name)
-                return
-            # Without the function mode, which would see each attribute that is read here.
-            with torch._C.DisableTorchFunction(), self.guarded():
-                self._record(name, module, args[0] if args else next(iter(kwargs.values())), output)
-
-        return hook
+    def see_call(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Look at one call of a watched layer."""
+        if (
+            torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+        ):  # of somebody who looks at the network
+            return
+        if not (self.recording and torch.is_grad_enabled()):
+            self.without_graph.add(name)
+            return
+        # Without the function mode, which would see each attribute that is read here.
+        with torch._C.DisableTorchFunction(), self.guarded():
+            self._record(name, module, args[0] if args else next(iter(kwargs.values())), output)
 
     def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if _is_transformed(inputs) or _is_transformed(output):
+            self.transformed.add(name)
+            return
         _check_tensors(name, inputs, output)
         nested, version = inputs.is_nested, _version(inputs)
         rows = whole(inputs.detach()) if nested else inputs.detach()
@@ -261,7 +272,8 @@ class Taps:
                 )
             if self.recording and torch.is_grad_enabled() and logits.requires_grad:
                 # Which dimension holds the classes is told when the loss is known.
-                self.losses.append(SoftmaxLoss(logits, logits.dim() - 1, every_position(logits.detach(), -1)))
+                counted, edge = every_position(logits.detach(), -1), get_gradient_edge(logits)
+                self.losses.append(SoftmaxLoss(logits, logits.dim() - 1, counted, edge=edge, version=_version(logits)))
 
     def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Look at one finished loss function."""
@@ -289,6 +301,27 @@ class Taps:
                 self._on_backward(tensor)
 
 
+class _LayerHook:
+    """The hook on one layer; a copy of the layer, as a file or in memory, has one that does nothing."""
+
+    def __init__(self, taps: Taps, name: str) -> None:
+        self._taps, self._name = taps, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._taps.see_call(self._name, module, args, kwargs, output)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Stand where a hook was."""
+
+
 def named_target(root: nn.Module, name: str) -> Any:
     """Return the submodule or method that ``logits=`` names.
 
@@ -307,6 +340,11 @@ def named_target(root: nn.Module, name: str) -> Any:
     return target
 
 
+def _is_transformed(value: Any) -> bool:
+    """Tell whether a tensor belongs to a ``torch.func`` transform, and has no place in the autograd graph."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def _check_tensors(name: str, inputs: Any, output: Any) -> None:
     """Raise ``RuntimeError`` if a call of a layer is not what can be recorded."""
     for what, value in (("reads", inputs), ("returns", output)):
@@ -314,12 +352,6 @@ def _check_tensors(name: str, inputs: Any, output: Any) -> None:
             raise RuntimeError(
                 f"Layer {name!r} {what} a {type(value).__name__}, expected a tensor: its class does more than multiply "
                 "its input by its weight. Leave it out of layers=."
-            )
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
-            raise RuntimeError(
-                f"Layer {name!r} runs inside a torch.func transform (vmap, grad, jvp), whose tensors have no place in "
-                "the autograd graph. Collect from a step without it: a plain forward pass and loss.backward(), or over "
-                "the trained model (lightning_curvature.collect.collect)."
             )
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
         raise RuntimeError(

@@ -187,4 +187,14 @@ class _Detaching(TorchFunctionMode):
     ) -> Any:
         if func in self._READS:
             args = (args[0].detach(), *args[1:])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if kwargs.get("out") is not None or (in_place and isinstance(args[0], Tensor) and _is_trained(args[0])):
+            with torch.no_grad():  # as it would run: parameters may be written to
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    return tensor.is_leaf and tensor.requires_grad

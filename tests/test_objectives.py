@@ -470,7 +470,7 @@ def test_transforms_of_torch_func():
     plain = factors(model, lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten()))
     functional = factors(model, lambda: F.cross_entropy(call(parameters, x).flatten(0, 1), y.flatten()))
     torch.testing.assert_close(functional.G, plain.G)
-    with pytest.raises(RuntimeError, match=r"Layer 'fc' runs inside a torch.func transform \(vmap"):
+    with pytest.raises(RuntimeError, match=r"Layers 'fc' run inside a torch.func transform \(vmap"):
         factors(model, lambda: F.cross_entropy(torch.vmap(model)(x).flatten(0, 1), y.flatten()))
 
 
