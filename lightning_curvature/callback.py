@@ -3,13 +3,15 @@
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -58,6 +60,11 @@ def _never_ends_a_fit(hook: Callable[..., None]) -> Callable[..., None]:
             self._met(error)
 
     return guarded
+
+
+def _is_gone(path: str) -> bool:
+    """Tell whether a local file was removed since."""
+    return isinstance(get_filesystem(path), LocalFileSystem) and not Path(path).exists()
 
 
 class KFACEditCallback(Callback):
@@ -210,8 +217,10 @@ class KFACEditCallback(Callback):
         self.probe_results: dict[str, float] = {}
         self._collection: Collection | None = None
         self._next: Collection | None = None
-        self._renew = self._validates = self._fitted = self._in_fit = self._due = self._averages = False
+        self._renew = self._validates = self._fitted = self._in_fit = self._due = False
+        self._averages = self._validated_swapped = False
         self._siblings: Siblings | None = None
+        self._module: pl.LightningModule | None = None
         self._validated: dict[str, str] | None = None
         self._weights: WeightWatch | None = None
         self._length, self._started = RunLength(), 0.0
@@ -274,6 +283,7 @@ class KFACEditCallback(Callback):
         check_strategy(strategy)
         if stage == "fit":
             self._averages = check_callbacks(self, callbacks, collects_in_validation=self.loop == "validation")
+        self._module = pl_module
         self._siblings = Siblings.of(strategy)
         self._siblings.savers[self.name], self._siblings.failed = self, False
         self._siblings.waits = stage == "fit"
@@ -328,6 +338,10 @@ class KFACEditCallback(Callback):
         try:
             self._prepare(pl_module)
         except PresetError as error:  # the network is not one for it, which is no mistake in an argument
+            self._met(error)
+        except (TypeError, ValueError):
+            raise
+        except Exception as error:  # noqa: BLE001  # of modules that are not what their class says
             self._met(error)
         self.probes.check_loaders(trainer, pl_module, self.target)
 
@@ -442,6 +456,7 @@ class KFACEditCallback(Callback):
             raise NothingToCollectError(_NO_DATA.format("validation step computed a loss"))
         self._check_silent(silent, collection.collector.frozen)
         self._validated = weight_hashes(layer_weights(pl_module, self.factors))
+        self._validated_swapped = self._weights is not None and self._weights.swapped()
 
     @_never_ends_a_fit
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -509,8 +524,7 @@ class KFACEditCallback(Callback):
         """Find the energy of the target, if there is one."""
         if self.target is None:
             return
-        with self._weights_restored():
-            self.match = self.probes.match(trainer, pl_module, self.editor.at(1.0), self.factors, self.target)
+        self.match = self.probes.match(trainer, pl_module, self.editor.at(1.0), self.factors, self.target)
         if self.match is None:
             return
         self.editor.energy = self.match.energy
@@ -527,7 +541,7 @@ class KFACEditCallback(Callback):
 
     def _show(self, trainer: pl.Trainer, nothing_written: str) -> None:
         """Show what was edited in which file, and what the probes say; save the factors."""
-        reports = list(self._copies.items())
+        reports = [entry for entry in self._copies.items() if not _is_gone(entry[0])]
         if reports:
             copy, report = reports[-1]
             rank_zero_info(f"\n{copy}:\n{report}")
@@ -540,8 +554,11 @@ class KFACEditCallback(Callback):
             rank_zero_info(f"\n{before_after(self.probe_results)}")
         if (path := self.save_factors) is not None:
             gathered = self.factors.gathered()
-            self.editor.ranks.first(lambda: gathered.save(path))
-            rank_zero_info(f"Factors written to {path}.")
+            try:
+                self.editor.ranks.first(lambda: gathered.save(path))
+                rank_zero_info(f"Factors written to {path}.")
+            except (OSError, ValueError) as error:
+                rank_zero_warn(f"save_factors: the factors could not be written to {path}: {error}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Finish a batch that has ended for Lightning, which does not run it again, and remove every hook.
@@ -552,12 +569,12 @@ class KFACEditCallback(Callback):
         try:
             if self._collection is not None and trainer.training and batches.processed == batches.ready:
                 self._collection.end_interrupted(trainer.global_step)
+            if self._siblings is not None:
+                self._siblings.failed = True
+                if self._siblings.ranks.all_here():
+                    self._make_copies()
         except Exception as error:  # noqa: BLE001  # the error that ends the run is the one to be seen
             self._met(error)
-        if self._siblings is not None:
-            self._siblings.failed = True
-            if self._siblings.ranks.all_here():
-                self._make_copies()
         self._clean_up()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -565,12 +582,13 @@ class KFACEditCallback(Callback):
         self._clean_up()
 
     def _clean_up(self) -> None:
-        for collection in (self._collection, self._next):
-            if collection is not None:
-                collection.collector.abort()
-        self._watch.close()
-        self._stack.close()
-        self._weights, self._in_fit = None, False
+        with ExitStack() as stack:  # each is done, whatever becomes of the others
+            for collection in (self._collection, self._next):
+                if collection is not None:
+                    stack.callback(collection.collector.abort)
+            stack.callback(self._watch.close)
+            stack.callback(self._stack.close)
+        self._in_fit = False
         if self._siblings is not None:
             self._siblings.waits = False
 
@@ -578,6 +596,11 @@ class KFACEditCallback(Callback):
         if self._collection is None:
             raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
         return self._collection
+
+    def _of_this_module(self) -> Collection | None:
+        """Return the collection, if it is one of the module that the latest run is about."""
+        collection = self._collection
+        return collection if collection is not None and collection.collector.module is self._module else None
 
     def _met(self, error: Exception) -> None:
         """Say what an error costs, and go on without what it is about."""
@@ -602,7 +625,8 @@ class KFACEditCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells a resumed run that the factor file beside the checkpoint belongs to it; primitives."""
-        state = {} if self._collection is None else self._collection.state_dict()
+        collection = self._of_this_module()
+        state = {} if collection is None else collection.state_dict()
         if self.target is not None and self.match is not None:
             state["match"] = {"target": self.target.entry, "energy": self.match.energy, "value": self.match.value}
         return {"name": self.name, **state} if state else {}
@@ -619,12 +643,16 @@ class KFACEditCallback(Callback):
         state = next((state for state in states if state.get("name") == self.name), None)
         if trainer.state.fn != "fit" or not state or self._siblings is None:
             return
-        collection = self._prepare(pl_module)
-        if collection is None:
+        try:
+            collection = self._prepare(pl_module)
             reason: str | None = "its layers are lazy, and have no shape yet"
-        else:
-            with self._siblings.loaded_factors(self.name) as file:
-                reason = collection.resume(state, file)
+            if collection is not None:
+                with self._siblings.loaded_factors(self.name) as file:
+                    reason = collection.resume(state, file)
+        except PresetError as error:
+            reason = str(error).rstrip(".")
+        except (KeyError, TypeError) as error:
+            reason = f"its state is not one of this version ({type(error).__name__}: {error})"
         if reason is not None:
             rank_zero_warn(
                 f"KFACEditCallback does not go on where {trainer.ckpt_path} was saved, it starts anew: {reason}."
@@ -638,7 +666,7 @@ class KFACEditCallback(Callback):
 
     def factors_writer(self) -> Callable[[Path], None] | None:
         """Return what writes the factors to a file beside a checkpoint; None if there are none yet."""
-        collection, ranks = self._collection, self.editor.ranks
+        collection, ranks = self._of_this_module(), self.editor.ranks
         # Those of a run that other processes took part in cannot be had any more.
         if collection is None or collection.ranks is not ranks or self._out():
             return None
@@ -647,7 +675,8 @@ class KFACEditCallback(Callback):
 
     def edit_later(self, checkpoint: Checkpoint) -> Edit | None:
         """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
-        factors, step = self.factors, checkpoint["global_step"]
+        factors = KroneckerFactors() if self._of_this_module() is None else self.factors
+        step = checkpoint["global_step"]
         if self._out():
             return None  # which was told when it happened
         if not factors:
@@ -677,7 +706,7 @@ class KFACEditCallback(Callback):
             live=lambda: layer_weights(collector.module, factors),
             validated=self._validated,
             step=factors.provenance.get("step"),
-            swapped=weights is not None and weights.swapped(),
+            swapped=self._validated_swapped or (weights is not None and weights.swapped()),
             averages=self._averages,
         )
         return why_no_copy(checkpoint, factors, measured, self.editor.ranks)
@@ -686,21 +715,15 @@ class KFACEditCallback(Callback):
         """Return the probes' results under ``curvature/{probe}/{metric}/before|after``."""
         results: dict[str, float] = {}
         if not self._undecided:
-            with self._weights_restored():
+            try:
                 results = self.probes.measure(trainer, pl_module, self.editor, self.factors)
+            except Exception as error:
+                if not self._in_fit:
+                    raise
+                rank_zero_warn(f"A probe could not be measured, and the run goes on without: {error}")
         group = "curvature" if self.name == "edited" else f"curvature-{self.name}"
         self.probe_results = {f"{group}/{name}": value for name, value in results.items()}
         return self.probe_results
-
-    @contextmanager
-    def _weights_restored(self) -> Iterator[None]:
-        """Edit the live weights inside a ``with`` block that puts them back: nobody's watch takes that for a change."""
-        savers = [] if self._siblings is None else [*self._siblings.savers.values()]
-        with ExitStack() as stack:
-            for saver in savers:
-                if isinstance(saver, KFACEditCallback) and saver._weights is not None:
-                    stack.enter_context(saver._weights.restored())
-            yield
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""
@@ -712,4 +735,6 @@ class KFACEditCallback(Callback):
         rest.editor = self.editor.at(self.editor.energy)
         rest.editor.ranks, rest.editor._known = Ranks(), None
         vars(rest).update(results, _kept=factors, probes=Probes(self.probes.files))
+        for name in ("log", "log_dict"):  # methods of the module, which Lightning puts here
+            vars(rest).pop(name, None)
         return vars(rest)

@@ -1,6 +1,7 @@
 """Probes: data on which a model is measured before and after the edit."""
 
 import math
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
@@ -8,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -63,11 +64,10 @@ class Probes:
         """
         measured = set[str]()
         for source in (module, getattr(trainer, "datamodule", None)):
-            make = getattr(source, "probe_dataloader", None)
-            if make is None:
+            if not hasattr(source, "probe_dataloader"):
                 continue
+            loaders = _loaders_of(source)
             where = f"{type(source).__name__}.probe_dataloader"
-            loaders = make() if callable(make) else make
             if not isinstance(loaders, Mapping):
                 raise MisconfigurationException(
                     f"{where}() must return a dict of dataloaders by name, such as {{'val': DataLoader(...)}}; found a "
@@ -85,7 +85,7 @@ class Probes:
         run = self._runner(trainer, module, factors, editor.ranks)
         if run is None:
             return {}
-        with isolate_rng(), evaluating(module):
+        with random_state_kept(self._loaders(trainer, module)), evaluating(module):
             before = run()
             with editor.applied(module, factors):
                 after = run()
@@ -106,7 +106,7 @@ class Probes:
             ValueError: If no probe has the target's metric.
         """
         run = self._runner(trainer, module, factors, editor.ranks, target.probe)
-        with isolate_rng(), evaluating(module):
+        with random_state_kept(self._loaders(trainer, module)), evaluating(module):
             found = {} if run is None else run()
             if run is None or target.name not in found:
                 raise ValueError(target.unmeasured(found))
@@ -135,7 +135,7 @@ class Probes:
         sources = (module, getattr(trainer, "datamodule", None))
         loaders: dict[str, Any] = {}
         for source in sources:
-            loaders |= getattr(source, "probe_dataloader", dict)()
+            loaders |= _loaders_of(source) or {}
         if self.files and not self._readers:
             from lightning_curvature.text.probes import make_probes  # transformers is imported by those who need it
 
@@ -151,12 +151,55 @@ class Probes:
             return trainer.strategy.batch_to_device(precision.convert_input(batch))
 
         def run() -> dict[str, float]:
-            results = run_probes(module, loaders, to_device, precision.val_step_context, layers)
-            for name, reader in readers.items():
-                results |= {f"{name}/{metric}": value for metric, value in reader.measure(module, layers).items()}
+            failure, results = None, dict[str, float]()
+            try:
+                results = run_probes(module, loaders, to_device, precision.val_step_context, layers)
+                for name, reader in readers.items():
+                    results |= {f"{name}/{metric}": value for metric, value in reader.measure(module, layers).items()}
+            except Exception as error:
+                if ranks.size == 1:
+                    raise
+                failure = f"{type(error).__name__}: {error}"
+            failures = [told for told in ranks.gather(failure) if told]
+            if failures:  # told to all: none waits for one that has given up
+                raise RuntimeError(failures[0])
             return ranks.gather(results)[0]
 
         return run
+
+    def _loaders(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[Any]:
+        """Return the dataloaders whose iteration may draw random numbers: those of probes, and of the Trainer."""
+        sources = (module, getattr(trainer, "datamodule", None))
+        probes = [loader for source in sources for loader in (_loaders_of(source) or {}).values()]
+        training = getattr(trainer, "train_dataloader", None)
+        return [*probes, *([] if training is None else [training])]
+
+
+def _loaders_of(source: Any) -> Any:
+    """Return what a module's or datamodule's ``probe_dataloader`` gives; None if it has none."""
+    make = getattr(source, "probe_dataloader", None)
+    return make() if callable(make) else make
+
+
+@contextmanager
+def random_state_kept(loaders: Iterable[Any]) -> Iterator[None]:
+    """Put the random state back after a ``with`` block, also if it fails: the global one, and those of dataloaders.
+
+    Args:
+        loaders: Dataloaders that may have generators of their own, which others may share.
+    """
+    owners = [part for loader in loaders for part in (loader, getattr(loader, "sampler", None))]
+    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 class Target:
@@ -223,7 +266,7 @@ def _first_batch(where: str, name: str, loader: Any, module: nn.Module) -> list[
             f"{what} is a {type(loader).__name__}; expected a DataLoader, or another iterable of batches that can be "
             "read more than once."
         )
-    with isolate_rng():
+    with random_state_kept([loader]):
         batch = next(iter(loader), None)
     if batch is None:
         raise MisconfigurationException(f"{what} holds no batch.")

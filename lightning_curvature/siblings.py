@@ -1,7 +1,6 @@
 """The edited copy of a checkpoint: which weights it belongs to, and when there is none."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,7 @@ class Measured:
         validated: Hashes of the weights that the factors are exact for; None for factors of training steps, during
             which weights move.
         step: Step of the factors.
-        swapped: Whether the live weights were changed since the last training step, which their factors do not
-            describe.
+        swapped: Whether others than those of the last training step were validated, or lie in the module now.
         averages: Whether a ``WeightAveraging`` saves its averages, which move on after a validation.
     """
 
@@ -168,13 +166,15 @@ def weight_hashes(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 _SAME = 1e-3  # relative change of a weight below which the factors of a training step still describe it
+_SAMPLED = 256  # entries of each weight that are compared
 
 
 class WeightWatch:
-    """Tells whether weights were changed outside of training steps, by more than training steps change them.
+    """Tells whether weights were changed outside of training steps, by more than what is usual there.
 
-    Tensors count their changes, which costs nothing to read. Only once a change outside of a step was seen are values
-    kept, too: who averages weights often puts the others back, and a module may clamp its weights after each step.
+    A sample of each weight is kept as a step leaves it. Who averages weights puts others in their place, often without
+    a trace that autograd keeps (``.data``), and mostly puts them back. Where training goes on from changed weights (a
+    module that clamps them after each step), such a change is usual from then on.
 
     Args:
         weights: Returns the weights to watch, by name.
@@ -182,42 +182,31 @@ class WeightWatch:
 
     def __init__(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
         self._weights = weights
-        self._changes: list[tuple[int, int]] | None = None
-        self._values: list[Tensor] | None = None
-        self._suspects = False
+        self._sample: list[Tensor] | None = None
+        self._usual = _SAME
+        self._in_step = False
+
+    def begin_step(self) -> None:
+        """Take the weights as they are for what training goes on from."""
+        self._usual = max(self._usual, 2.0 * self._change())
+        self._in_step = True
 
     def end_step(self) -> None:
         """Remember the weights as a training step leaves them."""
-        self._changes = self._count()
-        self._values = [weight.detach().clone() for weight in self._local()] if self._suspects else None
+        self._sample, self._in_step = self._look(), False
 
-    def begin_step(self) -> None:
-        """Notice whether they were changed since."""
-        self._suspects = self._suspects or (self._changes is not None and self._changes != self._count())
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Change weights inside a ``with`` block that puts them back bit for bit."""
-        noticed = self._changes == self._count()
-        try:
-            yield
-        finally:
-            if noticed:
-                self._changes = self._count()
-
-    @torch.no_grad()
     def swapped(self) -> bool:
         """Tell whether the weights are not those that the last training step left."""
-        if self._changes is None or self._changes == self._count():
-            return False
-        self._suspects = True
-        if self._values is None:
-            return True
-        pairs = list(zip(self._values, self._local(), strict=True))
-        return any(bool((new - old).norm() > _SAME * old.norm()) for old, new in pairs)
+        return not self._in_step and self._change() > self._usual
 
-    def _local(self) -> list[Tensor]:
-        return [getattr(weight, "_local_tensor", weight) for weight in self._weights().values()]
+    def _change(self) -> float:
+        """Return the largest relative change of a weight since the last step."""
+        if self._sample is None:
+            return 0.0
+        pairs = zip(self._sample, self._look(), strict=True)
+        return max((float((new - old).norm() / old.norm().clamp(min=1e-30)) for old, new in pairs), default=0.0)
 
-    def _count(self) -> list[tuple[int, int]]:
-        return [(weight.data_ptr(), weight._version) for weight in self._local()]
+    @torch.no_grad()
+    def _look(self) -> list[Tensor]:
+        local = [getattr(weight, "_local_tensor", weight).detach().flatten() for weight in self._weights().values()]
+        return [weight[:: max(len(weight) // _SAMPLED, 1)].double() for weight in local]

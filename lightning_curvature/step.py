@@ -220,6 +220,8 @@ class Step:
         if self._options.kind == "empirical":
             live = [call.edge.node for call in self._calls if call.edge is not None and call.name in chosen]
             goals = {*live, *map(node_of, leaves)}
+            if self._options.logits is not None:
+                objective = None  # what arrives at losses that were not looked for is not watched
             objectives.check_single_path(losses, goals, objective)
             self._expect(losses, calls, leaves)
         else:
@@ -272,9 +274,9 @@ class Step:
         elif self.taps.transformed & set(chosen) and not ran & set(chosen):
             names = listing(sorted(self.taps.transformed & set(chosen)))
             self.passed_over.append(
-                f"Layers {names} run inside a torch.func transform (vmap, grad, jvp), whose tensors have no place in the "
-                "autograd graph. Collect from a step without it: a plain forward pass and loss.backward(), or over the "
-                "trained model (lightning_curvature.collect.collect)."
+                f"Layers {names} run inside a torch.func transform (vmap, grad, jvp), whose tensors have no place in "
+                "the autograd graph. Collect from a step without it: a plain forward pass and loss.backward(), or over "
+                "the trained model (lightning_curvature.collect.collect)."
             )
         elif ran & set(chosen):
             self.passed_over.append(

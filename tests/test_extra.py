@@ -481,6 +481,7 @@ def test_a_watch_of_weights():
     weight.copy_(kept)
     watch.begin_step()
     weight.add_(0.1)  # a step of training
+    assert not watch.swapped()
     watch.end_step()
     kept = weight.clone()
     weight.mul_(2)
@@ -491,9 +492,15 @@ def test_a_watch_of_weights():
     assert watch.swapped()
     weight.data = kept.clone()
     assert not watch.swapped()
-    with watch.restored():
-        weight.zero_()
-    assert watch.swapped()  # it was not the block's own count alone
+    weight.data.mul_(2)  # of which autograd keeps no trace
+    assert watch.swapped()
+    watch.begin_step()
+    assert not watch.swapped()  # training goes on from there
+    watch.end_step()
+    weight.mul_(2)
+    assert not watch.swapped()  # as usual
+    weight.mul_(4)
+    assert watch.swapped()
 
 
 # The last window -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_curvature.checkpoints.archive import KEY
 from lightning_curvature.ranks import Ranks
 
 Checkpoint = dict[str, Any]
@@ -135,7 +137,7 @@ class Siblings:
         begins with "last", is never an edited one. A sibling that cannot be made or written costs a warning, and never
         the checkpoint.
         """
-        path = os.fspath(filepath)
+        path = _absolute(os.fspath(filepath))
         hidden = Path(path).name.startswith(".")  # what Lightning's tuners save for a moment
         lost = self.failed and not self.ranks.all_here()
         if lost:
@@ -164,7 +166,9 @@ class Siblings:
             self._saved.add(path)
             self._waiting.pop(path, None)
             if edits:
-                self._waiting[path] = _Waiting(edits, _stamp(path) if self.ranks.rank == 0 else None)
+                with _costs_a_warning(path):
+                    stamp = _stamp(path) if self.ranks.rank == 0 and Path(path).is_file() else None
+                    self._waiting[path] = _Waiting(edits, stamp)
 
     def _hold_one_set(self, name: str, edit: Edit) -> None:
         """Let go of the factors of edits that wait, where a new one takes others: they may be large.
@@ -198,8 +202,9 @@ class Siblings:
         if not waiting.edits:
             del self._waiting[path]
         with _costs_a_warning(path):
-            checkpoint = self._read_back(path, waiting.stamp)
             copy = sibling(_apart(path), f"-{name}")
+            self._check_free(copy)
+            checkpoint = self._read_back(path, waiting.stamp)
             if checkpoint is not None and (edited := edit(checkpoint, copy)) is not None:
                 self._save(edited, copy)
                 if self.ranks.rank == 0:  # ckpt_path="last" takes the latest file
@@ -224,8 +229,8 @@ class Siblings:
         return held[0] if held else {"state_dict": {}, "global_step": step}
 
     def _check_free(self, copy: str) -> None:
-        """Raise ``FileExistsError`` if the path of a copy is that of a checkpoint of this run."""
-        if copy in self._saved:
+        """Raise ``FileExistsError`` if the path of a copy is that of somebody's own checkpoint. A collective."""
+        if self.ranks.first(lambda: copy in self._saved or not _may_be_replaced(copy)):
             raise FileExistsError(f"{copy} is a checkpoint of its own; give the callback another name=")
 
     def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Checkpoint:
@@ -257,18 +262,19 @@ class Siblings:
         """
         there = self.ranks.rank == 0 and get_filesystem(filepath).exists(filepath)
         self._remove(filepath)
-        path = os.fspath(filepath)
+        path = _absolute(os.fspath(filepath))
         self._waiting.pop(path, None)
         self._saved.discard(path)
         if there:
             for name in self.savers:
-                copy = sibling(_apart(path), f"-{name}")
-                if copy not in self._saved:
-                    self._remove_if_there(copy)
-                _delete(factors_path(_apart(path), name))
+                with _costs_a_warning(path):
+                    copy = sibling(_apart(path), f"-{name}")
+                    if copy not in self._saved:
+                        self._remove_if_there(copy)
+                    _delete(factors_path(_apart(path), name))
 
     def _remove_if_there(self, path: str) -> None:
-        if self.ranks.rank == 0 and get_filesystem(path).exists(path):
+        if self.ranks.rank == 0 and get_filesystem(path).exists(path) and _may_be_replaced(path):
             self._remove(path)
 
 
@@ -286,6 +292,8 @@ def _costs_a_warning(path: str) -> Iterator[None]:
 
 def _writes_one_file(strategy: Strategy) -> bool:
     """Tell whether a strategy writes each checkpoint at once, as one file in Lightning's own way."""
+    if not type(strategy).save_checkpoint.__module__.startswith("lightning."):
+        return False
     if getattr(strategy, "_save_distributed_checkpoint", False):
         return False  # each process writes its shard
     try:
@@ -305,6 +313,23 @@ def _apart(path: str) -> str:
     """
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}{name.replace('hpc_ckpt_', 'hpc-ckpt-')}"
+
+
+def _may_be_replaced(path: str) -> bool:
+    """Tell whether what is at the path of an edited copy is one: other people's files stay."""
+    if not _is_local(path) or not Path(path).is_file():
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return KEY.encode() in archive.read(pickled)
+    except (zipfile.BadZipFile, ValueError):
+        return False
+
+
+def _absolute(path: str) -> str:
+    """Return a local path as one that is right in any working directory; others as they are."""
+    return str(Path(path).absolute()) if _is_local(path) else path
 
 
 def _is_local(path: str) -> bool:
