@@ -1,6 +1,5 @@
 """Questions to the autograd graph: what reaches what, which module made a tensor, which softmax a tensor goes into."""
 
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 # Nodes that hand values on as they are: views, copies and casts. Their names end with "Backward" and a number.
 _HANDED_ON = (
-    "Alias", "AsStrided", "Chunk", "Clone", "Contiguous", "Expand", "Index", "Movedim", "Narrow", "Permute", "Reshape",
-    "Select", "Slice", "Split", "Squeeze", "Swap", "T", "ToCopy", "Transpose", "Unbind", "Unsqueeze", "UnsafeView",
-    "View",
+    "Alias", "AsStrided", "Chunk", "Clone", "Contiguous", "Expand", "Index", "IndexSelect", "Movedim", "Narrow",
+    "Permute", "Reshape", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Swap", "T",
+    "ToCopy", "Transpose", "Unbind", "UnsafeSplit", "UnsafeView", "Unsqueeze", "View",
 )  # fmt: skip
 _REORDERED = ("T", "Transpose", "Permute", "Movedim", "Swap")
 _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Linear", "Convolution", "Addmv", "Mv")
@@ -61,13 +60,11 @@ class Origin:
         node: The layer's own node in the graph: one call of it.
         parameters: Addresses of the layer's parameters; empty if none are known.
         operations: What was done to the output, names of nodes; views, copies and casts are left out.
-        reordered: Whether dimensions were exchanged on the way.
     """
 
     node: Node
     parameters: frozenset[int]
     operations: tuple[str, ...]
-    reordered: bool
 
     def is_head_of(self, other: "Origin") -> bool:
         """Tell whether another tensor comes from the same layer in the same way, from this call of it or another."""
@@ -79,13 +76,6 @@ class Origin:
         same = (self.operations, self.node.name()) == (other.operations, other.node.name())
         return not self.parameters and not other.parameters and same
 
-    @property
-    def size(self) -> int | None:
-        """Number of entries of the layer's output; None where torch does not tell."""
-        metadata: Any = getattr(self.node, "_input_metadata", None)
-        shape = metadata[0].shape if metadata else None
-        return None if shape is None else math.prod(shape)
-
 
 def origin_of(node: Node, parameters: Collection[int]) -> Origin:
     """Return the layer that made a tensor.
@@ -94,7 +84,7 @@ def origin_of(node: Node, parameters: Collection[int]) -> Origin:
         node: The tensor's node.
         parameters: Addresses (``id``) of the network's parameters.
     """
-    operations, reordered = list[str](), False
+    operations = list[str]()
     while True:
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         leaves = {parent: _leaf_below(parent) for parent in parents}
@@ -102,12 +92,11 @@ def origin_of(node: Node, parameters: Collection[int]) -> Origin:
         above = [parent for parent in parents if leaves[parent] is None]
         kind = _kind(node)
         if kind in _PRODUCTS:
-            return Origin(node, own or _frozen_weight(node), tuple(operations), reordered)
+            return Origin(node, own or _frozen_weight(node), tuple(operations))
         if len(above) != 1:
-            return Origin(node, own, tuple(operations), reordered)
+            return Origin(node, own, tuple(operations))
         if kind not in _HANDED_ON:  # a scale of its own belongs to what was done
             operations.append(f"{kind} {sorted(own)}" if own else kind)
-        reordered |= kind in _REORDERED
         (node,) = above
 
 

@@ -5,11 +5,10 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curvature._checks import listing
 from lightning_curvature.graph import (
-    Origin,
     SoftmaxUse,
     ancestors,
     between,
@@ -128,65 +127,52 @@ def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], name
         raise RuntimeError(several_outputs(shapes_of(losses)))
     merged: list[SoftmaxLoss] = []
     for node in dict.fromkeys(origin.node for origin in origins):
-        members = [(loss, origin) for loss, origin in zip(losses, origins, strict=True) if origin.node is node]
-        merged += _of_one_call(members)
+        merged += _of_one_call(
+            [loss for loss, origin in zip(losses, origins, strict=True) if origin.node is node], node
+        )
     return merged
 
 
-def _of_one_call(members: Sequence[tuple[SoftmaxLoss, Origin]]) -> list[SoftmaxLoss]:
-    """Return the losses over the output of one call of a head, those over the same softmax as one."""
-    size = members[0][1].size
-    kept: list[SoftmaxLoss] = []
-    for loss, origin in members:
-        twin = next((other for other in kept if _same_softmax(other, loss, origin, size)), None)
-        if twin is None:
-            kept.append(loss)
+def _of_one_call(losses: Sequence[SoftmaxLoss], node: Node) -> list[SoftmaxLoss]:
+    """Return the losses over the output of one call of a head, ``node``, those over the same softmax as one."""
+    if len(losses) == 1:
+        return list(losses)
+    kept, read = list[SoftmaxLoss](), list[dict[int, Tensor]]()
+    for loss in losses:
+        entries = _entries_read(loss.logits, node)
+        for i, other in enumerate(kept):
+            both = [(read[i][k], entries[k]) for k in read[i].keys() & entries]
+            same = read[i].keys() == entries.keys() and all(torch.equal(*pair) for pair in both)
+            if same and _same_softmax(other, loss):
+                counted = other.counted | loss.counted
+                kept[i] = dataclasses.replace(other, counted=counted, twins=(*other.twins, loss))
+                break
+            if any(bool((mine & theirs).any()) for mine, theirs in both):
+                raise RuntimeError(
+                    f"{len(losses)} softmax losses read the same outputs in different ways (logits of shapes "
+                    f"{shapes_of(losses)}), so that their classes are not told apart. Name the submodule or method "
+                    "that returns the logits that count: logits='...'; a validation step may also return the loss "
+                    "that counts."
+                )
         else:
-            both = dataclasses.replace(twin, counted=twin.counted | loss.counted, twins=(*twin.twins, loss))
-            kept[kept.index(twin)] = both
-    total = sum(loss.logits.numel() for loss in kept)
-    if len(kept) > 1 and ((size is not None and total > size) or _overlap([loss.logits for loss in kept])):
-        raise RuntimeError(
-            f"{len(kept)} softmax losses read the same outputs in different ways (logits of shapes {shapes_of(kept)}), "
-            "so that their classes are not told apart. Name the submodule or method that returns the logits that "
-            "count: logits='...'; a validation step may also return the loss that counts."
-        )
+            kept.append(loss)
+            read.append(entries)
     return kept
 
 
-def _same_softmax(one: SoftmaxLoss, two: SoftmaxLoss, origin: Origin, size: int | None) -> bool:
+def _entries_read(logits: Tensor, node: Node) -> dict[int, Tensor]:
+    """Return which entries of the outputs of a node logits are made of: bool, of each output's shape, by its number."""
+    edges = [GradientEdge(node, i) for i in range(len(getattr(node, "_input_metadata", (0,))))]
+    found = torch.autograd.grad(logits, edges, torch.ones_like(logits), retain_graph=True, allow_unused=True)
+    return {i: whole(gradient) != 0 for i, gradient in enumerate(found) if gradient is not None}
+
+
+def _same_softmax(one: SoftmaxLoss, two: SoftmaxLoss) -> bool:
+    """Tell whether two losses that read the same entries read them in the same order."""
     if one.logits.shape != two.logits.shape or one.class_dim != two.class_dim:
         return False
-    if node_of(one.logits) is node_of(two.logits):
-        return one.logits.output_nr == two.logits.output_nr
-    if _is_same_view(one.logits, two.logits):
-        return True
-    return not (origin.reordered or origin.operations) and one.logits.numel() == size
-
-
-def _is_same_view(one: Tensor, two: Tensor) -> bool:
-    return (
-        one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
-        and one.dtype == two.dtype
-        and (one.storage_offset(), one.stride()) == (two.storage_offset(), two.stride())
-    )
-
-
-def _overlap(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether tensors share entries of one memory."""
-    by_storage: dict[int, list[Tensor]] = {}
-    for tensor in tensors:
-        if not hasattr(tensor, "full_tensor"):  # of processes that each hold a part
-            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor.detach())
-    for views in by_storage.values():
-        if len(views) > 1 and len({view.dtype for view in views}) == 1:
-            entries = views[0].untyped_storage().nbytes() // views[0].element_size()
-            times = torch.zeros(entries, dtype=torch.uint8, device=views[0].device)
-            for view in views:
-                times.as_strided(view.shape, view.stride(), int(view.storage_offset())).add_(1)
-            if bool((times > 1).any()):
-                return True
-    return False
+    z1, z2 = whole(one.logits.detach()), whole(two.logits.detach())
+    return torch.allclose(z1, z2.to(z1.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def several_outputs(shapes: Sequence[Sequence[int]]) -> str:

@@ -183,30 +183,37 @@ class WeightWatch:
     def __init__(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
         self._weights = weights
         self._sample: list[Tensor] | None = None
-        self._usual = _SAME
+        self._usual: list[Tensor] | None = None
         self._in_step = False
 
+    @torch.no_grad()
     def begin_step(self) -> None:
         """Take the weights as they are for what training goes on from."""
-        self._usual = max(self._usual, 2.0 * self._change())
+        if self._sample is not None:  # stays on the device, which is not waited for
+            twice = [2.0 * change for change in self._changes()]
+            usual = self._usual or [torch.full_like(change, _SAME) for change in twice]
+            self._usual = [torch.maximum(old, new) for old, new in zip(usual, twice, strict=True)]
         self._in_step = True
 
     def end_step(self) -> None:
         """Remember the weights as a training step leaves them."""
         self._sample, self._in_step = self._look(), False
 
+    @torch.no_grad()
     def swapped(self) -> bool:
         """Tell whether the weights are not those that the last training step left."""
-        return not self._in_step and self._change() > self._usual
+        if self._in_step or self._sample is None:
+            return False
+        changes = self._changes()
+        usual = self._usual or [torch.full_like(change, _SAME) for change in changes]
+        return any(bool(change > most) for change, most in zip(changes, usual, strict=True))
 
-    def _change(self) -> float:
-        """Return the largest relative change of a weight since the last step."""
-        if self._sample is None:
-            return 0.0
-        pairs = zip(self._sample, self._look(), strict=True)
-        return max((float((new - old).norm() / old.norm().clamp(min=1e-30)) for old, new in pairs), default=0.0)
+    def _changes(self) -> list[Tensor]:
+        """Return the relative change of each weight since the last step."""
+        pairs = zip(self._sample or (), self._look(), strict=True)
+        return [(new - old).norm() / old.norm().clamp(min=1e-30) for old, new in pairs]
 
     @torch.no_grad()
     def _look(self) -> list[Tensor]:
         local = [getattr(weight, "_local_tensor", weight).detach().flatten() for weight in self._weights().values()]
-        return [weight[:: max(len(weight) // _SAMPLED, 1)].double() for weight in local]
+        return [weight[:: max(len(weight) // _SAMPLED, 1)].to(torch.float32, copy=True) for weight in local]

@@ -469,8 +469,9 @@ def test_a_small_change_after_each_step_is_no_swap(tmp_path):
     assert "x-edited.ckpt" in saved(tmp_path)
 
 
-def test_a_watch_of_weights():
-    weight = torch.ones(4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_watch_of_weights(dtype):
+    weight = torch.ones(4, dtype=dtype)
     watch = WeightWatch(lambda: {"fc": weight})
     assert not watch.swapped()
     watch.end_step()
@@ -488,7 +489,7 @@ def test_a_watch_of_weights():
     assert watch.swapped()
     weight.copy_(kept)  # put back
     assert not watch.swapped()
-    weight.data = torch.zeros(4)
+    weight.data = torch.zeros_like(weight)
     assert watch.swapped()
     weight.data = kept.clone()
     assert not watch.swapped()

@@ -307,6 +307,44 @@ def test_checkpointed_layers_are_not_counted_again_in_a_backward_pass():
     assert run(model, work).factors()["fc"].num_inputs == 12
 
 
+# What the training leaves out ----------------------------------------------------------------------------------------
+
+
+def masked(z, y, ignored):
+    """The loss of each position, those to ignore times zero."""
+    return (F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none") * ~ignored.flatten()).sum()
+
+
+def indexed(z, y, ignored):
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")[~ignored.flatten()].mean()
+
+
+def class_weighted(z, y, ignored):
+    """A class of weight zero stands for what is to be ignored."""
+    weight = torch.ones(4).double()
+    weight[3] = 0
+    return F.cross_entropy(z.flatten(0, 1), y.masked_fill(ignored, 3).flatten(), weight)
+
+
+def soft(z, y, ignored):
+    """Class probabilities, all zero at what is to be ignored."""
+    return F.cross_entropy(z.flatten(0, 1), (F.one_hot(y, 4) * ~ignored[..., None]).double().flatten(0, 1))
+
+
+@pytest.mark.parametrize("loss", [masked, indexed, class_weighted, soft])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_positions_of_weight_zero_do_not_count(loss, kind):
+    model, (x, y) = Net().double(), tokens()
+    y = y % 3
+    ignored = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
+    found = factors(model, lambda: loss(model(x), y, ignored), fisher=kind)
+    labels = y.masked_fill(ignored, -100).flatten()
+    plain = factors(model, lambda: F.cross_entropy(model(x).flatten(0, 1), labels), fisher=kind)
+    assert found.num_inputs == plain.num_inputs == 9
+    torch.testing.assert_close(found.A, plain.A)
+    torch.testing.assert_close(found.G, plain.G)
+
+
 # Named logits --------------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +441,99 @@ def test_named_logits_of_losses_that_have_no_softmax_are_refused(out, loss, mess
     for kind in ("exact", "sketched", "sampled"):
         with pytest.raises(RuntimeError, match=message):
             factors(model, lambda: loss(model(x)), logits="head", class_dim=-1, fisher=kind)
+
+
+def test_named_logits_select_the_loss_that_is_seen():
+    """What is known of the loss (its shift, ignored labels, a cast) counts also where the user named the logits."""
+    model, (x, y) = Net(), tokens()
+    labels = y.masked_fill(torch.arange(4) == 2, -100)
+
+    def step():
+        return F.cross_entropy(model(x.float())[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
+
+    plain, named = factors(model, step), factors(model, step, logits="head")
+    assert named.num_inputs == plain.num_inputs == 6
+    torch.testing.assert_close(named.A, plain.A)
+    torch.testing.assert_close(named.G, plain.G)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, lambda z, y: by_hand(z, y, -1)])
+def test_what_goes_through_more_than_views_is_no_logits(loss):
+    """A temperature after the head: its output is not what goes into the softmax."""
+    model, (x, y) = Net().double(), tokens()
+    model.cool = nn.Identity()
+    step = lambda: loss(model.cool(model(x) / 3).flatten(0, 1), y.flatten())  # noqa: E731
+    expected = exact_gradient_factor(model, x, [lambda pre: model.head(torch.tanh(pre)).flatten(0, 1) / 3])
+    torch.testing.assert_close(factors(model, step, logits="cool").G, expected)
+    if loss is F.cross_entropy:  # which says itself what its logits are
+        torch.testing.assert_close(factors(model, step, logits="head").G, expected)
+    else:
+        with pytest.raises(RuntimeError, match=r"more than views \(.*[Dd]iv.*\), so it returns no logits"):
+            factors(model, step, logits="head")
+
+
+def test_a_class_dimension_that_the_softmax_contradicts():
+    model, x, y = Segmenter().double(), torch.randn(2, 2, 5, 4).double(), torch.randint(0, 3, (2, 5, 4))
+    with pytest.raises(RuntimeError, match=r"class_dim=-1: .* the softmax of the loss has \[3\] classes, in another"):
+        factors(model, lambda: focal(model(x), y, 1), logits="head", class_dim=-1)
+
+
+def test_logits_that_are_changed_in_place_after_the_loss():
+    model, (x, y) = Net().double(), tokens()
+
+    def step(copy):
+        z = model(x).flatten(0, 1)
+        loss = F.cross_entropy(z, y.flatten())
+        (z.detach().clone() if copy else z.detach()).mul_(2)
+        return loss
+
+    factors(model, lambda: step(True))
+    with pytest.raises(RuntimeError, match="changed in place after the loss read them"):
+        factors(model, lambda: step(False))
+
+
+def test_every_way_of_taking_positions_hands_logits_on():
+    model, (x, y) = Net().double(), tokens()
+    expected = exact_gradient_factor(model, x, [head(model)])
+    ways = {
+        "slice": lambda z: (z[:, :1], z[:, 1:]),
+        "split": lambda z: z.split([1, 3], 1),
+        "chunk": lambda z: z.chunk(2, 1),
+        "unsafe_split": lambda z: z.unsafe_split(2, 1),
+        "tensor_split": lambda z: z.tensor_split(3, 1),
+        "narrow": lambda z: (z.narrow(1, 0, 1), z.narrow(1, 1, 3)),
+        "unbind": lambda z: z.unbind(1),
+        "select": lambda z: [z.select(1, t) for t in range(4)],
+        "index": lambda z: (z[:, torch.tensor([0, 2])], z[:, torch.tensor([1, 3])]),
+        "index_select": lambda z: [z.index_select(1, torch.tensor(t)) for t in ([0, 2], [1, 3])],
+        "mask": lambda z: (z[y > 1], z[y <= 1]),
+        "transpose": lambda z: z.transpose(0, 1).contiguous().unflatten(0, (2, 2)).squeeze(0),
+        "swapaxes": lambda z: z.swapaxes(0, 1).split(2),
+        "reshape": lambda z: z.flatten(0, 1).unsqueeze(1).reshape(2, 6, 4),
+        "double": lambda z: (z[:1].float(), z[1:].clone()),
+    }
+    for name, way in ways.items():
+        parts = lambda way=way: [part.reshape(-1, 4) for part in way(model(x))]  # noqa: E731
+        step = lambda parts=parts: sum(F.cross_entropy(z, torch.zeros(len(z)).long()) for z in parts())  # noqa: E731
+        found = factors(model, step)
+        assert found.num_inputs == 12, name
+        torch.testing.assert_close(found.G, expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_views_that_overlap_are_refused():
+    model, (x, y) = Net().double(), tokens()
+
+    def step(first, second):
+        z = model(x)
+        return sum(F.cross_entropy(z[:, part].flatten(0, 1), y[:, part].flatten()) for part in (first, second))
+
+    apart = factors(model, lambda: step(slice(0, 1), slice(1, 4)))
+    torch.testing.assert_close(apart.G, exact_gradient_factor(model, x, [head(model)]))
+    for first, second in ((slice(0, 2), slice(1, 3)), (torch.tensor([0, 1]), torch.tensor([1, 2]))):
+        with pytest.raises(RuntimeError, match="read the same outputs in different ways"):
+            factors(model, lambda first=first, second=second: step(first, second))
+    once, twice = (factors(model, lambda n=n: step(torch.tensor([0, 1]), torch.tensor(n))) for n in ([2], [0, 1]))
+    assert (once.num_inputs, twice.num_inputs) == (9, 6)  # the latter are mixed labels, of copies
 
 
 def test_named_logits_that_do_not_reach_the_loss():
