@@ -257,9 +257,9 @@ class Collector:
             yield
             return
         places = [(module, name) for module in self.module.modules() for name in module._buffers]
-        buffers = [(*place, buffer, buffer._version, buffer.detach().clone())
+        buffers = [(*place, buffer, buffer.detach().clone())
                    for place in places if (buffer := place[0]._buffers[place[1]]) is not None
-                   and not buffer.is_inference()]  # fmt: skip
+                   and buffer.layout is torch.strided and not (buffer.is_inference() or buffer.is_meta)]  # fmt: skip
         grads = [(parameter, parameter.grad) for parameter in self.module.parameters()]
         try:
             for parameter, _ in grads:
@@ -270,11 +270,12 @@ class Collector:
             for parameter, grad in grads:
                 parameter.grad = grad
             with torch.no_grad():
-                for module, name, buffer, version, before in buffers:
-                    if module._buffers.get(name) is not buffer or buffer._version != version:
-                        changed = True
-                        module._buffers[name] = buffer
+                for module, name, buffer, before in buffers:
+                    if module._buffers.get(name) is not buffer:
+                        module._buffers[name], changed = buffer, True
+                    if not torch.equal(buffer, before):  # batch normalisation leaves the version counter as it was
                         buffer.copy_(before)
+                        changed = True
             self._disturbed = bool(self._disturbed) or changed
 
     def stop(self) -> None:
