@@ -308,16 +308,36 @@ def test_a_probe_of_a_module_without_forward(tmp_path):
         fit(tmp_path, Formless(), KFACEditCallback())
 
 
-def test_looking_at_a_probe_does_not_move_the_random_state(tmp_path):
+@pytest.mark.parametrize("own", [True, False])
+def test_looking_at_a_probe_does_not_move_the_random_state(own, tmp_path):
+    """Neither the global one, nor that of a generator that the loaders share."""
+
     def weights(*callbacks):
         pl.seed_everything(0)
+        shared = torch.Generator().manual_seed(3) if own else None
         module = Probed(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)))
-        module.answer = lambda: {"val": DataLoader(rows(32), 8, shuffle=True)}
-        fit(tmp_path, module, *callbacks, data=DataLoader(rows(), 16, shuffle=True), enable_checkpointing=False)
+        module.answer = lambda: {"val": DataLoader(rows(32), 8, shuffle=True, generator=shared)}
+        data = DataLoader(rows(), 16, shuffle=True, generator=shared)
+        fit(tmp_path, module, *callbacks, data=data, enable_checkpointing=False)
         return module.state_dict()
 
     plain, with_callback = weights(), weights(KFACEditCallback())
     assert all(torch.equal(value, with_callback[name]) for name, value in plain.items())
+
+
+def test_a_probe_that_fails_costs_its_results(tmp_path):
+    class Failing(Probed):
+        def forward(self, x):
+            if self.trainer.global_step:
+                raise RuntimeError("out of memory")
+            return super().forward(x)
+
+    module, callback = Failing(), KFACEditCallback()
+    module.answer = lambda: {"val": loader(32)}
+    with pytest.warns(UserWarning, match="A probe could not be measured, and the run goes on without: out of memory"):
+        fit(tmp_path, module, callback, ModelCheckpoint(tmp_path / "c", filename="x"))
+    assert callback.probe_results == {}
+    assert "x-edited.ckpt" in saved(tmp_path)
 
 
 # Results stay until others are there ---------------------------------------------------------------------------------
@@ -802,6 +822,29 @@ def test_a_name_that_is_a_checkpoint_of_its_own(tmp_path):
     with pytest.warns(UserWarning, match=r"x-v1.ckpt is a checkpoint of its own; give the callback another name="):
         fit(tmp_path, Plain(), KFACEditCallback(name="v1"), Both(), enable_checkpointing=False)
     assert "lightning_curvature" not in torch.load(tmp_path / "x-v1.ckpt", weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_file_of_somebody_else_is_neither_replaced_nor_removed(tmp_path):
+    mine = tmp_path / "c" / "x-edited.ckpt"
+    mine.parent.mkdir()
+    torch.save({"state_dict": {"mine": torch.ones(1)}}, mine)
+    saver = ModelCheckpoint(tmp_path / "c", filename="x", save_top_k=1, monitor="val_loss")
+    with pytest.warns(UserWarning, match=r"x-edited.ckpt is a checkpoint of its own; give the callback another name="):
+        fit(tmp_path, Plain(), KFACEditCallback(), saver, validation=loader(32), max_epochs=3)
+    assert torch.load(mine, weights_only=True)["state_dict"]["mine"] == 1
+
+
+def test_a_sibling_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
+    def stuck(path):
+        raise PermissionError(f"{path} is read-only")
+
+    monkeypatch.setattr("lightning_curvature.checkpoints.lightning._delete", stuck)
+    saver = ModelCheckpoint(tmp_path / "c", filename="{step}", save_top_k=1, monitor="step", mode="max")
+    with pytest.warns(UserWarning, match="PermissionError"):
+        trainer = fit(tmp_path, Plain(), KFACEditCallback(), saver, max_epochs=2)
+    assert trainer.state.finished
+    assert {"step=16.ckpt", "step=16-edited.ckpt"} <= set(saved(tmp_path))
 
 
 def test_the_edited_copy_says_how_far_it_moved(tmp_path):
