@@ -305,7 +305,7 @@ def test_a_router_that_runs_last_is_not_the_output_of_an_mlp():
 @pytest.fixture
 def messages(monkeypatch):
     found = []
-    monkeypatch.setattr("lightning_curvature.choice.rank_zero_info", found.append)
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_info", found.append)
     return found
 
 
