@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import typing
 
 import pytest
@@ -196,6 +197,31 @@ def test_what_is_there_is_not_written_over_without_a_word(folder, tmp_path, monk
     else:
         run(command, *args, "--overwrite")
         assert out.read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+@pytest.mark.parametrize("place", ["model/config.json", "model/new.x", "edited/config.json", "model", "linked"])
+@pytest.mark.parametrize("command", ["collect", "mine", "evaluate", "sweep", "detect"])
+def test_no_output_lies_in_a_model_that_is_read(folder, tmp_path, monkeypatch, command, place, more):
+    monkeypatch.setattr(models, "_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    for name in ("model", "edited"):
+        shutil.copytree(folder / name, tmp_path / name)
+    (tmp_path / "model" / "config.json").rename(tmp_path / "linked")
+    (tmp_path / "model" / "config.json").symlink_to(tmp_path / "linked")
+    if command == "sweep":
+        more = ()
+        if place.endswith(".x"):
+            (tmp_path / place).mkdir()  # an empty folder is as good as none
+    args = replaced(arguments(folder, tmp_path, command), "--model", tmp_path / "model")
+    args = [*replaced(args, "--out", tmp_path / place), "--checkpoint", tmp_path / "edited", *more]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(SystemExit, match=r"lie one inside the other|is the source itself|names a f"):
+        run(command, *args)
+    if command == "evaluate" and place == "linked":
+        page = ["--reference", "--examples", tmp_path / "edited" / "config.json"]
+        with pytest.raises(SystemExit, match=r"lie one inside the other"):
+            run(command, *replaced(args, "--out", tmp_path / "o.json"), *page)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_examples_are_not_written_over_either(folder, tmp_path):

@@ -78,9 +78,10 @@ def check_outputs(
 
     Args:
         outputs: Files and folders to write.
-        inputs: Files and folders that are read.
+        inputs: Files and folders that are read; what a folder holds as a link is read, too.
         overwrite: Whether outputs may exist.
     """
+    inputs = [*inputs, *(link for path in inputs for link in _links(Path(path)))]
     resolved = [Path(path).resolve() for path in outputs]
     for output, path in zip(outputs, resolved, strict=True):
         for other in inputs:
@@ -101,3 +102,8 @@ def check_outputs(
         above = next(parent for parent in path.parents if parent.exists())
         if not above.is_dir():
             raise FileExistsError(f"{output} cannot be written: {above} is a file, not a folder.")
+
+
+def _links(folder: Path) -> list[Path]:
+    """Return the links in a folder, such as those of the Hugging Face cache; none of a file."""
+    return [path for path in folder.iterdir() if path.is_symlink()] if folder.is_dir() else []

@@ -79,7 +79,8 @@ def detect(
     """
     inputs = {"--factors": factors if not factors.is_dir() else None, "--sequences": sequences, "--corpus": corpus}
     weights = None if checkpoint is None or (model is not None and checkpoint.is_dir()) else checkpoint
-    check_files({"--out": out}, {**inputs, "--checkpoint": weights}, overwrite)
+    read = [model, checkpoint, None if config is None else Path(config)]
+    check_files({"--out": out}, {**inputs, "--checkpoint": weights}, overwrite, models=read)
     if config is not None and not (Path(config).is_file() or (resources.files(configs) / config).is_file()):
         raise FileNotFoundError(f"No such file: {config} (--config).")
     check_counts(tokens=tokens, context=context, batch_size=batch_size)

@@ -58,7 +58,9 @@ def collect(
         seed: Seed of the random draws.
         overwrite: Replace what is at out.
     """
-    check_files({"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite)
+    check_files(
+        {"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite, models=[model, checkpoint]
+    )
     check_counts(tokens=tokens, context=context, batch_size=batch_size, draws=draws, passes=passes,
                  save_every=save_every)  # fmt: skip
     check_share(share, "--share")
@@ -123,7 +125,9 @@ def mine(
         seed: Seed of the sample.
         overwrite: Replace what is at out.
     """
-    check_files({"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite)
+    check_files(
+        {"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite, models=[model, checkpoint]
+    )
     check_counts(prefix=prefix, suffix=suffix, stride=stride, windows=windows, batch_size=batch_size)
     check_energy(similarity, "--similarity")
     with extra("text"):
@@ -185,7 +189,7 @@ def evaluate(
         overwrite: Replace what is at out and examples.
     """
     inputs = {"--sequences": sequences, "--corpus": corpus, "--recall": recall, "--checkpoint": _file(checkpoint)}
-    check_files({"--out": out, "--examples": examples}, inputs, overwrite)
+    check_files({"--out": out, "--examples": examples}, inputs, overwrite, models=[model, checkpoint])
     check_counts(tokens=tokens, context=context, batch_size=batch_size)
     if sequences is None and corpus is None and recall is None:
         raise ValueError("Nothing to measure on: give at least one of --sequences, --corpus and --recall.")
@@ -256,7 +260,7 @@ def sweep(
     """
     inputs = {"--factors": _file(factors), "--sequences": sequences, "--corpus": corpus,
               "--checkpoint": _file(checkpoint)}  # fmt: skip
-    check_files({"--out": out}, inputs, overwrite=True, folders=True)
+    check_files({"--out": out}, inputs, overwrite=True, folders=True, models=[model, checkpoint])
     check_counts(tokens=tokens, context=context, batch_size=batch_size)
     if bases is not None and bases.exists() and not bases.is_dir():
         raise FileExistsError(f"--bases {bases} is a file; it names a folder.")
