@@ -279,6 +279,34 @@ def test_targets(saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "o.pt", "p.pt"]
 
 
+@pytest.mark.parametrize("held", [["thesis.tex"], ["config.json"], ["config.json/x"], ["model.safetensors"], ["a/b"]])
+@pytest.mark.parametrize("what", ["edit", "revert", "apply"])
+def test_only_a_model_or_nothing_is_replaced_as_a_folder(saved, tmp_path, what, held):
+    out, delta = tmp_path / "out", tmp_path / "d.safetensors"
+    EDITOR.edit_checkpoint(saved / "folder", factors(saved), tmp_path / "edited", delta=delta)
+
+    def write():
+        if what == "edit":
+            EDITOR.edit_checkpoint(saved / "folder", factors(saved), out, overwrite=True)
+        else:
+            apply_delta(
+                tmp_path / "edited" if what == "revert" else saved / "folder", delta, out, revert=what == "revert",
+                overwrite=True,
+            )  # fmt: skip
+
+    for name in held:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=r"out holds other things than a model, .* Name a new folder"):
+        write()
+    assert [(out / name).read_text() for name in held] == ["precious"] * len(held)
+    shutil.rmtree(out)
+    out.mkdir()
+    write()
+    write()  # a model is replaced, edited or not
+    assert (out / "config.json").is_file()
+
+
 def test_outputs_never_replace_what_is_read(saved, tmp_path):
     folder = tmp_path / "runs" / "model"
     shutil.copytree(saved / "folder", folder)

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.atomic import replacing_folder, sync
-from lightning_curvature.checkpoints.outputs import Format
+from lightning_curvature.checkpoints.outputs import NOTE, Format
 from lightning_curvature.checkpoints.safetensors import Edits, SafetensorsFile
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NOTE = "curvature_edit.json"
-"""File of a folder that says what was edited."""
 CARD = "README.md"
 _SHARED_LAYERS = 100  # so many more layers than tensors may a model have (ALBERT has one for all of them)
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.gguf", "consolidated*", "*.h5", "*.msgpack")

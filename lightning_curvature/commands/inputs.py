@@ -36,7 +36,8 @@ def check_files(
             raise IsADirectoryError(f"{option} {path} is a folder; it names a file.")
         if not path.is_file():
             raise FileNotFoundError(f"No such file: {path} ({option}).")
-    written, empty = [], []
+    written: list[Path] = []
+    empty: list[Path] = []
     for option, path in outputs.items():
         if path is None:
             continue
