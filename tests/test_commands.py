@@ -129,6 +129,8 @@ WRONG = [
     ("sweep", "--layers", "x*", r"Pattern 'x\*' matches no layer"),
     ("sweep", "--scores", "kfc", r"scores must be one of .*, found 'kfc'. Did you mean"),
     ("sweep", "--bases", "@c.jsonl", r"--bases .*c\.jsonl is a file; it names a folder"),
+    ("sweep", "--bases", "@model", r"--bases .*model is or lies in .*model, which is read"),
+    ("sweep", "--bases", "@model/bases", r"--bases .*bases is or lies in .*model, which is read"),
     ("evaluate", "--recall", "@blank.jsonl", r"blank\.jsonl, line 1: the prompt is empty"),
     ("evaluate", "--recall", "@bad.jsonl", r"bad\.jsonl, line 1: lacks \['prompt', 'answers'\]"),
     ("collect mine evaluate detect", "--out", "@bad.jsonl/x", r"bad\.jsonl/x cannot be written: .*bad\.jsonl is a f"),

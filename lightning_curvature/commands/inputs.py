@@ -53,6 +53,22 @@ def check_files(
     check_outputs(empty, read, overwrite=True)
 
 
+def check_bases(bases: Path | None, models: Sequence[Path | None]) -> None:
+    """Raise ``FileExistsError`` if the folder of eigenbases is a file, or lies in a model that is read.
+
+    Args:
+        bases: The folder; None is none.
+        models: Folders or files of models.
+    """
+    if bases is None:
+        return
+    if bases.exists() and not bases.is_dir():
+        raise FileExistsError(f"--bases {bases} is a file; it names a folder.")
+    for model in models:
+        if model is not None and bases.resolve().is_relative_to(model.resolve()):
+            raise FileExistsError(f"--bases {bases} is or lies in {model}, which is read. Name another folder.")
+
+
 def check_counts(**counts: int | None) -> None:
     """Raise ``ValueError`` if a number is given that is not an integer of at least one."""
     for name, value in counts.items():

@@ -9,7 +9,7 @@ from tabulate import tabulate
 from lightning_curvature._checks import check_energy, check_share
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.commands.choices import AccumulateOn, Fisher, Half, Positions, Score
-from lightning_curvature.commands.inputs import check_counts, check_files, check_unused, read_factors
+from lightning_curvature.commands.inputs import check_bases, check_counts, check_files, check_unused, read_factors
 from lightning_curvature.commands.output import Output, extra
 
 
@@ -262,8 +262,7 @@ def sweep(
               "--checkpoint": _file(checkpoint)}  # fmt: skip
     check_files({"--out": out}, inputs, overwrite=True, folders=True, models=[model, checkpoint])
     check_counts(tokens=tokens, context=context, batch_size=batch_size)
-    if bases is not None and bases.exists() and not bases.is_dir():
-        raise FileExistsError(f"--bases {bases} is a file; it names a folder.")
+    check_bases(bases, [model, checkpoint])
     for energy in energies or ():
         check_energy(energy, "--energies")
     if any(not pattern.strip() for choice in layers or () for pattern in choice.split(",")):
