@@ -22,7 +22,8 @@ from lightning_curvature.plan import edit_bytes, size
 from lightning_curvature.report import EditReport, LayerEdit
 
 _NOTHING = (
-    "The edit would change nothing: every weight, rounded to its dtype, stays what it is. Choose a smaller energy."
+    "The edit would change nothing: every weight, rounded to its dtype, stays what it is. Choose a smaller energy, "
+    "or allow more (--perplexity)."
 )
 
 

@@ -99,7 +99,7 @@ WRONG = [
     ("evaluate sweep", "--sequences", "@c.jsonl", r"c.jsonl, line 1: lacks \['prefix_ids', 'suffix_ids'\]"),
     ("evaluate", "--sequences", "@far.jsonl", "Sequence 0 holds the token 50, the model's vocabulary has 40"),
     ("evaluate", "--sequences", "@long.jsonl", r"Sequence 0 has 60 \+ 9 tokens, the model's context is 64"),
-    ("evaluate", "--context", "1", "In a window of 1 tokens there is nothing to predict"),
+    ("collect evaluate sweep detect", "--context", "1", "In a window of 1 tokens there is nothing to predict"),
     ("sweep detect", "--factors", "@none.safetensors", r"No such file: .*none\.safetensors"),
     ("sweep detect", "--factors", "@w.safetensors", r"w.safetensors holds weights \(1 tensors\), not factors"),
     ("sweep detect", "--factors", "@model", r"model holds weights \(\d+ tensors\), not factors"),
@@ -119,7 +119,8 @@ WRONG = [
     ("mine", "--prefix", "0", "--prefix must be an integer of at least 1, found 0"),
     ("mine", "--stride", "0", "--stride must be an integer of at least 1, found 0"),
     ("mine", "--windows", "-1", "--windows must be an integer of at least 1, found -1"),
-    ("mine", "--similarity", "2", r"--similarity must be in \(0, 1\], found 2"),
+    *(("mine", "--similarity", wrong, rf"--similarity must be a number in \(0, 1\], found {wrong}\.0\.$")
+      for wrong in "20"),
     ("mine", "--prefix", "60", r"its longest document has 17 tokens, a window has 60 \+ 8"),
     ("evaluate", "--half", "third", r"half must be one of \['tuning', 'validation'\], found 'third'"),
     ("evaluate", "--reference", None, "name the edited checkpoint, too"),

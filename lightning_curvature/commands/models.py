@@ -75,6 +75,7 @@ def collect(
         raise ValueError(f"--out {out}: factors are written to a safetensors file; give it a name that ends so.")
     context = saved.window(context, WINDOW)
     next(token_windows(corpus, saved.tokenizer, context, tokens))  # there is one
+    saved.check_predicts(context)
     chosen = layers or ["last-mlp"]
     saved.check_layers(chosen)
     factors = collect_text(
@@ -129,7 +130,7 @@ def mine(
         {"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite, models=[model, checkpoint]
     )
     check_counts(prefix=prefix, suffix=suffix, stride=stride, windows=windows, batch_size=batch_size)
-    check_energy(similarity, "--similarity")
+    check_share(similarity, "--similarity")
     with extra("text"):
         from lightning_curvature.text import mining
         from lightning_curvature.text.saved import SavedModel
