@@ -1,5 +1,6 @@
 """What commands on saved models look at before they load one, and what they say of wrong arguments."""
 
+import argparse
 import json
 import os
 import re
@@ -11,11 +12,12 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lightning_curvature import KroneckerFactors, positions
+from lightning_curvature import CurvatureEditor, KroneckerFactors, positions
 from lightning_curvature.cli import COMMANDS, choices, main, make_parser
 from lightning_curvature.collect import collect
 from lightning_curvature.collector import ACCUMULATE_ON
 from lightning_curvature.commands import choices as words
+from lightning_curvature.files import check_loaded
 from lightning_curvature.fisher import FISHER_KINDS
 from lightning_curvature.scores import SCORES
 from lightning_curvature.text import collecting, jsonl, models, sequences
@@ -269,6 +271,72 @@ def test_a_demo_does_not_write_into_a_folder_with_files(tmp_path, kind):
     (tmp_path / "notes.txt").write_text("precious")
     with pytest.raises(SystemExit, match=r"exists. Choose another path, or --overwrite it"):
         run("demo", kind, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["sweep", "detect"])
+def test_factors_of_another_model_are_refused(folder, tmp_path, command, recwarn):
+    args = arguments(folder, tmp_path, command)
+    if command == "sweep":
+        args += ["--energies", "0.9"]
+    other = ["--checkpoint", folder / "edited"]
+    with pytest.raises(SystemExit, match=r"edited have other weights than those .*another model\? .* add --force"):
+        run(command, *args, *other)
+    with pytest.raises(SystemExit, match=r"edited have other weights than those"):
+        run(command, *replaced(args, "--model", folder / "edited"))
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    with pytest.warns(UserWarning, match="edited have other weights than those that the factors were collected on"):
+        run(command, *args, *other, "--force")
+    args[args.index("--out") + 1] = tmp_path / "again"
+    run(command, *args)
+    factors = KroneckerFactors.open(folder / "f.safetensors")
+    CurvatureEditor(0.5).edit_checkpoint(folder / "model", factors, tmp_path / "cut")
+    args[args.index("--out") + 1] = tmp_path / "third"
+    with pytest.warns(UserWarning, match=r"cut is an edited copy: the factors describe its layers .* as they were bef"):
+        run(command, *args, "--checkpoint", tmp_path / "cut")
+
+
+def test_weights_in_memory_are_compared_with_those_of_the_factors(folder, tmp_path, recwarn):
+    factors = KroneckerFactors.open(folder / "f.safetensors")
+    net, path = language.model("llama"), tmp_path / "lit.ckpt"
+    torch.save({"state_dict": {f"net.{name}": value for name, value in net.state_dict().items()}}, path)
+    names = {layer: layer for layer in factors}
+    check_loaded(net.bfloat16(), names, factors, path)  # rounded, the weights are the same
+    assert not recwarn
+    net = language.model("llama")
+    *_, last = names
+    CurvatureEditor(0.5, [last]).edit_checkpoint(path, factors, tmp_path / "cut.ckpt")
+    CurvatureEditor(0.5, [last]).edit(net, factors)
+    with pytest.warns(UserWarning, match=rf"cut\.ckpt is an edited copy: .* its layers '{last}' as they were before"):
+        check_loaded(net, names, factors, tmp_path / "cut.ckpt")
+    with torch.no_grad():
+        net.get_parameter(f"{next(iter(names))}.weight").mul_(1.5)
+    with (
+        pytest.warns(UserWarning, match="edited copy"),
+        pytest.raises(ValueError, match=r"1 of 6 layers .* the furthest is 0\.5 of its norm away"),
+    ):
+        check_loaded(net, names, factors, tmp_path / "cut.ckpt")
+
+
+@pytest.mark.parametrize("command", ["collect", "mine", "evaluate", "sweep", "detect"])
+def test_classes_that_a_checkpoint_holds_can_be_allowed(folder, tmp_path, command):
+    path = tmp_path / "m.ckpt"
+    state = {f"net.{name}": value for name, value in language.model("llama").state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": argparse.Namespace(lr=0.1)}, path)
+    args = [*arguments(folder, tmp_path, command), "--checkpoint", path]
+    args += {"sweep": ["--energies", "0.9"], "evaluate": ["--reference"]}.get(command, [])
+    with pytest.raises(SystemExit, match=r"add --allow-global argparse.Namespace"):
+        run(command, *args)
+    with pytest.raises(SystemExit, match=r"'Namespace' is no full name of a class. Give it with its module"):
+        run(command, *args, "--allow-global", "Namespace")
+    allowed = [*args, "--allow-global", "argparse.Namespace"]
+    if command == "mine":
+        with pytest.raises(SystemExit, match="recites none of them"):
+            run(command, *allowed)
+    else:
+        run(command, *allowed)
+    for option, value in (("--checkpoint", folder / "edited"), ("--checkpoint", None)):
+        with pytest.raises(SystemExit, match=r"--allow-global is for files of torch.save"):
+            run(command, *replaced(allowed, option, value), *([] if command == "sweep" else ["--overwrite"]))
 
 
 def test_two_folders_are_compared(folder, tmp_path, monkeypatch, capsys):

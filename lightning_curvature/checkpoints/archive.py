@@ -44,6 +44,11 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
     allowed = []
     for name in allow_globals:
         module, _, attribute = name.rpartition(".")
+        if not module:
+            raise ValueError(
+                f"allow_globals: {name!r} is no full name of a class. Give it with its module, such as "
+                "'argparse.Namespace' (--allow-global argparse.Namespace)."
+            )
         try:
             allowed.append(getattr(importlib.import_module(module), attribute))
         except (ImportError, AttributeError, ValueError) as error:

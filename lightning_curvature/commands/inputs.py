@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_curvature._checks import check_count
-from lightning_curvature.checkpoints.outputs import check_outputs
+from lightning_curvature.checkpoints.outputs import SAFETENSORS, check_outputs, ending
 
 if TYPE_CHECKING:
     from lightning_curvature.factors import KroneckerFactors
@@ -67,6 +67,14 @@ def check_bases(bases: Path | None, models: Sequence[Path | None]) -> None:
     for model in models:
         if model is not None and bases.resolve().is_relative_to(model.resolve()):
             raise FileExistsError(f"--bases {bases} is or lies in {model}, which is read. Name another folder.")
+
+
+def check_allowed(allow_global: list[str] | None, checkpoint: Path | None) -> list[str]:
+    """Return the classes that a checkpoint may hold; raise ``ValueError`` if it is no file that could hold any."""
+    if allow_global and (checkpoint is None or checkpoint.is_dir() or ending(checkpoint) == SAFETENSORS):
+        found = "there is no --checkpoint" if checkpoint is None else f"{checkpoint} is none"
+        raise ValueError(f"--allow-global is for files of torch.save; {found}.")
+    return allow_global or []
 
 
 def check_counts(**counts: int | None) -> None:

@@ -13,6 +13,7 @@ from lightning_curvature import bulk
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.files import check_loaded
 from lightning_curvature.sweep import Row, sweep
 from lightning_curvature.text.evaluation import perplexity, strict_rate, window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
@@ -151,6 +152,7 @@ class Chooser:
         tokens: int,
         context: int | None,
         batch_size: int,
+        force: bool = False,
     ) -> list[Row]:
         """Measure ``strict`` and ``perplexity`` under many edits; see :func:`lightning_curvature.sweep.sweep`.
 
@@ -164,6 +166,11 @@ class Chooser:
                 editor = CurvatureEditor(1.0, choice.split(","), score, soft)
                 editor.plan(self.given)  # a pattern that matches nothing is told before the model is loaded
                 named[editor.method if layers is None else f"{editor.method}: {choice}"] = editor
+        asked_layers = {layer for editor in named.values() for layer in editor.plan(self.given)}
+        names = {layer: name for layer, name in self.names.items() if layer in asked_layers}
+        check_loaded(
+            self.model, names, self.given, self.saved.source, force=force, allow_globals=self.saved.allow_globals
+        )
         editors = {name: self._renamed(editor) for name, editor in named.items()}
 
         def measure() -> dict[str, float]:

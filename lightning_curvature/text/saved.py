@@ -58,6 +58,11 @@ class SavedModel:
         if checkpoint is not None:
             check_checkpoint(checkpoint)
 
+    @property
+    def source(self) -> str | os.PathLike[str]:
+        """Where the weights come from: the checkpoint, or else the folder."""
+        return self.folder if self.checkpoint is None else self.checkpoint
+
     def window(self, asked: int | None, default: int, spare: int = 0) -> int:
         """Return the tokens of a window: what is asked for, or else the default or what the model takes.
 

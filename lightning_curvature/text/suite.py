@@ -1,5 +1,6 @@
 """All metrics of a saved language model on files: what ``lightning-curvature evaluate`` runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Suite:
         context: Tokens of a window; by default 128, or what the model takes if that is less.
         batch_size: Sequences per forward pass.
         checkpoint: Take the weights from here instead, a file or a folder.
+        allow_globals: Classes that a file may hold beside tensors and primitives.
 
     Raises:
         ValueError: If one of the files is not as described, or the model cannot read what is in it.
@@ -50,8 +52,9 @@ class Suite:
         context: int | None = None,
         batch_size: int = 32,
         checkpoint: Path | None = None,
+        allow_globals: Sequence[str] = (),
     ) -> None:
-        self.saved = SavedModel(model, checkpoint)
+        self.saved = SavedModel(model, checkpoint, allow_globals)
         self.stress, self.batch_size = stress, batch_size
         self.tokenizer, self.leading = self.saved.tokenizer, self.saved.leading
         self.sequences: list[PromptedSequence] = (
@@ -80,7 +83,7 @@ class Suite:
         baseline = None if self.windows is None else self._baseline(model, self.windows)
         results = {"before": self._measure(model, baseline)}
         before = {} if examples is None else self._continued(model)
-        put_weights(model, self.saved.checkpoint)  # one model in memory, loaded once
+        put_weights(model, self.saved.checkpoint, self.saved.allow_globals)  # one model in memory, loaded once
         results["after"] = self._measure(model, baseline)
         if examples is not None:
             after = self._continued(model)
