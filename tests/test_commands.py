@@ -339,6 +339,23 @@ def test_classes_that_a_checkpoint_holds_can_be_allowed(folder, tmp_path, comman
             run(command, *replaced(allowed, option, value), *([] if command == "sweep" else ["--overwrite"]))
 
 
+@pytest.mark.parametrize("data", ["--corpus", "--sequences", "--recall"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_model_that_says_nothing_finite(folder, tmp_path, reference, data):
+    net, path = language.model("llama"), tmp_path / "nan.pt"
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": "w1 w2", "answers": ["w3"]}))
+    files = {"--corpus": folder / "c.jsonl", "--sequences": folder / "s.jsonl", "--recall": tmp_path / "r.jsonl"}
+    args = ["--model", folder / "model", "--checkpoint", path, data, files[data], "--out", tmp_path / "o.json"]
+    for value, said in ((float("nan"), "NaN or infinite are weights of 'model.norm.weight'"), (3e38, "too large")):
+        with torch.no_grad():
+            net.model.norm.weight.fill_(value)
+        torch.save(net.state_dict(), path)
+        with pytest.raises(SystemExit, match=rf"nan\.pt: what the model says is not finite.*{said}"):
+            run("evaluate", *args, *["--reference"] * reference)
+    assert not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.* have other weights than those")
 def test_two_folders_are_compared(folder, tmp_path, monkeypatch, capsys):
     """The edited folder's weights in the other one's place; a model is loaded once for each."""
     loaded, load = [], transformers.AutoModelForCausalLM.from_pretrained
@@ -361,6 +378,7 @@ def test_two_folders_are_compared(folder, tmp_path, monkeypatch, capsys):
     for command in ("collect", "detect"):  # everywhere that a checkpoint is taken
         out = tmp_path / "other" / command
         args = replaced(arguments(folder, tmp_path, command), "--out", out.with_suffix(".safetensors"))
+        args += ["--force"] * (command == "detect")  # the factors are those of the first
         run(command, *args, "--checkpoint", folder / "edited")
         alone = replaced(replaced(args, "--out", out.with_suffix(".own.safetensors")), "--model", folder / "edited")
         run(command, *alone)
