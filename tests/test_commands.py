@@ -355,6 +355,23 @@ def test_a_model_that_says_nothing_finite(folder, tmp_path, reference, data):
     assert not (tmp_path / "o.json").exists()
 
 
+def test_a_corpus_that_does_not_tell_what_an_edit_costs(folder, tmp_path):
+    """What the edited layer says is multiplied by zero: its edits cost nothing, however strong they are."""
+    net, layer = language.model("llama"), "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        net.model.layers[1].mlp.down_proj.weight.zero_()
+    net.save_pretrained(tmp_path / "m")
+    language.tokenizer().save_pretrained(tmp_path / "m")
+    args = ["--checkpoint", tmp_path / "m", "--factors", folder / "f.safetensors", "--layers", layer, "--context", 16]
+    args += ["--corpus", folder / "c.jsonl", "--perplexity", "1.1", "--out", tmp_path / "o"]
+    with (
+        pytest.warns(UserWarning, match="Every edit that was tried stays within"),
+        pytest.raises(SystemExit, match=r"c\.jsonl does not tell what the edit costs: .* than 0\.1% .* --energy"),
+    ):
+        run("edit", *args)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.filterwarnings("ignore:.* have other weights than those")
 def test_two_folders_are_compared(folder, tmp_path, monkeypatch, capsys):
     """The edited folder's weights in the other one's place; a model is loaded once for each."""

@@ -15,6 +15,7 @@ from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.files import check_loaded
 from lightning_curvature.sweep import Row, sweep
+from lightning_curvature.targets import FLOOR
 from lightning_curvature.text.evaluation import perplexity, strict_rate, window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
 from lightning_curvature.text.saved import SavedModel
@@ -24,6 +25,7 @@ from lightning_curvature.text.suffixes import suffix_batches, suffix_margins
 ENERGIES = (0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.96, 0.98, 0.99)
 WINDOW = 128
 """Tokens of a window, where the model takes as many."""
+_FREE = 0.001
 LIMITS = (1.02, 1.05, 1.10, 1.20)
 
 
@@ -117,6 +119,12 @@ class Chooser:
             warnings.filterwarnings("ignore", "No edit stays within")  # said below, with the remedy
             match = match_perplexity(
                 self.model, self.factors, editor, windows[::2], limit, num_leading=len(self.leading)
+            )
+        if match.energy <= FLOOR and max(match.points.values()) <= 1 + _FREE:
+            raise ValueError(
+                f"{corpus} does not tell what the edit costs: its perplexity rises by less than {_FREE:.1%} with every "
+                f"energy that was tried, down to {match.energy:.3g}. Measure on text that the model knows (--corpus), "
+                "edit other layers (--layers), or give an --energy."
             )
         if match.value > limit:
             raise ValueError(
