@@ -39,6 +39,8 @@ def folder(tmp_path_factory):
     net = language.model("llama")
     factors = collect(net, [rows], lambda batch: net(input_ids=batch, labels=batch).loss, layers="mlp")
     factors.save(path / "f.safetensors")
+    for name in ("c.json", "c.NDJSON", "c.jsonl.gz"):
+        shutil.copy(path / "c.jsonl", path / name)
     (path / "empty.jsonl").write_text("")
     (path / "empty.txt").write_text("")
     (path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81" * 40)
@@ -96,6 +98,10 @@ WRONG = [
     ("collect evaluate sweep detect", "--context", "90", "Windows of 90 tokens are longer than the model's context"),
     ("collect evaluate sweep detect", "--tokens", "-1", "--tokens must be an integer of at least 1, found -1"),
     ("collect evaluate sweep detect", "--tokens", "9", "A limit of 9 tokens is shorter than one window of 6"),
+    ("collect mine evaluate sweep detect", "--corpus", "@c.json", r"c\.json: text in JSON is read line by line, "),
+    ("collect mine evaluate sweep detect", "--corpus", "@c.NDJSON", "NDJSON: text in JSON is read line by line"),
+    ("collect mine evaluate sweep detect", "--corpus", "@c.jsonl.gz", r"gz is compressed; expected text.*Unpack it"),
+    ("evaluate sweep", "--sequences", "@c.jsonl.gz", r"gz is compressed; expected JSON lines. Unpack it first"),
     ("evaluate sweep", "--sequences", "@none.jsonl", r"No such file: .*none\.jsonl \(--sequences\)"),
     ("evaluate sweep", "--sequences", "@empty.jsonl", "empty.jsonl: the file is empty"),
     ("evaluate sweep", "--sequences", "@c.jsonl", r"c.jsonl, line 1: lacks \['prefix_ids', 'suffix_ids'\]"),

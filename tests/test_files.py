@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, files
 from lightning_curvature.checkpoints import archive, atomic, formats, names
+from lightning_curvature.checkpoints.formats import open_checkpoint
+from lightning_curvature.checkpoints.weights import read_weights
 from lightning_curvature.cli import main
 from lightning_curvature.collect import collect
 from lightning_curvature.deltas import apply_delta
@@ -462,6 +464,42 @@ def test_what_is_no_checkpoint(saved, tmp_path):
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
+
+
+OTHERS = {
+    "an empty file": b"",
+    "text": b"Not found\n",
+    "JSON": b'\xef\xbb\xbf {"error": "none"}',
+    "a web page .HTML.": b"\n<!DOCTYPE html><html>" + "\u00fc".encode() * 900,
+    "a compressed file .gzip.": b"\x1f\x8b\x08\x00" * 9,
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".safetensors"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_files_that_are_something_else_are_called_so(tmp_path, kind, suffix):
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(OTHERS[kind])
+    what = "complete safetensors file" if suffix == ".safetensors" else "file of torch.save"
+    for read in (open_checkpoint, read_weights):
+        with pytest.raises(ValueError, match=rf"m{suffix}: not a {what}, but {kind}.*\. \w.*\.$") as error:
+            read(path)
+        assert "pop from" not in str(error.value)
+    with pytest.raises(ValueError, match=rf"not a complete factor file, but {kind}|torch.save|no safetensors"):
+        KroneckerFactors.open(path)
+
+
+def test_archives_that_were_cut_off(saved, tmp_path):
+    whole = (saved / "model.pt").read_bytes()
+    for name, start in {"cut.pt": whole[: len(whole) // 2], "cut.safetensors": whole[:900]}.items():
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(ValueError, match=r"but an archive that was cut off\. Copy or download the file again"):
+            open_checkpoint(tmp_path / name)
+    torch.save({"w.weight": torch.ones(9, 9)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "old.pt").write_bytes((tmp_path / "old.pt").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"old.pt: not a file of torch.save, or a broken one \(.+: .+\)\. Copy"):
+        open_checkpoint(tmp_path / "old.pt")
 
 
 def test_names_match_by_rule():
