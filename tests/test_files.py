@@ -417,6 +417,44 @@ def test_harmless_classes_can_be_allowed(saved, tmp_path):
         archive.read_archive(tmp_path / "a.ckpt", ["argparse.Nothing"])
 
 
+def test_a_snapshot_of_the_hugging_face_cache_is_read(saved, tmp_path):
+    """Its files are links to the blobs of its repository; the copy holds files."""
+    repository = tmp_path / "models--some--model"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted((saved / "sharded").iterdir())):
+        shutil.copy(file, blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{number:040x}"))
+    old, linked = hashes(blobs), tmp_path / "link"
+    linked.symlink_to(snapshot)
+    for number, source in enumerate((snapshot, linked)):
+        out, delta, back = (tmp_path / f"{name}{number}" for name in ("out", "delta", "back"))
+        EDITOR.edit_checkpoint(source, factors(saved), out, delta=delta)
+        assert describe(source)["edit"] is None
+        assert not any(path.is_symlink() for path in out.iterdir())
+        assert describe(out)["edit"]["method"] == "kfac"
+        apply_delta(out, delta, back, revert=True)
+        assert hashes(back) == hashes(saved / "sharded")
+        with pytest.raises(FileExistsError, match="is the source itself, or another file that is read"):
+            EDITOR.edit_checkpoint(source, factors(saved), out, delta=blobs / f"{0:040x}", overwrite=True)
+    assert hashes(blobs) == old
+    stranger = tmp_path / "models--another" / "blobs" / "secret"
+    stranger.parent.mkdir(parents=True)
+    stranger.write_text("secret")
+    for target in (stranger, tmp_path / "out0" / "config.json", repository / "snapshots"):
+        (snapshot / "extra").symlink_to(target)
+        with pytest.raises(ValueError, match="'extra' leads out of the folder"):
+            EDITOR.edit_checkpoint(snapshot, factors(saved), tmp_path / "no")
+        (snapshot / "extra").unlink()
+    moved = tmp_path / "other" / "0123abc"  # beside blobs, and yet no snapshot
+    shutil.copytree(snapshot, moved, symlinks=True)
+    shutil.copytree(blobs, tmp_path / "blobs")
+    with pytest.raises(ValueError, match=r"leads out of the folder|no such file"):
+        EDITOR.edit_checkpoint(moved, factors(saved), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 def test_folders_that_lead_out_are_refused(saved, tmp_path):
     outside = tmp_path / "outside.safetensors"
     shutil.copy(saved / "model.safetensors", outside)

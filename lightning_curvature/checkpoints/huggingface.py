@@ -209,13 +209,20 @@ class HuggingFaceFolder:
         return {name for name in names if name in self.shards or name in (NOTE, CARD)}
 
     def _check_inside(self, file: str) -> Path:
-        """Return where a file lies; raise if that is outside the folder, by its name or through a link."""
+        """Return where a file lies; raise if that is outside the folder, by its name or through a link.
+
+        The files of a snapshot in the Hugging Face cache are links to the ``blobs`` of the same repository.
+        """
         try:
             resolved = (self.path / file).resolve()
             exists = resolved.exists()
         except (OSError, ValueError, RuntimeError) as error:  # too long, no text, or links in a circle
             raise ValueError(f"{self.path}: {file!a:.60} can be no file ({error!a}). {_AGAIN}") from error
-        if Path(file).is_absolute() or not resolved.is_relative_to(self.path.resolve()):
+        folder = self.path.resolve()
+        inside = resolved.is_relative_to(folder)
+        if not inside and folder.parent.name == "snapshots" and ".." not in Path(file).parts:
+            inside = resolved.is_relative_to(folder.parent.parent / "blobs")
+        if Path(file).is_absolute() or not inside:
             raise ValueError(
                 f"{self.path}: {file!r} leads out of the folder, to {resolved}. Such a folder is not read."
             )
