@@ -40,11 +40,11 @@ class _Kept(NamedTuple):
 
 
 _kept = WeakIdKeyDictionary()
-_folders: list[Path] = []
+_folders: list[tuple[Path, bool]] = []  # and whether new ones are written there
 
 
 @contextmanager
-def bases_in(folder: str | PathLike[str] | None) -> Iterator[None]:
+def bases_in(folder: str | PathLike[str] | None, write: bool = True) -> Iterator[None]:
     """Keep eigenbases in a folder for the time of a ``with`` block, and take those that it holds already.
 
     A file there is named by the SHA-256 of its factor's entries, so that a basis of other factors is never taken. Each
@@ -52,6 +52,7 @@ def bases_in(folder: str | PathLike[str] | None) -> Iterator[None]:
 
     Args:
         folder: Made if it is not there. None keeps nothing.
+        write: Whether to; otherwise those that are there are taken, and nothing is made.
 
     Example:
         >>> import tempfile
@@ -65,8 +66,9 @@ def bases_in(folder: str | PathLike[str] | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    _folders.append(Path(folder))
+    if write:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    _folders.append((Path(folder), write))
     try:
         yield
     finally:
@@ -98,12 +100,12 @@ def _known(factor: Tensor, first: Original, what: str) -> tuple[Tensor, Tensor]:
     found: _Kept | None = _kept.get(first.factor)  # type: ignore[no-untyped-call]
     if found is not None and found.version == first.version:
         return found.vectors.to(factor.device), found.values.to(factor.device)
-    made = _on_disk(factor, what, _folders[-1]) if _folders else decompose(factor, what)
+    made = _on_disk(factor, what, *_folders[-1]) if _folders else decompose(factor, what)
     _kept[first.factor] = _Kept(first.version, *(part.to(first.factor.device) for part in made))
     return made
 
 
-def _on_disk(factor: Tensor, what: str, folder: Path) -> tuple[Tensor, Tensor]:
+def _on_disk(factor: Tensor, what: str, folder: Path, write: bool) -> tuple[Tensor, Tensor]:
     path = folder / f"{hashlib.sha256(tensor_hash(factor).encode()).hexdigest()}.safetensors"
     if path.exists():
         try:
@@ -114,6 +116,8 @@ def _on_disk(factor: Tensor, what: str, folder: Path) -> tuple[Tensor, Tensor]:
         except (SafetensorError, KeyError):
             pass  # a damaged file is written anew
     vectors, values = decompose(factor, what)
+    if not write:
+        return vectors, values
     tensors = {"vectors": vectors.cpu().contiguous(), "values": values.cpu().contiguous()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"sha256": _hash(tensors.values())})

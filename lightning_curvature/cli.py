@@ -1,6 +1,6 @@
 """The command line: ``lightning-curvature``, also ``python -m lightning_curvature``.
 
-Exit codes: 0, 2 where the command line is wrong, 1 where the command fails.
+Exit codes: 0, 2 where the command line is wrong, 1 where the command fails, 130 where it is interrupted (Ctrl-C).
 """
 
 import argparse
@@ -165,11 +165,20 @@ def _sentence(error: Exception) -> str:
     return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
+def _interrupted(args: list[str]) -> str:
+    """Return what a command says that was interrupted."""
+    goes_on = {
+        "collect": "The same command goes on from OUT.partial, where it last saved",
+        "sweep": "The same command goes on with the edits that are not in sweep.csv yet",
+    }.get(args[0] if args else "")
+    return "Interrupted." if goes_on is None else f"Interrupted. {goes_on}."
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: With the message of an error, unless ``--debug`` asks for its traceback.
+        SystemExit: With the message of an error, unless ``--debug`` asks for its traceback; with 130 on Ctrl-C.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = sys.argv[1:] if args is None else args
@@ -177,6 +186,11 @@ def main(args: list[str] | None = None) -> None:
     try:
         warnings.formatwarning = lambda message, *_: f"Warning: {message}\n"  # where it comes from helps nobody here
         _run(args)
+    except KeyboardInterrupt:
+        if "--debug" in args:
+            raise
+        sys.stderr.write(f"\n{_interrupted(args)}\n")
+        raise SystemExit(130) from None
     except Exception as error:
         if "--debug" in args:
             raise

@@ -41,7 +41,9 @@ def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable
         with collector.step(batch), torch.enable_grad():
             collector.backward(loss_of(step(batch)))
     check_collected(collector)
-    return collector.finish()
+    factors = collector.finish()
+    check_positions(factors)
+    return factors
 
 
 def check_collected(collector: Collector) -> None:
@@ -65,6 +67,16 @@ def loss_of(output: Any) -> Tensor:
         kind = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"{type(output).__name__}"
         raise TypeError(f"step(batch) must return the loss, one number, or a dict or output with 'loss'; found {kind}.")
     return loss
+
+
+def check_positions(factors: KroneckerFactors) -> None:
+    """Raise ``RuntimeError`` if factors rest on no position, as where no token of any batch is predicted."""
+    empty = [name for name, count in factors.counts().items() if not count]
+    if empty:
+        raise RuntimeError(
+            f"The factors of layers {listing(empty)} rest on no position: no gradient reached one that counts. Does "
+            "the loss depend on them? Collect over data where it does, or use a larger share of the positions."
+        )
 
 
 def check_silent(silent: Collection[str], frozen: Collection[str] = ()) -> None:

@@ -21,9 +21,9 @@ from lightning_curvature.checkpoints.formats import (
     tensor_hash,
     values_hash,
 )
-from lightning_curvature.checkpoints.huggingface import AS_IT_IS, CARD, NOTE
+from lightning_curvature.checkpoints.huggingface import AS_IT_IS, CARD
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.checkpoints.outputs import check_name, check_outputs
+from lightning_curvature.checkpoints.outputs import NOTE, check_name, check_outputs
 from lightning_curvature.checkpoints.safetensors import (
     SafetensorsFile,
     check_header,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_curvature.checkpoints.archive import check_tensors, read_archive
+from lightning_curvature.checkpoints.sniff import sniff
 from lightning_curvature.checkpoints.tree import parse_json, put_together
 from lightning_curvature.fingerprints import check_fingerprint
 from lightning_curvature.layer_factors import COUNTS, ERRORS, OPTIONAL, LayerFactors
@@ -72,6 +73,11 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, ValueError, RecursionError) as error:
+        if isinstance(error, SafetensorError) and (told := sniff(path)):
+            raise ValueError(
+                f"{path}: not a complete factor file, but {told[0]}. Factor files are written by lightning-curvature "
+                "collect and KroneckerFactors.save."
+            ) from error
         raise ValueError(
             f"{path}: not a complete factor file ({error}). Factor files are written by KroneckerFactors.save."
         ) from error

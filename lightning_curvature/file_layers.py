@@ -22,7 +22,8 @@ from lightning_curvature.plan import edit_bytes, size
 from lightning_curvature.report import EditReport, LayerEdit
 
 _NOTHING = (
-    "The edit would change nothing: every weight, rounded to its dtype, stays what it is. Choose a smaller energy."
+    "The edit would change nothing: every weight, rounded to its dtype, stays what it is. Choose a smaller energy, "
+    "or allow more (--perplexity)."
 )
 
 
@@ -82,6 +83,29 @@ class OneByOne(KroneckerFactors):
         return digest_of({name: self._digests[name] for name in self})
 
 
+def refuse_others(far: Mapping[str, float], count: int, source: str | os.PathLike[str], force: bool) -> None:
+    """Raise ``ValueError`` since layers have other weights than their factors were collected on; if forced, warn.
+
+    Args:
+        far: How far each of them is, see :func:`lightning_curvature.fingerprints.difference`.
+        count: How many layers were compared.
+        source: The checkpoint.
+        force: Whether to go on.
+    """
+    furthest = max(far.values())
+    how = f"the furthest is {furthest:.2g} of its norm away, by a sample of its entries" if furthest else "few entries"
+    found = (
+        f"{len(far)} of {count} layers of {source} have other weights than those that the factors were collected on: "
+        f"{listing(far, 3)}; {how}."
+    )
+    if not force:
+        raise ValueError(
+            f"{found} Were they collected on another model? If this is a fine-tune of the model that they were "
+            "collected on, and you mean to use these factors, add --force (force=True)."
+        )
+    warnings.warn(found, stacklevel=4)
+
+
 class FileLayers:
     """The layers of a checkpoint to edit.
 
@@ -121,24 +145,8 @@ class FileLayers:
             distance = difference(recorded[layer], hashes[name], functools.partial(self.checkpoint.read, name))
             if distance is not None:
                 far[layer] = distance
-        if not far:
-            return
-        furthest = max(far.values())
-        how = (
-            f"the furthest is {furthest:.2g} of its norm away, by a sample of its entries"
-            if furthest
-            else "few entries"
-        )
-        found = (
-            f"{len(far)} of {len(asked)} layers of {source} have other weights than those that the "
-            f"factors were collected on: {listing(far, 3)}; {how}."
-        )
-        if not force:
-            raise ValueError(
-                f"{found} Were they collected on another model? If this is a fine-tune of the model that they were "
-                "collected on, and you mean to edit it with these factors, add --force (force=True)."
-            )
-        warnings.warn(found, stacklevel=3)
+        if far:
+            refuse_others(far, len(asked), source, force)
 
     def _edited_before(self, before: Mapping[str, Any] | None) -> set[str]:
         """Return the tensors that earlier edits changed."""

@@ -2,23 +2,32 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.archive import ArchiveFile
-from lightning_curvature.checkpoints.formats import Checkpoint, checkpoint_hashes, content_hash
-from lightning_curvature.checkpoints.outputs import check_name, check_outputs, check_safetensors_name
+from lightning_curvature.checkpoints.formats import (
+    Checkpoint,
+    checkpoint_hashes,
+    content_hash,
+    open_checkpoint,
+    tensor_hash,
+)
+from lightning_curvature.checkpoints.names import plain
+from lightning_curvature.checkpoints.outputs import NOTE, check_name, check_outputs, check_safetensors_name
 from lightning_curvature.checkpoints.scratch import Scratch
 from lightning_curvature.deltas import DeltaRecord, open_weights
 from lightning_curvature.editing import WeightEditor
 from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.file_layers import FileLayers, OneByOne
+from lightning_curvature.file_layers import FileLayers, OneByOne, refuse_others
+from lightning_curvature.fingerprints import difference
 from lightning_curvature.plan import edit_bytes, size
 from lightning_curvature.report import EditReport
 
@@ -207,6 +216,61 @@ def check_origin(
     except ValueError:
         return
     layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force=False)
+
+
+def check_loaded(
+    module: nn.Module,
+    names: Mapping[str, str],
+    factors: KroneckerFactors,
+    source: _Path,
+    *,
+    force: bool = False,
+    allow_globals: Sequence[str] = (),
+) -> None:
+    """Raise ``ValueError`` if factors were collected on other weights than a module has; if forced, warn.
+
+    Of layers that an edit of this package changed, there is a warning alone.
+
+    Args:
+        module: The network.
+        names: The module's own name of each layer to compare.
+        factors: The factors.
+        source: Where the module's weights come from, a file or a folder.
+        force: Whether to go on.
+        allow_globals: Classes that a file of ``torch.save`` may hold.
+    """
+    recorded, far = factors.fingerprints(), dict[str, float]()
+    asked = [layer for layer in names if layer in recorded]
+    for layer in asked:
+        weight = module.get_parameter(f"{names[layer]}.weight").detach()
+        distance = difference(recorded[layer], tensor_hash(weight), weight.clone)
+        if distance is not None:
+            far[layer] = distance
+    if not far:
+        return
+    edited = _edited_layers(source, far, allow_globals)
+    if edited:
+        warnings.warn(
+            f"{source} is an edited copy: the factors describe its layers {listing(edited, 3)} as they were before.",
+            stacklevel=3,
+        )
+    if others := {layer: distance for layer, distance in far.items() if layer not in edited}:
+        refuse_others(others, len(asked), source, force)
+
+
+def _edited_layers(source: _Path, layers: Collection[str], allow_globals: Sequence[str]) -> list[str]:
+    """Return those of some layers that earlier edits of a checkpoint changed."""
+    if Path(source).is_dir() and not (Path(source) / NOTE).is_file():
+        return []  # edits leave a note in a folder, whatever format its weights have
+    before: Any = open_checkpoint(source, allow_globals).provenance
+    edited: set[str] = set()
+    while isinstance(before, Mapping):
+        edited |= {plain(layer) for layer in before.get("layers", {})}
+        before = before.get("before")
+    own = {layer: plain(layer) for layer in layers}
+    return [layer for layer in layers
+            if any(own[layer] == name or own[layer].endswith(f".{name}") or name.endswith(f".{own[layer]}")
+                   for name in edited)]  # fmt: skip
 
 
 def edit_device(device: str | torch.device) -> torch.device:

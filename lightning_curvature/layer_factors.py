@@ -150,7 +150,7 @@ class LayerFactors:
                 return (
                     f"Factor {name} rests on {count} positions, too few for its {live} live {side}: of the other "
                     "directions it says nothing, and an edit would remove them. Collect more positions, or insist "
-                    "with CurvatureEditor(min_positions=0)."
+                    "(CurvatureEditor(min_positions=0), --min-positions 0)."
                 )
         return None
 

@@ -21,6 +21,8 @@ NARROW = 1e-4
 """Width of the bracket, relative to what the lower end drops, at which the search ends: few examples make steps."""
 FLOOR, CEILING = 0.05, 1 - 1e-12
 """Energies between which is searched."""
+GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0.1)
+"""Energies that are tried, too, if they are above the one that was found: a cost can rise and fall again."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def match_energy(
     before: float | None = None,
 ) -> Match:
     """Find the strongest edit whose cost stays within a limit, by bracketing.
+
+    No milder edit that was tried is beyond the limit; a few energies of a grid are always among those.
 
     Args:
         editor: Any editor; its energy is what is searched for, and its own one does not matter.
@@ -113,12 +117,20 @@ def match_energy(
     low = max((energy for energy in costs if costs[energy] > allowed and energy < 1.0), default=0.0)
     high = min(energy for energy in costs if energy > low)  # nothing milder is beyond the limit
     slack = min(math.log1p(tolerance), abs(allowed) / 2)
-    while costs[1.0] <= allowed and high > FLOOR and low < CEILING and high - low > NARROW * (1 - low):
-        if high < 1.0 and allowed - slack <= costs[high]:
+    while costs[1.0] <= allowed:
+        near = high < 1.0 and allowed - slack <= costs[high]
+        if not near and high > FLOOR and low < CEILING and high - low > NARROW * (1 - low):
+            middle = _between((low, costs.get(low, math.inf)), (high, costs[high]), allowed - slack / 2)
+        elif (untried := next((energy for energy in GRID if energy > high and energy not in costs), None)) is not None:
+            middle = untried
+        else:
             break
-        middle = _between((low, costs.get(low, math.inf)), (high, costs[high]), allowed - slack / 2)
         costs[middle] = cost(middle)
-        low, high = (low, middle) if costs[middle] <= allowed else (middle, high)
+        if costs[middle] > allowed:
+            low = middle
+            high = min(energy for energy in costs if energy > low)
+        else:
+            high = min(high, middle)
     match = Match(high, found[high], dict(sorted(found.items())))
     if lower := [energy for energy in costs if energy < low and costs[energy] <= allowed]:
         warnings.warn(
@@ -128,7 +140,7 @@ def match_energy(
         )
     if high <= FLOOR:
         warnings.warn(
-            f"Every edit stays within {limit:g} times the metric: even the energy {high:.3g} makes it "
+            f"Every edit that was tried stays within {limit:g} times the metric: even the energy {high:.3g} makes it "
             f"{match.value:.4g} times. It hardly depends on these layers; measure on other data.",
             stacklevel=2,
         )
@@ -147,7 +159,7 @@ def _between(low: tuple[float, float], high: tuple[float, float], wanted: float)
     guess = (left + right) / 2
     if not math.isfinite(more) and left < DEFAULT_ENERGY < right == 1.0:
         return DEFAULT_ENERGY
-    if math.isfinite(more) and wanted > 0:
+    if math.isfinite(more) and wanted > 0 and (less > 0 or right == 1.0):  # between a cost and none is a step: halve
         bent = less > 0 and right < 1
         power = math.log(more / less) / math.log((1 - left) / (1 - right)) if bent else 2.0
         guess = 1 - (1 - left) * (wanted / more) ** (1 / power)

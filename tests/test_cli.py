@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_curvature import KroneckerFactors, LayerFactors
+from lightning_curvature import KroneckerFactors, LayerFactors, cli
 from lightning_curvature.cli import COMMANDS, main
 
 
@@ -71,6 +71,27 @@ def test_an_unexpected_error_says_its_kind(files, monkeypatch):
         main(["inspect", str(files / "f.safetensors")])
     with pytest.raises(KeyError):
         main(["inspect", str(files / "f.safetensors"), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("inspect", "Interrupted."),
+        ("collect", "Interrupted. The same command goes on from OUT.partial, where it last saved."),
+        ("sweep", "Interrupted. The same command goes on with the edits that are not in sweep.csv yet."),
+    ],
+)
+def test_an_interruption_is_one_line(monkeypatch, capsys, command, said):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command])
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", f"\n{said}\n")
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([command, "--debug"])
 
 
 def test_json(files, capsys):

@@ -1,8 +1,10 @@
 """What commands on saved models look at before they load one, and what they say of wrong arguments."""
 
+import argparse
 import json
 import os
 import re
+import shutil
 import typing
 
 import pytest
@@ -10,11 +12,12 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lightning_curvature import KroneckerFactors, positions
+from lightning_curvature import CurvatureEditor, KroneckerFactors, positions
 from lightning_curvature.cli import COMMANDS, choices, main, make_parser
 from lightning_curvature.collect import collect
 from lightning_curvature.collector import ACCUMULATE_ON
 from lightning_curvature.commands import choices as words
+from lightning_curvature.files import check_loaded
 from lightning_curvature.fisher import FISHER_KINDS
 from lightning_curvature.scores import SCORES
 from lightning_curvature.text import collecting, jsonl, models, sequences
@@ -36,6 +39,8 @@ def folder(tmp_path_factory):
     net = language.model("llama")
     factors = collect(net, [rows], lambda batch: net(input_ids=batch, labels=batch).loss, layers="mlp")
     factors.save(path / "f.safetensors")
+    for name in ("c.json", "c.NDJSON", "c.jsonl.gz"):
+        shutil.copy(path / "c.jsonl", path / name)
     (path / "empty.jsonl").write_text("")
     (path / "empty.txt").write_text("")
     (path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81" * 40)
@@ -93,12 +98,16 @@ WRONG = [
     ("collect evaluate sweep detect", "--context", "90", "Windows of 90 tokens are longer than the model's context"),
     ("collect evaluate sweep detect", "--tokens", "-1", "--tokens must be an integer of at least 1, found -1"),
     ("collect evaluate sweep detect", "--tokens", "9", "A limit of 9 tokens is shorter than one window of 6"),
+    ("collect mine evaluate sweep detect", "--corpus", "@c.json", r"c\.json: text in JSON is read line by line, "),
+    ("collect mine evaluate sweep detect", "--corpus", "@c.NDJSON", "NDJSON: text in JSON is read line by line"),
+    ("collect mine evaluate sweep detect", "--corpus", "@c.jsonl.gz", r"gz is compressed; expected text.*Unpack it"),
+    ("evaluate sweep", "--sequences", "@c.jsonl.gz", r"gz is compressed; expected JSON lines. Unpack it first"),
     ("evaluate sweep", "--sequences", "@none.jsonl", r"No such file: .*none\.jsonl \(--sequences\)"),
     ("evaluate sweep", "--sequences", "@empty.jsonl", "empty.jsonl: the file is empty"),
     ("evaluate sweep", "--sequences", "@c.jsonl", r"c.jsonl, line 1: lacks \['prefix_ids', 'suffix_ids'\]"),
     ("evaluate", "--sequences", "@far.jsonl", "Sequence 0 holds the token 50, the model's vocabulary has 40"),
     ("evaluate", "--sequences", "@long.jsonl", r"Sequence 0 has 60 \+ 9 tokens, the model's context is 64"),
-    ("evaluate", "--context", "1", "In a window of 1 tokens there is nothing to predict"),
+    ("collect evaluate sweep detect", "--context", "1", "In a window of 1 tokens there is nothing to predict"),
     ("sweep detect", "--factors", "@none.safetensors", r"No such file: .*none\.safetensors"),
     ("sweep detect", "--factors", "@w.safetensors", r"w.safetensors holds weights \(1 tensors\), not factors"),
     ("sweep detect", "--factors", "@model", r"model holds weights \(\d+ tensors\), not factors"),
@@ -118,7 +127,8 @@ WRONG = [
     ("mine", "--prefix", "0", "--prefix must be an integer of at least 1, found 0"),
     ("mine", "--stride", "0", "--stride must be an integer of at least 1, found 0"),
     ("mine", "--windows", "-1", "--windows must be an integer of at least 1, found -1"),
-    ("mine", "--similarity", "2", r"--similarity must be in \(0, 1\], found 2"),
+    *(("mine", "--similarity", wrong, rf"--similarity must be a number in \(0, 1\], found {wrong}\.0\.$")
+      for wrong in "20"),
     ("mine", "--prefix", "60", r"its longest document has 17 tokens, a window has 60 \+ 8"),
     ("evaluate", "--half", "third", r"half must be one of \['tuning', 'validation'\], found 'third'"),
     ("evaluate", "--reference", None, "name the edited checkpoint, too"),
@@ -128,6 +138,8 @@ WRONG = [
     ("sweep", "--layers", "x*", r"Pattern 'x\*' matches no layer"),
     ("sweep", "--scores", "kfc", r"scores must be one of .*, found 'kfc'. Did you mean"),
     ("sweep", "--bases", "@c.jsonl", r"--bases .*c\.jsonl is a file; it names a folder"),
+    ("sweep", "--bases", "@model", r"--bases .*model is or lies in .*model, which is read"),
+    ("sweep", "--bases", "@model/bases", r"--bases .*bases is or lies in .*model, which is read"),
     ("evaluate", "--recall", "@blank.jsonl", r"blank\.jsonl, line 1: the prompt is empty"),
     ("evaluate", "--recall", "@bad.jsonl", r"bad\.jsonl, line 1: lacks \['prompt', 'answers'\]"),
     ("collect mine evaluate detect", "--out", "@bad.jsonl/x", r"bad\.jsonl/x cannot be written: .*bad\.jsonl is a f"),
@@ -198,6 +210,31 @@ def test_what_is_there_is_not_written_over_without_a_word(folder, tmp_path, monk
         assert out.read_bytes() != b"precious"
 
 
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+@pytest.mark.parametrize("place", ["model/config.json", "model/new.x", "edited/config.json", "model", "linked"])
+@pytest.mark.parametrize("command", ["collect", "mine", "evaluate", "sweep", "detect"])
+def test_no_output_lies_in_a_model_that_is_read(folder, tmp_path, monkeypatch, command, place, more):
+    monkeypatch.setattr(models, "_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    for name in ("model", "edited"):
+        shutil.copytree(folder / name, tmp_path / name)
+    (tmp_path / "model" / "config.json").rename(tmp_path / "linked")
+    (tmp_path / "model" / "config.json").symlink_to(tmp_path / "linked")
+    if command == "sweep":
+        more = ()
+        if place.endswith(".x"):
+            (tmp_path / place).mkdir()  # an empty folder is as good as none
+    args = replaced(arguments(folder, tmp_path, command), "--model", tmp_path / "model")
+    args = [*replaced(args, "--out", tmp_path / place), "--checkpoint", tmp_path / "edited", *more]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(SystemExit, match=r"lie one inside the other|is the source itself|names a f"):
+        run(command, *args)
+    if command == "evaluate" and place == "linked":
+        page = ["--reference", "--examples", tmp_path / "edited" / "config.json"]
+        with pytest.raises(SystemExit, match=r"lie one inside the other"):
+            run(command, *replaced(args, "--out", tmp_path / "o.json"), *page)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_examples_are_not_written_over_either(folder, tmp_path):
     args = [*arguments(folder, tmp_path, "evaluate"), "--reference", "--checkpoint", folder / "edited"]
     page = tmp_path / "x.md"
@@ -242,6 +279,106 @@ def test_a_demo_does_not_write_into_a_folder_with_files(tmp_path, kind):
         run("demo", kind, "--out", tmp_path)
 
 
+@pytest.mark.parametrize("command", ["sweep", "detect"])
+def test_factors_of_another_model_are_refused(folder, tmp_path, command, recwarn):
+    args = arguments(folder, tmp_path, command)
+    if command == "sweep":
+        args += ["--energies", "0.9"]
+    other = ["--checkpoint", folder / "edited"]
+    with pytest.raises(SystemExit, match=r"edited have other weights than those .*another model\? .* add --force"):
+        run(command, *args, *other)
+    with pytest.raises(SystemExit, match=r"edited have other weights than those"):
+        run(command, *replaced(args, "--model", folder / "edited"))
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    with pytest.warns(UserWarning, match="edited have other weights than those that the factors were collected on"):
+        run(command, *args, *other, "--force")
+    args[args.index("--out") + 1] = tmp_path / "again"
+    run(command, *args)
+    factors = KroneckerFactors.open(folder / "f.safetensors")
+    CurvatureEditor(0.5).edit_checkpoint(folder / "model", factors, tmp_path / "cut")
+    args[args.index("--out") + 1] = tmp_path / "third"
+    with pytest.warns(UserWarning, match=r"cut is an edited copy: the factors describe its layers .* as they were bef"):
+        run(command, *args, "--checkpoint", tmp_path / "cut")
+
+
+def test_weights_in_memory_are_compared_with_those_of_the_factors(folder, tmp_path, recwarn):
+    factors = KroneckerFactors.open(folder / "f.safetensors")
+    net, path = language.model("llama"), tmp_path / "lit.ckpt"
+    torch.save({"state_dict": {f"net.{name}": value for name, value in net.state_dict().items()}}, path)
+    names = {layer: layer for layer in factors}
+    check_loaded(net.bfloat16(), names, factors, path)  # rounded, the weights are the same
+    assert not recwarn
+    net = language.model("llama")
+    *_, last = names
+    CurvatureEditor(0.5, [last]).edit_checkpoint(path, factors, tmp_path / "cut.ckpt")
+    CurvatureEditor(0.5, [last]).edit(net, factors)
+    with pytest.warns(UserWarning, match=rf"cut\.ckpt is an edited copy: .* its layers '{last}' as they were before"):
+        check_loaded(net, names, factors, tmp_path / "cut.ckpt")
+    with torch.no_grad():
+        net.get_parameter(f"{next(iter(names))}.weight").mul_(1.5)
+    with (
+        pytest.warns(UserWarning, match="edited copy"),
+        pytest.raises(ValueError, match=r"1 of 6 layers .* the furthest is 0\.5 of its norm away"),
+    ):
+        check_loaded(net, names, factors, tmp_path / "cut.ckpt")
+
+
+@pytest.mark.parametrize("command", ["collect", "mine", "evaluate", "sweep", "detect"])
+def test_classes_that_a_checkpoint_holds_can_be_allowed(folder, tmp_path, command):
+    path = tmp_path / "m.ckpt"
+    state = {f"net.{name}": value for name, value in language.model("llama").state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": argparse.Namespace(lr=0.1)}, path)
+    args = [*arguments(folder, tmp_path, command), "--checkpoint", path]
+    args += {"sweep": ["--energies", "0.9"], "evaluate": ["--reference"]}.get(command, [])
+    with pytest.raises(SystemExit, match=r"add --allow-global argparse.Namespace"):
+        run(command, *args)
+    with pytest.raises(SystemExit, match=r"'Namespace' is no full name of a class. Give it with its module"):
+        run(command, *args, "--allow-global", "Namespace")
+    allowed = [*args, "--allow-global", "argparse.Namespace"]
+    if command == "mine":
+        with pytest.raises(SystemExit, match="recites none of them"):
+            run(command, *allowed)
+    else:
+        run(command, *allowed)
+    for option, value in (("--checkpoint", folder / "edited"), ("--checkpoint", None)):
+        with pytest.raises(SystemExit, match=r"--allow-global is for files of torch.save"):
+            run(command, *replaced(allowed, option, value), *([] if command == "sweep" else ["--overwrite"]))
+
+
+@pytest.mark.parametrize("data", ["--corpus", "--sequences", "--recall"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_model_that_says_nothing_finite(folder, tmp_path, reference, data):
+    net, path = language.model("llama"), tmp_path / "nan.pt"
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": "w1 w2", "answers": ["w3"]}))
+    files = {"--corpus": folder / "c.jsonl", "--sequences": folder / "s.jsonl", "--recall": tmp_path / "r.jsonl"}
+    args = ["--model", folder / "model", "--checkpoint", path, data, files[data], "--out", tmp_path / "o.json"]
+    for value, said in ((float("nan"), "NaN or infinite are weights of 'model.norm.weight'"), (3e38, "too large")):
+        with torch.no_grad():
+            net.model.norm.weight.fill_(value)
+        torch.save(net.state_dict(), path)
+        with pytest.raises(SystemExit, match=rf"nan\.pt: what the model says is not finite.*{said}"):
+            run("evaluate", *args, *["--reference"] * reference)
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_a_corpus_that_does_not_tell_what_an_edit_costs(folder, tmp_path):
+    """What the edited layer says is multiplied by zero: its edits cost nothing, however strong they are."""
+    net, layer = language.model("llama"), "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        net.model.layers[1].mlp.down_proj.weight.zero_()
+    net.save_pretrained(tmp_path / "m")
+    language.tokenizer().save_pretrained(tmp_path / "m")
+    args = ["--checkpoint", tmp_path / "m", "--factors", folder / "f.safetensors", "--layers", layer, "--context", 16]
+    args += ["--corpus", folder / "c.jsonl", "--perplexity", "1.1", "--out", tmp_path / "o"]
+    with (
+        pytest.warns(UserWarning, match="Every edit that was tried stays within"),
+        pytest.raises(SystemExit, match=r"c\.jsonl does not tell what the edit costs: .* than 0\.1% .* --energy"),
+    ):
+        run("edit", *args)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.* have other weights than those")
 def test_two_folders_are_compared(folder, tmp_path, monkeypatch, capsys):
     """The edited folder's weights in the other one's place; a model is loaded once for each."""
     loaded, load = [], transformers.AutoModelForCausalLM.from_pretrained
@@ -264,6 +401,7 @@ def test_two_folders_are_compared(folder, tmp_path, monkeypatch, capsys):
     for command in ("collect", "detect"):  # everywhere that a checkpoint is taken
         out = tmp_path / "other" / command
         args = replaced(arguments(folder, tmp_path, command), "--out", out.with_suffix(".safetensors"))
+        args += ["--force"] * (command == "detect")  # the factors are those of the first
         run(command, *args, "--checkpoint", folder / "edited")
         alone = replaced(replaced(args, "--out", out.with_suffix(".own.safetensors")), "--model", folder / "edited")
         run(command, *alone)

@@ -214,7 +214,8 @@ def test_a_layer_on_too_few_positions_is_left_as_it_is(name, way):
     assert f"Left as it is: {report.skipped['0']}" in str(report)
     with pytest.raises(ValueError, match="No layer can be edited: Layer '0': Factor A rests on 5 positions"):
         editor.edit(net, KroneckerFactors({"0": found["0"]}))
-    with pytest.raises(TooFewPositionsError, match=r"Layer '0': Factor A .* insist with .*min_positions=0"):
+    insist = r"Layer '0': Factor A .* insist \(CurvatureEditor\(min_positions=0\), --min-positions 0\)"
+    with pytest.raises(TooFewPositionsError, match=insist):
         editor.edit_weight("0", before[0], found["0"], 0.7, False)
 
 

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, files
 from lightning_curvature.checkpoints import archive, atomic, formats, names
+from lightning_curvature.checkpoints.formats import open_checkpoint
+from lightning_curvature.checkpoints.weights import read_weights
 from lightning_curvature.cli import main
 from lightning_curvature.collect import collect
 from lightning_curvature.deltas import apply_delta
@@ -268,7 +270,9 @@ def test_targets(saved, tmp_path):
         EDITOR.edit_checkpoint(saved / "model.pt", factors(saved), out)
     with pytest.warns(UserWarning, match=r"o.pt is edited already \(kfac, layers .* and 3 more\)"):
         EDITOR.edit_checkpoint(out, factors(saved), tmp_path / "p.pt")
-    with pytest.raises(ValueError, match="would change nothing"):
+    with pytest.raises(
+        ValueError, match=r"would change nothing.* Choose a smaller energy, or allow more \(--perplexity\)"
+    ):
         CurvatureEditor(1.0).edit_checkpoint(saved / "model.pt", factors(saved), tmp_path / "q.pt")
     folder = tmp_path / "folder"
     shutil.copytree(saved / "folder", folder)
@@ -277,6 +281,34 @@ def test_targets(saved, tmp_path):
     assert not (folder / "old").exists()
     assert torch.equal(weights(folder)["model.norm.weight"], weights(saved / "sharded")["model.norm.weight"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "o.pt", "p.pt"]
+
+
+@pytest.mark.parametrize("held", [["thesis.tex"], ["config.json"], ["config.json/x"], ["model.safetensors"], ["a/b"]])
+@pytest.mark.parametrize("what", ["edit", "revert", "apply"])
+def test_only_a_model_or_nothing_is_replaced_as_a_folder(saved, tmp_path, what, held):
+    out, delta = tmp_path / "out", tmp_path / "d.safetensors"
+    EDITOR.edit_checkpoint(saved / "folder", factors(saved), tmp_path / "edited", delta=delta)
+
+    def write():
+        if what == "edit":
+            EDITOR.edit_checkpoint(saved / "folder", factors(saved), out, overwrite=True)
+        else:
+            apply_delta(
+                tmp_path / "edited" if what == "revert" else saved / "folder", delta, out, revert=what == "revert",
+                overwrite=True,
+            )  # fmt: skip
+
+    for name in held:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=r"out holds other things than a model, .* Name a new folder"):
+        write()
+    assert [(out / name).read_text() for name in held] == ["precious"] * len(held)
+    shutil.rmtree(out)
+    out.mkdir()
+    write()
+    write()  # a model is replaced, edited or not
+    assert (out / "config.json").is_file()
 
 
 def test_outputs_never_replace_what_is_read(saved, tmp_path):
@@ -385,6 +417,44 @@ def test_harmless_classes_can_be_allowed(saved, tmp_path):
         archive.read_archive(tmp_path / "a.ckpt", ["argparse.Nothing"])
 
 
+def test_a_snapshot_of_the_hugging_face_cache_is_read(saved, tmp_path):
+    """Its files are links to the blobs of its repository; the copy holds files."""
+    repository = tmp_path / "models--some--model"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted((saved / "sharded").iterdir())):
+        shutil.copy(file, blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{number:040x}"))
+    old, linked = hashes(blobs), tmp_path / "link"
+    linked.symlink_to(snapshot)
+    for number, source in enumerate((snapshot, linked)):
+        out, delta, back = (tmp_path / f"{name}{number}" for name in ("out", "delta", "back"))
+        EDITOR.edit_checkpoint(source, factors(saved), out, delta=delta)
+        assert describe(source)["edit"] is None
+        assert not any(path.is_symlink() for path in out.iterdir())
+        assert describe(out)["edit"]["method"] == "kfac"
+        apply_delta(out, delta, back, revert=True)
+        assert hashes(back) == hashes(saved / "sharded")
+        with pytest.raises(FileExistsError, match="is the source itself, or another file that is read"):
+            EDITOR.edit_checkpoint(source, factors(saved), out, delta=blobs / f"{0:040x}", overwrite=True)
+    assert hashes(blobs) == old
+    stranger = tmp_path / "models--another" / "blobs" / "secret"
+    stranger.parent.mkdir(parents=True)
+    stranger.write_text("secret")
+    for target in (stranger, tmp_path / "out0" / "config.json", repository / "snapshots"):
+        (snapshot / "extra").symlink_to(target)
+        with pytest.raises(ValueError, match="'extra' leads out of the folder"):
+            EDITOR.edit_checkpoint(snapshot, factors(saved), tmp_path / "no")
+        (snapshot / "extra").unlink()
+    moved = tmp_path / "other" / "0123abc"  # beside blobs, and yet no snapshot
+    shutil.copytree(snapshot, moved, symlinks=True)
+    shutil.copytree(blobs, tmp_path / "blobs")
+    with pytest.raises(ValueError, match=r"leads out of the folder|no such file"):
+        EDITOR.edit_checkpoint(moved, factors(saved), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 def test_folders_that_lead_out_are_refused(saved, tmp_path):
     outside = tmp_path / "outside.safetensors"
     shutil.copy(saved / "model.safetensors", outside)
@@ -432,6 +502,42 @@ def test_what_is_no_checkpoint(saved, tmp_path):
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
+
+
+OTHERS = {
+    "an empty file": b"",
+    "text": b"Not found\n",
+    "JSON": b'\xef\xbb\xbf {"error": "none"}',
+    "a web page .HTML.": b"\n<!DOCTYPE html><html>" + "\u00fc".encode() * 900,
+    "a compressed file .gzip.": b"\x1f\x8b\x08\x00" * 9,
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".safetensors"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_files_that_are_something_else_are_called_so(tmp_path, kind, suffix):
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(OTHERS[kind])
+    what = "complete safetensors file" if suffix == ".safetensors" else "file of torch.save"
+    for read in (open_checkpoint, read_weights):
+        with pytest.raises(ValueError, match=rf"m{suffix}: not a {what}, but {kind}.*\. \w.*\.$") as error:
+            read(path)
+        assert "pop from" not in str(error.value)
+    with pytest.raises(ValueError, match=rf"not a complete factor file, but {kind}|torch.save|no safetensors"):
+        KroneckerFactors.open(path)
+
+
+def test_archives_that_were_cut_off(saved, tmp_path):
+    whole = (saved / "model.pt").read_bytes()
+    for name, start in {"cut.pt": whole[: len(whole) // 2], "cut.safetensors": whole[:900]}.items():
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(ValueError, match=r"but an archive that was cut off\. Copy or download the file again"):
+            open_checkpoint(tmp_path / name)
+    torch.save({"w.weight": torch.ones(9, 9)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "old.pt").write_bytes((tmp_path / "old.pt").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"old.pt: not a file of torch.save, or a broken one \(.+: .+\)\. Copy"):
+        open_checkpoint(tmp_path / "old.pt")
 
 
 def test_names_match_by_rule():

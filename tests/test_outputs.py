@@ -161,28 +161,49 @@ def command(saved, tmp_path, *more, checkpoint="folder", factors="factors.safete
         (["--save-delta", "out/d.safetensors"], "lies inside of a folder that is written as a whole"),
         (["--to-hf", "folder"], r"is no file of torch.save \(.ckpt, .pt\): only those become a folder"),
         (["--allow-global", "argparse.Namespace"], "--allow-global is for files of torch.save"),
-        (["--bases", "text.txt"], "--bases: .*text.txt is a file; name a folder"),
+        (["--bases", "text.txt"], "--bases .*text.txt is a file; it names a folder"),
+        (["--bases", "folder"], "--bases .*folder is or lies in .*folder, which is read"),
+        (["--bases", "folder/bases"], "--bases .*bases is or lies in .*folder, which is read"),
+        (["--bases", "folder", "--dry-run"], "--bases .*folder is or lies in .*folder, which is read"),
     ],
 )  # fmt: skip
 def test_options_that_would_be_ignored_are_errors(saved, tmp_path, nothing_computed, options, message):
-    files = {"folder", "text.txt", "nothing.txt", "model.pt"}
+    files = {"folder", "folder/bases", "text.txt", "nothing.txt", "model.pt"}
     given = [saved / option if option in files else option for option in options]
-    given = [tmp_path / option if str(option).endswith(("d.safetensors", "/bases")) else option for option in given]
+    given = [
+        tmp_path / option if str(option) in ("d.safetensors", "out/d.safetensors", "out/bases") else option
+        for option in given
+    ]
     with pytest.raises(SystemExit, match=message):
         run(*command(saved, tmp_path, *given))
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_reads_bases_and_writes_none(saved, tmp_path, monkeypatch, capsys):
+    options = ["--bases", tmp_path / "bases", "--dry-run"]
+    run(*command(saved, tmp_path, *options))
+    assert not list(tmp_path.iterdir())
+    run(*command(saved, tmp_path, *options[:-1]))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert any(path.parent.name == "bases" for path in before)
+    monkeypatch.setattr("lightning_curvature.bases.decompose", lambda *_: pytest.fail("worked out again"))
+    run(*command(saved, tmp_path, *options, "--overwrite"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--to-hf", "folder", "--bases", "folder/b"], "--bases .*b is or lies in .*folder, which is read"),
         (["--model", "folder"], "--model is used by --perplexity and --forget and a preset of --layers alone"),
         (["--layers", "net.*", "--model", "folder"], "--model is used by"),
         (["--perplexity", 1.1, "--corpus", "text.txt", "--model", "model.pt"], "--model: .*model.pt is no folder"),
     ],
 )
 def test_the_model_of_a_checkpoint(saved, tmp_path, nothing_computed, options, message):
-    given = [saved / option if option in {"folder", "text.txt", "model.pt"} else option for option in options]
+    given = [
+        saved / option if option in {"folder", "folder/b", "text.txt", "model.pt"} else option for option in options
+    ]
     with pytest.raises(SystemExit, match=message):
         run(*command(saved, tmp_path, *given, checkpoint="model.ckpt", out="o.ckpt"))
 

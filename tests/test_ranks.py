@@ -418,7 +418,7 @@ def probing(strategy, folder, target):
     return callback.probe_results, match, callback.editor.energy
 
 
-@pytest.mark.filterwarnings("ignore:Every edit stays within 0.9 times")
+@pytest.mark.filterwarnings("ignore:Every edit that was tried stays within 0.9 times")
 @pytest.mark.parametrize("target", [None, {"val/accuracy": 0.9}])
 @pytest.mark.parametrize("strategy", [DDP2, FSDP2, TENSOR])
 def test_probes_and_targets_say_the_same_on_all_processes(strategy, target, tmp_path):

@@ -72,6 +72,18 @@ def test_nothing_may_be_lost_where_edits_help():
     assert match.energy == pytest.approx(0.6, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The metric is not monotone")
+@pytest.mark.parametrize("top", [0.88, 0.78, 0.68, 0.58, 0.48, 0.28])
+@pytest.mark.parametrize("below", [1.0, 0.99])
+def test_a_cost_that_falls_again_is_not_jumped_over(top, below):
+    """A hump of the cost between energies that cost nothing: none of those below it is chosen."""
+    hump = lambda e: 1.5 if top - 0.1 <= e <= top + 0.03 else 1.0 if e > top else below  # noqa: E731
+    match, curve = search(hump, 1.1)
+    assert top + 0.03 < match.energy < top + 0.031
+    assert match.value == 1.0
+    assert curve.calls < 40
+
+
 def test_a_spectrum_with_one_giant():
     """Energies close to 1 matter where one direction holds almost all of the mass."""
     match, curve = search(lambda e: 1 + 3e3 * (1 - e) ** 0.5 if e > 0 else float("nan"), 1.1)
@@ -105,7 +117,9 @@ def test_what_cannot_be_met_is_said():
         found, curve = search(lambda e: 1.5, 1.1, before=50.0)
     assert (found.energy, found.value, curve.calls) == (1.0, 1.5, 1)
     # A metric that hardly depends on the edit is not a licence to remove everything without a word.
-    with pytest.warns(UserWarning, match=r"Every edit stays within 1\.1 times .* It hardly depends on these layers"):
+    with pytest.warns(
+        UserWarning, match=r"Every edit that was tried stays within 1\.1 times .* It hardly depends on these layers"
+    ):
         found, curve = search(lambda e: 1.01, 1.1)
     assert found.energy <= 0.05
     with pytest.raises(ValueError, match="A limit is a positive multiple"):
@@ -146,6 +160,7 @@ class Probed(models.Classifier):
         return {"val": models.loader(models.images(256, 1)), "other": models.loader(models.images(64, 2))}
 
 
+@pytest.mark.filterwarnings("ignore:The metric is not monotone")
 def test_the_callback_edits_by_what_it_may_cost(tmp_path):
     pl.seed_everything(0)
     callback = KFACEditCallback(target={"val/accuracy": 0.9}, score="activations")
@@ -166,6 +181,7 @@ def test_the_callback_edits_by_what_it_may_cost(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:The metric is not monotone")
 def test_a_target_without_validation_in_a_second_fit_and_after_a_resume(tmp_path):
     loader = models.loader(models.images(128))
     callback = KFACEditCallback(layers="mlp", target={"val/accuracy": 0.98})

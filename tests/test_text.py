@@ -129,6 +129,21 @@ def test_windows_of_text_and_of_json_lines(tmp_path, monkeypatch):
     assert list(corpus.token_windows(lines, tokenizer, 7)) == [[*ids[:5], 0, ids[5]], [*ids[6:12], 0]]
 
 
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "X.JSONL"])
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path, name):
+    tokenizer, path = language.tokenizer(), tmp_path / name
+    text = json.dumps({"text": "w3 w4"}) + "\n" if name.lower().endswith("jsonl") else "w3 w4\n"
+    path.write_bytes(text.encode())
+    expected = list(corpus.read_documents(path, tokenizer))
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(corpus.read_documents(path, tokenizer)) == expected
+    assert expected[0][:2] == tokenizer("w3 w4", add_special_tokens=False)["input_ids"]
+    path.write_bytes(b"\xef\xbb\xbf\n")
+    if name != "x.txt":
+        with pytest.raises(ValueError, match="the file is empty"):
+            list(corpus.read_documents(path, tokenizer))
+
+
 def test_bad_corpora(tmp_path):
     tokenizer, path = language.tokenizer(), tmp_path / "a.txt"
     path.write_text("w1 w2 w3")

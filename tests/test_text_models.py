@@ -211,10 +211,15 @@ def test_progress_of_another_run_is_refused(folder, tmp_path, monkeypatch):
 def test_what_cannot_be_collected(folder, tmp_path):
     with pytest.raises(ValueError, match="context=128 is longer than the model's, 64 tokens"):
         collected(folder, tmp_path / "f", context=128)
+    with pytest.raises(ValueError, match="context=1: in a window of so many tokens there is nothing to predict"):
+        collected(folder, tmp_path / "f", context=1)
     with pytest.raises(ValueError, match="passes must be an integer of at least 1"):
         collected(folder, tmp_path / "f", passes=0)
     with pytest.raises(ValueError, match="6 layers cannot be cut into 7 groups; use at most 6 passes"):
         collected(folder, tmp_path / "f", passes=7)
+    with pytest.raises(RuntimeError, match=r"factors of layers 'model.* rest on no position"):
+        collected(folder, tmp_path / "f", share=1e-9)
+    (tmp_path / "f.partial").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="positions must be one of"):
         collected(folder, tmp_path / "f", positions="mask:x")
     with pytest.raises(ValueError, match="accumulate_on must be one of"):

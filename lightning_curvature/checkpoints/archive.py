@@ -18,6 +18,7 @@ from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.outputs import Format
 from lightning_curvature.checkpoints.safetensors import Edits, check_same, looks_like_safetensors, tensor_hash
+from lightning_curvature.checkpoints.sniff import sniff
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text
 
 KEY = "lightning_curvature"
@@ -44,6 +45,11 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
     allowed = []
     for name in allow_globals:
         module, _, attribute = name.rpartition(".")
+        if not module:
+            raise ValueError(
+                f"allow_globals: {name!r} is no full name of a class. Give it with its module, such as "
+                "'argparse.Namespace' (--allow-global argparse.Namespace)."
+            )
         try:
             allowed.append(getattr(importlib.import_module(module), attribute))
         except (ImportError, AttributeError, ValueError) as error:
@@ -54,11 +60,13 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a damaged pickle ends in errors of every kind
+        if told := sniff(path):
+            raise ValueError(f"{path}: not a file of torch.save, but {told[0]}. {told[1]}") from error
         found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error))
         if found is None or not isinstance(error, pickle.UnpicklingError):
             # torch wraps its reason in advice to load the file unsafely, which would not help and is not given here.
             reason = str(error).partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
-            reason = " ".join((reason or str(error)).split())[:300]
+            reason = " ".join((reason or str(error)).split())[:300] or "it ends too early"
             remedy = (
                 "It is a safetensors file: name it NAME.safetensors." if looks_like_safetensors(path) else COPY_AGAIN
             )

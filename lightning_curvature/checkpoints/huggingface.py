@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.atomic import replacing_folder, sync
-from lightning_curvature.checkpoints.outputs import Format
+from lightning_curvature.checkpoints.outputs import NOTE, Format
 from lightning_curvature.checkpoints.safetensors import Edits, SafetensorsFile
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NOTE = "curvature_edit.json"
-"""File of a folder that says what was edited."""
 CARD = "README.md"
 _SHARED_LAYERS = 100  # so many more layers than tensors may a model have (ALBERT has one for all of them)
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.gguf", "consolidated*", "*.h5", "*.msgpack")
@@ -211,13 +209,20 @@ class HuggingFaceFolder:
         return {name for name in names if name in self.shards or name in (NOTE, CARD)}
 
     def _check_inside(self, file: str) -> Path:
-        """Return where a file lies; raise if that is outside the folder, by its name or through a link."""
+        """Return where a file lies; raise if that is outside the folder, by its name or through a link.
+
+        The files of a snapshot in the Hugging Face cache are links to the ``blobs`` of the same repository.
+        """
         try:
             resolved = (self.path / file).resolve()
             exists = resolved.exists()
         except (OSError, ValueError, RuntimeError) as error:  # too long, no text, or links in a circle
             raise ValueError(f"{self.path}: {file!a:.60} can be no file ({error!a}). {_AGAIN}") from error
-        if Path(file).is_absolute() or not resolved.is_relative_to(self.path.resolve()):
+        folder = self.path.resolve()
+        inside = resolved.is_relative_to(folder)
+        if not inside and folder.parent.name == "snapshots" and ".." not in Path(file).parts:
+            inside = resolved.is_relative_to(folder.parent.parent / "blobs")
+        if Path(file).is_absolute() or not inside:
             raise ValueError(
                 f"{self.path}: {file!r} leads out of the folder, to {resolved}. Such a folder is not read."
             )

@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from lightning_curvature._checks import listing
+
 Format = Literal["folder", "safetensors", "archive"]
 """What a checkpoint is: a Hugging Face folder, a safetensors file, or a file of ``torch.save``."""
 
 SAFETENSORS = ".safetensors"
 ARCHIVES = (".pt", ".pth", ".ckpt", ".bin", ".th", ".tar", ".pkl", ".pickle")
 _OTHERS = (".json", ".jsonl", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".txt", ".yaml", ".csv", ".png")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+NOTE = "curvature_edit.json"
+"""File of a Hugging Face folder that says what was edited."""
 _WRITTEN = {
     "folder": "a Hugging Face folder is written; name a folder",
     "safetensors": "a safetensors file is written; name it NAME.safetensors",
@@ -39,7 +44,8 @@ def check_name(output: str | os.PathLike[str], format_: Format) -> None:
 
     Raises:
         ValueError: If the name is one of another format.
-        FileExistsError: If there is a file where a folder is written, or a folder where a file is.
+        FileExistsError: If there is a file where a folder is written, or a folder where a file is; or a folder that is
+            neither empty nor a model's, which would be removed as a whole.
     """
     end = ending(output)
     fits = {
@@ -52,6 +58,20 @@ def check_name(output: str | os.PathLike[str], format_: Format) -> None:
     if Path(output).exists() and Path(output).is_dir() != (format_ == "folder"):
         there = "a folder" if Path(output).is_dir() else "a file"
         raise FileExistsError(f"{output} is {there}, and {_WRITTEN[format_]}.")
+    if format_ == "folder" and Path(output).is_dir() and not _replaceable(Path(output)):
+        names = listing(sorted(path.name for path in Path(output).iterdir()), 3)
+        raise FileExistsError(
+            f"{output} holds other things than a model, {names}, and would be replaced as a whole. Name a new folder, "
+            "such as one in it."
+        )
+
+
+def _replaceable(folder: Path) -> bool:
+    """Tell whether a folder is empty, or holds a model: its configuration with weights, or the note of an edit."""
+    if not any(folder.iterdir()) or (folder / NOTE).is_file():
+        return True
+    weights = any(path.is_file() for pattern in _WEIGHTS for path in folder.glob(pattern))
+    return weights and (folder / "config.json").is_file()
 
 
 def check_safetensors_name(output: str | os.PathLike[str], what: str) -> None:
@@ -78,9 +98,10 @@ def check_outputs(
 
     Args:
         outputs: Files and folders to write.
-        inputs: Files and folders that are read.
+        inputs: Files and folders that are read; what a folder holds as a link is read, too.
         overwrite: Whether outputs may exist.
     """
+    inputs = [*inputs, *(link for path in inputs for link in _links(Path(path)))]
     resolved = [Path(path).resolve() for path in outputs]
     for output, path in zip(outputs, resolved, strict=True):
         for other in inputs:
@@ -101,3 +122,8 @@ def check_outputs(
         above = next(parent for parent in path.parents if parent.exists())
         if not above.is_dir():
             raise FileExistsError(f"{output} cannot be written: {above} is a file, not a folder.")
+
+
+def _links(folder: Path) -> list[Path]:
+    """Return the links in a folder, such as those of the Hugging Face cache; none of a file."""
+    return [path for path in folder.iterdir() if path.is_symlink()] if folder.is_dir() else []

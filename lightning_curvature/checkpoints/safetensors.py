@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.checkpoints.outputs import Format
+from lightning_curvature.checkpoints.sniff import sniff
 from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text, parse_json
 
 _CHUNK = 2**22
@@ -55,6 +56,8 @@ class SafetensorsFile:
             with safe_open(self.path, framework="pt"):
                 pass  # the library checks the header, the byte ranges and the file's length
         except SafetensorError as error:
+            if told := sniff(path):
+                raise ValueError(f"{path}: not a complete safetensors file, but {told[0]}. {told[1]}") from error
             remedy = "It is one of torch.save: name it NAME.pt." if zipfile.is_zipfile(path) else COPY_AGAIN
             raise ValueError(f"{path}: not a complete safetensors file ({error}). {remedy}") from error
         with self.path.open("rb") as file:

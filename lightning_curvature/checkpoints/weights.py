@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.archive import read_archive
 from lightning_curvature.checkpoints.outputs import SAFETENSORS, ending
+from lightning_curvature.checkpoints.sniff import sniff
 
 
 def load_weights(
@@ -79,6 +80,8 @@ def read_weights(path: Path, allow_globals: Sequence[str] = ()) -> dict[str, Ten
         try:
             return load_file(path)
         except (SafetensorError, AttributeError) as error:
+            if told := sniff(path):
+                raise ValueError(f"{path}: not a complete safetensors file, but {told[0]}. {told[1]}") from error
             raise ValueError(f"{path}: not a complete safetensors file ({error}). Copy it again.") from error
     content = read_archive(path, allow_globals)
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}

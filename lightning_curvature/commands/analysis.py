@@ -1,6 +1,7 @@
 """Commands that show: report, detect."""
 
 import csv
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from tabulate import tabulate
 from lightning_curvature import configs
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.commands.choices import ImagePositions
-from lightning_curvature.commands.inputs import check_counts, check_files, check_unused, read_factors
+from lightning_curvature.commands.inputs import check_allowed, check_counts, check_files, check_unused, read_factors
 from lightning_curvature.commands.output import Output, extra
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def detect(
     context: int | None = None,
     batch_size: int = 32,
     overwrite: bool = False,
+    force: bool = False,
+    allow_global: list[str] | None = None,
 ) -> Output:
     """Rank windows of text, or training images, by how memorized they look to a model, without labels; write CSV.
 
@@ -76,16 +79,22 @@ def detect(
             what the model takes if that is less.
         batch_size: Examples per forward pass.
         overwrite: Replace what is at out.
+        force: Use factors that were collected on other weights, such as those before a fine-tune.
+        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
     inputs = {"--factors": factors if not factors.is_dir() else None, "--sequences": sequences, "--corpus": corpus}
     weights = None if checkpoint is None or (model is not None and checkpoint.is_dir()) else checkpoint
-    check_files({"--out": out}, {**inputs, "--checkpoint": weights}, overwrite)
+    read = [model, checkpoint, None if config is None else Path(config)]
+    check_files({"--out": out}, {**inputs, "--checkpoint": weights}, overwrite, models=read)
     if config is not None and not (Path(config).is_file() or (resources.files(configs) / config).is_file()):
         raise FileNotFoundError(f"No such file: {config} (--config).")
+    allowed = check_allowed(allow_global, checkpoint)
     check_counts(tokens=tokens, context=context, batch_size=batch_size)
     if config is not None and checkpoint is not None and (model, sequences, corpus) == (None, None, None):
         check_unused("it is for windows of text", tokens=tokens, context=context)
-        rows = _rank_images(config, checkpoint, read_factors(factors), layer, positions or "all", batch_size)
+        rows = _rank_images(
+            config, checkpoint, read_factors(factors), layer, positions or "all", batch_size, force, allowed
+        )
     elif config is not None or model is None:
         raise ValueError(
             "Give the model: for text --model with --sequences or --corpus, for images --config with --checkpoint."
@@ -99,7 +108,8 @@ def detect(
             from lightning_curvature.text.ranking import rank_windows
         rows = rank_windows(
             model, checkpoint, read_factors(factors), sequences=sequences, corpus=corpus, layer=layer,
-            tokens=tokens or 100_000, context=context, batch_size=batch_size,
+            tokens=tokens or 100_000, context=context, batch_size=batch_size, force=force,
+            allow_globals=allowed,
         )  # fmt: skip
     with replacing(out) as temporary, Path(temporary).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -111,7 +121,14 @@ def detect(
 
 
 def _rank_images(
-    config: str, checkpoint: Path, factors: "KroneckerFactors", layer: str | None, positions: str, batch_size: int
+    config: str,
+    checkpoint: Path,
+    factors: "KroneckerFactors",
+    layer: str | None,
+    positions: str,
+    batch_size: int,
+    force: bool,
+    allowed: Sequence[str],
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -119,15 +136,18 @@ def _rank_images(
     from lightning_curvature.analysis.labels import rank_labelled
     from lightning_curvature.checkpoints.weights import load_weights, read_weights
     from lightning_curvature.factor_files import is_factor_file
+    from lightning_curvature.files import check_loaded
     from lightning_curvature.lightning_cli import instances  # which imports the command line
 
     check_layer(factors, layer)
     if checkpoint.suffix == ".safetensors" and is_factor_file(checkpoint):
         raise ValueError(f"{checkpoint} holds K-FAC factors, not weights. Name the model's checkpoint.")
     module, data = instances(config)
-    load_weights(module, read_weights(checkpoint), checkpoint)
+    load_weights(module, read_weights(checkpoint, allowed), checkpoint)
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     name, own = chosen_layer(factors, layer, module)
+    names = {check_layer(factors, layer): name}
+    check_loaded(module, names, factors, checkpoint, force=force, allow_globals=allowed)
     data.prepare_data()
     data.setup("fit")
     return rank_labelled(module, data.train_dataloader(), name, own, positions, batch_size)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_curvature.checkpoints.outputs import check_outputs
 from lightning_curvature.commands.choices import Half, Score
-from lightning_curvature.commands.inputs import check_counts
+from lightning_curvature.commands.inputs import check_bases, check_counts
 from lightning_curvature.commands.output import Output, extra
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ def edit(
         raise ValueError("--dry-run writes nothing: leave --save-delta out.")
     if perplexity is not None and energy is not None:
         raise ValueError("--perplexity finds the energy, one for all layers: give no --energy.")
-    if bases is not None and bases.exists() and not bases.is_dir():
-        raise ValueError(f"--bases: {bases} is a file; name a folder.")
+    check_bases(bases, [checkpoint, to_hf, model])
     allowed = allow_global or ()
     found = files.open_to_edit(checkpoint, out, overwrite, save_delta, allowed, to_hf)
     if allowed and found.format != "archive":
@@ -110,7 +109,7 @@ def edit(
     share = DEFAULT_ENERGY if energy is None else energy
     editor = CurvatureEditor(share, named_layers(layers, loaded, folder), score, soft, min_positions=min_positions)
     target: dict[str, Any] = {}
-    with bases_in(bases):
+    with bases_in(bases, write=not dry_run):
         if perplexity is not None or forget is not None:
             if not force:
                 files.check_origin(editor, checkpoint, loaded, allowed)  # before a model is loaded and run

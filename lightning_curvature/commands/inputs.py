@@ -1,19 +1,23 @@
 """What commands look at before they load anything: files that are read, files to write, numbers."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_curvature._checks import check_count
-from lightning_curvature.checkpoints.outputs import check_outputs
+from lightning_curvature.checkpoints.outputs import SAFETENSORS, check_outputs, ending
 
 if TYPE_CHECKING:
     from lightning_curvature.factors import KroneckerFactors
 
 
 def check_files(
-    outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None], overwrite: bool, folders: bool = False
+    outputs: Mapping[str, Path | None],
+    inputs: Mapping[str, Path | None],
+    overwrite: bool,
+    folders: bool = False,
+    models: Sequence[Path | None] = (),
 ) -> None:
     """Raise if an input is missing, or an output would replace something that it must not.
 
@@ -22,6 +26,8 @@ def check_files(
         inputs: Files to read, by option.
         overwrite: Whether outputs may exist.
         folders: Whether the outputs are folders; one that is there and empty is as good as none.
+        models: Folders or files of models that are read; whether they are there is told by those who load them. No
+            output may lie in one.
     """
     for option, path in inputs.items():
         if path is None:
@@ -30,7 +36,8 @@ def check_files(
             raise IsADirectoryError(f"{option} {path} is a folder; it names a file.")
         if not path.is_file():
             raise FileNotFoundError(f"No such file: {path} ({option}).")
-    written = []
+    written: list[Path] = []
+    empty: list[Path] = []
     for option, path in outputs.items():
         if path is None:
             continue
@@ -40,9 +47,34 @@ def check_files(
         if path.exists() and path.is_dir() != folders:
             found, wanted = ("a file", "a folder") if folders else ("a folder", "a file")
             raise FileExistsError(f"{option} {path} is {found}; it names {wanted} to write.")
-        if not (folders and path.is_dir() and not any(path.iterdir())):
-            written.append(path)
-    check_outputs(written, [path for path in inputs.values() if path is not None], overwrite)
+        (empty if folders and path.is_dir() and not any(path.iterdir()) else written).append(path)
+    read = [path for path in (*inputs.values(), *models) if path is not None]
+    check_outputs(written, read, overwrite)
+    check_outputs(empty, read, overwrite=True)
+
+
+def check_bases(bases: Path | None, models: Sequence[Path | None]) -> None:
+    """Raise ``FileExistsError`` if the folder of eigenbases is a file, or lies in a model that is read.
+
+    Args:
+        bases: The folder; None is none.
+        models: Folders or files of models.
+    """
+    if bases is None:
+        return
+    if bases.exists() and not bases.is_dir():
+        raise FileExistsError(f"--bases {bases} is a file; it names a folder.")
+    for model in models:
+        if model is not None and bases.resolve().is_relative_to(model.resolve()):
+            raise FileExistsError(f"--bases {bases} is or lies in {model}, which is read. Name another folder.")
+
+
+def check_allowed(allow_global: list[str] | None, checkpoint: Path | None) -> list[str]:
+    """Return the classes that a checkpoint may hold; raise ``ValueError`` if it is no file that could hold any."""
+    if allow_global and (checkpoint is None or checkpoint.is_dir() or ending(checkpoint) == SAFETENSORS):
+        found = "there is no --checkpoint" if checkpoint is None else f"{checkpoint} is none"
+        raise ValueError(f"--allow-global is for files of torch.save; {found}.")
+    return allow_global or []
 
 
 def check_counts(**counts: int | None) -> None:

@@ -9,7 +9,14 @@ from tabulate import tabulate
 from lightning_curvature._checks import check_energy, check_share
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.commands.choices import AccumulateOn, Fisher, Half, Positions, Score
-from lightning_curvature.commands.inputs import check_counts, check_files, check_unused, read_factors
+from lightning_curvature.commands.inputs import (
+    check_allowed,
+    check_bases,
+    check_counts,
+    check_files,
+    check_unused,
+    read_factors,
+)
 from lightning_curvature.commands.output import Output, extra
 
 
@@ -31,6 +38,7 @@ def collect(
     save_every: int = 50,
     seed: int = 0,
     overwrite: bool = False,
+    allow_global: list[str] | None = None,
 ) -> Output:
     """Collect K-FAC factors of a saved Hugging Face causal LM over text; go on where an interrupted run stopped.
 
@@ -57,8 +65,12 @@ def collect(
         save_every: Batches between two saves of the progress.
         seed: Seed of the random draws.
         overwrite: Replace what is at out.
+        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
-    check_files({"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite)
+    check_files(
+        {"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite, models=[model, checkpoint]
+    )
+    allowed = check_allowed(allow_global, checkpoint)
     check_counts(tokens=tokens, context=context, batch_size=batch_size, draws=draws, passes=passes,
                  save_every=save_every)  # fmt: skip
     check_share(share, "--share")
@@ -68,11 +80,12 @@ def collect(
         from lightning_curvature.text.collecting import WINDOW, collect_text
         from lightning_curvature.text.corpus import token_windows
         from lightning_curvature.text.saved import SavedModel
-    saved = SavedModel(model, checkpoint)
+    saved = SavedModel(model, checkpoint, allowed)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: factors are written to a safetensors file; give it a name that ends so.")
     context = saved.window(context, WINDOW)
     next(token_windows(corpus, saved.tokenizer, context, tokens))  # there is one
+    saved.check_predicts(context)
     chosen = layers or ["last-mlp"]
     saved.check_layers(chosen)
     factors = collect_text(
@@ -103,6 +116,7 @@ def mine(
     checkpoint: Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    allow_global: list[str] | None = None,
 ) -> Output:
     """Find windows of a text that a saved Hugging Face causal LM recites, and write them as JSON lines.
 
@@ -122,15 +136,19 @@ def mine(
         checkpoint: Take the weights from here instead (.ckpt, .pt, .safetensors, or a folder).
         seed: Seed of the sample.
         overwrite: Replace what is at out.
+        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
-    check_files({"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite)
+    check_files(
+        {"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite, models=[model, checkpoint]
+    )
+    allowed = check_allowed(allow_global, checkpoint)
     check_counts(prefix=prefix, suffix=suffix, stride=stride, windows=windows, batch_size=batch_size)
-    check_energy(similarity, "--similarity")
+    check_share(similarity, "--similarity")
     with extra("text"):
         from lightning_curvature.text import mining
         from lightning_curvature.text.saved import SavedModel
         from lightning_curvature.text.sequences import HALVES, write_sequences
-    saved = SavedModel(model, checkpoint)
+    saved = SavedModel(model, checkpoint, allowed)
     candidates = mining.candidates(
         saved.tokenizer, corpus, prefix=prefix, suffix=suffix, stride=stride, windows=windows, seed=seed
     )
@@ -161,6 +179,7 @@ def evaluate(
     out: Path | None = None,
     examples: Path | None = None,
     overwrite: bool = False,
+    allow_global: list[str] | None = None,
 ) -> Output:
     """Measure what a saved Hugging Face causal LM recites, knows and models, and what an edit changed.
 
@@ -183,9 +202,11 @@ def evaluate(
         out: JSON file for the results.
         examples: Markdown file for continuations before and after, side by side; needs --reference and --sequences.
         overwrite: Replace what is at out and examples.
+        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
     inputs = {"--sequences": sequences, "--corpus": corpus, "--recall": recall, "--checkpoint": _file(checkpoint)}
-    check_files({"--out": out, "--examples": examples}, inputs, overwrite)
+    check_files({"--out": out, "--examples": examples}, inputs, overwrite, models=[model, checkpoint])
+    allowed = check_allowed(allow_global, checkpoint)
     check_counts(tokens=tokens, context=context, batch_size=batch_size)
     if sequences is None and corpus is None and recall is None:
         raise ValueError("Nothing to measure on: give at least one of --sequences, --corpus and --recall.")
@@ -201,7 +222,9 @@ def evaluate(
         raise ValueError("Examples are continuations before and after: they need --reference and --sequences.")
     with extra("text"):
         from lightning_curvature.text.suite import Suite
-    suite = Suite(model, sequences, half, corpus, recall, stress, tokens or 100_000, context, batch_size, checkpoint)
+    suite = Suite(
+        model, sequences, half, corpus, recall, stress, tokens or 100_000, context, batch_size, checkpoint, allowed
+    )
     results = suite.run(reference, examples)
     columns = list(results)
     names = list(dict.fromkeys(name for column in results.values() for name in column))
@@ -230,6 +253,8 @@ def sweep(
     context: int | None = None,
     batch_size: int = 32,
     bases: Path | None = None,
+    force: bool = False,
+    allow_global: list[str] | None = None,
 ) -> Output:
     """Edit a saved Hugging Face causal LM in many ways, and show what each leaves and costs; resumable.
 
@@ -253,13 +278,15 @@ def sweep(
             what the model takes if that is less.
         batch_size: Sequences per forward pass.
         bases: Folder in which eigenbases are kept, so that edits with these factors need not work them out again.
+        force: Use factors that were collected on other weights, such as those before a fine-tune.
+        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
     inputs = {"--factors": _file(factors), "--sequences": sequences, "--corpus": corpus,
               "--checkpoint": _file(checkpoint)}  # fmt: skip
-    check_files({"--out": out}, inputs, overwrite=True, folders=True)
+    check_files({"--out": out}, inputs, overwrite=True, folders=True, models=[model, checkpoint])
+    allowed = check_allowed(allow_global, checkpoint)
     check_counts(tokens=tokens, context=context, batch_size=batch_size)
-    if bases is not None and bases.exists() and not bases.is_dir():
-        raise FileExistsError(f"--bases {bases} is a file; it names a folder.")
+    check_bases(bases, [model, checkpoint])
     for energy in energies or ():
         check_energy(energy, "--energies")
     if any(not pattern.strip() for choice in layers or () for pattern in choice.split(",")):
@@ -272,9 +299,9 @@ def sweep(
     from lightning_curvature.sweep import pareto
 
     with bases_in(bases):
-        rows = Chooser(model, checkpoint, read_factors(factors)).sweep(
+        rows = Chooser(model, checkpoint, read_factors(factors), allowed).sweep(
             out / "sweep.csv", sequences, half, corpus, energies=energies or ENERGIES, layers=layers,
-            scores=scores or ["kfac"], soft=soft, tokens=tokens, context=context, batch_size=batch_size,
+            scores=scores or ["kfac"], soft=soft, tokens=tokens, context=context, batch_size=batch_size, force=force,
         )  # fmt: skip
     front = pareto(rows, minimize=["strict", "perplexity"])
     plots.save(plots.pareto(rows, front, "perplexity", "strict"), out / "sweep.png")

@@ -13,7 +13,9 @@ from lightning_curvature import bulk
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editor import CurvatureEditor
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.files import check_loaded
 from lightning_curvature.sweep import Row, sweep
+from lightning_curvature.targets import FLOOR
 from lightning_curvature.text.evaluation import perplexity, strict_rate, window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
 from lightning_curvature.text.saved import SavedModel
@@ -23,6 +25,7 @@ from lightning_curvature.text.suffixes import suffix_batches, suffix_margins
 ENERGIES = (0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.96, 0.98, 0.99)
 WINDOW = 128
 """Tokens of a window, where the model takes as many."""
+_FREE = 0.001
 LIMITS = (1.02, 1.05, 1.10, 1.20)
 
 
@@ -117,6 +120,12 @@ class Chooser:
             match = match_perplexity(
                 self.model, self.factors, editor, windows[::2], limit, num_leading=len(self.leading)
             )
+        if match.energy <= FLOOR and max(match.points.values()) <= 1 + _FREE:
+            raise ValueError(
+                f"{corpus} does not tell what the edit costs: its perplexity rises by less than {_FREE:.1%} with every "
+                f"energy that was tried, down to {match.energy:.3g}. Measure on text that the model knows (--corpus), "
+                "edit other layers (--layers), or give an --energy."
+            )
         if match.value > limit:
             raise ValueError(
                 f"The bulk step alone makes the perplexity {match.value:.4g} times what it was. Make it shorter "
@@ -151,6 +160,7 @@ class Chooser:
         tokens: int,
         context: int | None,
         batch_size: int,
+        force: bool = False,
     ) -> list[Row]:
         """Measure ``strict`` and ``perplexity`` under many edits; see :func:`lightning_curvature.sweep.sweep`.
 
@@ -164,6 +174,11 @@ class Chooser:
                 editor = CurvatureEditor(1.0, choice.split(","), score, soft)
                 editor.plan(self.given)  # a pattern that matches nothing is told before the model is loaded
                 named[editor.method if layers is None else f"{editor.method}: {choice}"] = editor
+        asked_layers = {layer for editor in named.values() for layer in editor.plan(self.given)}
+        names = {layer: name for layer, name in self.names.items() if layer in asked_layers}
+        check_loaded(
+            self.model, names, self.given, self.saved.source, force=force, allow_globals=self.saved.allow_globals
+        )
         editors = {name: self._renamed(editor) for name, editor in named.items()}
 
         def measure() -> dict[str, float]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.collect import check_collected
+from lightning_curvature.collect import check_collected, check_positions
 from lightning_curvature.collector import Collector
 from lightning_curvature.factors import KroneckerFactors
 from lightning_curvature.positions import POSITIONS
@@ -76,13 +76,15 @@ def collect_text(
         check_count(value, name)
     check_vocabulary(model, tokenizer)
     context = min(WINDOW, context_length(model)) if context is None else check_count(context, "context")
+    leading = leading_tokens(tokenizer)
+    if context <= max(len(leading), 1):
+        raise ValueError(f"context={context}: in a window of so many tokens there is nothing to predict.")
     if context > context_length(model):
         raise ValueError(f"context={context} is longer than the model's, {context_length(model)} tokens.")
     partial = Path(f"{os.fspath(out)}.partial")
     if "positions" in options:
         check_option(options["positions"], POSITIONS, "positions")  # there are no masks in a text
     settings = {"tokens": tokens, "context": context, "batch_size": batch_size, "passes": passes, **options}
-    leading = leading_tokens(tokenizer)
     run = _fingerprint(model, tokenizer, corpus, **settings, **({"leading": leading} if leading else {}))
     state = _load(partial, run, passes) or {"pass": 0, "batches": 0, "collector": None}
     device = next(model.parameters()).device
@@ -106,7 +108,9 @@ def collect_text(
                 progress.update(batch.numel())
         check_collected(collector)
         collector.provenance |= {"corpus": Path(corpus).name, "tokens": seen}
-        collector.finish().save(pieces[index])
+        found = collector.finish()
+        check_positions(found)
+        found.save(pieces[index])
         state = {"pass": index + 1, "batches": 0, "collector": None}
         _save(partial, run, index + 1, 0, None)
     loaded = [KroneckerFactors.load(piece) for piece in pieces]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_curvature._checks import check_count
+from lightning_curvature.checkpoints.outputs import ending
 from lightning_curvature.checkpoints.tree import is_text
 from lightning_curvature.text.jsonl import check_file, read_jsonl
 from lightning_curvature.text.leading import encode, leading_tokens
@@ -26,7 +27,12 @@ def read_documents(path: str | os.PathLike[str], tokenizer: Any) -> Iterator[lis
         ValueError: If the file is empty, or a line of JSON lacks ``text``.
     """
     check_file(path, "text, or JSON lines (*.jsonl) with a field 'text'")
-    if Path(path).suffix == ".jsonl":
+    if ending(path) in (".json", ".ndjson"):
+        raise ValueError(
+            f"{path}: text in JSON is read line by line, an object with a field 'text' in each, from a file *.jsonl. "
+            "If it holds such lines, name it so; if not, write them."
+        )
+    if ending(path) == ".jsonl":
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for number, record in read_jsonl(path, ("text",)):
             if not is_text(record["text"]):
@@ -34,7 +40,7 @@ def read_documents(path: str | os.PathLike[str], tokenizer: Any) -> Iterator[lis
             yield encode(tokenizer, record["text"]) + end
         return
     empty = True
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open(encoding="utf-8-sig") as file:
         try:
             while lines := file.readlines(_CHUNK):
                 empty = False

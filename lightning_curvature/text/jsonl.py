@@ -2,11 +2,15 @@
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.checkpoints.outputs import ending
+
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z", ".tgz", ".parquet")
 
 
 def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -26,6 +30,7 @@ def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> It
     found = False
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             try:
@@ -44,11 +49,13 @@ def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> It
 
 
 def check_file(path: str | os.PathLike[str], expected: str) -> None:
-    """Raise ``OSError`` if there is no file at a path; says what was expected there."""
+    """Raise ``OSError`` if there is no file at a path, ``ValueError`` if it is compressed; says what was expected."""
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a file, {expected}.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"No such file: {path}; expected {expected}.")
+    if ending(path) in _COMPRESSED:
+        raise ValueError(f"{path} is compressed; expected {expected}. Unpack it first.")
 
 
 def write_jsonl(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:

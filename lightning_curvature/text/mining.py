@@ -10,7 +10,7 @@ from rapidfuzz.distance import LCSseq
 from torch import nn
 from tqdm import tqdm
 
-from lightning_curvature._checks import check_count, check_energy
+from lightning_curvature._checks import check_count, check_share
 from lightning_curvature.text.corpus import read_documents
 from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.leading import leading_tokens
@@ -53,7 +53,7 @@ def mine(
     Raises:
         ValueError: If no document is as long as a window, or the model cannot read one.
     """
-    check_energy(similarity, "similarity")
+    check_share(similarity, "similarity")
     asked = candidates(tokenizer, corpus, prefix=prefix, suffix=suffix, stride=stride, windows=windows, seed=seed)
     return mine_among(model, tokenizer, asked, similarity, batch_size)
 

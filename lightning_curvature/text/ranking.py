@@ -1,5 +1,6 @@
 """Windows of text in the order of how memorized they look."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lightning_curvature.analysis.detection import flat_shares
 from lightning_curvature.analysis.inputs import check_layer, chosen_layer
 from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.files import check_loaded
 from lightning_curvature.text.detection import likelihood_scores, window_activations
 from lightning_curvature.text.saved import SavedModel
 from lightning_curvature.text.sequences import read_sequences
@@ -27,6 +29,8 @@ def rank_windows(
     tokens: int,
     context: int | None,
     batch_size: int,
+    force: bool = False,
+    allow_globals: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return windows, the one that looks most memorized first; arguments as the command ``detect``.
 
@@ -42,7 +46,7 @@ def rank_windows(
     """
     if (sequences is None) == (corpus is None):
         raise ValueError("Give what to rank: either --sequences or --corpus.")
-    saved = SavedModel(folder, checkpoint)
+    saved = SavedModel(folder, checkpoint, allow_globals)
     tokenizer, leading = saved.tokenizer, saved.leading
     check_layer(factors, layer)
     if sequences is not None:
@@ -64,6 +68,8 @@ def rank_windows(
         )
     model = saved.load()
     name, own = chosen_layer(factors, layer, model)
+    names = {check_layer(factors, layer): name}
+    check_loaded(model, names, factors, saved.source, force=force, allow_globals=allow_globals)
     windows = torch.tensor(ids)
     scores = {
         "score": flat_shares(own, window_activations(model, windows, [name], len(leading), batch_size)[name]),

@@ -58,6 +58,11 @@ class SavedModel:
         if checkpoint is not None:
             check_checkpoint(checkpoint)
 
+    @property
+    def source(self) -> str | os.PathLike[str]:
+        """Where the weights come from: the checkpoint, or else the folder."""
+        return self.folder if self.checkpoint is None else self.checkpoint
+
     def window(self, asked: int | None, default: int, spare: int = 0) -> int:
         """Return the tokens of a window: what is asked for, or else the default or what the model takes.
 
@@ -83,11 +88,15 @@ class SavedModel:
         context = self.window(asked, default) if asked is None else check_count(asked, "context")
         windows = torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))
         self.window(context, default, 1)
+        self.check_predicts(context)
+        return windows
+
+    def check_predicts(self, context: int) -> None:
+        """Raise ``ValueError`` if in a window of so many tokens none is predicted."""
         if context - max(len(self.leading), 1) < 1:
             raise ValueError(
                 f"In a window of {context} tokens there is nothing to predict. Use a longer one (--context)."
             )
-        return windows
 
     def check_fit(self, sequences: Sequence[PromptedSequence]) -> None:
         """Raise ``ValueError`` if the model cannot read some sequences."""

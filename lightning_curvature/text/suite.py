@@ -1,10 +1,14 @@
 """All metrics of a saved language model on files: what ``lightning-curvature evaluate`` runs."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.atomic import replacing
 from lightning_curvature.text.evaluation import Baseline, evaluate_sequences
 from lightning_curvature.text.examples import continue_texts, side_by_side
@@ -33,6 +37,7 @@ class Suite:
         context: Tokens of a window; by default 128, or what the model takes if that is less.
         batch_size: Sequences per forward pass.
         checkpoint: Take the weights from here instead, a file or a folder.
+        allow_globals: Classes that a file may hold beside tensors and primitives.
 
     Raises:
         ValueError: If one of the files is not as described, or the model cannot read what is in it.
@@ -50,8 +55,9 @@ class Suite:
         context: int | None = None,
         batch_size: int = 32,
         checkpoint: Path | None = None,
+        allow_globals: Sequence[str] = (),
     ) -> None:
-        self.saved = SavedModel(model, checkpoint)
+        self.saved = SavedModel(model, checkpoint, allow_globals)
         self.stress, self.batch_size = stress, batch_size
         self.tokenizer, self.leading = self.saved.tokenizer, self.saved.leading
         self.sequences: list[PromptedSequence] = (
@@ -74,14 +80,15 @@ class Suite:
             Metrics by name, under ``"model"``, or under ``"before"`` and ``"after"``.
         """
         if not reference or self.saved.checkpoint is None:
-            return {"model": self._measure(self.saved.load(), None)}
+            return {"model": self._measure(self.saved.load(), None, self.saved.source)}
         model = load_model(self.saved.folder)
         check_vocabulary(model, self.tokenizer)
+        self._check_finite(model, self.saved.folder)
         baseline = None if self.windows is None else self._baseline(model, self.windows)
-        results = {"before": self._measure(model, baseline)}
+        results = {"before": self._measure(model, baseline, self.saved.folder)}
         before = {} if examples is None else self._continued(model)
-        put_weights(model, self.saved.checkpoint)  # one model in memory, loaded once
-        results["after"] = self._measure(model, baseline)
+        put_weights(model, self.saved.checkpoint, self.saved.allow_globals)  # one model in memory, loaded once
+        results["after"] = self._measure(model, baseline, self.saved.checkpoint)
         if examples is not None:
             after = self._continued(model)
             page = side_by_side(
@@ -110,8 +117,23 @@ class Suite:
     def _baseline(self, model: Any, windows: Tensor) -> Baseline:
         return Baseline(model, windows, num_leading=len(self.leading))
 
-    def _measure(self, model: Any, baseline: Baseline | None) -> dict[str, float]:
+    def _check_finite(self, model: Any, what: str | os.PathLike[str]) -> None:
+        """Raise ``ValueError`` if what a model says of a few tokens is not finite: all metrics would be nan."""
+        ids = torch.arange(min(8, self.saved.context, self.saved.vocabulary), device=next(model.parameters()).device)
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False).logits
+        if logits.isfinite().all():
+            return
+        bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+        raise ValueError(
+            f"{what}: what the model says is not finite, and nothing can be measured. "
+            + (f"NaN or infinite are weights of {listing(bad, 3)}." if bad else "Its weights are; they are too large.")
+            + " Name a checkpoint from before the run diverged."
+        )
+
+    def _measure(self, model: Any, baseline: Baseline | None, what: str | os.PathLike[str]) -> dict[str, float]:
         results: dict[str, float] = {}
+        self._check_finite(model, what)
         if self.sequences:
             results |= evaluate_sequences(model, self.sequences, self.batch_size)
         if self.windows is not None:
