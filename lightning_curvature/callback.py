@@ -223,6 +223,7 @@ class KFACEditCallback(Callback):
         self._module: pl.LightningModule | None = None
         self._validated: dict[str, str] | None = None
         self._weights: WeightWatch | None = None
+        self._told = set[str]()
         self._length, self._started = RunLength(), 0.0
         self._copies: dict[str, EditReport] = {}
         self._given_up: str | None = None
@@ -287,6 +288,7 @@ class KFACEditCallback(Callback):
         self._siblings = Siblings.of(strategy)
         self._siblings.savers[self.name], self._siblings.failed = self, False
         self._siblings.waits = stage == "fit"
+        self._told.clear()
         self.editor.ranks = self._siblings.ranks
         self.probes.check()
         if self.target is not None:
@@ -679,26 +681,33 @@ class KFACEditCallback(Callback):
         step = checkpoint["global_step"]
         if self._out():
             return None  # which was told when it happened
+        if not factors and not self._validates:
+            return None
         if not factors:
-            if self._validates:
-                rank_zero_warn(
-                    f"A checkpoint of step {step} was saved before the first validation: it has no edited copy."
-                )
-            return None
-        if self._undecided:
-            rank_zero_warn(
-                f"A checkpoint of step {step} was saved before the energy for {self.target} was "
-                "searched, which is done when validation ends: it has no edited copy."
+            reason: str | None = "it was saved before the first validation"
+        elif self._undecided:
+            reason = (
+                f"it was saved before the energy for {self.target} was searched, which is done when validation ends"
             )
-            return None
-        try:
-            reason = self._why_no_copy(checkpoint, factors)
-        except ValueError as error:
-            reason = str(error)
+        else:
+            try:
+                reason = self._why_no_copy(checkpoint, factors)
+            except ValueError as error:
+                reason = str(error).rstrip(".")
         if reason is not None:
-            rank_zero_warn(f"The checkpoint of step {step} has no edited copy: {reason}.")
+            self._tell_no_copy(step, reason)
             return None
         return LaterEdit(self.editor.at(self.editor.energy), factors, self._copies)
+
+    def _tell_no_copy(self, step: int, reason: str) -> None:
+        """Say why a checkpoint has no edited copy; once for each reason, whatever steps and values it names."""
+        kind = re.sub(r"[\d.]+", "", reason)
+        if kind not in self._told:
+            self._told.add(kind)
+            rank_zero_warn(
+                f"The checkpoint of step {step} has no edited copy: {reason}. Later ones that have none for "
+                "the same reason are not told."
+            )
 
     def _why_no_copy(self, checkpoint: Checkpoint, factors: KroneckerFactors) -> str | None:
         collector, weights = self._running().collector, self._weights

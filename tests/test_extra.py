@@ -449,8 +449,11 @@ def test_other_weights_in_the_file_have_no_edited_copy(tmp_path):
     for callbacks, module in (([IntoTheFile()], Plain()), ([], OfTheModule())):
         folder = tmp_path / type(module).__name__
         saver = ModelCheckpoint(folder / "c", filename="x")
-        with pytest.warns(UserWarning, match="no edited copy: it holds other weights than those that were trained"):
+        with pytest.warns(
+            UserWarning, match="no edited copy: it holds other weights than those that were trained"
+        ) as told:
             fit(folder, module, *callbacks, KFACEditCallback(), saver, max_epochs=2)
+        assert len([1 for warning in told if "no edited copy" in str(warning.message)]) == 1  # of two epochs
         assert saved(folder) == ["x-edited-factors.safetensors", "x.ckpt"]
 
 

@@ -292,10 +292,10 @@ def test_sums_are_not_taken_in_the_precision_of_the_step(precision, tmp_path):
 def test_checkpoints_between_validations_are_warned_about(tmp_path):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
     trainer = models.trainer(tmp_path, KFACEditCallback(loop="validation"), saver, max_epochs=2)
-    with pytest.warns(UserWarning, match="A checkpoint of step") as caught:
+    with pytest.warns(UserWarning, match="checkpoint of step") as caught:
         trainer.fit(Validated(), models.loader(models.images(96)), models.loader(models.images(32)))
     messages = "".join(str(warning.message) for warning in caught)
-    assert "A checkpoint of step 2 was saved before the first validation" in messages
+    assert "The checkpoint of step 2 has no edited copy: it was saved before the first validation" in messages
     assert "A checkpoint of step 4 was saved, and the factors are those of the validation at step 3" in messages
     assert "of step 6" not in messages or "validation at step 3" in messages
 
@@ -372,7 +372,7 @@ def test_two_losses_need_the_one_that_counts(tmp_path):
     assert len(validate(0)) == 1
 
 
-@pytest.mark.filterwarnings("ignore:A checkpoint of step 1 was saved before the first validation")
+@pytest.mark.filterwarnings("ignore:The checkpoint of step 1 has no edited copy")
 @pytest.mark.parametrize("stage", ["validate", "fit"])
 def test_no_batch_is_an_error(stage, tmp_path):
     empty = models.loader(models.images(0))
