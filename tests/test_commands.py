@@ -446,8 +446,9 @@ def test_progress_that_is_damaged_is_named(folder, tmp_path, monkeypatch, what):
         step(*given)
 
     monkeypatch.setattr(collecting, "_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         run("collect", *args)
+    assert stop.value.code == 130
     partial = tmp_path / "o.safetensors.partial"
     content = partial.read_bytes()
     if what == "piece":

@@ -37,11 +37,16 @@ def sniff(path: str | os.PathLike[str]) -> tuple[str, str] | None:
         if start.startswith(magic):
             return told
     if start.startswith(b"PK"):
-        return None if zipfile.is_zipfile(path) else ("an archive that was cut off", _AGAIN)
+        try:
+            return None if zipfile.is_zipfile(path) else ("an archive that was cut off", _AGAIN)
+        except zipfile.BadZipFile:  # damaged in another way, which its reader tells
+            return None
     try:
         text = start.decode("utf-8-sig").strip().lower()
     except UnicodeDecodeError as error:
-        if error.start < len(start) - 3:  # a character that the end of what was read cuts in two is none of others
+        if (
+            len(start) < _START or error.start < _START - 3
+        ):  # a character that the end of what was read cuts in two is none of others
             return None
         text = start[: error.start].decode("utf-8-sig").strip().lower()
     if not all(character.isprintable() or character.isspace() for character in text):
