@@ -80,7 +80,7 @@ OTHERS = {
 @pytest.mark.filterwarnings(
     "ignore:.* in the `lr_find`", "ignore:Checkpoint directory", "ignore:The number of training"
 )
-@pytest.mark.filterwarnings("ignore:A checkpoint of step")
+@pytest.mark.filterwarnings("ignore:(A|The) checkpoint of step")
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("loop", ["train", "validation"])
