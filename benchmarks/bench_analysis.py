@@ -42,13 +42,13 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.analysis import Gathering, Products, curvature_order, gather, interplay
 from lightning_curvature.analysis.bands import LABELS
 from lightning_curvature.analysis.files import Analyses
-from lightning_curvature.collect import collect
+from lightning_curvature.collect.eigenvalues import correct_eigenvalues
+from lightning_curvature.collect.passes import collect
 from lightning_curvature.demos.analyses import analyse_images
 from lightning_curvature.demos.label_noise import predict
 from lightning_curvature.demos.recitation import PREFIX, SUFFIX
 from lightning_curvature.demos.text_analyses import analyse_text
-from lightning_curvature.editing import DEFAULT_ENERGY
-from lightning_curvature.eigenvalues import correct_eigenvalues
+from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.suffixes import Suffixes, suffix_logits
 

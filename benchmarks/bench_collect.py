@@ -42,9 +42,9 @@ from measuring import in_turn, peak_bytes, ratios, spread, write
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from lightning_curvature.collect import collect
-from lightning_curvature.collector import Collector
-from lightning_curvature.moments import SecondMoment, block_columns
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.moments import SecondMoment, block_columns
+from lightning_curvature.collect.passes import collect
 
 STEPS = 4  # training steps of a round
 PASS = 4  # times that a pass goes over their batches

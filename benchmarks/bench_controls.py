@@ -29,9 +29,10 @@ from subjects import Subject, Text, subject
 from tables import DOCS, parser, read, replace_section, run, summary
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
-from lightning_curvature.basis import coefficients, project_weight, select_staircase
-from lightning_curvature.collect import collect
-from lightning_curvature.editing import DEFAULT_ENERGY, Editor, Projection, WeightEditor
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.editing.base import DEFAULT_ENERGY, Editor, Projection
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.basis import coefficients, project_weight, select_staircase
 
 PARTS = ("flat", "high, as many", "random, as many", "high, as much weight", "random, as much weight")
 BACK = (0.25, 0.5, 0.75, 1.0)

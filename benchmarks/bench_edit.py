@@ -38,8 +38,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
-from lightning_curvature.basis import select_staircase
-from lightning_curvature.plan import edit_bytes, size
+from lightning_curvature.factors.basis import select_staircase
+from lightning_curvature.memory import edit_bytes, size
 
 LARGE = (11008, 4096)
 

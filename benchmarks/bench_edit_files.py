@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 
 from lightning_curvature import KroneckerFactors, LayerFactors
-from lightning_curvature.plan import edit_bytes
+from lightning_curvature.memory import edit_bytes
 
 DIM, SHARDS, PER_SHARD = 2048, 8, 30
 REPEATS = 3
@@ -53,7 +53,7 @@ print((peak() - before) / 1024)
 HEADER = """
 import dataclasses, sys
 from lightning_curvature import CurvatureEditor, KroneckerFactors
-import lightning_curvature.files
+import lightning_curvature.editing.streaming
 source, factors, target = sys.argv[1:]
 """
 

@@ -33,12 +33,12 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
-from lightning_curvature.collect import collect
+from lightning_curvature.collect.passes import collect
 from lightning_curvature.demos.digits import EPOCHS, NoisyDigits, build_model
 from lightning_curvature.demos.label_noise import METRICS, compare_methods, energy_curves, evaluate
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
-from lightning_curvature.editing import DEFAULT_ENERGY
+from lightning_curvature.editing.base import DEFAULT_ENERGY
 
 KINDS = [("sketched", 1), ("sketched", 2), ("sampled", 1), ("sampled", 4), ("empirical", 1)]
 

@@ -5,7 +5,7 @@ MLP projection of the language model; 0.97 times the validation accuracy of the 
 ViT's blocks. *forgotten* is by how much the recited share falls: of the second, unseen set of sequences; of the noised
 labels of the report part. What might predict it, layer by layer:
 
-- *separation* (``lightning_curvature.ranking.rank_layers``): how well the share of activation energy in the flat half
+- *separation* (``lightning_curvature.analysis.rank_layers``): how well the share of activation energy in the flat half
   tells recited examples from others, as the distance of the area under the ROC curve from 0.5. Text: the tuning half of
   the memorized sequences, which the model recites, against never-memorized windows of the same domain; images: the CLS
   tokens of training images against those of validation images;
@@ -33,10 +33,10 @@ from tables import DOCS, mean, parser, read, replace_section, run, summary, tabl
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_curvature import CurvatureEditor
-from lightning_curvature.basis import coefficients
-from lightning_curvature.bulk import add_margins
-from lightning_curvature.collect import collect
-from lightning_curvature.ranking import rank_layers
+from lightning_curvature.analysis.layers import rank_layers
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.editing.bulk import add_margins
+from lightning_curvature.factors.basis import coefficients
 from lightning_curvature.text.evaluation import strict_rate
 
 PREDICTORS = ("separation", "depth", "relative change", "curvature", "margins")

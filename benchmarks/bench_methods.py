@@ -46,9 +46,9 @@ from lightning_curvature.baselines import (
     RandomBasisEditor,
     SVDEditor,
 )
-from lightning_curvature.bulk import BulkStepEditor
-from lightning_curvature.editing import Editor
-from lightning_curvature.report import EditReport
+from lightning_curvature.editing.base import Editor
+from lightning_curvature.editing.bulk import BulkStepEditor
+from lightning_curvature.editing.report import EditReport
 
 FACTORS = ("collect", "decompose")
 LABEL_FREE = {

@@ -31,11 +31,11 @@ from measuring import in_turn, ratios, spread, write
 from tabulate import tabulate
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
-from lightning_curvature.basis import select_staircase
 from lightning_curvature.demos.digits import EPOCHS, NoisyDigits, build_model
 from lightning_curvature.demos.label_noise import evaluate
-from lightning_curvature.editing import DEFAULT_ENERGY
-from lightning_curvature.factors import LayerFactors
+from lightning_curvature.editing.base import DEFAULT_ENERGY
+from lightning_curvature.factors.basis import select_staircase
+from lightning_curvature.factors.kronecker import LayerFactors
 
 METRICS = ("memorized", "recovered", "clean_train", "val_accuracy")
 

@@ -43,7 +43,7 @@ from lightning_curvature.demos.text import (
     make_data,
     train_text,
 )
-from lightning_curvature.text.jsonl import read_jsonl
+from lightning_curvature.storage.jsonl import read_jsonl
 from lightning_curvature.text.matching import match_perplexity
 
 COLUMNS = {

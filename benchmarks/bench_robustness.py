@@ -32,10 +32,10 @@ from tables import DOCS, parser, read, replace_section, run, summary
 from torch import Tensor
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
-from lightning_curvature.basis import select_staircase
-from lightning_curvature.collect import collect
-from lightning_curvature.editing import DEFAULT_ENERGY
-from lightning_curvature.factors import LayerFactors
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.editing.base import DEFAULT_ENERGY
+from lightning_curvature.factors.basis import select_staircase
+from lightning_curvature.factors.kronecker import LayerFactors
 from lightning_curvature.text.evaluation import window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
 

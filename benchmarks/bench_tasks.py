@@ -46,8 +46,8 @@ from torch import Tensor
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.analysis import SkillRetention, layer_activations, rank_correlation, skill_retention
 from lightning_curvature.analysis.bands import LABELS, band_strengths
-from lightning_curvature.collect import collect
-from lightning_curvature.plots import save
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.report.plots import save
 from lightning_curvature.text.evaluation import perplexity
 from lightning_curvature.text.matching import match_perplexity
 from lightning_curvature.text.sequences import PromptedSequence, batches

@@ -15,16 +15,16 @@ from tables import Cost, measured
 from torch.utils.data import TensorDataset
 
 from lightning_curvature import KFACEditCallback, KroneckerFactors
-from lightning_curvature.bulk import add_margins
-from lightning_curvature.collect import collect
+from lightning_curvature.collect.eigenvalues import correct_eigenvalues
+from lightning_curvature.collect.passes import collect
 from lightning_curvature.demos.label_noise import evaluate, forget_and_retain, image_losses, predict
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.settings import TEXT
 from lightning_curvature.demos.text import make_data, train_text
 from lightning_curvature.demos.unlearning import text_losses, text_sets
-from lightning_curvature.editing import Editor
-from lightning_curvature.eigenvalues import correct_eigenvalues
-from lightning_curvature.targets import match_energy
+from lightning_curvature.editing.base import Editor
+from lightning_curvature.editing.bulk import add_margins
+from lightning_curvature.search.energy import match_energy
 from lightning_curvature.text.evaluation import Baseline, perplexity, strict_rate
 from lightning_curvature.text.suffixes import Suffixes, suffix_margins
 

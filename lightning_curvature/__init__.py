@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 from lightning_curvature._version import __version__
 
 if TYPE_CHECKING:
-    from lightning_curvature.callback import KFACEditCallback
-    from lightning_curvature.editor import CurvatureEditor
-    from lightning_curvature.factors import KroneckerFactors, LayerFactors
-    from lightning_curvature.report import EditReport
+    from lightning_curvature.editing.curvature import CurvatureEditor
+    from lightning_curvature.editing.report import EditReport
+    from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+    from lightning_curvature.trainer.callback import KFACEditCallback
 
 __all__ = ["CurvatureEditor", "EditReport", "KFACEditCallback", "KroneckerFactors", "LayerFactors", "__version__"]
 
 # Imported when they are first asked for: help and usage errors of the command line need none of them.
 _MODULES = {
-    "CurvatureEditor": "editor",
-    "EditReport": "report",
-    "KFACEditCallback": "callback",
-    "KroneckerFactors": "factors",
-    "LayerFactors": "factors",
+    "CurvatureEditor": "editing.curvature",
+    "EditReport": "editing.report",
+    "KFACEditCallback": "trainer.callback",
+    "KroneckerFactors": "factors.kronecker",
+    "LayerFactors": "factors.kronecker",
 }
 
 

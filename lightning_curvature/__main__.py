@@ -1,5 +1,5 @@
 """``python -m lightning_curvature``."""
 
-from lightning_curvature.cli import main
+from lightning_curvature.cli.parser import main
 
 main()

@@ -34,7 +34,7 @@ from lightning_curvature.analysis.curvature import inner
 from lightning_curvature.analysis.detection import random_shares
 from lightning_curvature.analysis.labels import rank_labelled
 from lightning_curvature.analysis.plots import bands, direction_precision
-from lightning_curvature.eigenvalues import correct_eigenvalues
+from lightning_curvature.collect.eigenvalues import correct_eigenvalues
 
 
 def diagonal(mu, lam=(1.0,)):

@@ -10,8 +10,8 @@ import torchvision
 import transformers as hf
 from torch import nn
 
-from lightning_curvature.layers import is_matmul
-from lightning_curvature.selection import choose_layers
+from lightning_curvature.layers.kinds import is_matmul
+from lightning_curvature.layers.selection import choose_layers
 
 V = 20
 _LLAMA = {"vocab_size": V, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,

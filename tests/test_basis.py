@@ -1,9 +1,15 @@
 import pytest
 import torch
 
-from lightning_curvature.basis import _columns_above, curvature_basis, decompose, project_weight, select_staircase
-from lightning_curvature.editor import CurvatureEditor
-from lightning_curvature.factors import LayerFactors
+from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.factors.basis import (
+    _columns_above,
+    curvature_basis,
+    decompose,
+    project_weight,
+    select_staircase,
+)
+from lightning_curvature.factors.kronecker import LayerFactors
 from tests import reference
 
 

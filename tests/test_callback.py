@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Stochast
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
-from lightning_curvature.checkpoints.archive import KEY as CHECKPOINT_KEY
+from lightning_curvature.checkpoints.facts import ENTRY as CHECKPOINT_KEY
 from tests import models
 
 NETWORKS = {

@@ -7,9 +7,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, collection
-from lightning_curvature.checkpoints.archive import KEY
-from lightning_curvature.checkpoints.formats import content_hash, open_checkpoint, tensor_hashes
+from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
+from lightning_curvature.checkpoints.facts import ENTRY
+from lightning_curvature.checkpoints.opening import open_checkpoint
+from lightning_curvature.collect import windows as collection
+from lightning_curvature.storage.hashes import content_hash, tensor_hashes
 from tests import models
 
 NO_WARNING = "ignore:Be aware that when using `ckpt_path`"
@@ -75,9 +77,9 @@ def assert_edit_of(edited_path, original_path, factors, energy=0.85):
     assert all(torch.equal(value, expected[key]) for key, value in edited["state_dict"].items())
     assert any(not torch.equal(value, original["state_dict"][key]) for key, value in edited["state_dict"].items())
     found = open_checkpoint(original_path)
-    assert edited[KEY]["source"] == content_hash(tensor_hashes(found.shapes(), found.read))
-    assert edited[KEY]["factors"] == factors.digest()
-    assert edited[KEY]["package"].startswith("lightning_curvature ")
+    assert edited[ENTRY]["source"] == content_hash(tensor_hashes(found.shapes(), found.read))
+    assert edited[ENTRY]["factors"] == factors.digest()
+    assert edited[ENTRY]["package"].startswith("lightning_curvature ")
 
 
 # Factors beside a checkpoint, and resumed runs ------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_curvature import KroneckerFactors, LayerFactors, cli
-from lightning_curvature.cli import COMMANDS, main
+from lightning_curvature import KroneckerFactors, LayerFactors
+from lightning_curvature.cli import parser as cli
+from lightning_curvature.cli.parser import COMMANDS, main
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_an_unexpected_error_says_its_kind(files, monkeypatch):
     def broken(*args):
         raise KeyError("x")
 
-    monkeypatch.setattr("lightning_curvature.inspection.describe", broken)
+    monkeypatch.setattr("lightning_curvature.report.inspection.describe", broken)
     with pytest.raises(SystemExit, match="Error: KeyError: 'x'"):
         main(["inspect", str(files / "f.safetensors")])
     with pytest.raises(KeyError):
@@ -119,7 +120,7 @@ def test_json(files, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_text_has_an_example_that_parses(command, capsys):
-    from lightning_curvature.cli import make_parser
+    from lightning_curvature.cli.parser import make_parser
 
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -145,7 +146,7 @@ SLOW = {"torch", "numpy", "scipy", "safetensors", "lightning", "pytorch_lightnin
         "torchvision", "sklearn", "matplotlib"}  # fmt: skip
 RUN = """
 import contextlib, io, json, sys
-from lightning_curvature.cli import main
+from lightning_curvature.cli.parser import main
 for args in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTForImageClassification
 
-from lightning_curvature.collect import collect
-from lightning_curvature.collector import Collector
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.passes import collect
 from tests import models
 
 

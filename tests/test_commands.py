@@ -12,15 +12,17 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors, positions
-from lightning_curvature.cli import COMMANDS, choices, main, make_parser
-from lightning_curvature.collect import collect
-from lightning_curvature.collector import ACCUMULATE_ON
-from lightning_curvature.commands import choices as words
-from lightning_curvature.files import check_loaded
-from lightning_curvature.fisher import FISHER_KINDS
-from lightning_curvature.scores import SCORES
-from lightning_curvature.text import collecting, jsonl, models, sequences
+from lightning_curvature import CurvatureEditor, KroneckerFactors
+from lightning_curvature.cli.commands import choices as words
+from lightning_curvature.cli.parser import COMMANDS, choices, main, make_parser
+from lightning_curvature.collect.collector import ACCUMULATE_ON
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.editing.scores import SCORES
+from lightning_curvature.editing.streaming import check_loaded
+from lightning_curvature.recording import positions
+from lightning_curvature.recording.fisher import FISHER_KINDS
+from lightning_curvature.storage import jsonl
+from lightning_curvature.text import collecting, models, sequences
 from lightning_curvature.text.evaluation import perplexity
 from tests import language
 
@@ -258,7 +260,7 @@ def test_examples_are_not_written_over_either(folder, tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_arguments_of_images(folder, tmp_path, monkeypatch, more, message):
-    monkeypatch.setattr("lightning_curvature.lightning_cli.instances", lambda _: pytest.fail("the model was made"))
+    monkeypatch.setattr("lightning_curvature.cli.lightning.instances", lambda _: pytest.fail("the model was made"))
     args = [folder / word if (folder / word).exists() or word == "none.ckpt" else word for word in more]
     with pytest.raises(SystemExit, match=message):
         run("detect", "--factors", folder / "f.safetensors", "--out", tmp_path / "o.csv", *args)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
-from lightning_curvature.checkpoints import formats
-from lightning_curvature.collect import collect
-from lightning_curvature.deltas import apply_delta
-from lightning_curvature.selection import choose_layers
+from lightning_curvature.checkpoints import opening as formats
+from lightning_curvature.checkpoints.deltas import apply_delta
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.layers.selection import choose_layers
 from tests import language, models
 
 EDITOR = CurvatureEditor(0.8)

@@ -13,15 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import peak_bytes
-from lightning_curvature import KFACEditCallback, fisher, taps
-from lightning_curvature.collect import collect
-from lightning_curvature.collection import Collection
-from lightning_curvature.collector import Collector
-from lightning_curvature.moments import SecondMoment, block_columns, packed_size
-from lightning_curvature.plan import DoesNotFitError, edit_bytes, place_edit, place_sums
-from lightning_curvature.rows import BatchGradients
-from lightning_curvature.streams import SideStreams
-from lightning_curvature.sums import STATE_VERSION, LayerSums
+from lightning_curvature import KFACEditCallback
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.moments import SecondMoment, block_columns, packed_size
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.collect.plan import DoesNotFitError, place_sums
+from lightning_curvature.collect.streams import SideStreams
+from lightning_curvature.collect.sums import STATE_VERSION, LayerSums
+from lightning_curvature.collect.windows import Collection
+from lightning_curvature.memory import edit_bytes, place_edit
+from lightning_curvature.recording import fisher, taps
+from lightning_curvature.recording.rows import BatchGradients
 from tests import models
 
 ROWS, IN, HIDDEN = 96, 256, 512
@@ -394,7 +396,7 @@ def test_sums_live_where_they_fit(monkeypatch, caplog):
     cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
     layers = {"fc": (1000, 1000)}
     free = {"cuda": 2**30, "cpu": 2**40}
-    monkeypatch.setattr("lightning_curvature.plan.free_memory", lambda device: free[device.type])
+    monkeypatch.setattr("lightning_curvature.memory.free_memory", lambda device: free[device.type])
     with caplog.at_level("INFO"):
         assert place_sums(layers, cuda, "auto") == place_sums(layers, cuda, "model") == cuda
         assert place_sums(layers, cuda, "cpu") == cpu
@@ -414,7 +416,7 @@ def test_sums_live_where_they_fit(monkeypatch, caplog):
 def test_a_layer_is_edited_on_the_gpu_if_there_is_room(monkeypatch):
     cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
     shape, free = (64, 256), {"cuda": 2 * edit_bytes(64, 256) + 2**28, "cpu": 0}
-    monkeypatch.setattr("lightning_curvature.plan.free_memory", lambda device: free[device.type])
+    monkeypatch.setattr("lightning_curvature.memory.free_memory", lambda device: free[device.type])
     assert place_edit(cuda, cpu, shape) == cuda
     assert place_edit(cpu, cuda, shape) == place_edit(cuda, cuda, shape) == cuda
     assert place_edit(cpu, cpu, shape) == place_edit(torch.device("mps"), cpu, shape) == cpu

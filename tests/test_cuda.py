@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, LayerFactors, bases
-from lightning_curvature.collect import collect
-from lightning_curvature.collector import Collector
-from lightning_curvature.moments import SecondMoment
-from lightning_curvature.streams import SideStreams
+from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, LayerFactors
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.moments import SecondMoment
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.collect.streams import SideStreams
+from lightning_curvature.factors import basis_cache as bases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

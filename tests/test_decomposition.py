@@ -12,9 +12,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
-from lightning_curvature.basis import FaultyLayerError, decompose, select_largest, select_staircase, shrink
-from lightning_curvature.bulk import BulkStepEditor
-from lightning_curvature.editing import relative_change
+from lightning_curvature.editing.bulk import BulkStepEditor
+from lightning_curvature.editing.weight_editor import relative_change
+from lightning_curvature.factors.basis import FaultyLayerError, decompose, select_largest, select_staircase, shrink
 from tests import reference
 
 _HOME = tempfile.TemporaryDirectory()  # removed when the tests end

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.analysis.files import Analyses
-from lightning_curvature.cli import main
+from lightning_curvature.cli.parser import main
 from lightning_curvature.demos import label_noise, text
 from lightning_curvature.demos.analyses import analyse_images
 from lightning_curvature.demos.digits import NoisyDigits, build_model, run_digits
@@ -23,7 +23,7 @@ from lightning_curvature.demos.recitation import RecitedText
 from lightning_curvature.demos.settings import TextSettings
 from lightning_curvature.demos.text_analyses import analyse_text
 from lightning_curvature.demos.vit import LitViT
-from lightning_curvature.inspection import describe
+from lightning_curvature.report.inspection import describe
 from lightning_curvature.text.detection import window_scores
 from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.models import load_model, load_tokenizer

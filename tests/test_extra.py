@@ -15,9 +15,9 @@ from torch.nn.utils import spectral_norm, weight_norm
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
-from lightning_curvature.collect import collect
-from lightning_curvature.siblings import WeightWatch
-from lightning_curvature.trainers import RunLength
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.trainer.edited_copy import WeightWatch
+from lightning_curvature.trainer.support import RunLength
 from tests import models
 
 
@@ -69,15 +69,15 @@ def saved(folder):
 HOOKS = ["on_train_batch_start", "on_before_backward", "on_train_batch_end", "on_train_epoch_end", "on_train_end",
          "on_validation_start", "on_validation_epoch_end", "on_fit_end"]  # fmt: skip
 PARTS = {
-    "on_train_batch_start": "lightning_curvature.collection.Collection.is_due",
-    "on_before_backward": "lightning_curvature.step.Step.before_backward",
-    "on_train_batch_end": "lightning_curvature.accumulate.Accumulator.add",
-    "a layer's hook": "lightning_curvature.taps.Taps._record",
-    "a loss": "lightning_curvature.taps.read_loss",
-    "a checkpoint's factors": "lightning_curvature.collection.Collection.snapshot",
-    "a checkpoint's edit": "lightning_curvature.siblings.edited_copy",
-    "on_train_end": "lightning_curvature.collection.Collection.synchronise",
-    "a table": "lightning_curvature.report.EditReport.__str__",
+    "on_train_batch_start": "lightning_curvature.collect.windows.Collection.is_due",
+    "on_before_backward": "lightning_curvature.recording.step.Step.before_backward",
+    "on_train_batch_end": "lightning_curvature.collect.accumulator.Accumulator.add",
+    "a layer's hook": "lightning_curvature.recording.taps.Taps._record",
+    "a loss": "lightning_curvature.recording.taps.read_loss",
+    "a checkpoint's factors": "lightning_curvature.collect.windows.Collection.snapshot",
+    "a checkpoint's edit": "lightning_curvature.trainer.edited_copy.edited_copy",
+    "on_train_end": "lightning_curvature.collect.windows.Collection.synchronise",
+    "a table": "lightning_curvature.editing.report.EditReport.__str__",
 }
 
 
@@ -107,7 +107,7 @@ def test_an_error_of_its_own_is_told_once_and_costs_the_copy(tmp_path, monkeypat
         raise ArithmeticError("of its own")
 
     callback = KFACEditCallback()
-    monkeypatch.setattr("lightning_curvature.accumulate.Accumulator.add", fails)
+    monkeypatch.setattr("lightning_curvature.collect.accumulator.Accumulator.add", fails)
     saver = ModelCheckpoint(tmp_path / "c", filename="x")
     with pytest.warns(UserWarning, match="stops, and training goes on: of its own Checkpoints .* no edited copy"):
         fit(tmp_path, Plain(), callback, saver)
@@ -768,7 +768,7 @@ def test_factors_of_checkpoints_that_wait_are_not_all_held(tmp_path):
 
 
 def test_what_edits_take_is_told_where_it_is_more_than_a_tenth(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("lightning_curvature.callback.edit_seconds", lambda *shape: 40.0)
+    monkeypatch.setattr("lightning_curvature.trainer.callback.edit_seconds", lambda *shape: 40.0)
     with caplog.at_level("INFO"):
         fit(tmp_path, Plain(), KFACEditCallback(), ModelCheckpoint(tmp_path / "c", filename="x"))
     assert "edits 1 checkpoint now, at about 40 s each by the size of the layers; training took" in caplog.text
@@ -842,7 +842,7 @@ def test_a_sibling_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch)
     def stuck(path):
         raise PermissionError(f"{path} is read-only")
 
-    monkeypatch.setattr("lightning_curvature.checkpoints.lightning._delete", stuck)
+    monkeypatch.setattr("lightning_curvature.trainer.siblings._delete", stuck)
     saver = ModelCheckpoint(tmp_path / "c", filename="{step}", save_top_k=1, monitor="step", mode="max")
     with pytest.warns(UserWarning, match="PermissionError"):
         trainer = fit(tmp_path, Plain(), KFACEditCallback(), saver, max_epochs=2)

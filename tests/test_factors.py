@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lightning_curvature import KroneckerFactors, LayerFactors
-from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.storage.atomic import replacing
 
 
 def layer(seed=0, d_in=3, d_out=2, n=10, **extra):

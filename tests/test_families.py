@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_curvature import CurvatureEditor
-from lightning_curvature.collect import collect
+from lightning_curvature.collect.passes import collect
 from tests import language, models, reference
 
 EVERY = pytest.mark.parametrize("family", language.FAMILIES)

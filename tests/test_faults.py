@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
-from lightning_curvature.basis import TooFewPositionsError, decompose
-from lightning_curvature.bulk import BulkStepEditor
-from lightning_curvature.checkpoints.archive import KEY
-from lightning_curvature.collect import collect
+from lightning_curvature.checkpoints.facts import ENTRY
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.editing.bulk import BulkStepEditor
+from lightning_curvature.factors.basis import TooFewPositionsError, decompose
 from tests import cells, models, processes, reference
 from tests.matrix import DDP2
 
@@ -375,8 +375,8 @@ def test_a_layer_of_zeros_leaves_the_others_edited_if_so_told(skip, tmp_path):
     original, edited = (torch.load(tmp_path / f"x{mark}.ckpt", weights_only=True) for mark in ("", "-edited"))
     assert torch.equal(original["state_dict"]["net.1.weight"], edited["state_dict"]["net.1.weight"])
     assert not torch.equal(original["state_dict"]["net.3.weight"], edited["state_dict"]["net.3.weight"])
-    assert list(edited[KEY]["layers"]) == ["net.3"]
-    assert list(edited[KEY]["skipped"]) == ["net.1"]
+    assert list(edited[ENTRY]["layers"]) == ["net.3"]
+    assert list(edited[ENTRY]["skipped"]) == ["net.1"]
 
 
 def full_disk(folder):

@@ -17,15 +17,19 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors, files
-from lightning_curvature.checkpoints import archive, atomic, formats, names
-from lightning_curvature.checkpoints.formats import open_checkpoint
-from lightning_curvature.checkpoints.weights import read_weights
-from lightning_curvature.cli import main
-from lightning_curvature.collect import collect
-from lightning_curvature.deltas import apply_delta
-from lightning_curvature.file_layers import OneByOne
-from lightning_curvature.inspection import describe, description
+from lightning_curvature import CurvatureEditor, KroneckerFactors
+from lightning_curvature.checkpoints import archive, names
+from lightning_curvature.checkpoints import opening as formats
+from lightning_curvature.checkpoints.deltas import apply_delta
+from lightning_curvature.checkpoints.facts import ENTRY
+from lightning_curvature.checkpoints.loading import read_weights
+from lightning_curvature.checkpoints.opening import open_checkpoint
+from lightning_curvature.cli.parser import main
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.editing import streaming as files
+from lightning_curvature.editing.file_layers import OneByOne
+from lightning_curvature.report.inspection import describe, description
+from lightning_curvature.storage import atomic
 from tests import language, processes
 
 FORMATS = ("ckpt", "pt", "safetensors", "folder", "sharded")
@@ -119,7 +123,7 @@ def test_the_usual_loaders_load_them(saved, tmp_path):
     assert list(state) == list(torch.load(saved / "model.pt", weights_only=True))
     checkpoint = torch.load(tmp_path / "ckpt" / "out.ckpt", weights_only=True)
     original = torch.load(saved / "model.ckpt", weights_only=True)
-    assert set(checkpoint) == {*original, archive.KEY}
+    assert set(checkpoint) == {*original, ENTRY}
     assert checkpoint["epoch"] == 3
     assert torch.equal(checkpoint["optimizer_states"][0]["x"], torch.ones(3))
     tied = checkpoint["state_dict"]

@@ -10,12 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors, files
+from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
 from lightning_curvature.checkpoints import huggingface
-from lightning_curvature.checkpoints.archive import edited_note
-from lightning_curvature.cli import main
-from lightning_curvature.collect import collect
-from lightning_curvature.fingerprints import fingerprint
+from lightning_curvature.checkpoints.facts import edited_note
+from lightning_curvature.cli.parser import main
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.editing import streaming as files
+from lightning_curvature.factors.fingerprints import fingerprint
 from tests import language, models
 
 EDITOR = CurvatureEditor(0.8)

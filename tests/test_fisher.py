@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_curvature import fisher
-from lightning_curvature.collect import collect
-from lightning_curvature.collector import Collector
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.recording import fisher
 from tests import models, reference
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from lightning_curvature.forwards import check_forward, rows_agree
+from lightning_curvature.recording.forwards import check_forward, rows_agree
 
 
 class Normed(nn.Linear):

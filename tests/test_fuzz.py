@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
-from lightning_curvature.checkpoints import formats
-from lightning_curvature.deltas import apply_delta
-from lightning_curvature.factor_files import is_factor_file, load_state
-from lightning_curvature.inspection import describe, description
-from lightning_curvature.sweep import KEYS, pareto, read_sweep
+from lightning_curvature.checkpoints import opening as formats
+from lightning_curvature.checkpoints.deltas import apply_delta
+from lightning_curvature.factors.files import is_factor_file, load_state
+from lightning_curvature.report.inspection import describe, description
+from lightning_curvature.search.sweep import KEYS, pareto, read_sweep
 from lightning_curvature.text import corpus, sequences
 from lightning_curvature.text.probes import JsonlProbe
 from lightning_curvature.text.recall import read_questions

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision import tv_tensors
 from transformers.pytorch_utils import Conv1D
 
-from lightning_curvature.layers import (
+from lightning_curvature.layers.kinds import (
     as_matrix,
     conv_patches,
     from_matrix,
@@ -21,7 +21,7 @@ from lightning_curvature.layers import (
     matrix_shape,
     refusal,
 )
-from lightning_curvature.weights import find_layer, layer_weights
+from lightning_curvature.layers.modules import find_layer, layer_weights
 
 CONVOLUTIONS = [
     {"kernel_size": 3},

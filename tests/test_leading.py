@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
-from lightning_curvature.cli import main
+from lightning_curvature.cli.parser import main
+from lightning_curvature.storage.jsonl import read_jsonl, write_jsonl
 from lightning_curvature.text import collecting, corpus, mining, recall, stress
-from lightning_curvature.text.jsonl import read_jsonl, write_jsonl
 from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.lit import PretrainedLM, TextWindows
 from lightning_curvature.text.models import load_model, load_tokenizer

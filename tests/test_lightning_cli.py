@@ -13,10 +13,10 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_curvature import KFACEditCallback, KroneckerFactors
 from lightning_curvature.analysis import flat_shares, layer_activations
-from lightning_curvature.cli import main
+from lightning_curvature.cli.parser import main
 from lightning_curvature.demos.digits import NoisyDigits
 from lightning_curvature.demos.vit import LitViT
-from lightning_curvature.text.jsonl import write_jsonl
+from lightning_curvature.storage.jsonl import write_jsonl
 from lightning_curvature.text.lit import PretrainedLM
 from tests import language, models
 

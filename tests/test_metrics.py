@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
+from lightning_curvature.layers.modules import evaluating
 from lightning_curvature.metrics import NoisyLabelAccuracy
 from lightning_curvature.metrics.functional import noisy_label_accuracy
-from lightning_curvature.probes import evaluating, run_probes
+from lightning_curvature.trainer.probes import run_probes
 
 
 def slow(logits, noised, clean):

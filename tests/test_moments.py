@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_curvature import moments
-from lightning_curvature.moments import SecondMoment, full_precision
+from lightning_curvature.collect import moments
+from lightning_curvature.collect.moments import SecondMoment, full_precision
 
 
 def test_a_million_small_batches_lose_nothing():

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_curvature.collect import collect
-from lightning_curvature.collector import Collector
-from lightning_curvature.objectives import NothingToCollectError
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.recording.objectives import NothingToCollectError
 
 
 class Net(nn.Module):

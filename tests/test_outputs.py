@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
-from lightning_curvature.checkpoints import formats, huggingface
-from lightning_curvature.checkpoints.outputs import check_name, ending
-from lightning_curvature.cli import main
-from lightning_curvature.collect import collect
-from lightning_curvature.commands.checkpoints import named_layers
-from lightning_curvature.deltas import apply_delta
-from lightning_curvature.selection import PRESETS
+from lightning_curvature.checkpoints import huggingface
+from lightning_curvature.checkpoints import opening as formats
+from lightning_curvature.checkpoints.deltas import apply_delta
+from lightning_curvature.cli.commands.checkpoints import named_layers
+from lightning_curvature.cli.parser import main
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.layers.selection import PRESETS
+from lightning_curvature.storage.outputs import check_name, ending
 from tests import language
 
 EDITOR = CurvatureEditor(0.8)
@@ -43,7 +44,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def nothing_computed(monkeypatch):
     monkeypatch.setattr(CurvatureEditor, "edit_weight", None)
-    monkeypatch.setattr("lightning_curvature.files.checkpoint_hashes", None)
+    monkeypatch.setattr("lightning_curvature.editing.streaming.checkpoint_hashes", None)
 
 
 SOURCES = {"pt": "model.pt", "ckpt": "model.ckpt", "safetensors": "model.safetensors", "folder": "folder"}
@@ -186,7 +187,7 @@ def test_a_dry_run_reads_bases_and_writes_none(saved, tmp_path, monkeypatch, cap
     run(*command(saved, tmp_path, *options[:-1]))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert any(path.parent.name == "bases" for path in before)
-    monkeypatch.setattr("lightning_curvature.bases.decompose", lambda *_: pytest.fail("worked out again"))
+    monkeypatch.setattr("lightning_curvature.factors.basis_cache.decompose", lambda *_: pytest.fail("worked out again"))
     run(*command(saved, tmp_path, *options, "--overwrite"))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 

@@ -10,8 +10,8 @@ from torch import nn
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.analysis import BandComparison, Detection
 from lightning_curvature.analysis.files import Analyses
-from lightning_curvature.cli import main
-from lightning_curvature.page import write_page
+from lightning_curvature.cli.parser import main
+from lightning_curvature.report.page import write_page
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from lightning_curvature import LayerFactors, plots
-from lightning_curvature.basis import select_staircase
+from lightning_curvature import LayerFactors
+from lightning_curvature.factors.basis import select_staircase
+from lightning_curvature.report import plots
 
 
 @pytest.fixture

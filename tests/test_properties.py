@@ -10,9 +10,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from torch import nn
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
-from lightning_curvature.collector import Collector
-from lightning_curvature.ranks import Ranks
-from lightning_curvature.sums import LayerSums
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.sums import LayerSums
+from lightning_curvature.distributed import Ranks
 
 _HOME = tempfile.TemporaryDirectory()  # removed when the tests end
 set_hypothesis_home_dir(_HOME.name)

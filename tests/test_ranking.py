@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_curvature import KroneckerFactors, LayerFactors
-from lightning_curvature.ranking import flat_share, rank_layers
+from lightning_curvature.analysis.layers import flat_share, rank_layers
 from tests import models
 
 

@@ -19,10 +19,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
-from lightning_curvature.collection import Collection
-from lightning_curvature.collector import Collector
-from lightning_curvature.ranks import Ranks, whole
-from lightning_curvature.trainers import check_validation
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.windows import Collection
+from lightning_curvature.distributed import Ranks, whole
+from lightning_curvature.trainer.support import check_validation
 from tests import cells, models, processes
 from tests.matrix import BOTH, DDP2, DDP3, FSDP2, ONE, TENSOR
 

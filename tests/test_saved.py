@@ -7,8 +7,8 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from lightning_curvature.cli import main
-from lightning_curvature.collect import collect
+from lightning_curvature.cli.parser import main
+from lightning_curvature.collect.passes import collect
 from lightning_curvature.text import collecting
 from lightning_curvature.text.models import load_model, load_tokenizer
 from lightning_curvature.text.saved import SavedModel

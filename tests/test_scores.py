@@ -10,13 +10,13 @@ from torch import distributed as dist
 from torch import nn
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
-from lightning_curvature.basis import coefficients, select_largest, shrink
-from lightning_curvature.collect import collect
-from lightning_curvature.collector import Collector
-from lightning_curvature.eigenvalues import _EigenvalueCollector, correct_eigenvalues
-from lightning_curvature.ranks import Ranks
-from lightning_curvature.scores import SCORES, score_coefficients
-from lightning_curvature.sums import LayerSums
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.eigenvalues import _EigenvalueCollector, correct_eigenvalues
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.collect.sums import LayerSums
+from lightning_curvature.distributed import Ranks
+from lightning_curvature.editing.scores import SCORES, score_coefficients
+from lightning_curvature.factors.basis import coefficients, select_largest, shrink
 from tests import models, processes, reference
 
 
@@ -254,8 +254,8 @@ def test_scores_say_what_they_miss(tmp_path):
 
 
 def test_coupled_sums_survive_an_interruption():
-    from lightning_curvature.collector import Collector
-    from lightning_curvature.sums import LayerSums
+    from lightning_curvature.collect.collector import Collector
+    from lightning_curvature.collect.sums import LayerSums
 
     images, labels = models.images(32).tensors
     torch.manual_seed(0)

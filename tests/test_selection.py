@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 from transformers import ViTForImageClassification
 
-from lightning_curvature.selection import choose_layers
+from lightning_curvature.layers.selection import choose_layers
 from tests import models
 
 

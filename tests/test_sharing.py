@@ -12,14 +12,16 @@ from torch import distributed as dist
 from torch import nn
 from transformers import ViTForImageClassification
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors, bases, editor
-from lightning_curvature.accumulate import owners_of
-from lightning_curvature.bases import bases_in
-from lightning_curvature.basis import coefficients
-from lightning_curvature.collect import collect
-from lightning_curvature.collector import Collector
-from lightning_curvature.ranks import Ranks
-from lightning_curvature.sums import LayerKind
+from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
+from lightning_curvature.collect.accumulator import owners_of
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.collect.sums import LayerKind
+from lightning_curvature.distributed import Ranks
+from lightning_curvature.editing import curvature as editor
+from lightning_curvature.factors import basis_cache as bases
+from lightning_curvature.factors.basis import coefficients
+from lightning_curvature.factors.basis_cache import bases_in
 from lightning_curvature.text.detection import distinct_inputs
 from tests import language, models, processes
 
@@ -230,7 +232,7 @@ def on_two_processes(apart, shard):
     for number, batch in enumerate(data):
         model.apart = apart and rank == 1 and number == 3
         add(collector, batch)
-    from lightning_curvature.collection import Collection
+    from lightning_curvature.collect.windows import Collection
 
     collection = Collection(collector, None, {})
     factors = collection.synchronise().gathered()
@@ -456,7 +458,9 @@ def test_copies_on_another_device_share_what_was_worked_out(decomposed, monkeypa
     expected = [CurvatureEditor(energy).edited_weights(model, found)[0] for energy in (0.8, 0.5)]
     found = gathered(model, batches())  # of which nothing is worked out yet
     decomposed.clear()
-    monkeypatch.setattr("lightning_curvature.editing.place_edit", lambda weight, factors, shape: elsewhere)
+    monkeypatch.setattr(
+        "lightning_curvature.editing.weight_editor.place_edit", lambda weight, factors, shape: elsewhere
+    )
     products = []
     monkeypatch.setattr(editor, "coefficients", lambda *args: products.append(1) or coefficients(*args))
     trial = CurvatureEditor().at(1.0)
@@ -492,7 +496,7 @@ def test_a_layer_that_does_not_fit_on_the_gpu_is_edited_where_its_factors_are(mo
             raise torch.cuda.OutOfMemoryError
         return project(self, weight, factors, energy)
 
-    monkeypatch.setattr("lightning_curvature.editing.place_edit", lambda *_: torch.device("cpu:0"))
+    monkeypatch.setattr("lightning_curvature.editing.weight_editor.place_edit", lambda *_: torch.device("cpu:0"))
     monkeypatch.setattr(CurvatureEditor, "project", small)
     with pytest.warns(UserWarning, match="Layer '(gate|up|down)' does not fit on cpu:0, so it is edited on the CPU"):
         new, _ = CurvatureEditor().edited_weights(model, found)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors, files
-from lightning_curvature.basis import TooFewPositionsError
-from lightning_curvature.checkpoints import formats, safetensors
-from lightning_curvature.deltas import apply_delta
-from lightning_curvature.factor_files import FactorFile
-from lightning_curvature.inspection import describe
+from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
+from lightning_curvature.checkpoints import opening as formats
+from lightning_curvature.checkpoints import safetensors
+from lightning_curvature.checkpoints.deltas import apply_delta
+from lightning_curvature.editing import streaming as files
+from lightning_curvature.factors.basis import TooFewPositionsError
+from lightning_curvature.factors.files import FactorFile
+from lightning_curvature.report.inspection import describe
 from tests import processes
 
 BIG = 2**27  # bytes of the tensor that is not edited

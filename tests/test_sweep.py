@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors, plots
-from lightning_curvature.cli import main
-from lightning_curvature.collect import collect
-from lightning_curvature.inspection import describe
-from lightning_curvature.sweep import pareto, read_sweep, sweep
-from lightning_curvature.text import jsonl, sequences
+from lightning_curvature import CurvatureEditor, KroneckerFactors
+from lightning_curvature.cli.parser import main
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.report import plots
+from lightning_curvature.report.inspection import describe
+from lightning_curvature.search.sweep import pareto, read_sweep, sweep
+from lightning_curvature.storage import jsonl
+from lightning_curvature.text import sequences
 from lightning_curvature.text.evaluation import perplexity, strict_rate
 from tests import language
 from tests.test_scores import random_factors

@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
-from lightning_curvature.checkpoints.archive import KEY
-from lightning_curvature.probes import Target
-from lightning_curvature.targets import NARROW, Match, match_energy
+from lightning_curvature.checkpoints.facts import ENTRY
+from lightning_curvature.search.energy import NARROW, Match, match_energy
+from lightning_curvature.trainer.probes import Target
 from tests import models
 
 
@@ -175,7 +175,7 @@ def test_the_callback_edits_by_what_it_may_cost(tmp_path):
     assert after / before == pytest.approx(callback.match.value)
     assert callback.report.method == "activations"
     assert {edit.energy for edit in callback.report.layers.values()} == {callback.match.energy} != {0.85}
-    saved = torch.load(tmp_path / "late" / "last-edited.ckpt", weights_only=True)[KEY]["layers"]
+    saved = torch.load(tmp_path / "late" / "last-edited.ckpt", weights_only=True)[ENTRY]["layers"]
     assert {layer["energy"] for layer in saved.values()} == {callback.match.energy}
     assert not list(tmp_path.rglob("step=1-edited.ckpt"))
 
@@ -188,7 +188,7 @@ def test_a_target_without_validation_in_a_second_fit_and_after_a_resume(tmp_path
     saver = ModelCheckpoint(dirpath=tmp_path / "a", filename="last")
     models.trainer(tmp_path, callback, saver, max_epochs=2).fit(Probed(lr=0.003), loader)
     energy = callback.match.energy
-    saved = torch.load(tmp_path / "a" / "last-edited.ckpt", weights_only=True)[KEY]["layers"]
+    saved = torch.load(tmp_path / "a" / "last-edited.ckpt", weights_only=True)[ENTRY]["layers"]
     assert {layer["energy"] for layer in saved.values()} == {energy}
     # Another fit of the same callback starts without the energy of the first.
     early = ModelCheckpoint(dirpath=tmp_path / "b", filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -201,7 +201,7 @@ def test_a_target_without_validation_in_a_second_fit_and_after_a_resume(tmp_path
     trainer = models.trainer(tmp_path, again, late, max_epochs=3)
     trainer.fit(Probed(lr=0.003), loader, ckpt_path=tmp_path / "a" / "last.ckpt", weights_only=True)
     first = min((tmp_path / "c").glob("*-edited.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    layers = torch.load(first, weights_only=True)[KEY]["layers"]
+    layers = torch.load(first, weights_only=True)[ENTRY]["layers"]
     assert {layer["energy"] for layer in layers.values()} == {energy}
 
 

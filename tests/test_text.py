@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from rapidfuzz.distance import LCSseq
 from tokenizers.processors import TemplateProcessing
 
-from lightning_curvature import CurvatureEditor, targets
-from lightning_curvature.collect import collect
+from lightning_curvature import CurvatureEditor
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.search import energy as targets
 from lightning_curvature.text import (
     corpus,
     decoding,

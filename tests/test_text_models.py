@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_curvature import KFACEditCallback, KroneckerFactors
-from lightning_curvature.cli import main
-from lightning_curvature.collect import collect
-from lightning_curvature.plan import MemoryPlan, free_memory
-from lightning_curvature.text import collecting, corpus, jsonl, sequences
+from lightning_curvature.cli.parser import main
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.collect.plan import MemoryPlan
+from lightning_curvature.memory import free_memory
+from lightning_curvature.storage import jsonl
+from lightning_curvature.text import collecting, corpus, sequences
 from lightning_curvature.text import models as text_models
 from lightning_curvature.text.probes import JsonlProbe
 from tests import language, models
@@ -257,8 +259,8 @@ def test_memory_is_told_and_checked_before_anything_is_summed(caplog, monkeypatc
     with caplog.at_level("INFO"):
         collect(net, [rows], step, layers="mlp")
     assert "Memory of the K-FAC factors of 6 layers, on cpu" in caplog.text
-    monkeypatch.setattr("lightning_curvature.plan.free_memory", lambda device: 1000)
-    monkeypatch.setattr("lightning_curvature.collector.LayerSums", pytest.fail)
+    monkeypatch.setattr("lightning_curvature.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr("lightning_curvature.collect.collector.LayerSums", pytest.fail)
     with pytest.raises(RuntimeError, match=r"cpu has 1.0 KiB left: that does not fit"):
         collect(net, [rows], step, layers="mlp")
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import GradientAscent, RandomBasisEditor, SVDEditor
-from lightning_curvature.ranks import Ranks
-from lightning_curvature.sweep import sweep
-from lightning_curvature.ties import find_tie
+from lightning_curvature.distributed import Ranks
+from lightning_curvature.layers.ties import find_tie
+from lightning_curvature.search.sweep import sweep
 from tests import reference
 
 

@@ -22,10 +22,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_curvature import KFACEditCallback
-from lightning_curvature.collect import collect
-from lightning_curvature.collector import Collector
-from lightning_curvature.compiled import check_graphed
-from lightning_curvature.trainers import check_strategy
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.recording.compiled import check_graphed
+from lightning_curvature.trainer.support import check_strategy
 from tests import models
 
 pytestmark = pytest.mark.filterwarnings("ignore:The factors of layer .* rest on")

@@ -7,9 +7,9 @@ from torch import nn
 
 from lightning_curvature import KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import BalancedSubnet, GradientAscent, NegativePreference
-from lightning_curvature.bulk import BulkStepEditor, add_margins
-from lightning_curvature.deltas import apply_delta
-from lightning_curvature.inspection import describe
+from lightning_curvature.checkpoints.deltas import apply_delta
+from lightning_curvature.editing.bulk import BulkStepEditor, add_margins
+from lightning_curvature.report.inspection import describe
 from lightning_curvature.text.sequences import PromptedSequence
 from lightning_curvature.text.suffixes import suffix_batches, suffix_margins, suffix_nll
 from tests import language
@@ -106,7 +106,7 @@ def test_a_bulk_step_of_a_file_can_be_taken_back(tmp_path):
 @pytest.fixture(scope="module")
 def reciting():
     """A model that recites six rows, with factors of other text."""
-    from lightning_curvature.collect import collect
+    from lightning_curvature.collect.passes import collect
 
     torch.manual_seed(0)
     recited, other = language.tokens(6, 14, seed=1), language.tokens(24, 14, seed=2)

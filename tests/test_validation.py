@@ -16,8 +16,8 @@ from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_curvature import KFACEditCallback
-from lightning_curvature.collect import collect
-from lightning_curvature.validation import drop_graphs, graphs
+from lightning_curvature.collect.passes import collect
+from lightning_curvature.collect.validation_step import drop_graphs, graphs
 from tests import language, models
 
 

@@ -9,6 +9,7 @@ from lightning_curvature.analysis.detection import Detection, activation_norms, 
 from lightning_curvature.analysis.directions import DirectionUse, direction_use
 from lightning_curvature.analysis.inputs import layer_activations
 from lightning_curvature.analysis.interplay import Interplay, interplay
+from lightning_curvature.analysis.layers import rank_layers
 from lightning_curvature.analysis.order import CurvatureOrder, curvature_order
 from lightning_curvature.analysis.skills import SkillRetention, rank_correlation, skill_retention
 
@@ -34,6 +35,7 @@ __all__ = [
     "interplay",
     "layer_activations",
     "rank_correlation",
+    "rank_layers",
     "skill_retention",
     "top_curvature",
 ]

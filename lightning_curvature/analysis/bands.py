@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lightning_curvature._checks import check_option
 from lightning_curvature.analysis.inputs import check_activations
-from lightning_curvature.basis import coefficients
-from lightning_curvature.factors import LayerFactors
+from lightning_curvature.analysis.style import CLEAN, MEMORIZED
+from lightning_curvature.factors.basis import coefficients
+from lightning_curvature.factors.kronecker import LayerFactors
 
 BANDS = (0.1, 0.25, 0.5, 1.0)
 """Upper ends of the bands, as shares of all components, the ones of highest curvature first."""
@@ -54,9 +55,7 @@ class BandComparison:
 
     def plot(self) -> Any:
         """Return a figure of this comparison alone."""
-        from lightning_curvature.analysis.plots import bands
-
-        return bands([self])
+        return draw_bands([self])
 
 
 def band_strengths(
@@ -145,3 +144,41 @@ def all_rising(comparisons: Sequence[BandComparison]) -> bool:
     """Tell whether all comparisons in the curvature basis rise towards the flat bands, and cross 1 on the way."""
     chosen = [one for one in comparisons if one.basis == "curvature"]
     return all(one.rising and one.ratio[0] < 1 < one.ratio[-1] for one in chosen)
+
+
+def draw_bands(comparisons: Sequence[BandComparison]) -> Any:
+    """Draw the strength of memorized over clean examples in each band of the spectrum, one panel for each layer.
+
+    Args:
+        comparisons: As :func:`compare_bands` returns them, of one or more layers.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    layers = list(dict.fromkeys(one.layer for one in comparisons))
+    columns = min(len(layers), 3)
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(max(1.2 + 3.9 * columns, 8.0), 0.9 + 3.0 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    styles = {("curvature", False): (MEMORIZED, "o-"), ("curvature", True): (MEMORIZED, "o--"),
+              ("svd", False): (CLEAN, "s-"), ("svd", True): (CLEAN, "s--")}  # fmt: skip
+    places = np.arange(len(LABELS))
+    for axes in grid.flatten()[len(layers) :]:
+        axes.set_axis_off()
+    for axes, layer in zip(grid.flatten(), layers, strict=False):
+        for one in (one for one in comparisons if one.layer == layer):
+            color, line = styles[one.basis, one.normalized]
+            label = f"{one.basis}, unit vectors" if one.normalized else one.basis
+            axes.plot(places, one.ratio, line, color=color, label=label, markersize=4)
+            axes.fill_between(places, one.low, one.high, color=color, alpha=0.12, linewidth=0)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_xticks(places, LABELS, fontsize=8)
+        axes.set_title(layer, fontsize=9)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.25)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle("Activation strength, memorized over clean examples (shaded: 95 % bootstrap)")
+    return figure

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_curvature._checks import did_you_mean
+from lightning_curvature.analysis.style import KINDS
 
 Direction = Mapping[str, Tensor]
 """A direction of the weights of some layers, by name; each has the shape of its layer's ``weight``."""
@@ -184,9 +185,25 @@ class Gathering:
 
     def plot(self) -> Any:
         """Return a figure of both kinds over the size of the set."""
-        from lightning_curvature.analysis.plots import gathering
+        from matplotlib.figure import Figure
 
-        return gathering(self)
+        figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for curves, median, color, label in zip(
+            (self.memorized, self.clean), self.medians(), KINDS, ("memorized", "clean"), strict=True
+        ):
+            for curve in curves:
+                axes.plot(self.sizes, curve, color=color, alpha=0.15, linewidth=0.8)
+            axes.plot(self.sizes, median, "o-", color=color, label=f"{label}, median of {len(curves)}")
+        if self.crossing is not None:
+            axes.axvline(
+                self.crossing, color="black", linestyle="--", linewidth=1.0, label=f"crossing: {self.crossing}"
+            )
+        axes.set(xscale="log", yscale="log", xlabel="examples averaged, the example itself among them")
+        axes.set(ylabel="curvature along its sharpest direction", title="Sharp alone, flat in a population?")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        return figure
 
 
 def gather(

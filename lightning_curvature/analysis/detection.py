@@ -14,9 +14,10 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_curvature.analysis.inputs import check_activations
+from lightning_curvature.analysis.style import KINDS, SHARP
 from lightning_curvature.baselines.random_basis import random_orthogonal
-from lightning_curvature.basis import decompose
-from lightning_curvature.factors import LayerFactors
+from lightning_curvature.factors.basis import decompose
+from lightning_curvature.factors.kronecker import LayerFactors
 
 FLAT = 0.5
 """Share of the eigenvectors of ``A`` that counts as flat, those of lowest eigenvalue."""
@@ -38,9 +39,27 @@ class Detection:
 
     def plot(self) -> Any:
         """Return a figure of the areas, and of the scores that separate best."""
-        from lightning_curvature.analysis.plots import detection
+        import numpy as np
+        from matplotlib.figure import Figure
 
-        return detection(self)
+        names = sorted(self.auroc, key=lambda name: self.auroc[name])
+        figure = Figure(figsize=(11.0, 0.9 + max(0.28 * len(names), 2.4)), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        left.barh(names, [self.auroc[name] for name in names], color=SHARP)
+        for place, name in enumerate(names):
+            left.text(self.auroc[name], place, f" {self.auroc[name]:.3f}", va="center", fontsize=8)
+        left.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
+        left.set(xlim=(0, 1.12), xlabel="AUROC (dotted: chance)")
+        left.tick_params(labelsize=8)
+        best = names[-1]
+        scores = self.memorized[best], self.other[best]
+        edges = np.histogram_bin_edges(np.concatenate(scores), 25)
+        for values, color, label in zip(scores, KINDS, ("memorized", "other"), strict=True):
+            right.hist(values, edges, color=color, alpha=0.6, label=label)
+        right.set(xlabel=best, ylabel="examples")
+        right.legend(frameon=False)
+        figure.suptitle("Telling memorized examples from others without labels")
+        return figure
 
 
 def flat_shares(A: Tensor | LayerFactors, inputs: Tensor, flat: float = FLAT) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.analysis.inputs import check_activations
-from lightning_curvature.factors import LayerFactors
+from lightning_curvature.analysis.style import KINDS, SHARP
+from lightning_curvature.factors.kronecker import LayerFactors
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,7 @@ class DirectionUse:
 
     def plot(self) -> Any:
         """Return a figure of the precision of each direction beside chance."""
-        from lightning_curvature.analysis.plots import direction_precision
-
-        return direction_precision([self])
+        return draw_precision([self])
 
 
 def direction_use(
@@ -81,3 +80,26 @@ def direction_use(
         layer, flat, tuple(places), tuple(tuple(row) for row in top.tolist()), tuple(labels[top].mean(1).tolist()),
         float(labels.mean()),
     )  # fmt: skip
+
+
+def draw_precision(uses: Sequence[DirectionUse]) -> Any:
+    """Draw the share of memorized ones among the examples that use each direction most.
+
+    Args:
+        uses: As :func:`direction_use` returns them, of sharp and of flat directions.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for one in uses:
+        color, label = (KINDS[0], "flattest") if one.flat else (SHARP, "sharpest")
+        axes.plot(range(1, len(one.precision) + 1), sorted(one.precision, reverse=True), "o-", color=color,
+                  markersize=4, label=f"{label} directions, mean {one.mean_precision:.2f}")  # fmt: skip
+    axes.axhline(uses[0].chance, color="black", linewidth=0.8, linestyle=":", label=f"chance {uses[0].chance:.2f}")
+    axes.set(ylim=(-0.03, 1.03), xlabel="directions, by precision", ylabel=f"precision at {len(uses[0].top[0])}",
+             title=f"Are the examples that use a direction most the memorized ones? {uses[0].layer}")  # fmt: skip
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return figure

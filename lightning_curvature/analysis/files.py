@@ -10,7 +10,7 @@ from typing import Any
 from lightning_curvature.analysis.bands import BandComparison
 from lightning_curvature.analysis.detection import Detection
 from lightning_curvature.analysis.directions import DirectionUse
-from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.storage.atomic import replacing
 
 FILE = "analysis.json"
 

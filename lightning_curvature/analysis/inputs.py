@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import did_you_mean, listing
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.factors import KroneckerFactors, LayerFactors
-from lightning_curvature.layers import is_matmul
-from lightning_curvature.probes import evaluating
-from lightning_curvature.taps import layer_inputs
+from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.layers.kinds import is_matmul
+from lightning_curvature.layers.modules import evaluating
+from lightning_curvature.recording.taps import layer_inputs
 
 
 def layer_activations(

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from lightning_curvature._checks import check_option
 from lightning_curvature.analysis.detection import flat_shares
 from lightning_curvature.analysis.inputs import layer_activations
-from lightning_curvature.factors import LayerFactors
+from lightning_curvature.factors.kronecker import LayerFactors
 
 POSITIONS: Mapping[str, slice | None] = {"all": None, "first": slice(0, 1)}
 

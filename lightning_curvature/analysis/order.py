@@ -11,8 +11,9 @@ from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_curvature.analysis.bands import BANDS
 from lightning_curvature.analysis.curvature import Products, inner
-from lightning_curvature.factors import LayerFactors
-from lightning_curvature.scores import score_coefficients
+from lightning_curvature.analysis.style import MEMORIZED, SHARP
+from lightning_curvature.editing.scores import score_coefficients
+from lightning_curvature.factors.kronecker import LayerFactors
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,23 @@ class CurvatureOrder:
 
     def plot(self) -> Any:
         """Return a figure of measured against predicted curvature."""
-        from lightning_curvature.analysis.plots import curvature_order
+        import numpy as np
+        from matplotlib.figure import Figure
 
-        return curvature_order(self)
+        scores = list(self.predicted)
+        figure = Figure(figsize=(1.0 + 4.2 * len(scores), 4.2), layout="constrained")
+        panels = figure.subplots(1, len(scores), squeeze=False, sharey=True)[0]
+        for axes, score in zip(panels, scores, strict=True):
+            for name, color in (("ggn", SHARP), ("hessian", MEMORIZED)):
+                measured = np.abs(getattr(self, name))
+                label = f"|{name}|, rank correlation {self.correlation(score, name):.2f}"
+                axes.plot(self.predicted[score], measured, ".", color=color, alpha=0.6, label=label)
+            axes.set(xscale="log", yscale="log", xlabel=f"predicted: {score}")
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False, fontsize=8)
+        panels[0].set_ylabel("measured curvature")
+        figure.suptitle(f"Curvature of directions of {self.layer}", fontsize=10)
+        return figure
 
 
 def curvature_order(
@@ -75,7 +90,7 @@ def curvature_order(
         products: Products of the loss over some data, with targets; the layer must be among theirs.
         layer: Name of the layer.
         factors: Its factors; the weight must be stored as ``[d_out, d_in]``.
-        scores: Scores to compare, see :mod:`lightning_curvature.scores`.
+        scores: Scores to compare, see :mod:`~lightning_curvature.editing.scores`.
         count: Directions, as many in each part of the order by ``lam_i mu_j``.
         seed: Seed of the sample.
 

@@ -4,6 +4,7 @@ Source: arXiv:2510.24256, section 6: facts and arithmetic lie close to memorized
 from it.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lightning_curvature._checks import did_you_mean
-from lightning_curvature.editing import WeightEditor
-from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.sweep import sweep
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.search.sweep import sweep
 
 PERPLEXITY = "perplexity"
 
@@ -62,9 +63,24 @@ class SkillRetention:
 
     def plot(self) -> Any:
         """Return a figure of the retained share of each skill, against energy and against perplexity."""
-        from lightning_curvature.analysis.plots import skill_retention
+        from matplotlib.figure import Figure
 
-        return skill_retention(self)
+        figure = Figure(figsize=(11.0, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for skill, marker in zip(self.accuracy, itertools.cycle("os^vD<>p"), strict=False):
+            for axes, places in ((left, self.energies), (right, self.perplexity)):
+                axes.plot(places, self.retained(skill), f"{marker}-", markersize=4, label=skill)
+        left.set(xlabel="energy", ylabel="retained share (0: chance)")
+        left.invert_xaxis()
+        right.set(xlabel="perplexity of ordinary text, times that before", xscale="log")
+        right.xaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_formatter("{x:g}")
+        for axes in (left, right):
+            axes.axhline(0.0, color="black", linewidth=0.8)
+            axes.grid(alpha=0.25)
+        right.legend(frameon=False)
+        figure.suptitle("What edits leave of each skill")
+        return figure
 
 
 def skill_retention(

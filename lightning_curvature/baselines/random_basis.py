@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from lightning_curvature.basis import CurvatureBasis, project_weight
-from lightning_curvature.editing import DEFAULT_ENERGY, Projection, WeightEditor
-from lightning_curvature.factors import LayerFactors
+from lightning_curvature.editing.base import DEFAULT_ENERGY, Projection
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.basis import CurvatureBasis, project_weight
+from lightning_curvature.factors.kronecker import LayerFactors
 
 
 def random_orthogonal(dim: int, generator: torch.Generator) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightning_curvature.editing import Projection, WeightEditor
-from lightning_curvature.factors import LayerFactors
+from lightning_curvature.editing.base import Projection
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.kronecker import LayerFactors
 
 
 class SVDEditor(WeightEditor):

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_curvature._checks import check_count
-from lightning_curvature.editing import Editor, relative_change
-from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.report import EditReport, LayerEdit
-from lightning_curvature.ties import check_tie, find_tie, named_tensors, names_sharing
-from lightning_curvature.weights import find_layer
+from lightning_curvature.editing.base import Editor
+from lightning_curvature.editing.report import EditReport, LayerEdit
+from lightning_curvature.editing.weight_editor import relative_change
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.layers.modules import find_layer
+from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, names_sharing
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -84,7 +85,7 @@ class TrainedEditor(Editor):
 
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         """Return new weights by layer, and what was done; the module stays as it is."""
-        stored = {name: find_layer(module, name).weight for name in self.plan(factors)}
+        stored = {name: find_layer(module, name).weight for name in self.energies(factors)}
         check_tie(find_tie(stored))
         weights = {name: weight.detach() for name, weight in stored.items()}
         with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Checkpoint files: atomic writes, and one module per format."""
+"""Saved weights: one module for each format, names of tensors, deltas, and what an edited file says about itself."""

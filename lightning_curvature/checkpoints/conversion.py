@@ -9,7 +9,7 @@ import transformers
 
 from lightning_curvature.checkpoints.archive import ArchiveFile
 from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
-from lightning_curvature.checkpoints.weights import load_weights
+from lightning_curvature.checkpoints.loading import load_weights
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json")
 

@@ -14,10 +14,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_curvature._checks import listing
-from lightning_curvature.checkpoints.atomic import replacing_folder, sync
-from lightning_curvature.checkpoints.outputs import NOTE, Format
-from lightning_curvature.checkpoints.safetensors import Edits, SafetensorsFile
-from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, parse_json
+from lightning_curvature.checkpoints.base import Edits
+from lightning_curvature.checkpoints.facts import check_facts
+from lightning_curvature.checkpoints.safetensors import SafetensorsFile
+from lightning_curvature.storage.atomic import replacing_folder, sync
+from lightning_curvature.storage.outputs import NOTE, Format
+from lightning_curvature.storage.tree import COPY_AGAIN, parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CARD = "README.md"
@@ -144,7 +146,7 @@ class HuggingFaceFolder:
         """Do nothing: tensors of these files share no memory."""
 
     def hash(self, name: str) -> str:
-        """Return what :func:`lightning_curvature.checkpoints.safetensors.tensor_hash` does of one tensor."""
+        """Return what :func:`lightning_curvature.storage.hashes.tensor_hash` does of one tensor."""
         return self.shards[self.where[name]].hash(name)
 
     def read(self, name: str) -> Tensor:

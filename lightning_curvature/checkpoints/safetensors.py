@@ -11,26 +11,24 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.checkpoints.outputs import Format
-from lightning_curvature.checkpoints.sniff import sniff
-from lightning_curvature.checkpoints.tree import COPY_AGAIN, check_facts, is_text, parse_json
+from lightning_curvature.checkpoints.base import Edits, check_same
+from lightning_curvature.checkpoints.facts import METADATA_ENTRY, check_facts
+from lightning_curvature.storage.atomic import replacing
+from lightning_curvature.storage.hashes import as_bytes, tensor_hash
+from lightning_curvature.storage.outputs import Format
+from lightning_curvature.storage.sniff import sniff
+from lightning_curvature.storage.tree import COPY_AGAIN, is_text, parse_json
 
 _CHUNK = 2**22
 _METADATA = "__metadata__"
-KEY = "lightning_curvature.edit"
-"""Metadata entry that says what was edited, as JSON."""
 
-Edits = Mapping[str, Callable[[], Tensor]]
-"""By tensor name, what returns the new tensor."""
 
 _DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -115,9 +113,9 @@ class SafetensorsFile:
     @property
     def provenance(self) -> dict[str, Any] | None:
         """What an earlier edit wrote, or None."""
-        if KEY not in self.metadata:
+        if METADATA_ENTRY not in self.metadata:
             return None
-        return _read_facts(self.metadata[KEY], f"{self.path}")
+        return _read_facts(self.metadata[METADATA_ENTRY], f"{self.path}")
 
     def headers(self) -> dict[str, str]:
         """Return the header as it stands in the file, which a copy needs to be byte-identical to the original."""
@@ -139,9 +137,9 @@ class SafetensorsFile:
             headers: What :meth:`headers` of the original returned: the header to write as it is, if it describes the
                 same tensors at the same places.
         """
-        metadata = {key: value for key, value in self.metadata.items() if key != KEY}
+        metadata = {key: value for key, value in self.metadata.items() if key != METADATA_ENTRY}
         if provenance is not None:
-            metadata[KEY] = json.dumps(provenance)
+            metadata[METADATA_ENTRY] = json.dumps(provenance)
         content = {_METADATA: metadata, **self.header} if metadata else self.header
         header = _packed(content)
         recorded = (headers or {}).get("")
@@ -194,54 +192,15 @@ def _write_header(out: BinaryIO, header: bytes) -> None:
     out.write(len(header).to_bytes(8, "little") + header)
 
 
-def looks_like_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a file begins as a safetensors file does, whatever its name is."""
-    if not Path(path).is_file():
-        return False
-    with Path(path).open("rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= Path(path).stat().st_size
-
-
 def check_header(text: str, what: str) -> None:
     """Raise ``ValueError`` if a text is no header of a safetensors file: JSON with strings as metadata."""
     metadata = parse_json(text, what).get(_METADATA) or {}
     if not isinstance(metadata, dict) or not all(map(is_text, (text, *metadata, *metadata.values()))):
         raise ValueError(f"{what} has metadata that are no strings. {COPY_AGAIN}")
-    if KEY in metadata:
-        _read_facts(metadata[KEY], what)
+    if METADATA_ENTRY in metadata:
+        _read_facts(metadata[METADATA_ENTRY], what)
 
 
 def _read_facts(text: str, what: str) -> dict[str, Any]:
-    what = f"{what}: the metadata entry {KEY!r}"
+    what = f"{what}: the metadata entry {METADATA_ENTRY!r}"
     return check_facts(parse_json(text, what), what)
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor, little-endian and row-major, as safetensors stores them."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """Return dtype, shape and SHA-256 of a tensor as one text."""
-    digest = hashlib.sha256()
-    for piece in _pieces(tensor.detach()):
-        digest.update(as_bytes(piece))
-    return f"{tensor.dtype} {list(tensor.shape)} {digest.hexdigest()}"
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the parts of a tensor in their order; each is contiguous, or small."""
-    if tensor.is_contiguous() or tensor.nbytes <= _CHUNK:
-        yield tensor
-    else:
-        for part in tensor:
-            yield from _pieces(part)
-
-
-def check_same(name: str, old: Tensor, new: Tensor) -> None:
-    """Raise ``ValueError`` if an edited tensor does not have the shape and dtype of the original."""
-    if new.shape != old.shape or new.dtype != old.dtype:
-        raise ValueError(
-            f"Tensor {name!r} is {old.dtype} {list(old.shape)}, the new one {new.dtype} {list(new.shape)}."
-        )

@@ -17,8 +17,8 @@ from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.analysis.inputs import layer_activations
 from lightning_curvature.analysis.labels import label_scores
 from lightning_curvature.demos.label_noise import predict
-from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.layers import as_matrix
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.layers.kinds import as_matrix
 
 log = logging.getLogger(__name__)
 

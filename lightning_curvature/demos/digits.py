@@ -14,8 +14,6 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 
-from lightning_curvature import plots
-from lightning_curvature.callback import KFACEditCallback
 from lightning_curvature.demos.analyses import analyse_images
 from lightning_curvature.demos.files import versions, write_edited, write_json
 from lightning_curvature.demos.label_noise import (
@@ -29,9 +27,11 @@ from lightning_curvature.demos.label_noise import (
 )
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
-from lightning_curvature.editing import DEFAULT_ENERGY
-from lightning_curvature.editor import CurvatureEditor
-from lightning_curvature.page import write_page
+from lightning_curvature.editing.base import DEFAULT_ENERGY
+from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.report import plots
+from lightning_curvature.report.page import write_page
+from lightning_curvature.trainer.callback import KFACEditCallback
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.editing import WeightEditor
-from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.report import EditReport
+from lightning_curvature.editing.report import EditReport
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.storage.atomic import replacing
 
 
 def write_edited(source: Path, editor: WeightEditor, factors: KroneckerFactors, target: Path) -> EditReport:

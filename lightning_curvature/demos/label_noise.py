@@ -12,11 +12,11 @@ from torch.utils.data import TensorDataset
 
 from lightning_curvature.baselines import BalancedSubnet, RandomBasisEditor, SVDEditor
 from lightning_curvature.demos.noise import NoisyLabels
-from lightning_curvature.editing import WeightEditor
-from lightning_curvature.editor import CurvatureEditor
-from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.layers.modules import evaluating
 from lightning_curvature.metrics.functional import noisy_label_accuracy
-from lightning_curvature.probes import evaluating
 
 METRICS = ("memorized", "recovered", "clean_train", "val_accuracy")
 METHODS: dict[str, Callable[..., WeightEditor]] = {

@@ -15,10 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tabulate import tabulate
 from torch import Tensor
 
-from lightning_curvature import plots
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
-from lightning_curvature.callback import KFACEditCallback
-from lightning_curvature.checkpoints.atomic import replacing, replacing_folder
 from lightning_curvature.demos.files import versions, write_edited, write_json
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.python_text import read_texts
@@ -26,15 +23,18 @@ from lightning_curvature.demos.recitation import PREFIX, SUFFIX, RecitedText
 from lightning_curvature.demos.settings import TEXT, TextSettings
 from lightning_curvature.demos.text_analyses import analyse_text
 from lightning_curvature.demos.unlearning import balanced_subnet
-from lightning_curvature.editing import WeightEditor
-from lightning_curvature.editor import CurvatureEditor
-from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.page import write_page
+from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.report import plots
+from lightning_curvature.report.page import write_page
+from lightning_curvature.storage.atomic import replacing, replacing_folder
+from lightning_curvature.storage.jsonl import write_jsonl
 from lightning_curvature.text.evaluation import Baseline, evaluate_sequences, perplexity, strict_rate
 from lightning_curvature.text.examples import continue_texts, side_by_side
-from lightning_curvature.text.jsonl import write_jsonl
 from lightning_curvature.text.matching import match_perplexity
 from lightning_curvature.text.sequences import PromptedSequence, write_sequences
+from lightning_curvature.trainer.callback import KFACEditCallback
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.demos.analyses import bands_of
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.recitation import PREFIX, SUFFIX, RecitedText
-from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.text.detection import distinct_inputs, window_activations, window_scores
 from lightning_curvature.text.evaluation import recited
 

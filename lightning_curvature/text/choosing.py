@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_curvature import bulk
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.editor import CurvatureEditor
-from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.files import check_loaded
-from lightning_curvature.sweep import Row, sweep
-from lightning_curvature.targets import FLOOR
+from lightning_curvature.editing import bulk
+from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.editing.streaming import check_loaded
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.search.energy import FLOOR
+from lightning_curvature.search.sweep import Row, sweep
 from lightning_curvature.text.evaluation import perplexity, strict_rate, window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
 from lightning_curvature.text.saved import SavedModel
@@ -162,7 +162,7 @@ class Chooser:
         batch_size: int,
         force: bool = False,
     ) -> list[Row]:
-        """Measure ``strict`` and ``perplexity`` under many edits; see :func:`lightning_curvature.sweep.sweep`.
+        """Measure ``strict`` and ``perplexity`` under many edits; see :func:`lightning_curvature.search.sweep.sweep`.
 
         Returns:
             Its rows, with ``times``, the perplexity as a multiple of the unedited model's.
@@ -172,9 +172,9 @@ class Chooser:
         for score in scores:
             for choice in layers or ["*"]:
                 editor = CurvatureEditor(1.0, choice.split(","), score, soft)
-                editor.plan(self.given)  # a pattern that matches nothing is told before the model is loaded
+                editor.energies(self.given)  # a pattern that matches nothing is told before the model is loaded
                 named[editor.method if layers is None else f"{editor.method}: {choice}"] = editor
-        asked_layers = {layer for editor in named.values() for layer in editor.plan(self.given)}
+        asked_layers = {layer for editor in named.values() for layer in editor.energies(self.given)}
         names = {layer: name for layer, name in self.names.items() if layer in asked_layers}
         check_loaded(
             self.model, names, self.given, self.saved.source, force=force, allow_globals=self.saved.allow_globals
@@ -194,7 +194,7 @@ class Chooser:
     def _renamed(self, editor: CurvatureEditor) -> CurvatureEditor:
         """Return an editor that chooses its layers by the model's own names."""
         own = KroneckerFactors({layer: self.factors[name] for layer, name in self.names.items()})
-        layers = [self.names[layer] for layer in editor.plan(own)]
+        layers = [self.names[layer] for layer in editor.energies(own)]
         renamed = editor.at(1.0)
         renamed.layers = layers
         return renamed

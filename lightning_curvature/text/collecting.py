@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_curvature._checks import check_count, check_option
-from lightning_curvature.checkpoints.atomic import replacing
-from lightning_curvature.collect import check_collected, check_positions
-from lightning_curvature.collector import Collector
-from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.positions import POSITIONS
-from lightning_curvature.sums import STATE_VERSION
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.passes import check_collected, check_positions
+from lightning_curvature.collect.sums import STATE_VERSION
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.recording.positions import POSITIONS
+from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
 from lightning_curvature.text.leading import leading_tokens, next_token_loss
@@ -61,8 +61,8 @@ def collect_text(
         batch_size: Windows per forward pass.
         passes: Groups of layers, each with a pass of its own, where the factors of all do not fit into memory at once.
         save_every: Batches between two saves of the progress.
-        **options: Arguments of :class:`lightning_curvature.collector.Collector`: layers, fisher, draws, positions,
-            seed, accumulate_on.
+        **options: Arguments of :class:`lightning_curvature.collect.collector.Collector`: layers, fisher, draws,
+            positions, seed, accumulate_on.
 
     Returns:
         The factors.

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_curvature._checks import check_count
-from lightning_curvature.checkpoints.outputs import ending
-from lightning_curvature.checkpoints.tree import is_text
-from lightning_curvature.text.jsonl import check_file, read_jsonl
+from lightning_curvature.storage.jsonl import check_file, read_jsonl
+from lightning_curvature.storage.outputs import ending
+from lightning_curvature.storage.tree import is_text
 from lightning_curvature.text.leading import encode, leading_tokens
 
 _CHUNK = 200_000

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_curvature.analysis.detection import layer_scores
 from lightning_curvature.analysis.inputs import layer_activations
-from lightning_curvature.factors import KroneckerFactors
+from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.metrics.functional import min_k_scores
 from lightning_curvature.text.evaluation import next_token_logits
 

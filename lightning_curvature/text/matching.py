@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.editing import Editor
-from lightning_curvature.factors import KroneckerFactors
-from lightning_curvature.targets import Match, match_energy
+from lightning_curvature.editing.base import Editor
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.search.energy import Match, match_energy
 from lightning_curvature.text.evaluation import perplexity
 
 RESAMPLES = 2000

@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import logging as transformers_logging
 
 from lightning_curvature._checks import listing
-from lightning_curvature.checkpoints.weights import load_weights, read_weights
-from lightning_curvature.factor_files import is_factor_file
+from lightning_curvature.checkpoints.loading import load_weights, read_weights
+from lightning_curvature.factors.files import is_factor_file
 from lightning_curvature.text.decoding import context_length
 
 _ANOTHER = "Name the folder of a causal language model, one whose layers see what came before alone."

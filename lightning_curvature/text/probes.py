@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_curvature._checks import check_option
+from lightning_curvature.storage.jsonl import read_jsonl
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
 from lightning_curvature.text.evaluation import evaluate_sequences, perplexity
-from lightning_curvature.text.jsonl import read_jsonl
 from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.models import find_language_model, load_tokenizer
 from lightning_curvature.text.recall import Question, evaluate_recall, read_questions

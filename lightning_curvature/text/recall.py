@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_curvature.metrics import RecallAccuracy
+from lightning_curvature.storage.jsonl import read_jsonl
 from lightning_curvature.text.decoding import NO_TOKEN, context_length, greedy_continuation
-from lightning_curvature.text.jsonl import read_jsonl
 from lightning_curvature.text.leading import encode, leading_tokens
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_curvature._checks import check_count
 from lightning_curvature.checkpoints.huggingface import fill
-from lightning_curvature.selection import choose_layers
+from lightning_curvature.layers.selection import choose_layers
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import config_length
 from lightning_curvature.text.leading import leading_tokens

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_curvature._checks import check_option
-from lightning_curvature.checkpoints.tree import is_text
-from lightning_curvature.text.jsonl import read_jsonl, write_jsonl
+from lightning_curvature.storage.jsonl import read_jsonl, write_jsonl
+from lightning_curvature.storage.tree import is_text
 
 HALVES = ("tuning", "validation")
 

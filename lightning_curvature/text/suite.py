@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature._checks import listing
-from lightning_curvature.checkpoints.atomic import replacing
+from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.text.evaluation import Baseline, evaluate_sequences
 from lightning_curvature.text.examples import continue_texts, side_by_side
 from lightning_curvature.text.models import check_vocabulary, load_model, put_weights

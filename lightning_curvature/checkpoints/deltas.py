@@ -1,0 +1,238 @@
+"""Deltas: the difference of the bits of an edited checkpoint and its original, to take the edit back or to make it."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_curvature.checkpoints.facts import check_facts
+from lightning_curvature.checkpoints.huggingface import AS_IT_IS, CARD
+from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.checkpoints.opening import Checkpoint, checkpoint_hashes, open_checkpoint
+from lightning_curvature.checkpoints.safetensors import SafetensorsFile, check_header, join_files
+from lightning_curvature.storage.atomic import replacing
+from lightning_curvature.storage.hashes import tensor_hash, values_hash
+from lightning_curvature.storage.outputs import FACTORS, NOTE, check_name, check_outputs
+from lightning_curvature.storage.scratch import Scratch
+from lightning_curvature.storage.sniff import looks_like_safetensors
+from lightning_curvature.storage.tree import COPY_AGAIN, is_text, parse_json
+
+DELTA = "lightning_curvature.delta"
+"""Metadata entry of a delta file, JSON."""
+_VERSION = 1
+_OLD = "old"
+
+
+class DeltaRecord(AbstractContextManager["DeltaRecord"]):
+    """Collects a delta in files, one tensor in memory at a time; it is taken back unless ``keep`` is set.
+
+    Args:
+        path: File to write.
+        checkpoint: The original.
+        hashes: Hashes of all tensors of the original.
+    """
+
+    def __init__(self, path: Path, checkpoint: Checkpoint, hashes: Mapping[str, str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.checkpoint = path, checkpoint
+        self.scratch = tempfile.TemporaryDirectory(prefix=".delta.", dir=path.parent)
+        self.original, self.edited = dict(hashes), dict(hashes)
+        self.names: list[str] = []
+        self.written = self.keep = False
+
+    def add(self, name: str, old: Tensor, new: Tensor) -> None:
+        """Take the difference of the bits of one tensor."""
+        save_file({"delta": _bits(old) ^ _bits(new)}, Path(self.scratch.name, str(len(self.names))))
+        self.names.append(name)
+        self.edited[name] = tensor_hash(new)
+
+    def write(self, facts: Mapping[str, Any]) -> None:
+        """Write the file.
+
+        Args:
+            facts: What the edited copy says about itself.
+        """
+        parts = {name: Path(self.scratch.name, str(i)) for i, name in enumerate(self.names)}
+        header = {
+            "version": _VERSION,
+            "tensors": {name: {"original": self.original[name], "edited": self.edited[name]} for name in self.names},
+            "values": {"original": values_hash(self.original), "edited": values_hash(self.edited)},
+            "edit": facts,
+            "before": self.checkpoint.provenance,
+            "headers": self.checkpoint.headers(),
+        }
+        if self.path.exists():
+            shutil.copy2(self.path, Path(self.scratch.name, _OLD))
+        with replacing(self.path) as temporary:
+            join_files(parts, temporary, {DELTA: json.dumps(header)})
+        self.written = True
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove what is not needed; a delta that was replaced comes back."""
+        if self.written and not self.keep:
+            old = Path(self.scratch.name, _OLD)
+            if old.exists():
+                old.replace(self.path)
+            else:
+                self.path.unlink()
+        self.scratch.cleanup()
+
+
+def apply_delta(
+    source: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    revert: bool,
+    overwrite: bool = False,
+    allow_globals: Sequence[str] = (),
+) -> None:
+    """Write the original of an edited checkpoint (``revert``), or the edited one of an original.
+
+    Every changed tensor is verified by its hash, before and after.
+
+    Args:
+        source: Checkpoint, of any format.
+        delta: File written by :func:`edit_checkpoint`.
+        target: File or folder to write, atomically.
+        revert: Take the edit back, rather than make it.
+        overwrite: Whether ``target`` may exist.
+        allow_globals: Classes that a file of ``torch.save`` may hold.
+
+    Raises:
+        FileExistsError: If the target is the source, or exists.
+        ValueError: If the delta belongs to another checkpoint, or is damaged.
+    """
+    check_outputs([target], [source, delta], overwrite)
+    header, file = open_delta(delta)
+    checkpoint = open_weights(source, allow_globals)
+    check_name(target, checkpoint.format)
+    here, there = ("edited", "original") if revert else ("original", "edited")
+    layers = [name.removesuffix(".weight") for name in header["tensors"]]
+    try:
+        names = match_layers(layers, checkpoint.shapes(), checkpoint.module_names)
+    except ValueError as error:
+        raise ValueError(f"{source} has other tensors than the checkpoint that {delta} belongs to. {error}") from error
+    checkpoint.check_ties(names.values())
+    hashes = checkpoint_hashes(checkpoint)
+    for layer, name in names.items():
+        expected = header["tensors"][f"{layer}.weight"]
+        if hashes[name] != expected[here]:
+            raise ValueError(
+                f"{name!r} in {source} is not the {here} tensor that {delta} belongs to. "
+                f"{'Is it the checkpoint before the edit, or edited again?' if revert else 'Is it another model?'}"
+            )
+    replaced = {expected[here]: expected[there] for expected in header["tensors"].values()}
+    after = {name: replaced.get(value, value) for name, value in hashes.items()}
+    if values_hash(after) != header["values"][there]:
+        raise ValueError(
+            f"{source} differs from the {here} checkpoint that {delta} belongs to, also in tensors that the edit "
+            "left alone: it was changed or edited again since. "
+            + ("Take back the later edit first." if revert else "Is it another model?")
+        )
+
+    facts = header["before"] if revert else header["edit"]
+    headers = header["headers"] if revert else None
+    with Scratch(Path(target)) as scratch:
+        flipped = {}
+        for layer, name in names.items():
+            new = _flipped(checkpoint.read(name), file.read(f"{layer}.weight"))
+            if new is None or tensor_hash(new) != header["tensors"][f"{layer}.weight"][there]:
+                raise ValueError(f"{delta} is damaged: {layer!r} does not become the {there} tensor. {COPY_AGAIN}")
+            flipped[name] = scratch.keep(new)
+        checkpoint.copy(target, flipped, facts, headers)
+
+
+def _flipped(old: Tensor, difference: Tensor) -> Tensor | None:
+    """Return a tensor with some of its bits flipped; None if the difference is one of another tensor."""
+    bits = _bits(old)
+    if difference.shape != bits.shape or difference.dtype != bits.dtype:
+        return None
+    return (bits ^ difference).view(old.dtype).view(old.shape)
+
+
+def open_weights(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> Checkpoint:
+    """Open a checkpoint to edit; arguments and errors as :func:`open_checkpoint`.
+
+    Raises:
+        ValueError: Also if it is a file of factors, or a delta.
+    """
+    checkpoint = open_checkpoint(path, allow_globals)
+    if isinstance(checkpoint, SafetensorsFile):
+        if DELTA in checkpoint.metadata:
+            raise ValueError(f"{path} is a delta, not a checkpoint: revert and apply take it as --delta.")
+        if FACTORS in checkpoint.metadata:
+            raise ValueError(f"{path} holds K-FAC factors, not weights: edit takes it as --factors.")
+    return checkpoint
+
+
+def open_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Any], SafetensorsFile]:
+    """Return the header of a delta, and its file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is none; what else it is, where that can be told.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file. A delta is written by edit with --save-delta.")
+    if not looks_like_safetensors(path):
+        kind = "it is a folder" if Path(path).is_dir() else "it is no safetensors file"
+        raise ValueError(f"{path} is no delta ({kind}); it is written by edit with --save-delta.")
+    file = SafetensorsFile(path)
+    return read_header(file), file
+
+
+def read_header(file: SafetensorsFile) -> dict[str, Any]:
+    """Return the header of a delta.
+
+    Args:
+        file: The delta.
+
+    Raises:
+        ValueError: If it is no delta of a version that this package reads, or a damaged one.
+    """
+    if DELTA not in file.metadata:
+        raise ValueError(f"{file.path} is no delta; it is written by edit with --save-delta.")
+    header = parse_json(file.metadata[DELTA], f"{file.path}: the metadata entry {DELTA!r}")
+    if header.get("version") != _VERSION:
+        found = header.get("version")
+        raise ValueError(f"{file.path}: delta version {found!r:.60}, this package reads {_VERSION}. Update it.")
+    try:
+        _check_header(header, set(file.shapes()))
+    except ValueError as error:
+        raise ValueError(f"{file.path} is damaged: {error}") from error
+    return header
+
+
+def _check_header(header: Mapping[str, Any], names: set[str]) -> None:
+    tensors, headers = header.get("tensors"), header.get("headers")
+    if not isinstance(tensors, dict) or tensors.keys() != names or not all(n.endswith(".weight") for n in names):
+        raise ValueError(f"its header is about other tensors than it holds. {COPY_AGAIN}")
+    for hashes in (*tensors.values(), header.get("values")):
+        if not isinstance(hashes, dict) or not all(is_text(hashes.get(key)) for key in ("original", "edited")):
+            raise ValueError(f"its header lacks hashes of the original and the edited checkpoint. {COPY_AGAIN}")
+    check_facts(header.get("edit"), "what it says of the edit")
+    if header.get("before", {}) is not None:
+        check_facts(header.get("before"), "what it says of earlier edits")
+    if not isinstance(headers, dict) or not all(isinstance(text, str) for text in headers.values()):
+        raise ValueError(f"its header lacks the headers of the original. {COPY_AGAIN}")
+    for file, text in headers.items():
+        what = f"its copy of {file or 'the header of the original'}"
+        if file == NOTE:
+            check_facts(parse_json(text, what), what)
+        elif file == CARD:
+            text.encode(*AS_IT_IS)
+        else:
+            check_header(text, what)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

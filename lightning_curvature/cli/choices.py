@@ -1,0 +1,14 @@
+"""Words that options of several commands take; the parser lists them in help, and refuses others."""
+
+from typing import Literal
+
+Fisher = Literal["sketched", "sampled", "exact", "empirical"]
+Positions = Literal["contributing", "all", "first"]
+ImagePositions = Literal["all", "first"]
+AccumulateOn = Literal["auto", "model", "cpu"]
+Half = Literal["tuning", "validation"]
+Score = Literal["kfac", "ekfac", "coupled", "activations", "saliency"]
+
+
+LIGHTNING = ("fit", "validate", "test")
+"""Subcommands that are LightningCLI's."""

@@ -1,0 +1,151 @@
+r"""Corrected eigenvalues of the curvature basis (EK-FAC): a second pass over the data.
+
+K-FAC takes the mass of the direction ``u_i v_j^T`` for the product ``lam_i mu_j``, as if inputs and gradients were
+independent. The second pass measures it: ``E[(u_i^T g)^2 (v_j^T a)^2]``, the diagonal of the Fisher in that basis.
+
+Source: George et al. 2018, arXiv:1806.03884.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.moments import SecondMoment
+from lightning_curvature.collect.passes import run_collector
+from lightning_curvature.collect.sums import LayerKind, LayerSums, sums_over
+from lightning_curvature.distributed import Ranks
+from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.factors.sharded import ShardedFactors
+
+Batch = TypeVar("Batch")
+
+
+class EigenvalueSums(LayerSums):
+    """Running sums of the corrected eigenvalues of one layer.
+
+    Args:
+        layer: Its factors.
+        device: Where the sums live.
+    """
+
+    def __init__(self, layer: LayerFactors, device: torch.device) -> None:
+        super().__init__(0, 0, device, layer.transposed)
+        self.layer = layer
+        self.total = torch.zeros(layer.shape, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add_inputs(self, inputs: Tensor) -> None:
+        """Do nothing: inputs count with the gradients."""
+
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:  # noqa: ARG002
+        """Add positions, as :meth:`LayerSums.add_gradients`."""
+        basis = self.layer.basis
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        along_inputs = (inputs.to(dtype) @ basis.U_A.to(inputs.device, dtype)).square()
+        for gradients in passes:
+            along_outputs = (gradients.to(dtype) @ basis.U_G.to(inputs.device, dtype)).square() * scale
+            self.total += (along_outputs.T @ along_inputs).to(self.total.device)
+        self.count += len(inputs)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(d_out, d_in)`` of the weight matrix."""
+        return self.layer.shape
+
+    def merge_(self, other: LayerSums, with_inputs: bool = True) -> None:  # noqa: ARG002
+        """Add the sums of other positions; inputs count with the gradients."""
+        if not isinstance(other, EigenvalueSums):
+            raise TypeError(f"Sums of eigenvalues cannot take over {type(other).__name__}.")
+        self.total += other.total.to(self.total.device)
+        self.count += other.count
+
+    def over(self, ranks: Ranks, to: int | None = None, inputs: SecondMoment | None = None) -> LayerSums:  # noqa: ARG002
+        """Return the sums over all processes, as :meth:`LayerSums.over`. A collective."""
+        if ranks.size == 1:
+            return self
+        merged = EigenvalueSums(self.layer, torch.device("meta"))
+        merged.count = int(ranks.sum(torch.tensor(self.count, device="cpu")))
+        merged.total = ranks.sum(self.total, to)
+        return merged
+
+    def share(self, ranks: Ranks) -> LayerSums:
+        """Return the part of sums over all processes with which this one goes on; the parts sum to them."""
+        part = EigenvalueSums(self.layer, torch.device("meta"))
+        part.count = ranks.share(self.count)
+        part.total = self.total * (part.count / max(self.count, 1))
+        return part
+
+    def move(self, device: torch.device) -> None:
+        """Move the sums to a device."""
+        self.total = self.total.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that :meth:`load_state_dict` needs, as tensors and primitives."""
+        return {**super().state_dict(), "eigenvalues": self.total, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the place of the sums that :meth:`state_dict` was taken from, on the device of its tensors."""
+        if "eigenvalues" not in state:
+            raise ValueError("The state is one of a collection of factors, which holds no eigenvalues. Begin anew.")
+        super().load_state_dict({key: value for key, value in state.items() if key != "eigenvalues"})
+        self.total, self.count = state["eigenvalues"], state["count"]
+
+    def factors(self) -> LayerFactors:
+        """Return the factors with the corrected eigenvalues."""
+        return dataclasses.replace(self.layer, eigenvalues=(self.total / max(self.count, 1)).to(self.layer.A.dtype))
+
+
+class _EigenvalueCollector(Collector):
+    def __init__(self, module: nn.Module, factors: KroneckerFactors, **options: Any) -> None:
+        if factors.owners is not None:
+            raise ValueError(
+                "Each process measures along the directions of all layers, and these factors are spread over several. "
+                "Load them from their file on each process (KroneckerFactors.load); shard=True spreads the sums."
+            )
+        super().__init__(module, list(factors), **options)
+        self.source = factors
+        self.provenance |= factors.provenance
+
+    def _new_sums(self, name: str, kind: LayerKind, home: torch.device) -> LayerSums:  # noqa: ARG002
+        return EigenvalueSums(self.source[name], home)
+
+    def finish(self) -> KroneckerFactors:
+        """Return the factors with the eigenvalues that all processes measured, and drop the sums. A collective."""
+        ranks, owners, counts = self.ranks, self.accumulator.owners, self.source.counts()
+        if ranks.size == 1:
+            return super().finish()
+        if owners is not None:
+            return ShardedFactors(self.accumulator.take(), counts, owners, ranks, self._facts)
+        kinds = {name: sums.kind for name, sums in self.sums.items()}
+        merged = dict(sums_over(ranks, kinds, self.sums.__getitem__, new=self._new_sums))
+        self.accumulator.reset()
+        return KroneckerFactors({name: merged[name].factors() for name in counts if name in merged}, self._facts)
+
+
+def correct_eigenvalues(
+    module: nn.Module,
+    factors: KroneckerFactors,
+    batches: Iterable[Batch],
+    step: Callable[[Batch], Tensor],
+    **options: Any,
+) -> KroneckerFactors:
+    """Return factors with measured eigenvalues, for ``CurvatureEditor(score="ekfac")``.
+
+    Args:
+        module: The network, frozen.
+        factors: Its factors.
+        batches: Data, those of the factors.
+        step: Computes the loss of a batch.
+        **options: Arguments of :class:`lightning_curvature.collect.collector.Collector` but ``layers``. Of several
+            processes (``ranks``) each gives data of its own; with ``shard`` each keeps the eigenvalues of its own
+            layers.
+
+    Raises:
+        ValueError: If the factors are spread over several processes.
+        RuntimeError: If no batch could be used.
+    """
+    return run_collector(_EigenvalueCollector(module, factors, **options), batches, step)

@@ -1,0 +1,235 @@
+"""The factors of a run as it goes on: windows of training steps, validations, several processes, and resumed runs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_curvature._checks import listing
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.sums import STATE_VERSION, LayerSums, shared_by_all, sums_over
+from lightning_curvature.distributed import Ranks
+from lightning_curvature.factors.files import load_state
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.factors.sharded import ShardedFactors
+
+MIN_WINDOW = 4096
+"""Positions of the shortest default window; docs/decisions.md shows why."""
+
+
+class Collection:
+    """The factors of the latest complete window of a run, and the sums of the window that goes on.
+
+    With several processes each keeps those of its own data, and they are added up when they are used
+    (:meth:`synchronise`); or, if the collector shards, each keeps those of its own layers.
+
+    Args:
+        collector: Collects.
+        window: Positions that each layer sees in a window of training steps, on all processes together; None for eight
+            times its larger dimension and at least ``MIN_WINDOW``.
+        settings: What must be the same in a run that goes on with these factors: primitives.
+        every: Collect one window in so many; see :meth:`is_due`.
+    """
+
+    def __init__(self, collector: Collector, window: int | None, settings: Mapping[str, Any], every: int = 1) -> None:
+        self.collector = collector
+        self.window = window
+        self.every = every
+        self.settings = dict(settings)
+        self._complete = KroneckerFactors()
+        self._known = KroneckerFactors()
+        self._starts = 0
+        self._known_at = (0, 0)
+        self._batch = 0
+        self._began: int | None = None
+        self._pause = (0, 0)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return self.collector.ranks
+
+    @property
+    def factors(self) -> KroneckerFactors:
+        """The factors of the latest complete window, or of everything so far; empty before the first batch.
+
+        With several processes, those of the latest :meth:`synchronise`.
+        """
+        return self.synchronise() if self.ranks.size == 1 else self._known
+
+    @property
+    def silent(self) -> list[str]:
+        """Chosen layers that ran on no process, neither in this window nor in the latest complete one. A collective."""
+        seen = set().union(*self.ranks.gather(set(self._complete) | set(self.collector.accumulator.num_positions)))
+        return [name for name in self.collector.chosen or [] if name not in seen]
+
+    def synchronise(self) -> KroneckerFactors:
+        """Return the factors of all processes, by the positions that each has seen. A collective.
+
+        Raises:
+            RuntimeError: If the processes chose different layers.
+        """
+        now = (self._starts, self.collector.accumulator.num_batches)
+        if any(self.ranks.gather(now != self._known_at)):
+            self._known = self._sharded() if self.collector.shards else self._merged()
+        self._known_at = now
+        return self._known
+
+    def _chosen(self) -> list[str]:
+        """Return the chosen layers, in an order that is the same on all processes."""
+        choices = self.ranks.gather(self.collector.chosen)
+        chosen = next((choice for choice in choices if choice is not None), [])
+        for rank, other in enumerate(choices):
+            if other is not None and set(other) != set(chosen):
+                raise RuntimeError(
+                    f"layers={self.settings.get('layers')!r} chose {listing(chosen)} on one process and "
+                    f"{listing(other)} on process {rank}, since other layers ran in its first batch. Name the layers."
+                )
+        return chosen
+
+    def _merged(self) -> KroneckerFactors:
+        own, chosen = self._complete or self.collector.factors(), self._chosen()
+        if self.ranks.size == 1:
+            return own
+        kinds = {name: self.collector.kinds[name] for name in own}
+        groups = shared_by_all(self.ranks, own.tied_inputs())
+        merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(own[name]), groups=groups)
+        factors = {name: sums.factors() for name, sums in merged}
+        return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))
+
+    def _sharded(self) -> KroneckerFactors:
+        own, chosen = self._complete or self.collector.factors(), self._chosen()
+        owners = self.collector.accumulator.owners or {}
+        counts = dict[str, int]()
+        for told in self.ranks.gather(own.counts()):
+            counts |= told
+        counts = {name: counts[name] for name in chosen if name in counts}
+        return ShardedFactors(own, counts, owners, self.ranks, self._provenance(own))
+
+    def _provenance(self, own: KroneckerFactors) -> dict[str, Any]:
+        """Return where the factors come from: what the first process that collected says, and what all skipped."""
+        told = [facts for facts in self.ranks.gather(own.provenance if own else {}) if facts]
+        if not told:
+            return {}
+        skipped = sum(facts["batches_skipped"] for facts in told)
+        return {**told[0], "batches_skipped": skipped, "processes": self.ranks.size}
+
+    def is_due(self, batch: int, last: float) -> bool:
+        """Tell whether to collect from a training step.
+
+        Between two windows there is a pause, so that one in ``every`` is collected; but the last steps of a run are, so
+        that its factors are those of its end. What a window is worth depends on how fresh it is: steps further apart
+        would give it the same cost, and older weights.
+
+        Args:
+            batch: Training batches before this one.
+            last: Number of the last one; infinite if it is not known.
+        """
+        self._batch = batch
+        until, steps = self._pause
+        left = last - batch + 1
+        if self._began is None:
+            # The last window begins a little early, for it may take more steps than the one before.
+            if batch < until and not steps <= left <= math.ceil(1.25 * steps):
+                return False
+            self._began = batch
+        return True
+
+    def end_step(self, step: int) -> None:
+        """End a training step, and the window if it is full."""
+        self.collector.close()
+        positions = self.collector.accumulator.num_positions
+        if positions and all(count >= self._length(name) for name, count in positions.items()):
+            self.collector.provenance["step"] = step
+            steps = self._batch + 1 - (self._batch if self._began is None else self._began)
+            self._pause, self._began = (self._batch + 1 + (self.every - 1) * steps, steps), None
+            self.start(complete=True)
+
+    def end_interrupted(self, step: int) -> None:
+        """End a step after which the run failed; where others wait for what this process adds, it is dropped."""
+        if self.collector.holds_batch and not self.collector.shards:
+            self.end_step(step)
+
+    def _length(self, name: str) -> int:
+        kind = self.collector.kinds[name]
+        return self.window or max(8 * kind.d_in, 8 * kind.d_out, MIN_WINDOW)
+
+    def start(self, complete: bool) -> None:
+        """Start a new window; the one that ends here is ``complete``, or is dropped."""
+        if complete:
+            self._complete = self.collector.factors()
+        self.collector.accumulator.reset()
+        self._starts += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what tells that a factor file belongs to a checkpoint: primitives; empty before the first batch."""
+        batches = self.collector.accumulator.num_seen
+        return {"settings": self.settings, "batches": batches} if batches else {}
+
+    def snapshot(self) -> tuple[KroneckerFactors, dict[str, Any]] | None:
+        """Return what :meth:`resume` needs, None before the first batch: arguments of ``KroneckerFactors.save``.
+
+        A collective; only what the first process gets is complete.
+        """
+        factors = self.synchronise()
+        if not factors:
+            return None
+        state = {
+            "collector": self.collector.state_dict(),
+            "provenance": self.collector.provenance,
+            "complete": any(self.ranks.gather(bool(self._complete))),
+            "batches": self.collector.accumulator.num_seen,
+            "began": self._began,
+            "pause": list(self._pause),
+        }
+        return factors.gathered(), state
+
+    def resume(self, state: Mapping[str, Any], file: Path | None) -> str | None:
+        """Go on where a run was saved; with nothing changed, return why that cannot be done. A collective.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            file: What :meth:`snapshot` returned, saved; None if it is lost.
+        """
+        found = self._read(state, file)
+        reasons = [reason for reason in self.ranks.gather(found if isinstance(found, str) else None) if reason]
+        if reasons or isinstance(found, str):
+            return reasons[0]
+        factors, saved = found
+        self.collector.load_state_dict(saved["collector"])
+        self.collector.provenance = saved["provenance"]
+        self._began, self._pause = saved["began"], (saved["pause"][0], saved["pause"][1])
+        if saved["complete"]:
+            self._complete = self._part(factors)
+        self._starts += 1
+        return None
+
+    def _read(self, state: Mapping[str, Any], file: Path | None) -> str | tuple[KroneckerFactors, dict[str, Any]]:
+        differ = [key for key, value in self.settings.items() if state["settings"].get(key) != value]
+        if differ:
+            return f"its factors were collected with other {listing(differ)}"
+        if file is None:
+            return "its factors are kept in a file beside it, which is not there (move them together)"
+        try:
+            factors, saved = KroneckerFactors.load(file), load_state(file)
+        except ValueError as error:
+            return f"its factors cannot be read: {str(error).rstrip('.')}"
+        if saved is None or saved.get("batches") != state["batches"]:
+            return f"{file.name} was written with another checkpoint"
+        if saved["collector"].get("version") != STATE_VERSION:
+            return f"{file.name} was written by another version of this package"
+        return factors, saved
+
+    def _part(self, factors: KroneckerFactors) -> KroneckerFactors:
+        """Return what of the factors of all processes is this one's."""
+        owners, share = self.collector.accumulator.owners, self.ranks.share
+        if owners is not None:
+            own = {name: layer for name, layer in factors.items() if owners[name] == self.ranks.rank}
+        elif self.ranks.counts:
+            own = {name: dataclasses.replace(layer, num_inputs=share(layer.num_inputs), num_seen=share(layer.num_seen),
+                                             num_gradients=share(layer.num_gradients))
+                   for name, layer in factors.items()}  # fmt: skip
+        else:
+            own = {}
+        return KroneckerFactors(own, factors.provenance)

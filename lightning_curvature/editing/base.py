@@ -1,0 +1,142 @@
+"""What every editor is: the interface that all methods share, so that they are compared fairly."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_curvature._checks import check_energy, did_you_mean, listing
+from lightning_curvature.editing.report import EditReport, LayerEdit
+from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.layers.modules import layer_weights, write_weights
+
+DEFAULT_ENERGY = 0.85
+"""Share of the curvature mass that is kept unless the user says otherwise; docs/decisions.md shows the evidence."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A new weight matrix, and what of the old one it keeps."""
+
+    weight: Tensor
+    kept: int
+    energy_kept: float
+
+
+class Editor(ABC):
+    """Changes weights of the layers of some factors; methods differ in what they need to know for it.
+
+    Args:
+        energy: Share to keep, in (0, 1]; or a dict of fnmatch patterns on layer names to shares, of which the first
+            that matches counts and layers without a match stay as they are.
+        layers: fnmatch patterns on layer names; None for all layers of the factors.
+
+    Raises:
+        TypeError: If ``energy`` is no number, or ``layers`` no list of patterns.
+        ValueError: If ``energy`` lies outside (0, 1].
+    """
+
+    method: str
+
+    def __init__(self, energy: float | Mapping[str, float] = DEFAULT_ENERGY, layers: list[str] | None = None) -> None:
+        self.energy = _checked(energy)
+        if layers is not None and (isinstance(layers, str) or not all(isinstance(entry, str) for entry in layers)):
+            raise TypeError(f"layers must be a list of name patterns or None, found {layers!r}.")
+        self.layers = None if layers is None else list(layers)
+
+    def at(self, energy: float | Mapping[str, float]) -> Self:
+        """Return the same editor at another energy."""
+        other = copy.copy(self)
+        other.energy = _checked(energy)
+        return other
+
+    @abstractmethod
+    def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
+        """Return new weights by layer, and what was done; nothing is written.
+
+        Raises:
+            ValueError: As :meth:`edit`.
+        """
+
+    def edit(self, module: nn.Module, factors: KroneckerFactors) -> EditReport:
+        """Edit the weights of a module in place.
+
+        Raises:
+            ValueError: If the factors do not fit the module, which names the layer, both shapes and the remedy; or if
+                two of the layers share a weight. Nothing is edited then.
+        """
+        new, report = self.edited_weights(module, factors)
+        write_weights(layer_weights(module, new), new)
+        return report
+
+    @contextmanager
+    def applied(self, module: nn.Module, factors: KroneckerFactors) -> Iterator[EditReport]:
+        """Edit a module for the time of a ``with`` block; afterwards it is bit for bit what it was.
+
+        Raises:
+            ValueError: As :meth:`edit`.
+        """
+        new, report = self.edited_weights(module, factors)
+        originals = {name: weight.detach().clone() for name, weight in layer_weights(module, new).items()}
+        try:
+            write_weights(layer_weights(module, new), new)
+            yield report
+        finally:
+            write_weights(layer_weights(module, originals), originals)
+
+    def energies(self, factors: KroneckerFactors) -> dict[str, float]:
+        """Return the energy of each layer to edit.
+
+        Raises:
+            ValueError: If there are no factors, or a pattern matches none of their layers.
+        """
+        if not factors:
+            raise ValueError("There are no factors: nothing was collected yet, so there is nothing to edit with.")
+        names = list(factors)
+        for pattern in [*(self.layers or []), *(self.energy if isinstance(self.energy, dict) else [])]:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"Pattern {pattern!r} matches no layer of the factors.{did_you_mean(pattern, names)} "
+                    f"They hold {listing(names)}."
+                )
+        if self.layers is not None:
+            names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.layers)]
+        if not isinstance(self.energy, dict):
+            return dict.fromkeys(names, self.energy)
+        energies = {}
+        for name in names:
+            matching = [energy for pattern, energy in self.energy.items() if fnmatchcase(name, pattern)]
+            if matching:
+                energies[name] = matching[0]
+        if not energies:
+            raise ValueError(f"energy={self.energy!r} and layers={self.layers!r} have no layer in common.")
+        return energies
+
+
+def _checked(energy: float | Mapping[str, float]) -> float | dict[str, float]:
+    if isinstance(energy, Mapping):
+        return {pattern: check_energy(value, f"energy[{pattern!r}]") for pattern, value in energy.items()}
+    return check_energy(energy)
+
+
+class LayerEditor(Protocol):
+    """What the edit of a saved checkpoint asks of an editor; :class:`WeightEditor` documents each of these."""
+
+    method: str
+
+    def energies(self, factors: KroneckerFactors) -> dict[str, float]:
+        """Return the energy of each layer to edit."""
+
+    def edit_weight(
+        self, name: str, weight: Any, factors: LayerFactors, energy: float, transposed: bool
+    ) -> tuple[Tensor, LayerEdit]:
+        """Return a new weight, and what was done to it."""
+
+    def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
+        """Return what an edited checkpoint says about itself."""

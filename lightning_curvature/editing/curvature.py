@@ -1,0 +1,128 @@
+"""The edit: which part of a weight stays."""
+
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_curvature._checks import check_option
+from lightning_curvature.editing.base import DEFAULT_ENERGY, Projection
+from lightning_curvature.editing.scores import SCORES, score_coefficients
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.basis import (
+    TooFewPositionsError,
+    coefficients,
+    project_weight,
+    select_largest,
+    select_staircase,
+    shrink,
+)
+from lightning_curvature.factors.kronecker import LayerFactors
+
+
+class CurvatureEditor(WeightEditor):
+    """Keeps the high-curvature part of weight matrices in their K-FAC eigenbasis.
+
+    A direction ``u_i v_j^T`` of the curvature basis has the mass ``lam_i * mu_j``; directions are kept in falling order
+    of mass until they hold the share ``energy`` of the total. Memorized content lives, averaged over a population, in
+    the directions that are dropped.
+
+    Source: arXiv:2510.24256, sections 3 and 5.
+
+    Args:
+        energy: Kept share of the curvature mass, in (0, 1]; or a dict of fnmatch patterns on layer names to shares, of
+            which the first that matches counts and layers without a match stay as they are. 1.0 changes nothing.
+        layers: fnmatch patterns on layer names; None for all layers of the factors.
+        score: What a direction is worth, see :mod:`~lightning_curvature.editing.scores`.
+        soft: Shrink coefficients smoothly, by ``s / (s + t)``, instead of keeping some and dropping others; ``t`` is
+            such that the share ``energy`` of the scores is kept.
+        skip_faulty: Leave a layer that cannot be edited as it is, with a warning, and edit the others: NaN in its
+            weight or its factors, or factors of zero. Files are not edited in part: there such a layer is an error.
+        min_positions: Positions that each factor of a layer must rest on, or the layer is left as it is, with a
+            warning; None for as many as its live inputs and outputs, see
+            :meth:`lightning_curvature.LayerFactors.too_few_positions`; 0 edits whatever the factors rest on.
+
+    Raises:
+        TypeError: As :class:`lightning_curvature.editing.base.Editor`.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_curvature import KroneckerFactors
+        >>> layer = nn.Sequential(nn.Linear(2, 2, bias=False))
+        >>> A, G = torch.diag(torch.tensor([9.0, 1.0])), torch.eye(2)
+        >>> factors = KroneckerFactors({"0": LayerFactors(A=A, G=G, num_inputs=100, num_gradients=100)})
+        >>> report = CurvatureEditor(energy=0.9).edit(layer, factors)
+        >>> report.layers["0"].kept, report.layers["0"].energy_kept
+        (2, 0.9)
+        >>> bool(layer[0].weight[:, 1].any())
+        False
+    """
+
+    def __init__(
+        self,
+        energy: float | Mapping[str, float] = DEFAULT_ENERGY,
+        layers: list[str] | None = None,
+        score: str = "kfac",
+        soft: bool = False,
+        skip_faulty: bool = False,
+        min_positions: int | None = None,
+    ) -> None:
+        super().__init__(energy, layers)
+        self.skip_faulty = skip_faulty
+        if min_positions is not None and (isinstance(min_positions, bool) or not isinstance(min_positions, int)):
+            raise TypeError(f"min_positions must be an integer or None, found {min_positions!r}.")
+        if min_positions is not None and min_positions < 0:
+            raise ValueError(f"min_positions must not be negative, found {min_positions!r}.")
+        self.min_positions = min_positions
+        self.score = check_option(score, SCORES, "score")
+        self.soft = soft
+        self.method = f"{score}, soft" if soft else score
+        self._known: WeakKeyDictionary[LayerFactors, tuple[Tensor, Tensor]] | None = None
+
+    def at(self, energy: float | Mapping[str, float]) -> Self:
+        """Return the same editor at another energy; it and those made from it compute coefficients of weights once."""
+        other = super().at(energy)
+        other._known = WeakKeyDictionary() if self._known is None else self._known
+        return other
+
+    def check_positions(self, factors: LayerFactors) -> None:
+        """Raise ``TooFewPositionsError`` if the factors rest on too few positions."""
+        positions = min(factors.num_inputs, factors.num_gradients)
+        if self.min_positions is None:
+            reason = factors.too_few_positions()
+        elif positions < self.min_positions:
+            reason = f"its factors rest on {positions} positions, and min_positions={self.min_positions} asks for more."
+        else:
+            reason = None
+        if reason is not None:
+            raise TooFewPositionsError(reason)
+
+    def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Return the part of a weight in its directions of highest score."""
+        basis, device = factors.basis, weight.device
+        weight = weight.to(basis.U_A.device)
+        known = self._coefficients(weight, factors)
+        if self.score in ("kfac", "activations") and not self.soft:
+            lam = basis.lam if self.score == "kfac" else torch.ones_like(basis.lam)
+            staircase = select_staircase(lam, basis.mu, energy)
+            edited = project_weight(weight, basis, staircase.columns, known)
+            return Projection(edited.to(device), staircase.kept, staircase.energy_kept)
+        C = coefficients(weight, basis) if known is None else known
+        keep, kept = (shrink if self.soft else select_largest)(score_coefficients(self.score, C, factors), energy)
+        edited = project_weight(weight, basis, keep.to(basis.U_A.dtype), C).to(device)
+        return Projection(edited, keep.numel() if self.soft else int(keep.sum()), kept)
+
+    def _coefficients(self, weight: Tensor, factors: LayerFactors) -> Tensor | None:
+        """Return all coefficients of a weight if several energies share them, None if there is only one."""
+        if self._known is None:
+            return None
+        home = factors.original.A.device
+        here = weight.to(home)
+        old, C = self._known.get(factors.original, (None, None))
+        if old is None or C is None or not (old.dtype == here.dtype and torch.equal(old, here)):
+            C = coefficients(weight, factors.basis)
+            self._known[factors.original] = (weight.to(home, copy=True), C.to(home))
+        return C.to(weight.device)

@@ -1,0 +1,240 @@
+"""Editing weights: in place, for the time of a ``with`` block, or in a state dict; on one process or on several."""
+
+import functools
+import os
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature._checks import did_you_mean
+from lightning_curvature._version import __version__
+from lightning_curvature.distributed import Ranks, spread_like, whole
+from lightning_curvature.editing import streaming
+from lightning_curvature.editing.base import Editor, Projection
+from lightning_curvature.editing.report import EditReport, LayerEdit
+from lightning_curvature.factors.basis import FaultyLayerError, TooFewPositionsError
+from lightning_curvature.factors.decomposition import moderate, scaled
+from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.layers.kinds import as_matrix, from_matrix, is_conv1d
+from lightning_curvature.layers.modules import find_layer, layer_weights
+from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, names_sharing, with_replaced
+from lightning_curvature.memory import place_edit
+
+
+class WeightEditor(Editor):
+    """An edit that replaces weight matrices one by one; the methods differ in :meth:`project` alone.
+
+    Arguments as :class:`Editor`.
+    """
+
+    keeps_at_full_energy = True
+    """Whether an energy of 1 leaves a weight as it is."""
+
+    ranks = Ranks()
+    """The processes that share the work. With several, every method that edits is a collective."""
+
+    skip_faulty = False
+    """Whether a layer that cannot be edited (NaN, zero factors) is left as it is, with a warning."""
+
+    reads_factors = True
+    """Whether an edit depends on the spectra of the factors, and not on which layers they are of alone."""
+
+    @abstractmethod
+    def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Return the edited ``[d_out, d_in]`` weight; ``energy`` is below 1."""
+
+    def check_positions(self, factors: LayerFactors) -> None:
+        """Raise ``TooFewPositionsError`` if the factors rest on too few positions for this edit; here, none do."""
+
+    def edit_state_dict(
+        self, state_dict: Mapping[str, Tensor], factors: KroneckerFactors
+    ) -> tuple[dict[str, Tensor], EditReport]:
+        """Return a state dict with edited weights; the input stays as it is, untouched tensors are shared.
+
+        Keys that share memory with an edited weight (tied weights) get the edited tensor too.
+
+        Raises:
+            ValueError: As :meth:`edit`.
+        """
+        weights = {}
+        for name in self.energies(factors):
+            key = f"{name}.weight"
+            if key not in state_dict:
+                raise ValueError(
+                    f"Layer {name!r}: the state dict has no {key!r}.{did_you_mean(key, state_dict)} Were the factors "
+                    "collected on another model? Layer names are relative to the module that was collected."
+                )
+            weights[name] = state_dict[key]
+        new, report = self.edit_layers(weights, factors)
+        return with_replaced(state_dict, weights, new), report.with_shared(names_sharing(weights, state_dict))
+
+    def edit_checkpoint(
+        self, src: str | os.PathLike[str], factors: KroneckerFactors, dst: str | os.PathLike[str], **options: Any
+    ) -> EditReport:
+        """Write an edited copy of a saved checkpoint; arguments as :func:`.streaming.edit_checkpoint`."""
+        return streaming.edit_checkpoint(self, src, factors, dst, **options)
+
+    def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
+        """Return what an edited checkpoint says about itself, as JSON values.
+
+        Args:
+            factors: The factors.
+            source: Hash of the unedited weights, see :func:`lightning_curvature.storage.hashes.content_hash`.
+            report: What was done, if it is known: which layers were left as they are, and how far the others moved.
+        """
+        positions = factors.counts()
+        layers: dict[str, dict[str, Any]] = {
+            name: {"energy": energy, "positions": positions[name]} for name, energy in self.energies(factors).items()
+        }
+        if report is not None:
+            layers = {
+                name: {**layers[name], "relative_change": edit.relative_change} for name, edit in report.layers.items()
+            }
+        return {
+            "method": self.method,
+            "package": f"lightning_curvature {__version__}",
+            "source": source,
+            "factors": factors.digest(),
+            "provenance": factors.provenance,
+            "layers": layers,
+            **({"skipped": dict(report.skipped)} if report is not None and report.skipped else {}),
+        }
+
+    def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
+        """Return new weights by layer, and what was done, computed from the factors alone."""
+        transposed = {name: is_conv1d(find_layer(module, name)) for name in self.energies(factors)}
+        weights = layer_weights(module, transposed)
+        new, report = self.edit_layers(weights, factors, transposed)
+        return new, report.with_shared(names_sharing(weights, named_tensors(module)))
+
+    def edit_layers(
+        self, weights: Mapping[str, Tensor], factors: KroneckerFactors, transposed: Mapping[str, bool] | None = None
+    ) -> tuple[dict[str, Tensor], EditReport]:
+        """Return new weights by layer, laid out as the old ones are, and what was done.
+
+        Several processes share the work: each edits some layers, and all get all of them. A layer whose factors rest on
+        too few positions stays as it is, with a warning.
+
+        Args:
+            weights: Stored weights by layer; what is spread over processes is gathered, one layer at a time.
+            factors: The factors.
+            transposed: Whether a weight is stored as ``[d_in, d_out]``; by default as the factors say.
+
+        Raises:
+            ValueError: As :meth:`edit_weight`, for the first such layer, on all processes; or if two of the layers
+                share a weight, or none is left to be edited.
+        """
+        energies = self.energies(factors)
+        # What is spread over processes may share memory on some of them alone.
+        for tie in self.ranks.gather(find_tie({name: weights[name] for name in energies})):
+            check_tie(tie)
+        owners = factors.owners or self.ranks.owners({name: float(weights[name].numel()) for name in energies})
+        work = {}
+        for name, energy in energies.items():
+            weight = whole(weights[name].detach())
+            if owners[name] == self.ranks.rank:
+                stored = factors[name].transposed if transposed is None else transposed[name]
+                work[name] = functools.partial(self.edit_weight, name, weight, factors[name], energy, stored)
+        new, reports, skipped = {}, {}, {}
+        for name, result in self.ranks.spread(energies, work, owners).items():
+            if isinstance(result, TooFewPositionsError) or (isinstance(result, FaultyLayerError) and self.skip_faulty):
+                skipped[name] = str(result)
+            elif isinstance(result, ValueError):
+                raise result
+            else:
+                new[name], reports[name] = spread_like(result[0], weights[name]), result[1]
+        if skipped and not new:
+            raise FaultyLayerError(f"No layer can be edited: {next(iter(skipped.values()))}")
+        for reason in skipped.values():
+            warnings.warn(f"Left as it is: {reason}", stacklevel=2)
+        return new, EditReport(reports, self.method, factors.provenance, skipped)
+
+    def edit_weight(
+        self, name: str, weight: Any, factors: LayerFactors, energy: float, transposed: bool
+    ) -> tuple[Tensor, LayerEdit]:
+        """Return a new weight, in the layout and dtype of the stored one, and what was done to it.
+
+        Args:
+            name: Layer, for errors.
+            weight: Stored weight.
+            factors: Its factors.
+            energy: Share to keep, in (0, 1].
+            transposed: Whether the weight is stored as ``[d_in, d_out]``.
+
+        Raises:
+            ValueError: If the factors are for a weight of another shape.
+            FaultyLayerError: A ``ValueError``; if the weight or the factors are such that no edit makes sense.
+            TooFewPositionsError: A ``FaultyLayerError``; if the factors rest on too few positions.
+        """
+        stored = weight.detach()
+        if not stored.is_floating_point() or stored.dtype.itemsize < 2:
+            raise ValueError(
+                f"Layer {name!r}: its weight is packed or quantized ({stored.dtype}, {list(stored.shape)}), and its "
+                "entries cannot be edited. Edit the model in full precision, and quantize it afterwards."
+            )
+        if stored.device.type == "meta":
+            raise ValueError(f"Layer {name!r}: its weight is on the meta device and has no entries. Load it first.")
+        if stored.dim() < 2 or not bool(torch.isfinite(stored).all()):
+            what = (
+                "holds NaN or infinite values"
+                if stored.dim() > 1
+                else f"is no matrix, it has the shape {list(stored.shape)}"
+            )
+            raise FaultyLayerError(f"Layer {name!r}: its weight {what}.")
+        matrix = as_matrix(stored, transposed)
+        if tuple(matrix.shape) != factors.shape:
+            raise ValueError(
+                f"Layer {name!r}: factors are for a {list(factors.shape)} weight, the module has "
+                f"{list(matrix.shape)}. Were they collected on another model?"
+            )
+        if energy == 1.0 and self.keeps_at_full_energy:
+            result, exponent = Projection(matrix, matrix.numel(), 1.0), 0
+        else:
+            matrix, exponent = moderate(matrix)
+            try:
+                result = self._projected(name, matrix, factors, energy)
+            except ValueError as error:
+                kind = type(error) if isinstance(error, FaultyLayerError) else ValueError
+                raise kind(f"Layer {name!r}: {error}") from error
+        new = from_matrix(scaled(result.weight, -exponent), stored, transposed)
+        if not bool(torch.isfinite(new).all()):
+            raise FaultyLayerError(f"Layer {name!r}: its edited weight is too large for {stored.dtype}.")
+        edit = LayerEdit(
+            energy=energy,
+            energy_kept=result.energy_kept,
+            kept=result.kept,
+            total=matrix.numel(),
+            relative_change=relative_change(result.weight, matrix),
+            changed=int((new != stored).sum()),
+            tensor=f"{name}.weight",
+            num_inputs=factors.num_inputs,
+            dropped=1.0 - factors.num_inputs / factors.num_seen if factors.num_seen else 0.0,
+            num_gradients=factors.num_gradients,
+            needed=max(factors.shape) if self.reads_factors else 0,
+        )
+        return new, edit
+
+    def _projected(self, name: str, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Project on the GPU if there is room, and where the factors are if there turns out to be too little."""
+        place = place_edit(matrix.device, factors.A.device, factors.shape)
+        if place != factors.A.device:
+            try:
+                return self._checked_projection(matrix, factors.to(place), energy)
+            except torch.cuda.OutOfMemoryError:
+                warnings.warn(f"Layer {name!r} does not fit on {place}, so it is edited on the CPU.", stacklevel=2)
+        return self._checked_projection(matrix, factors, energy)  # not in the handler, whose error holds what was tried
+
+    def _checked_projection(self, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        self.check_positions(factors)
+        return self.project(matrix, factors, energy)
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """Return ``||new - old|| / ||old||`` (Frobenius); 0 for zeros that stay."""
+    old, exponent = moderate(old.double())
+    change = torch.linalg.vector_norm(scaled(new.double(), exponent) - old)
+    return float((change / torch.linalg.vector_norm(old)).nan_to_num())

@@ -1,0 +1,231 @@
+"""K-FAC factors of the layers of one model, and their file format."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_curvature._checks import did_you_mean
+from lightning_curvature.factors.files import SHARES, VERSIONS, FactorFile, read_paper_factors
+from lightning_curvature.factors.fingerprints import Fingerprint
+from lightning_curvature.factors.layer import LayerFactors
+from lightning_curvature.storage.atomic import replacing
+from lightning_curvature.storage.outputs import FACTORS, check_safetensors_name
+from lightning_curvature.storage.tree import take_apart
+
+__all__ = ["KroneckerFactors", "LayerFactors", "digest_of"]
+
+_STATE = "state"
+
+
+class KroneckerFactors(Mapping[str, LayerFactors]):
+    """K-FAC factors by module name, such as ``"blocks.0.mlp.fc1"`` (without ``.weight``).
+
+    Args:
+        layers: Factors of each layer.
+        provenance: JSON-serializable facts about where they come from (Fisher kind, step, ...).
+
+    Example:
+        >>> eye = torch.eye(2)
+        >>> factors = KroneckerFactors({"fc": LayerFactors(A=eye, G=eye, num_inputs=8, num_gradients=8)})
+        >>> factors.merge(factors)["fc"].num_inputs
+        16
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LayerFactors] | None = None, provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        self._layers: Mapping[str, LayerFactors] = dict(layers or {})
+        for name, layer in self._layers.items():
+            if not isinstance(layer, LayerFactors):
+                raise TypeError(f"Layer {name!r}: expected LayerFactors, found {type(layer).__name__}.")
+        self.provenance = dict(provenance or {})
+
+    def __getitem__(self, name: str) -> LayerFactors:
+        try:
+            return self._layers[name]
+        except KeyError:
+            raise KeyError(f"No factors of layer {name!r}.{did_you_mean(name, self._layers)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name!r}: {list(layer.shape)}" for name, layer in self.items())
+        return f"{type(self).__name__}({{{shapes}}})"
+
+    owners: Mapping[str, int] | None = None
+    """Which process holds a layer, where the layers are spread over several; None if all are here."""
+
+    def counts(self) -> dict[str, int]:
+        """Return the positions behind the inputs' factor of each layer."""
+        if isinstance(self._layers, FactorFile):
+            return {name: numbers["num_inputs"] for name, numbers in self._layers.layers.items()}
+        return {name: layer.num_inputs for name, layer in self.items()}
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Return which weight each layer was collected on, where that is known."""
+        if isinstance(self._layers, FactorFile):
+            return {name: facts["weight"] for name, facts in self._layers.layers.items() if "weight" in facts}
+        return {name: layer.weight for name, layer in self.items() if layer.weight is not None}
+
+    def tied_inputs(self) -> dict[str, str]:
+        """Return, for each layer, the first one that has the same A, since both read the same; itself if none does.
+
+        An opened file tells from its header, for each access makes a new tensor; others by which tensors are the same.
+        """
+        if isinstance(self._layers, FactorFile):
+            return self._layers.tied_inputs()
+        layers, first = dict(self.items()), dict[int, str]()  # the tensors live as long as their ids are compared
+        return {name: first.setdefault(id(layer.A), name) for name, layer in layers.items()}
+
+    def gathered(self) -> "KroneckerFactors":
+        """Return these factors on one process, the first one. A collective if they are spread over several."""
+        return self
+
+    def digest(self) -> str:
+        """Return a SHA-256 over names, counts and factors of the layers: with one digest, two sets are equal."""
+        return digest_of({name: layer.digest() for name, layer in self.items()})
+
+    def merge(self, other: "KroneckerFactors") -> "KroneckerFactors":
+        """Return the factors of both streams of positions together, weighted by their counts.
+
+        Eigenvalues and margins belong to one set of factors, and are left out.
+
+        Raises:
+            ValueError: If the two do not have the same layers, of the same shapes.
+        """
+        if set(self) != set(other):
+            raise ValueError(f"Cannot merge factors of other layers: only in one are {sorted(set(self) ^ set(other))}.")
+        merged, means = {}, dict[tuple[str | int, ...], Tensor]()
+        tied, tied_two = self.tied_inputs(), other.tied_inputs()
+        for name, one in self.items():
+            two = other[name]
+            if one.shape != two.shape or one.transposed != two.transposed:
+                raise ValueError(f"Layer {name!r}: cannot merge factors of a {one.shape} and a {two.shape} weight.")
+            shared = (tied[name], one.num_inputs, tied_two[name], two.num_inputs)
+            if shared not in means:
+                means[shared] = _weighted_mean(one.A, one.num_inputs, two.A, two.num_inputs)
+            merged[name] = LayerFactors(
+                A=means[shared],
+                G=_weighted_mean(one.G, one.num_gradients, two.G, two.num_gradients),
+                num_inputs=one.num_inputs + two.num_inputs,
+                num_gradients=one.num_gradients + two.num_gradients,
+                num_seen=one.num_seen + two.num_seen,
+                transposed=one.transposed,
+                A_coupled=_merged_mean(one.A_coupled, one.num_inputs, two.A_coupled, two.num_inputs),
+                G_coupled=_merged_mean(one.G_coupled, one.num_inputs, two.G_coupled, two.num_inputs),
+                A_error=_merged_error(one.A, one.num_inputs, one.A_error, two.A, two.num_inputs, two.A_error),
+                G_error=_merged_error(one.G, one.num_gradients, one.G_error, two.G, two.num_gradients, two.G_error),
+                weight=one.weight if one.weight == two.weight else None,
+            )
+        return KroneckerFactors(merged, self.provenance)
+
+    def save(self, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None) -> None:
+        """Write one safetensors file, atomically: tensors ``<layer>.A`` and ``<layer>.G``, the rest as JSON.
+
+        Where layers share A (the same tensor), it is written once, under the first one's name.
+
+        Args:
+            path: File.
+            state: State of a collection that is going on, tensors and primitives; :func:`load_state` reads it.
+
+        Raises:
+            ValueError: If the name is one of another format.
+            OSError: If it cannot be written; what was there before stays.
+        """
+        check_safetensors_name(path, "a factor file")
+        tensors: dict[str, Tensor] = {}
+        layers: dict[str, dict[str, Any]] = {}
+        tied = self.tied_inputs()
+        for name, layer in self.items():
+            layers[name] = layer.facts
+            if tied[name] != name:
+                layers[name][SHARES] = tied[name]
+            for factor, tensor in layer.tensors.items():
+                if factor != "A" or tied[name] == name:
+                    tensors[f"{name}.{factor}"] = tensor.cpu().contiguous().clone()
+        version = VERSIONS[any(first != name for name, first in tied.items())]
+        header = {"version": version, "layers": layers, "provenance": self.provenance}
+        if state is not None:
+            header["state"] = take_apart(dict(state), tensors, _STATE)
+        with replacing(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={FACTORS: json.dumps(header)})
+            except SafetensorError as error:  # a full disk, as safetensors says it
+                raise OSError(f"{path} could not be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], names: str | None = None) -> "KroneckerFactors":
+        """Read a file written by :meth:`save`, or by the code of arXiv:2510.24256.
+
+        Args:
+            path: File.
+            names: For a file of that code, ``torch.save`` of ``{"blk23.gate": {"A", "G", "n_tokens"}, ...}``: how its
+                names become module names, for example ``"model.layers.{block}.mlp.{projection}_proj"``.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a complete factor file of a version that this package reads.
+        """
+        if names is not None:
+            return cls(read_paper_factors(path, names), {"imported": Path(path).name})
+        file = FactorFile(path)
+        return cls(dict(file.items()), file.provenance)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "KroneckerFactors":
+        """Return the factors of a file that are read layer by layer: each access reads one anew, and none is kept.
+
+        Args:
+            path: File written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: As :meth:`load`.
+            ValueError: As :meth:`load`.
+        """
+        factors = cls()
+        factors._layers = file = FactorFile(path)
+        factors.provenance = file.provenance
+        return factors
+
+
+def digest_of(layers: Mapping[str, str]) -> str:
+    """Return the digest of a set of factors, given those of its layers by name."""
+    return hashlib.sha256("\0".join(f"{name}\0{digest}" for name, digest in layers.items()).encode()).hexdigest()
+
+
+def _merged_mean(one: Tensor | None, count_one: int, two: Tensor | None, count_two: int) -> Tensor | None:
+    return None if one is None or two is None else _weighted_mean(one, count_one, two, count_two)
+
+
+def _merged_error(
+    one: Tensor, count_one: int, error_one: float | None, two: Tensor, count_two: int, error_two: float | None
+) -> float | None:
+    """Return the relative error of a weighted mean of two independent ones."""
+    if error_one is None or error_two is None:
+        return None
+    norm_one, norm_two = (float(torch.linalg.matrix_norm(tensor.double())) for tensor in (one, two))
+    both = one.double() * count_one + two.to(one.device).double() * count_two
+    error = math.hypot(count_one * error_one * norm_one, count_two * error_two * norm_two)
+    return error / max(float(torch.linalg.matrix_norm(both)), math.ulp(0.0))
+
+
+def _weighted_mean(one: Tensor, count_one: int, two: Tensor, count_two: int) -> Tensor:
+    total = max(count_one + count_two, 1)
+    mean = (one.double() * count_one + two.to(one.device).double() * count_two) / total
+    return mean.to(torch.promote_types(one.dtype, two.dtype))

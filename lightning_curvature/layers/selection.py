@@ -1,0 +1,191 @@
+"""Which layers are chosen: presets and name patterns.
+
+Presets never take the output head (the layer whose output *is* the logits), a weight that is shared with another
+module, the small matrices of an adapter (LoRA), a layer whose weight another module reads without calling it, or a copy
+of the network that is not trained (a running average, a teacher); a pattern that names such a layer does, or is an
+error. A preset that would have to leave out layers whose weights cannot be edited (quantized, computed anew before each
+forward pass), or fused experts, is an error.
+
+============  ===========================================================================================
+preset        layers
+============  ===========================================================================================
+"last-mlp"    of the layers of "mlp" the one that ran last: the output projection of a transformer's last MLP,
+              the last hidden layer of a plain MLP, the last hidden linear layer of a CNN
+"mlp"         MLP layers: in a transformer those of its blocks; in a network without attention every hidden linear
+              layer; in one without hidden linear layers (a CNN whose only linear layer is its head) the convolutions
+"attention"   the linear layers of attention modules
+"linear"      every ``nn.Linear`` and ``Conv1D``
+============  ===========================================================================================
+
+What a layer is for is read off the modules around it, see :mod:`lightning_curvature.layers.roles`. The linear layers of
+state-space and recurrent mixers are neither MLP nor attention: "linear" or a pattern takes them. Which layer is the
+head and which one is last is read off the first collected batch, not guessed from names.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lightning_curvature._checks import did_you_mean, listing
+from lightning_curvature.layers.choice import LayerChoice, incomplete
+from lightning_curvature.layers.copies import find_copies
+from lightning_curvature.layers.kinds import fused_experts, is_editable, is_matmul, refusal
+from lightning_curvature.layers.roles import ATTENTION, MIXER, MLP, block_of, layer_role, mixer_of, mlp_layers
+
+__all__ = ["PRESETS", "LayerChoice", "PresetError", "choose_layers"]
+
+PRESETS = ("last-mlp", "mlp", "attention", "linear")
+
+
+class PresetError(ValueError):
+    """A preset has no layers in this network, or would leave out some of what it stands for."""
+
+
+def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
+    """Look up presets and patterns among the modules of a network.
+
+    Args:
+        root: The network; names are relative to it.
+        layers: A preset, an fnmatch pattern on module names, or a list of them.
+
+    Raises:
+        TypeError: If ``layers`` is neither a string nor a list of strings.
+        PresetError: A ``ValueError``; if a preset does not apply to this network.
+        ValueError: If a pattern matches no editable layer, or names one that cannot be edited.
+    """
+    entries = [layers] if isinstance(layers, str) else list(layers)
+    if not entries or not all(isinstance(entry, str) for entry in entries):
+        raise TypeError(f"layers must be a preset {list(PRESETS)}, a pattern, or a list of them, found {layers!r}.")
+    modules = dict(root.named_modules())
+    tied = _tied(modules)
+    editable = [name for name, module in modules.items() if is_editable(module)]
+    refused = {name: reason for name, module in modules.items() if (reason := _weight_refusal(module))}
+    kinds = {*editable, *refused} - tied
+    free = [name for name in modules if name in kinds and not _is_adapter(name, modules)]
+    roles = {name: layer_role(name, modules) for name in free if is_matmul(modules[name])}
+    presets = _presets(modules, free, roles)
+    named: set[str] = set()
+    for entry in entries:
+        if entry in PRESETS:
+            _check_preset(entry, root, presets[entry], refused, roles, editable)
+            continue
+        matched = [name for name in modules if fnmatchcase(name, entry)]
+        for name in matched:
+            reason = refusal(modules[name])
+            if reason:
+                raise ValueError(f"Layer {name!r} (matched by {entry!r}) cannot be edited: {reason}. Leave it out.")
+        if not set(matched) & set(editable):
+            raise ValueError(
+                f"layers={entry!r} is no preset ({', '.join(PRESETS)}) and matches no editable layer."
+                f"{did_you_mean(entry, [*PRESETS, *editable])} Editable layers: {listing(editable)}."
+            )
+        named |= set(matched) & set(editable)
+    pools = {entry: presets[entry] for entry in entries if entry in PRESETS}
+    wanted = named.union(*(pool for preset in pools.values() for pool in preset))
+    candidates = {name: modules[name] for name in editable if name in wanted}
+    return LayerChoice(
+        modules=candidates,
+        named=frozenset(named),
+        pools=pools,
+        refused=refused,
+        uncalled=frozenset(name for name in candidates if _is_uncalled(name, modules)),
+        mixed=frozenset(
+            name for name in candidates if is_matmul(modules[name]) and _role(name, roles, modules) == MIXER
+        ),
+        blocks={name: block for name in candidates if (block := block_of(name, modules))},
+        copies=find_copies(modules, candidates),
+    )
+
+
+def _role(name: str, roles: Mapping[str, str | None], modules: Mapping[str, nn.Module]) -> str | None:
+    return roles[name] if name in roles else layer_role(name, modules)
+
+
+def _check_preset(
+    preset: str,
+    root: nn.Module,
+    pools: Sequence[frozenset[str]],
+    refused: Mapping[str, str],
+    roles: Mapping[str, str | None],
+    editable: Sequence[str],
+) -> None:
+    """Raise ``PresetError`` if a preset matches nothing, or would have to leave out some of what it stands for."""
+    modules, kind = dict(root.named_modules()), type(root).__name__
+    experts = [name for name, module in modules.items() if fused_experts(module)]
+    if experts and preset != "attention":
+        raise PresetError(
+            f"Preset {preset!r} would leave out the experts of this {kind}: {listing(experts, 3)} keep them in fused "
+            "3-D parameters, which cannot be edited. Name the layers that you want instead, for example "
+            "layers='attention'."
+        )
+    lost = [name for name in refused if name in pools[0]]
+    last = [name for name in roles if name in pools[0]][-1:]  # may be the output head, which a preset leaves out
+    if lost and lost != last:
+        raise PresetError(incomplete(preset, lost, refused))
+    if any(pools):
+        return
+    mixers = {name: mixer_of(name, modules) for name, role in roles.items() if role == MIXER}
+    if not mixers:
+        raise PresetError(
+            f"Preset {preset!r} matches no layer of this {kind}; its editable layers are {listing(editable)}."
+        )
+    name = max(mixers, key=lambda name: ("out" in name.rpartition(".")[2], name))
+    pattern = "*" + name[len(mixers[name].rpartition(".")[0]) :]
+    shown = list(dict.fromkeys(f"{mixer!r} ({type(modules[mixer]).__name__})" for mixer in mixers.values()))[:3]
+    raise PresetError(
+        f"Preset {preset!r} does not apply to this {kind}: its linear layers belong to state-space or recurrent "
+        f"mixers, which are neither MLP nor attention: {', '.join(shown)}. Name layers that are called, for example "
+        f"layers=[{pattern!r}]; its editable layers are {listing(editable)}."
+    )
+
+
+def _weight_refusal(module: nn.Module) -> str | None:
+    """Return why a layer of a kind that can be edited cannot be, or None."""
+    is_kind = is_matmul(module) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    return refusal(module) if is_kind else None
+
+
+def _presets(
+    modules: Mapping[str, nn.Module], free: Sequence[str], roles: Mapping[str, str | None]
+) -> dict[str, list[frozenset[str]]]:
+    attention = frozenset(name for name, role in roles.items() if role == ATTENTION)
+    mixers = frozenset(name for name, role in roles.items() if role == MIXER)
+    hidden = frozenset(roles) - attention - mixers
+    convolutions = frozenset(free) - frozenset(roles)
+    if attention or mixers or any(isinstance(module, nn.MultiheadAttention) for module in modules.values()):
+        # The embedding, pooling and head of a transformer lie outside of its blocks.
+        in_blocks = mlp_layers(roles, modules)
+        if in_blocks or any(block_of(name, modules) for name in mixers):
+            hidden = in_blocks
+        else:
+            hidden = frozenset(name for name in hidden if roles[name] == MLP) or hidden
+    mlp = [hidden, frozenset[str]() if mixers else convolutions]
+    return {"last-mlp": mlp, "mlp": mlp, "attention": [attention], "linear": [frozenset(roles)]}
+
+
+def _tied(modules: Mapping[str, nn.Module]) -> set[str]:
+    owners = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
+    return {name for name, module in modules.items() if owners[id(getattr(module, "weight", None))] > 1}
+
+
+def _is_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a layer belongs to an adapter around another layer, or was replaced by one; as peft keeps them.
+
+    It keeps the layer that an adapter is around as ``base_layer``, and what a trained copy replaces as
+    ``original_module``, beside ``modules_to_save``.
+    """
+    path = name.split(".")
+    for depth, part in enumerate(path):
+        above = ".".join(path[:depth])
+        if part != "base_layer" and f"{above}.base_layer".lstrip(".") in modules:
+            return True
+        if part == "original_module" and f"{above}.modules_to_save".lstrip(".") in modules:
+            return True
+    return False
+
+
+def _is_uncalled(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    return leaf == "out_proj" and isinstance(modules[parent], nn.MultiheadAttention)

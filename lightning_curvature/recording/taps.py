@@ -1,0 +1,431 @@
+"""Every hook of the package: layer inputs, layer output gradients, and the logits of the loss.
+
+All hooks live inside :class:`Taps`, a context manager: none outlives it, whatever happens inside. While it is open it
+records
+
+- each call of a watched layer: the input, and the place of the output in the autograd graph (a gradient edge, taken
+  before a later in-place operation can move it, so that ``relu_`` after a layer does not change what is measured);
+- each softmax cross-entropy: ``F.cross_entropy`` (and ``nn.CrossEntropyLoss``), and ``F.nll_loss`` of log-softmax
+  outputs, seen by a :class:`torch.overrides.TorchFunctionMode`.
+
+It changes nothing that it sees. Nothing is recorded while a backward pass runs: activation checkpointing calls layers
+again there.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from lightning_curvature._checks import did_you_mean
+from lightning_curvature.distributed import whole
+from lightning_curvature.recording.compiled import uncompiled
+from lightning_curvature.recording.forwards import check_forward, rows_agree
+from lightning_curvature.recording.losses import (
+    OTHER_LOSSES,
+    SOFTMAX_LOSSES,
+    OtherLoss,
+    SoftmaxLoss,
+    every_position,
+    read_loss,
+)
+
+_OVERWRITTEN = (
+    "Layer {!r}: its input was changed in place after the layer read it, so it can no longer be measured. Replace the "
+    "in-place operation (x += y becomes x = x + y)."
+)
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a watched layer.
+
+    Args:
+        name: Module name of the layer.
+        module: The layer.
+        inputs: What it read, detached.
+        version: Version counter of the input at the time of the call.
+        edge: Its output in the autograd graph; None if the output needs no gradient.
+        output_shape: Shape of its output.
+        output_dtype: Dtype of its output.
+        nested: Whether it read rows of several lengths (a nested tensor), which are there one after the other.
+        arrived: Gradients of the training loss that arrived at the output (only if the tap watches them).
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Tensor
+    version: int
+    edge: GradientEdge | None
+    output_shape: torch.Size
+    output_dtype: torch.dtype
+    nested: bool = False
+    arrived: list[Tensor] = field(default_factory=list)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient that the training's backward sent to the output, or None."""
+        return sum(self.arrived[1:], self.arrived[0]) if self.arrived else None
+
+    def check_input(self) -> None:
+        """Raise if the input was overwritten after the layer read it."""
+        if _version(self.inputs) != self.version:
+            raise RuntimeError(_OVERWRITTEN.format(self.name))
+
+
+_LOSSES = frozenset([*SOFTMAX_LOSSES, *OTHER_LOSSES])
+_passes: list[object] = []  # tokens of the recorders whose own backward pass is running
+
+
+class Taps:
+    """Context manager that records layer calls and softmax losses of whatever runs inside.
+
+    Args:
+        root: The network.
+        modules: Layers to watch, by name.
+        logits: Name of a submodule or method of ``root`` whose return value is the logits; None to find the loss.
+        watch_gradients: Also record the gradients that the training backward sends to the watched outputs.
+        on_backward: Called with what is backpropagated just before ``Tensor.backward`` runs.
+        on_error: Called with an error that a hook met, in place of raising it inside the code that is watched; nothing
+            more is recorded then.
+        unchecked: Names of layers whose computation is checked at their next call; they are taken out of the set.
+
+    Attributes:
+        calls: Calls of watched layers, in their order.
+        losses: Softmax losses, or the named logits.
+        seen: With named logits, the softmax losses that were seen beside them.
+        other_losses: Losses that are no softmax losses.
+        without_gradients: Whether a softmax loss was seen through which no gradient passes.
+        transformed: Names of layers that ran inside a ``torch.func`` transform.
+        without_graph: Names of layers that ran where nothing is recorded (no gradients, or a backward pass).
+        recording: Whether anything is recorded.
+        closed: Whether the hooks were removed.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        modules: Mapping[str, nn.Module],
+        *,
+        logits: str | None = None,
+        watch_gradients: bool = False,
+        on_backward: Callable[[Tensor], None] | None = None,
+        on_error: Callable[[Exception], None] | None = None,
+        unchecked: set[str] | None = None,
+    ) -> None:
+        self.calls: list[LayerCall] = []
+        self.losses: list[SoftmaxLoss] = []
+        self.seen: list[SoftmaxLoss] = []
+        self.without_gradients = False
+        self.without_graph: set[str] = set()
+        self.transformed: set[str] = set()
+        self.other_losses: list[OtherLoss] = []
+        self.recording = True
+        self._failed = self.closed = False
+        self._root = root
+        self._modules = modules
+        self._logits = logits
+        self._watch_gradients = watch_gradients
+        self._on_backward = on_backward
+        self._on_error = on_error
+        self._unchecked = set[str]() if unchecked is None else unchecked
+        self._stack = ExitStack()
+        self._token = object()
+
+    def __enter__(self) -> "Taps":
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                hook = _LayerHook(self, name)
+                handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
+            if self._logits is not None:
+                self._tap_named_logits(self._logits, stack)
+            stack.enter_context(uncompiled(self._token))
+            stack.enter_context(_FunctionTap(self))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove every hook and forget what was recorded."""
+        self.closed = True
+        self._stack.close()
+        self.calls, self.losses, self.seen, self.other_losses = [], [], [], []
+
+    @contextmanager
+    def own_pass(self) -> Iterator[None]:
+        """Run backward passes of this recorder's own, which the hooks of other ones do not take for the training's."""
+        _passes.append(self._token)
+        try:
+            with self.paused():
+                yield
+        finally:
+            _passes.remove(self._token)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing for the time of a ``with`` block."""
+        recording, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = recording and not self._failed
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Hand an error of a ``with`` block to ``on_error``, if there is one: the code that is watched goes on.
+
+        Hooks stay, and record nothing: they cannot be taken off inside of the code that they are in.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self.recording = False
+            self._failed = True
+            self._on_error(error)
+
+    def see_call(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Look at one call of a watched layer."""
+        if (
+            torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+        ):  # of somebody who looks at the network
+            return
+        if not (self.recording and torch.is_grad_enabled()):
+            self.without_graph.add(name)
+            return
+        # Without the function mode, which would see each attribute that is read here.
+        with torch._C.DisableTorchFunction(), self.guarded():
+            self._record(name, module, args[0] if args else next(iter(kwargs.values())), output)
+
+    def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if _is_transformed(inputs) or _is_transformed(output):
+            self.transformed.add(name)
+            return
+        _check_tensors(name, inputs, output)
+        nested, version = inputs.is_nested, _version(inputs)
+        rows = whole(inputs.detach()) if nested else inputs.detach()
+        shape = torch.Size([len(rows), output.size(-1)]) if output.is_nested else output.shape
+        if not rows_agree(module, rows, shape):
+            raise RuntimeError(
+                f"Layer {name!r}: it read {list(rows.shape)} and returned {list(shape)}, which are not as many "
+                f"positions: the forward of its class {type(module).__name__} does more than multiply. Leave it out of "
+                "layers=."
+            )
+        if name in self._unchecked:
+            self._unchecked.discard(name)
+            reason = check_forward(module, rows, whole(output.detach()))
+            if reason is not None:
+                raise RuntimeError(
+                    f"Layer {name!r} cannot be collected: {reason}. Its factors would be those of another product; "
+                    "leave it out of layers=."
+                )
+        call = LayerCall(
+            name=name,
+            module=module,
+            inputs=rows,
+            version=_version(rows) if nested else version,
+            edge=get_gradient_edge(output) if output.requires_grad else None,
+            output_shape=shape,
+            output_dtype=output.dtype,
+            nested=nested,
+        )
+        self.calls.append(call)
+        if self._watch_gradients and output.requires_grad:
+            output.register_hook(_keep(call.arrived, self._token))
+
+    def _tap_named_logits(self, name: str, stack: ExitStack) -> None:
+        target = named_target(self._root, name)
+        if isinstance(target, nn.Module):
+            handle = target.register_forward_hook(lambda _module, _args, output: self.add_named_logits(output))
+            stack.callback(handle.remove)
+            return
+        parent_name, _, attribute = name.rpartition(".")
+        parent = self._root.get_submodule(parent_name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            output = target(*args, **kwargs)
+            self.add_named_logits(output)
+            return output
+
+        attributes = parent.__dict__
+        before = attributes.get(attribute)
+        attributes[attribute] = wrapper
+        if before is None:
+            stack.callback(attributes.pop, attribute)
+        else:
+            stack.callback(attributes.__setitem__, attribute, before)
+
+    def add_named_logits(self, output: Any) -> None:
+        """Record what the submodule or method named by the user returned."""
+        with self.guarded():
+            logits = getattr(output, "logits", output)
+            if not isinstance(logits, Tensor):
+                raise TypeError(
+                    f"logits={self._logits!r} returned {type(output).__name__}, expected a tensor of logits."
+                )
+            if self.recording and torch.is_grad_enabled() and logits.requires_grad:
+                # Which dimension holds the classes is told when the loss is known.
+                counted, edge = every_position(logits.detach(), -1), get_gradient_edge(logits)
+                self.losses.append(SoftmaxLoss(logits, logits.dim() - 1, counted, edge=edge, version=_version(logits)))
+
+    def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Look at one finished loss function."""
+        if not self.recording:
+            return
+        with self.guarded():
+            if function in OTHER_LOSSES:
+                compared = args[0] if args else next(iter(kwargs.values()))
+                self.other_losses.append(OtherLoss(OTHER_LOSSES[function], compared))
+                return
+            loss = read_loss(function, args, kwargs, output)
+            if loss is None:
+                self.without_gradients = True
+            elif self._logits is not None:
+                self.seen.append(loss)
+            else:
+                self.losses.append(loss)
+                if self._watch_gradients:
+                    output.register_hook(_keep(loss.arrived, self._token))
+
+    def before_backward(self, tensor: Tensor) -> None:
+        """Tell the owner that ``Tensor.backward`` is about to run."""
+        if self._on_backward is not None and self.recording:
+            with self.guarded():
+                self._on_backward(tensor)
+
+
+class _LayerHook:
+    """The hook on one layer; a copy of the layer, as a file or in memory, has one that does nothing."""
+
+    def __init__(self, taps: Taps, name: str) -> None:
+        self._taps, self._name = taps, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._taps.see_call(self._name, module, args, kwargs, output)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Stand where a hook was."""
+
+
+def named_target(root: nn.Module, name: str) -> Any:
+    """Return the submodule or method that ``logits=`` names.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    target: Any = root
+    for part in name.split("."):
+        target = getattr(target, part, None)
+    if not isinstance(target, nn.Module) and not callable(target):
+        options = [*(n for n, _ in root.named_modules() if n), *_own_methods(root)]
+        raise ValueError(
+            f"logits={name!r} is neither a submodule nor a method of {type(root).__name__}."
+            f"{did_you_mean(name, options)}"
+        )
+    return target
+
+
+def _is_transformed(value: Any) -> bool:
+    """Tell whether a tensor belongs to a ``torch.func`` transform, and has no place in the autograd graph."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _check_tensors(name: str, inputs: Any, output: Any) -> None:
+    """Raise ``RuntimeError`` if a call of a layer is not what can be recorded."""
+    for what, value in (("reads", inputs), ("returns", output)):
+        if not isinstance(value, Tensor):
+            raise RuntimeError(
+                f"Layer {name!r} {what} a {type(value).__name__}, expected a tensor: its class does more than multiply "
+                "its input by its weight. Leave it out of layers=."
+            )
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without CUDA "
+            "graphs."
+        )
+
+
+@contextmanager
+def layer_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record what some layers read while the block runs: by name, the inputs of its calls, detached.
+
+    Raises:
+        RuntimeError: If an input was changed in place after the layer read it.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    versions: dict[str, list[int]] = {name: [] for name in modules}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            found[name].append(inputs.detach())
+            versions[name].append(_version(inputs))
+
+        return keep
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield found
+    for name, inputs in found.items():
+        if [_version(tensor) for tensor in inputs] != versions[name]:
+            raise RuntimeError(_OVERWRITTEN.format(name))
+
+
+class _FunctionTap(TorchFunctionMode):
+    def __init__(self, taps: Taps) -> None:
+        super().__init__()
+        self._taps = taps
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            self._taps.before_backward(args[0])
+            with self._taps.paused():
+                return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func in _LOSSES:
+            self._taps.see(func, args, kwargs, output)
+        return output
+
+
+def _keep(arrived: list[Tensor], token: object) -> Callable[[Tensor], None]:
+    # The hook must not refer to the call or the loss: they hold its own graph node, and the cycle would keep it alive.
+    def hook(gradient: Tensor) -> None:
+        if not _passes or _passes[-1] is token:
+            arrived.append(gradient.detach())
+
+    return hook
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _own_methods(root: nn.Module) -> list[str]:
+    return [name for name, value in vars(type(root)).items() if callable(value) and not name.startswith("_")]

@@ -1,0 +1,101 @@
+"""What a factor file, a delta or a checkpoint says about itself."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from lightning_curvature.checkpoints.deltas import DELTA, read_header
+from lightning_curvature.checkpoints.opening import open_checkpoint
+from lightning_curvature.checkpoints.safetensors import SafetensorsFile
+from lightning_curvature.factors.basis import select_staircase
+from lightning_curvature.factors.files import is_factor_file
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.memory import size
+
+
+def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a factor file holds, or what was edited in a checkpoint, as JSON values.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is neither.
+    """
+    if is_factor_file(path):
+        factors = KroneckerFactors.open(path)
+        layers = {}
+        for name, layer in factors.items():
+            try:
+                lam, mu = layer.basis.lam, layer.basis.mu
+            except ValueError as error:
+                raise ValueError(f"{path}, layer {name!r}: {error}") from error
+            layers[name] = {
+                "shape": list(layer.shape),
+                "num_inputs": layer.num_inputs,
+                "num_gradients": layer.num_gradients,
+                "num_seen": layer.num_seen,
+                "errors": layer.errors,
+                "share_of_pairs": {
+                    str(energy): select_staircase(lam, mu, energy).kept / (len(lam) * len(mu))
+                    for energy in (0.5, 0.9, 0.99)
+                },
+            }
+        return {"path": str(path), "kind": "factors", "sha256": factors.digest(), "provenance": factors.provenance,
+                "layers": layers}  # fmt: skip
+    checkpoint = open_checkpoint(path, allow_globals)
+    shapes = checkpoint.shapes()
+    if isinstance(checkpoint, SafetensorsFile) and DELTA in checkpoint.metadata:
+        header = read_header(checkpoint)
+        return {"path": str(path), "kind": "delta", "tensors": list(header["tensors"]), "edit": header["edit"]}
+    return {
+        "path": str(path),
+        "kind": "checkpoint",
+        "tensors": len(shapes),
+        "bytes": sum(map(checkpoint.num_bytes, shapes)),
+        "edit": checkpoint.provenance,
+    }
+
+
+def description(found: Mapping[str, Any]) -> str:
+    """Return what :func:`describe` returned, as text."""
+    if found["kind"] == "delta":
+        return f"{found['path']}: a delta of {len(found['tensors'])} tensors, of the edit:\n{edit_table(found['edit'])}"
+    if found["kind"] == "checkpoint":
+        total = f"{found['path']}: {found['tensors']} tensors, {size(found['bytes'])}"
+        edit = found["edit"]
+        return f"{total}; not edited by this package." if edit is None else f"{total}; edited:\n{edit_table(edit)}"
+    headers = ["layer", "weight", "positions", "error of A", "of G", "half of the mass in", "90 %", "99 %"]
+    rows = [
+        [name, "{} x {}".format(*layer["shape"]), layer["num_inputs"],
+         *(f"{layer['errors'][key]:.1%}" if key in layer["errors"] else "" for key in ("A_error", "G_error")),
+         *(f"{share:.2%}" for share in layer["share_of_pairs"].values())]
+        for name, layer in found["layers"].items()
+    ]  # fmt: skip
+    source = ", ".join(f"{key}={value}" for key, value in found["provenance"].items())
+    return f"K-FAC factors ({source})\nSHA-256 {found['sha256']}\n{tabulate(rows, headers)}"
+
+
+def edit_table(facts: Mapping[str, Any]) -> str:
+    """Return what an edited checkpoint says about its edit, and those before it, as text."""
+    unknown = "not known"
+    source = ", ".join(f"{key}={value}" for key, value in facts.get("provenance", {}).items())
+    headers = ["layer", "energy", "positions", "||W'-W||/||W||"]
+    rows = [
+        [name, *(layer.get(key, unknown) for key in ("energy", "positions")), _shown(layer.get("relative_change"))]
+        for name, layer in facts.get("layers", {}).items()
+    ]
+    lines = [
+        f"Method {facts.get('method', unknown)}, by {facts.get('package', unknown)}; factors: {source or unknown}",
+        tabulate(rows, headers, disable_numparse=True),
+        *(f"Left as it is: {reason}" for reason in dict(facts.get("skipped") or {}).values()),
+        f"SHA-256 of the unedited weights {facts.get('source', unknown)}",
+        f"SHA-256 of the factors {facts.get('factors', unknown)}",
+    ]
+    if isinstance(facts.get("before"), Mapping):
+        lines += ["Edited before:", edit_table(facts["before"])]
+    return "\n".join(lines)
+
+
+def _shown(change: Any) -> str:
+    return f"{change:.3f}" if isinstance(change, (int, float)) else "not known"

@@ -1,0 +1,1 @@
+"""Safe bytes on disk: atomic writes, names of outputs, JSON, hashes, and reading without unpickling."""

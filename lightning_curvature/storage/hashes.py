@@ -1,0 +1,58 @@
+"""SHA-256 of tensors, and of the content of whole checkpoints."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+_CHUNK = 2**22  # bytes
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, little-endian and row-major, as safetensors stores them."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Return dtype, shape and SHA-256 of a tensor as one text."""
+    digest = hashlib.sha256()
+    for piece in _pieces(tensor.detach()):
+        digest.update(as_bytes(piece))
+    return f"{tensor.dtype} {list(tensor.shape)} {digest.hexdigest()}"
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the parts of a tensor in their order; each is contiguous, or small."""
+    if tensor.is_contiguous() or tensor.nbytes <= _CHUNK:
+        yield tensor
+    else:
+        for part in tensor:
+            yield from _pieces(part)
+
+
+def tensor_hashes(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, str]:
+    """Return dtype, shape and SHA-256 of each tensor as one text, with one tensor per core in memory.
+
+    Args:
+        names: Names of the tensors.
+        read: Returns a tensor by its name; called from several threads.
+    """
+    names = sorted(names)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
+        return dict(zip(names, threads.map(lambda name: tensor_hash(read(name)), names), strict=True))
+
+
+def content_hash(hashes: Mapping[str, str]) -> str:
+    """Return a SHA-256 over names, dtypes, shapes and bytes of tensors, given their :func:`tensor_hashes`.
+
+    It does not depend on the file's name, format or layout, which the hash of a file of ``torch.save`` does.
+    """
+    return hashlib.sha256("\0".join(f"{name}\0{hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def values_hash(hashes: Mapping[str, str]) -> str:
+    """Return a SHA-256 over the different tensors, whatever they are called and however often they are tied."""
+    return hashlib.sha256("\0".join(sorted(set(hashes.values()))).encode()).hexdigest()

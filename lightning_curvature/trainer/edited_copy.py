@@ -1,0 +1,219 @@
+"""The edited copy of a checkpoint: which weights it belongs to, and when there is none."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_curvature.checkpoints.facts import ENTRY
+from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.distributed import Ranks, whole
+from lightning_curvature.editing.report import EditReport
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.storage.hashes import content_hash, tensor_hash, tensor_hashes
+from lightning_curvature.trainer.siblings import Checkpoint, Edit
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The weights that some factors describe.
+
+    Args:
+        live: Returns the weights that the module has now, by layer.
+        validated: Hashes of the weights that the factors are exact for; None for factors of training steps, during
+            which weights move.
+        step: Step of the factors.
+        swapped: Whether others than those of the last training step were validated, or lie in the module now.
+        averages: Whether a ``WeightAveraging`` saves its averages, which move on after a validation.
+    """
+
+    live: Callable[[], Mapping[str, Tensor]]
+    validated: Mapping[str, str] | None
+    step: int | None
+    swapped: bool = False
+    averages: bool = False
+
+
+def why_no_copy(checkpoint: Checkpoint, factors: KroneckerFactors, measured: Measured, ranks: Ranks) -> str | None:
+    """Return why a checkpoint holds other weights than those that were measured; None if it does not. A collective.
+
+    Whoever puts averaged or other weights into a checkpoint is noticed by the weights themselves. Factors of training
+    steps belong to weights that move on; those of a validation are exact, and a checkpoint that is saved later gets the
+    edit with a warning.
+
+    Args:
+        checkpoint: What Lightning saves.
+        factors: The factors.
+        measured: The weights that they describe.
+        ranks: The processes.
+
+    Raises:
+        ValueError: If the checkpoint lacks a layer.
+    """
+    saved = _layer_tensors(checkpoint, factors, ranks)
+    hashes = ranks.gather(weight_hashes(saved))[0]
+    if measured.validated is not None and not hashes.items() - measured.validated.items():
+        return None
+    if measured.validated is not None and measured.averages:
+        return (
+            f"the factors are those of the validation at step {measured.step}: the weights were averaged further "
+            "since, and it has no edited copy. Let WeightAveraging update them by step, or save checkpoints when "
+            "validation ends (save_on_train_epoch_end=False)"
+        )
+    live = {name: whole(weight.detach()).to(saved[name].dtype) for name, weight in measured.live().items()}
+    same = not hashes.items() - ranks.gather(weight_hashes(live))[0].items()
+    if same and not any(ranks.gather(measured.swapped)):
+        if measured.validated is not None:
+            rank_zero_warn(
+                f"A checkpoint of step {checkpoint['global_step']} was saved, and the factors are those of the "
+                f"validation at step {measured.step}: its edit rests on older weights. Save checkpoints after "
+                "validation (ModelCheckpoint's default) to have exact ones."
+            )
+        return None
+    where = "validated" if measured.validated is not None else "trained"
+    return (
+        f"it holds other weights than those that were {where} (step {measured.step}): a callback or hook puts others "
+        "in their place, averaged ones for example, which these factors do not describe. Collect in a validation of "
+        "the weights that are saved (loop='validation'), or "
+        "over the saved checkpoint afterwards (Trainer.validate)"
+    )
+
+
+def edited_copy(
+    checkpoint: Checkpoint, editor: WeightEditor, factors: KroneckerFactors
+) -> tuple[Checkpoint, EditReport]:
+    """Return the edited copy of a Lightning checkpoint, and what was done.
+
+    A collective: the processes share the work. A strategy gives the weights to all of them, to the first one alone, or
+    their shards to each; the copy's weights are given in the same way.
+
+    Args:
+        checkpoint: What Lightning saves.
+        editor: Edits it.
+        factors: Factors of its weights, or of those shortly before.
+
+    Raises:
+        ValueError: If it cannot be edited.
+    """
+    ranks, weights = editor.ranks, _tensors(checkpoint)
+    layers = _layer_tensors(checkpoint, dict.fromkeys(editor.energies(factors), factors), ranks)
+    # The edit goes by the module's names, and reaches whatever shares memory with a weight.
+    renamed = {f"{name}.weight": weight for name, weight in layers.items()}
+    edited, report = editor.edit_state_dict({**weights, **renamed}, factors)
+    state_dict = {key: edited.get(key, value) for key, value in checkpoint["state_dict"].items()}
+    if any(hasattr(weight, "full_tensor") for weight in weights.values()):
+        hashes = weight_hashes(weights)
+    else:
+        hashes = tensor_hashes(weights, weights.__getitem__) if ranks.rank == 0 else {}
+    facts = editor.facts(factors, content_hash(hashes), report)
+    return {**checkpoint, "state_dict": state_dict, ENTRY: facts}, report
+
+
+class LaterEdit:
+    """Makes the edited copy of one checkpoint, with the factors and the energy of the time at which it was saved.
+
+    Args:
+        editor: Edits it.
+        factors: Factors of its weights.
+        reports: Receives what was done, by the path of the copy.
+    """
+
+    def __init__(self, editor: WeightEditor, factors: KroneckerFactors, reports: dict[str, EditReport]) -> None:
+        self._editor = editor
+        self._factors: KroneckerFactors | Path = factors
+        self._reports = reports
+
+    def __call__(self, checkpoint: Checkpoint, path: str) -> Checkpoint | None:
+        """Return the copy of a checkpoint, given its path; None, with a warning, if there is none. A collective."""
+        try:
+            held = self._factors
+            factors = KroneckerFactors.load(held) if isinstance(held, Path) else held
+            copy, self._reports[path] = edited_copy(checkpoint, self._editor, factors)
+        except ValueError as error:
+            rank_zero_warn(f"The checkpoint of step {checkpoint['global_step']} has no edited copy: {error}")
+            return None
+        return copy
+
+    def shares_factors(self, other: Edit) -> bool:
+        """Tell whether another edit takes the same factors."""
+        return isinstance(other, LaterEdit) and self._factors is other._factors
+
+    def let_go(self, file: Path) -> None:
+        """Hold the factors no longer: they are read from a file when they are needed."""
+        self._factors = file
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+
+
+def _layer_tensors(checkpoint: Checkpoint, names: Mapping[str, Any], ranks: Ranks) -> dict[str, Tensor]:
+    """Return the saved weights of layers on all processes, spread as they are. A collective."""
+    weights = _tensors(checkpoint)
+    keys = ranks.first(lambda: match_layers(names, weights))
+    everywhere = all(ranks.gather(bool(weights)))
+    return {name: weights[key] if everywhere else ranks.send(weights.get(key), 0) for name, key in keys.items()}
+
+
+def weight_hashes(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return the hash of each weight, gathered where it is spread over processes. A collective."""
+    return {name: tensor_hash(whole(weight.detach())) for name, weight in weights.items()}
+
+
+_SAME = 1e-3  # relative change of a weight below which the factors of a training step still describe it
+_SAMPLED = 256  # entries of each weight that are compared
+
+
+class WeightWatch:
+    """Tells whether weights were changed outside of training steps, by more than what is usual there.
+
+    A sample of each weight is kept as a step leaves it. Who averages weights puts others in their place, often without
+    a trace that autograd keeps (``.data``), and mostly puts them back. Where training goes on from changed weights (a
+    module that clamps them after each step), such a change is usual from then on.
+
+    Args:
+        weights: Returns the weights to watch, by name.
+    """
+
+    def __init__(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._weights = weights
+        self._sample: list[Tensor] | None = None
+        self._usual: list[Tensor] | None = None
+        self._in_step = False
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Take the weights as they are for what training goes on from."""
+        if self._sample is not None:  # stays on the device, which is not waited for
+            twice = [2.0 * change for change in self._changes()]
+            usual = self._usual or [torch.full_like(change, _SAME) for change in twice]
+            self._usual = [torch.maximum(old, new) for old, new in zip(usual, twice, strict=True)]
+        self._in_step = True
+
+    def end_step(self) -> None:
+        """Remember the weights as a training step leaves them."""
+        self._sample, self._in_step = self._look(), False
+
+    @torch.no_grad()
+    def swapped(self) -> bool:
+        """Tell whether the weights are not those that the last training step left."""
+        if self._in_step or self._sample is None:
+            return False
+        changes = self._changes()
+        usual = self._usual or [torch.full_like(change, _SAME) for change in changes]
+        return any(bool(change > most) for change, most in zip(changes, usual, strict=True))
+
+    def _changes(self) -> list[Tensor]:
+        """Return the relative change of each weight since the last step."""
+        pairs = zip(self._sample or (), self._look(), strict=True)
+        return [(new - old).norm() / old.norm().clamp(min=1e-30) for old, new in pairs]
+
+    @torch.no_grad()
+    def _look(self) -> list[Tensor]:
+        local = [getattr(weight, "_local_tensor", weight).detach().flatten() for weight in self._weights().values()]
+        return [weight[:: max(len(weight) // _SAMPLED, 1)].to(torch.float32, copy=True) for weight in local]

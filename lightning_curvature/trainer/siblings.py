@@ -1,0 +1,358 @@
+"""Edited siblings of the checkpoints that a Lightning Trainer saves."""
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_curvature.checkpoints.facts import ENTRY
+from lightning_curvature.distributed import Ranks
+
+Checkpoint = dict[str, Any]
+_EARLIER = 10_000_000  # nanoseconds by which an edited copy is older than its checkpoint, to who looks for the latest
+
+
+class Sibling(Protocol):
+    """What is saved beside every checkpoint. All methods are collectives."""
+
+    def edit_later(self, checkpoint: Checkpoint) -> "Edit | None":
+        """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
+
+    def factors_writer(self) -> Callable[[Path], None] | None:
+        """Return what writes the factors and the state of their collection; None if there is nothing to write.
+
+        Only that of the first process is called.
+        """
+
+
+class Edit(Protocol):
+    """What makes the edited copy of one checkpoint. All methods are collectives."""
+
+    def __call__(self, checkpoint: Checkpoint, path: str) -> Checkpoint | None:
+        """Return the copy of a checkpoint, given the copy's path; None, with a warning, if there is none."""
+
+    def shares_factors(self, other: "Edit") -> bool:
+        """Tell whether another edit takes the same factors."""
+
+    def let_go(self, file: Path) -> None:
+        """Hold the factors no longer: they are read from a file when they are needed."""
+
+
+def sibling(path: str | Path, mark: str, suffix: str | None = None) -> str:
+    """Return the path of a checkpoint's sibling.
+
+    >>> sibling("runs/last.ckpt", "-edited")
+    'runs/last-edited.ckpt'
+    >>> sibling("runs/last.ckpt", "-edited-factors", ".safetensors")
+    'runs/last-edited-factors.safetensors'
+    """
+    folder, slash, name = os.fspath(path).rpartition("/")  # the path may be a URL
+    extension = Path(name).suffix
+    return f"{folder}{slash}{name.removesuffix(extension)}{mark}{extension if suffix is None else suffix}"
+
+
+def factors_path(path: str | Path, name: str) -> str:
+    """Return the path of the factors beside a checkpoint."""
+    return sibling(path, f"-{name}-factors", ".safetensors")
+
+
+@dataclass
+class _Waiting:
+    """A checkpoint whose edited copies are made when training ends.
+
+    Args:
+        edits: What makes them, by the mark in their names.
+        stamp: Size and time of the file when it was written, on the first process.
+    """
+
+    edits: dict[str, Edit]
+    stamp: tuple[int, int] | None
+
+
+class Siblings:
+    """Saves edited copies and factors beside every checkpoint of a strategy, and removes them with it.
+
+    A callback is told neither the path of a checkpoint nor of its deletion, and a checkpoint IO runs on the first
+    process alone, and not at all where each process saves its shard. The strategy's own methods see everything on all
+    processes, so this takes the place of three of them.
+
+    While a fit runs, one checkpoint often replaces another, and an edit can take longer than the steps between them. So
+    edited copies of local files are made at the end, of the checkpoints that are still there.
+
+    Args:
+        strategy: The strategy, with its processes running.
+
+    Attributes:
+        ranks: The processes.
+        savers: What is saved beside every checkpoint, by the mark in its name.
+        loaded: Path of the checkpoint that was loaded last.
+        loaded_step: Its step.
+        failed: Whether the run has failed: other processes may not be there any more.
+        waits: Whether a fit is running, at whose end :meth:`make_copies` is called.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.ranks = Ranks()
+        if isinstance(strategy, ParallelStrategy):  # others run on one process, also where a process group is running
+            part = strategy.distributed_sampler_kwargs
+            self.ranks = Ranks.joined(part["rank"], part["num_replicas"], strategy.root_device)
+        self.savers: dict[str, Sibling] = {}
+        self.loaded: str | None = None
+        self.loaded_step: int | None = None
+        self.failed = self.waits = False
+        self._waiting: dict[str, _Waiting] = {}
+        self._saved: set[str] = set()
+        self._reads_back = _writes_one_file(strategy)
+        self._save, self._load, self._remove = (
+            strategy.save_checkpoint, strategy.load_checkpoint, strategy.remove_checkpoint
+        )  # fmt: skip
+        vars(strategy).update(
+            save_checkpoint=self.save_checkpoint,
+            load_checkpoint=self.load_checkpoint,
+            remove_checkpoint=self.remove_checkpoint,
+        )
+
+    @classmethod
+    def of(cls, strategy: Strategy) -> "Siblings":
+        """Return the siblings of a strategy, new ones if it has none yet."""
+        found = getattr(strategy.save_checkpoint, "__self__", None)
+        return found if isinstance(found, cls) else cls(strategy)
+
+    def save_checkpoint(self, checkpoint: Checkpoint, filepath: str | Path, storage_options: Any | None = None) -> None:
+        """Save the siblings of a checkpoint, then the checkpoint as it is.
+
+        In this order a checkpoint is never without its factors, and ``ckpt_path="last"``, the latest file whose name
+        begins with "last", is never an edited one. A sibling that cannot be made or written costs a warning, and never
+        the checkpoint.
+        """
+        path = _absolute(os.fspath(filepath))
+        hidden = Path(path).name.startswith(".")  # what Lightning's tuners save for a moment
+        lost = self.failed and not self.ranks.all_here()
+        if lost:
+            rank_zero_warn(
+                f"{path} is saved while the run fails, and not all of its processes take part: it has "
+                "no edited copy, and no factors with which a resumed run would go on."
+            )
+        edits: dict[str, Edit] = {}
+        try:
+            for name, saver in self.savers.items() if not (hidden or lost) else ():
+                with _costs_a_warning(path):
+                    writer = saver.factors_writer()
+                    self.ranks.first(partial(_write, writer, factors_path(_apart(path), name)))
+                    edit, copy = saver.edit_later(checkpoint), sibling(_apart(path), f"-{name}")
+                    self._check_free(copy)
+                    if edit is None:
+                        self._remove_if_there(copy)  # of an older run
+                    elif self.waits and self._reads_back and _is_local(path):
+                        self._hold_one_set(name, edit)
+                        edits[name] = edit
+                        self._remove_if_there(copy)
+                    elif (edited := edit(checkpoint, copy)) is not None:
+                        self._save(edited, copy, storage_options)
+        finally:
+            self._save(checkpoint, filepath, storage_options)
+            self._saved.add(path)
+            self._waiting.pop(path, None)
+            if edits:
+                with _costs_a_warning(path):
+                    stamp = _stamp(path) if self.ranks.rank == 0 and Path(path).is_file() else None
+                    self._waiting[path] = _Waiting(edits, stamp)
+
+    def _hold_one_set(self, name: str, edit: Edit) -> None:
+        """Let go of the factors of edits that wait, where a new one takes others: they may be large.
+
+        They lie in files beside the checkpoints, which one process reads back. With several, which may not see each
+        other's files, what waits is edited now.
+        """
+        for path, waiting in list(self._waiting.items()):
+            old = waiting.edits.get(name)
+            if old is None or old.shares_factors(edit):
+                continue
+            if self.ranks.size == 1:
+                old.let_go(Path(factors_path(_apart(path), name)))
+            else:
+                self._make_copy(path, name)
+
+    def num_waiting(self, name: str) -> int:
+        """Return how many checkpoints wait for an edited copy with a mark."""
+        return sum(name in waiting.edits for waiting in self._waiting.values())
+
+    def make_copies(self, name: str) -> None:
+        """Make the edited copies with a mark that were left for the end of a fit. A collective."""
+        for path, waiting in list(self._waiting.items()):
+            if name in waiting.edits:
+                self._make_copy(path, name)
+
+    def _make_copy(self, path: str, name: str) -> None:
+        """Make the edited copy of a checkpoint that was written before. A collective."""
+        waiting = self._waiting[path]
+        edit = waiting.edits.pop(name)
+        if not waiting.edits:
+            del self._waiting[path]
+        with _costs_a_warning(path):
+            copy = sibling(_apart(path), f"-{name}")
+            self._check_free(copy)
+            checkpoint = self._read_back(path, waiting.stamp)
+            if checkpoint is not None and (edited := edit(checkpoint, copy)) is not None:
+                self._save(edited, copy)
+                if self.ranks.rank == 0:  # ckpt_path="last" takes the latest file
+                    before = _stamp(path)[1] - _EARLIER
+                    os.utime(copy, ns=(before, before))
+
+    def _read_back(self, path: str, stamp: tuple[int, int] | None) -> Checkpoint | None:
+        """Return a checkpoint that this run has written; its weights on the first process alone. A collective."""
+        held: list[Checkpoint] = []
+
+        def read() -> int | None:
+            if not Path(path).is_file() or _stamp(path) != stamp:
+                return None
+            # The file is the one that this process wrote a moment ago, so it may hold what the run put into it.
+            held.append(torch.load(path, map_location="cpu", weights_only=False, mmap=True))
+            return int(held[0]["global_step"])
+
+        step = self.ranks.first(read)
+        if step is None:
+            rank_zero_warn(f"{path} has changed since it was saved, or is gone: it has no edited copy.")
+            return None
+        return held[0] if held else {"state_dict": {}, "global_step": step}
+
+    def _check_free(self, copy: str) -> None:
+        """Raise ``FileExistsError`` if the path of a copy is that of somebody's own checkpoint. A collective."""
+        if self.ranks.first(lambda: copy in self._saved or not _may_be_replaced(copy)):
+            raise FileExistsError(f"{copy} is a checkpoint of its own; give the callback another name=")
+
+    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Checkpoint:
+        """Load a checkpoint, and remember from where."""
+        self.loaded = os.fspath(checkpoint_path)
+        checkpoint = self._load(checkpoint_path, *args, **kwargs)
+        self.loaded_step = checkpoint.get("global_step")
+        return checkpoint
+
+    @contextmanager
+    def loaded_factors(self, name: str) -> Iterator[Path | None]:
+        """Yield the local path of the factors beside the checkpoint that was loaded last; None without them."""
+        found = self.loaded or ""
+        # With save_last="link" a checkpoint is a link; the factors lie beside what it points to.
+        files = [factors_path(_apart(path), name) for path in (found, os.path.realpath(found))]
+        file = next((file for file in files if get_filesystem(file).exists(file)), None)
+        if file is None or isinstance(get_filesystem(file), LocalFileSystem):
+            yield None if file is None else Path(file)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder, Path(file).name)
+            get_filesystem(file).get_file(file, local)
+            yield local
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove a checkpoint and its siblings.
+
+        A checkpoint that an asynchronous plugin has not written yet is not removed by it, and keeps its siblings.
+        """
+        there = self.ranks.rank == 0 and get_filesystem(filepath).exists(filepath)
+        self._remove(filepath)
+        path = _absolute(os.fspath(filepath))
+        self._waiting.pop(path, None)
+        self._saved.discard(path)
+        if there:
+            for name in self.savers:
+                with _costs_a_warning(path):
+                    copy = sibling(_apart(path), f"-{name}")
+                    if copy not in self._saved:
+                        self._remove_if_there(copy)
+                    _delete(factors_path(_apart(path), name))
+
+    def _remove_if_there(self, path: str) -> None:
+        if self.ranks.rank == 0 and get_filesystem(path).exists(path) and _may_be_replaced(path):
+            self._remove(path)
+
+
+@contextmanager
+def _costs_a_warning(path: str) -> Iterator[None]:
+    """Make a warning of an error: a checkpoint is saved, and training goes on, whatever becomes of its siblings."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # whatever it is, the checkpoint matters more
+        rank_zero_warn(
+            f"A sibling of {path} could not be written ({type(error).__name__}: {error}); the checkpoint itself is not "
+            "affected."
+        )
+
+
+def _writes_one_file(strategy: Strategy) -> bool:
+    """Tell whether a strategy writes each checkpoint at once, as one file in Lightning's own way."""
+    if not type(strategy).save_checkpoint.__module__.startswith("lightning."):
+        return False
+    if getattr(strategy, "_save_distributed_checkpoint", False):
+        return False  # each process writes its shard
+    try:
+        return type(strategy.checkpoint_io) is TorchCheckpointIO
+    except NotImplementedError:
+        return False
+
+
+def _apart(path: str) -> str:
+    """Return the path by which the siblings of a checkpoint are named.
+
+    Lightning finds the latest checkpoint of a preempted job by the digits in the names of all files with "ckpt_" in
+    them: those of its siblings must not be among them.
+
+    >>> _apart("runs/hpc_ckpt_3.ckpt"), _apart("runs/last.ckpt")
+    ('runs/hpc-ckpt-3.ckpt', 'runs/last.ckpt')
+    """
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{name.replace('hpc_ckpt_', 'hpc-ckpt-')}"
+
+
+def _may_be_replaced(path: str) -> bool:
+    """Tell whether what is at the path of an edited copy is one: other people's files stay."""
+    if not _is_local(path) or not Path(path).is_file():
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return ENTRY.encode() in archive.read(pickled)
+    except (zipfile.BadZipFile, ValueError):
+        return False
+
+
+def _absolute(path: str) -> str:
+    """Return a local path as one that is right in any working directory; others as they are."""
+    return str(Path(path).absolute()) if _is_local(path) else path
+
+
+def _is_local(path: str) -> bool:
+    return isinstance(get_filesystem(path), LocalFileSystem)
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _write(writer: Callable[[Path], None] | None, path: str) -> None:
+    files = get_filesystem(path)
+    if writer is None:
+        _delete(path)
+    elif isinstance(files, LocalFileSystem):
+        writer(Path(path))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            writer(local := Path(folder, "factors.safetensors"))
+            files.put_file(local, path)
+
+
+def _delete(path: str) -> None:
+    if get_filesystem(path).exists(path):
+        get_filesystem(path).rm(path)
