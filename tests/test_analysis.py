@@ -29,11 +29,11 @@ from lightning_curvature.analysis import (
     skill_retention,
     top_curvature,
 )
-from lightning_curvature.analysis.bands import all_rising
+from lightning_curvature.analysis.bands import all_rising, draw_bands
 from lightning_curvature.analysis.curvature import inner
 from lightning_curvature.analysis.detection import random_shares
+from lightning_curvature.analysis.directions import draw_precision
 from lightning_curvature.analysis.labels import rank_labelled
-from lightning_curvature.analysis.plots import bands, direction_precision
 from lightning_curvature.collect.eigenvalues import correct_eigenvalues
 
 
@@ -439,14 +439,14 @@ def test_order_of_directions_where_it_is_exact():
 def test_every_analysis_draws_itself():
     factors, weight = diagonal(range(20, 0, -1)), torch.ones(1, 20)
     comparison = compare_bands("fc", weight, factors, mixture([1, 2, 3, 4]), mixture([4, 3, 2, 1]))
-    (axes,) = (axes for axes in bands([comparison]).axes if axes.axison)
+    (axes,) = (axes for axes in draw_bands([comparison]).axes if axes.axison)
     assert axes.lines[0].get_label() == "curvature"
     torch.testing.assert_close(torch.tensor(axes.lines[0].get_ydata()).float(), torch.tensor(comparison.ratio))
-    assert len(bands([comparison] * 4).axes) == 1
+    assert len(draw_bands([comparison] * 4).axes) == 1
     found = detect({"share": torch.tensor([3.0, 4.0])}, {"share": torch.tensor([1.0, 2.0])})
     assert found.plot().axes[0].patches[0].get_width() == 1.0
     use = direction_use("fc", factors, torch.cat([axis(0), axis(19)]), [False, True], True, count=2, examples=1)
-    assert direction_precision([use]).axes[0].lines[0].get_ydata().tolist() == sorted(use.precision, reverse=True)
+    assert draw_precision([use]).axes[0].lines[0].get_ydata().tolist() == sorted(use.precision, reverse=True)
     assert use.plot().axes[0].get_title().endswith("fc")
     assert comparison.plot().axes
     together = interplay(

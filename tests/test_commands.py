@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import save_file
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
-from lightning_curvature.cli.commands import choices as words
+from lightning_curvature.cli import choices as words
 from lightning_curvature.cli.parser import COMMANDS, choices, main, make_parser
 from lightning_curvature.collect.collector import ACCUMULATE_ON
 from lightning_curvature.collect.passes import collect

@@ -13,12 +13,12 @@ from tokenizers.processors import TemplateProcessing
 from lightning_curvature import CurvatureEditor
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.search import energy as targets
+from lightning_curvature.storage import jsonl
 from lightning_curvature.text import (
     corpus,
     decoding,
     evaluation,
     examples,
-    jsonl,
     matching,
     mining,
     recall,
