@@ -27,11 +27,11 @@ class Ranks:
         size: Number of processes.
         data: Index of the part of the data that this process sees.
         num_data: Number of such parts.
-        counts: Whether this process counts what it sees; of those that see the same data, one does.
+        is_counted: Whether this process counts what it sees; of those that see the same data, one does.
         device: Where tensors must lie to be sent.
     """
 
-    rank, size, counts = 0, 1, True
+    rank, size, is_counted = 0, 1, True
 
     def __init__(self) -> None:
         self.data, self.num_data = 0, 1
@@ -40,7 +40,7 @@ class Ranks:
         self._control: Any = None
 
     @classmethod
-    def joined(cls, data: int, num_data: int, device: torch.device) -> "Ranks":
+    def of_run(cls, data: int, num_data: int, device: torch.device) -> "Ranks":
         """Return the processes of the running process group; this one alone if there is none. A collective.
 
         Args:
@@ -58,7 +58,7 @@ class Ranks:
             ranks._group = ranks._control = dist.new_group()
             if dist.get_backend() != "gloo":
                 ranks._control = dist.new_group(backend="gloo")
-            ranks.counts = ranks.gather(data).index(data) == ranks.rank
+            ranks.is_counted = ranks.gather(data).index(data) == ranks.rank
         return ranks
 
     def gather(self, value: T) -> list[T]:
@@ -185,13 +185,13 @@ class Ranks:
                 results[name] = (self.send(own, owners[name]), told[name])
         return results
 
-    def share(self, count: int) -> int:
-        """Return this process's share of a count; the shares of those that count things sum to it.
+    def part(self, count: int) -> int:
+        """Return this process's part of a count; the parts of the processes that are counted sum to it.
 
-        >>> Ranks().share(7)
+        >>> Ranks().part(7)
         7
         """
-        if not self.counts:
+        if not self.is_counted:
             return 0
         return count // self.num_data + (self.data < count % self.num_data)
 

@@ -19,8 +19,9 @@ from lightning_curvature.collect.moments import SecondMoment, block_columns, pac
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.collect.plan import DoesNotFitError, place_sums
 from lightning_curvature.collect.streams import SideStreams
-from lightning_curvature.collect.sums import STATE_VERSION, LayerSums
-from lightning_curvature.collect.windows import Collection
+from lightning_curvature.collect.sums import LayerSums
+from lightning_curvature.collect.tied_inputs import STATE_VERSION
+from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.memory import edit_bytes, place_edit
 from lightning_curvature.recording import fisher, taps
 from lightning_curvature.recording.rows import BatchGradients
@@ -386,7 +387,7 @@ def test_nothing_is_intercepted_in_a_pause(tmp_path):
 def test_every_must_be_a_count():
     with pytest.raises(ValueError, match="every must be an integer of at least 1"):
         KFACEditCallback(every=0)
-    assert Collection(Collector(network(), NAMES), None, {}).is_due(0, float("inf"))
+    assert WindowedFactors(Collector(network(), NAMES), None, {}).is_due(0, float("inf"))
 
 
 # Where sums live ----------------------------------------------------------------------------------------------------
@@ -477,5 +478,5 @@ def test_what_else_is_read_or_written_beside_the_main_stream(step, monkeypatch):
     for shard in (False, True):
         collector = Collector(step.model, NAMES, shard=shard)
         collector.accumulator.add(None, collector.kinds)
-        collector.accumulator.join()
+        collector.accumulator.drain()
     assert told == [[], [], [torch.device("cpu")], [torch.device("cpu")]]

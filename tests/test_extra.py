@@ -69,14 +69,14 @@ def saved(folder):
 HOOKS = ["on_train_batch_start", "on_before_backward", "on_train_batch_end", "on_train_epoch_end", "on_train_end",
          "on_validation_start", "on_validation_epoch_end", "on_fit_end"]  # fmt: skip
 PARTS = {
-    "on_train_batch_start": "lightning_curvature.collect.windows.Collection.is_due",
+    "on_train_batch_start": "lightning_curvature.collect.windows.WindowedFactors.is_due",
     "on_before_backward": "lightning_curvature.recording.step.Step.before_backward",
     "on_train_batch_end": "lightning_curvature.collect.accumulator.Accumulator.add",
     "a layer's hook": "lightning_curvature.recording.taps.Taps._record",
     "a loss": "lightning_curvature.recording.taps.read_loss",
-    "a checkpoint's factors": "lightning_curvature.collect.windows.Collection.snapshot",
+    "a checkpoint's factors": "lightning_curvature.collect.windows.WindowedFactors.snapshot",
     "a checkpoint's edit": "lightning_curvature.trainer.edited_copy.edited_copy",
-    "on_train_end": "lightning_curvature.collect.windows.Collection.synchronise",
+    "on_train_end": "lightning_curvature.collect.windows.WindowedFactors.synchronise",
     "a table": "lightning_curvature.editing.report.EditReport.__str__",
 }
 

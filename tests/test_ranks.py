@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.windows import Collection
+from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.distributed import Ranks, whole
 from lightning_curvature.trainer.support import check_validation
 from tests import cells, models, processes
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The factors of layer .* rest on"
 def here():
     """Return the ranks of this process, whose data are its own."""
     dist.init_process_group("gloo")
-    return Ranks.joined(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    return Ranks.of_run(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
 
 # Talk ----------------------------------------------------------------------------------------------------------------
@@ -56,7 +56,14 @@ def failing_talk():
         found.append(str(error.value))
     results = ranks.spread(["a", "b"], {"ab"[ranks.rank]: lambda: int("x")} if ranks.rank else
                            {"a": lambda: (torch.ones(2), "told")}, {"a": 0, "b": 1})  # fmt: skip
-    return found, results["a"][0].tolist(), results["a"][1], type(results["b"]).__name__, ranks.share(7), ranks.counts
+    return (
+        found,
+        results["a"][0].tolist(),
+        results["a"][1],
+        type(results["b"]).__name__,
+        ranks.part(7),
+        ranks.is_counted,
+    )
 
 
 def test_a_failure_on_one_process_is_raised_on_all():
@@ -114,14 +121,14 @@ def random_splits(seeds):
         coupled, options = rng.random() < 0.3, {"layers": ["0", "2"], "positions": "all"}
         whole = Collector(net, **options, fisher=fisher, coupled=coupled, ranks=alone)
         run_over(whole, net, data, batches_of(rng, range(len(data[1]))))
-        expected = Collection(whole, None, {}).factors
+        expected = WindowedFactors(whole, None, {}).factors
 
         owner = [rng.randrange(ranks.size) for _ in data[1]]  # a process may have nothing
         collector = Collector(net, **options, fisher=fisher, coupled=coupled, ranks=ranks, shard=shard)
         own = [index for index, rank in enumerate(owner) if rank == ranks.rank]
         run_over(collector, net, data, batches_of(random.Random(ranks.rank), own))
-        collector.accumulator.join()
-        found = Collection(collector, None, {}).synchronise()
+        collector.accumulator.drain()
+        found = WindowedFactors(collector, None, {}).synchronise()
         assert found.counts() == expected.counts(), seed
         modules = {name: net.get_submodule(name) for name in found}
         editor = CurvatureEditor(0.8, min_positions=0)
@@ -199,7 +206,7 @@ def sharded_sums(shard):
     collector.backward(F.cross_entropy(net(x), y))
     collector.close()
     entries = sum(m.total.numel() for sums in collector.sums.values() for m in sums.moments.values())
-    collection = Collection(collector, None, {})
+    collection = WindowedFactors(collector, None, {})
     factors = collection.synchronise()
     messages = []
     for name in factors:
@@ -236,14 +243,14 @@ def other_layers():
     collector.backward(F.cross_entropy(net["head"](net["ab"[ranks.rank]](torch.randn(3, 4))), torch.tensor([0, 1, 1])))
     collector.close()
     with pytest.raises(RuntimeError) as error:
-        Collection(collector, None, {"layers": "last-mlp"}).synchronise()
+        WindowedFactors(collector, None, {"layers": "last-mlp"}).synchronise()
     named = Collector(net, ["a", "b"], ranks=ranks)
     for _ in range(2):
         named.open()
         loss = F.cross_entropy(net["head"](net["ab"[ranks.rank]](torch.randn(3, 4))), torch.tensor([0, 1, 1]))
         named.backward(loss)
         named.close()
-    return str(error.value), Collection(named, None, {}).synchronise().counts()
+    return str(error.value), WindowedFactors(named, None, {}).synchronise().counts()
 
 
 def test_layers_that_only_some_processes_run():
@@ -264,8 +271,8 @@ def other_order(shard, idle):
         collector.open()
         collector.backward(F.cross_entropy(net["head"](layer(torch.randn(3, 4))), torch.tensor([0, 1, 1])))
         collector.close()
-    collector.accumulator.join()
-    factors = Collection(collector, None, {}).synchronise()
+    collector.accumulator.drain()
+    factors = WindowedFactors(collector, None, {}).synchronise()
     editor = CurvatureEditor(0.6, min_positions=0)
     editor.ranks = ranks
     edited, _ = editor.edit_layers({name: net[name].weight for name in factors}, factors)
@@ -435,7 +442,7 @@ def vocabulary(fisher, sequence):
     """Collect from logits that are sharded over the classes; with sequence parallelism, inputs are sharded, too."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
-    ranks = Ranks.joined(0, 1, torch.device("cpu"))
+    ranks = Ranks.of_run(0, 1, torch.device("cpu"))
     found = []
     for parallel in (False, True):
         torch.manual_seed(0)
@@ -457,7 +464,7 @@ def vocabulary(fisher, sequence):
             collector.before_backward(loss)
             loss.backward()
         collector.close()
-        factors = Collection(collector, None, {}).synchronise()
+        factors = WindowedFactors(collector, None, {}).synchronise()
         found.append({name: (layer.A, layer.G, layer.numbers) for name, layer in factors.items()})
     return found
 

@@ -105,7 +105,7 @@ def run_collector_once(collector, batch, step):
 def eigenvalues_of_parts(shard):
     """Measure on another part of the data on each process; the first has two batches, the second one."""
     dist.init_process_group("gloo")
-    ranks = Ranks.joined(dist.get_rank(), 2, torch.device("cpu"))
+    ranks = Ranks.of_run(dist.get_rank(), 2, torch.device("cpu"))
     model, (inputs, labels) = network(), data()
     step = lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="sum")  # noqa: E731
     options = {"fisher": "empirical", "positions": "all"}

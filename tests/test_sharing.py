@@ -226,15 +226,15 @@ def test_a_state_is_loaded_into_a_collector_that_was_used():
 def on_two_processes(apart, shard):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    ranks = Ranks.joined(rank, 2, torch.device("cpu"))
+    ranks = Ranks.of_run(rank, 2, torch.device("cpu"))
     model, data = Gated(), batches(seed=rank)
     collector = Collector(model, PROJECTIONS, ranks=ranks, shard=shard)
     for number, batch in enumerate(data):
         model.apart = apart and rank == 1 and number == 3
         add(collector, batch)
-    from lightning_curvature.collect.windows import Collection
+    from lightning_curvature.collect.windows import WindowedFactors
 
-    collection = Collection(collector, None, {})
+    collection = WindowedFactors(collector, None, {})
     factors = collection.synchronise().gathered()
     state = collector.state_dict()
     shares = state["shared"].get("up") == "gate"
@@ -274,12 +274,12 @@ def only_some(order):
     """Collect where one process sees a layer later than the other, and ends earlier; gate and up are together."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    ranks, model = Ranks.joined(rank, 2, torch.device("cpu")), Gated()
+    ranks, model = Ranks.of_run(rank, 2, torch.device("cpu")), Gated()
     collector = Collector(model, PROJECTIONS, ranks=ranks, shard=True)
     for number, batch in enumerate(batches(seed=rank)[: 4 - rank]):
         model.apart = number in order.get(rank, ())
         add(collector, batch)
-    collector.accumulator.join()
+    collector.accumulator.drain()
     owners, own = collector.accumulator.owners, collector.sums
     shares = "up" in own and own["up"].inputs is own["gate"].inputs
     means = {name: (sums.inputs.mean(), sums.inputs.count, sums.gradients.count) for name, sums in own.items()}

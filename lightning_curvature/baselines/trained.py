@@ -28,7 +28,7 @@ from lightning_curvature.editing.report import EditReport, LayerEdit
 from lightning_curvature.editing.weight_editor import relative_change
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import find_layer
-from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, names_sharing
+from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, tied_names
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -107,7 +107,7 @@ class TrainedEditor(Editor):
         with torch.no_grad():
             new = {name: weight.detach() for name, weight in self.effective(weights, trained).items()}
         report = EditReport({name: _report(name, weights[name], new[name]) for name in weights}, self.method)
-        return new, report.with_shared(names_sharing(stored, named_tensors(module)))
+        return new, report.with_tied(tied_names(stored, named_tensors(module)))
 
 
 class GradientAscent(TrainedEditor):

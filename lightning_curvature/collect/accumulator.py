@@ -8,16 +8,8 @@ import torch
 
 from lightning_curvature.collect.moments import SecondMoment, full_precision
 from lightning_curvature.collect.streams import SideStreams
-from lightning_curvature.collect.sums import (
-    LayerKind,
-    LayerSums,
-    share_again,
-    shared_by_all,
-    sharing,
-    state_of,
-    sums_from,
-    sums_over,
-)
+from lightning_curvature.collect.sums import LayerKind, LayerSums
+from lightning_curvature.collect.tied_inputs import state_of, sums_from, sums_over, tie_again, tied_by_all, tied_inputs
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.kronecker import LayerFactors
 from lightning_curvature.recording.rows import BatchGradients, CallRows, read_batch, same_inputs
@@ -58,12 +50,12 @@ class Accumulator:
         self._positions = positions
         self._totals: dict[str, int] = {}
         self._side = SideStreams()
-        self._shared: set[tuple[str, ...]] = set()  # groups that share, and nothing with others
+        self._tied: set[tuple[str, ...]] = set()  # groups that share, and nothing with others
 
     @property
     def sums(self) -> Mapping[str, LayerSums]:
         """The sums of this process, by layer."""
-        self._side.join()
+        self._side.wait()
         return self._sums
 
     @property
@@ -89,7 +81,7 @@ class Accumulator:
 
     def reset(self) -> None:
         """Start to sum anew."""
-        self._sums, self._totals, self._shared = {}, {}, set()
+        self._sums, self._totals, self._tied = {}, {}, set()
 
     @torch.no_grad()
     def add(self, batch: BatchGradients | None, kinds: Mapping[str, LayerKind]) -> None:
@@ -108,9 +100,9 @@ class Accumulator:
                 self._warn_of_skipped()
             groups = same_inputs(read or [])
             if self.owners is None:
-                if not self.ranks.counts:
+                if not self.ranks.is_counted:
                     return
-                self._share_inputs(groups, kinds)
+                self._tie_inputs(groups, kinds)
                 for group in groups:
                     self._add_group(group, self._sums)
                 return
@@ -124,8 +116,8 @@ class Accumulator:
                     group = of_first[first[name]]
                     made.update({name: self._new_sums(name, kinds[name], self.ranks.device) for name in group})
                     for other in group:
-                        made[other].share_inputs(made[name].inputs)
-                    if self.ranks.counts:  # one that does not count takes part, and adds nothing
+                        made[other].tie_inputs(made[name].inputs)
+                    if self.ranks.is_counted:  # one that does not count takes part, and adds nothing
                         self._add_group(group, made)
                 return made.pop(name)
 
@@ -138,46 +130,46 @@ class Accumulator:
             parts.setdefault(owners[name], {})[name] = calls
         return list(parts.values())
 
-    def _share_inputs(self, groups: Sequence[Mapping[str, list[CallRows]]], kinds: Mapping[str, LayerKind]) -> None:
+    def _tie_inputs(self, groups: Sequence[Mapping[str, list[CallRows]]], kinds: Mapping[str, LayerKind]) -> None:
         """Let layers that read the same now share the inputs' moment, as long as they did in every batch before."""
         names = {tuple(group) for group in groups}
-        if names <= self._shared:
+        if names <= self._tied:
             return
         for group in groups:
             device = self._home(next(iter(group.values()))[0].inputs.device)
             new = [name for name in group if name not in self._sums]
             for name in new:
                 self._sums[name] = self._new_sums(name, kinds[name], device)
-                self._sums[name].share_inputs(self._sums[new[0]].inputs)
+                self._sums[name].tie_inputs(self._sums[new[0]].inputs)
             for name in group:
                 self._sums[name].move(device)  # those of a resumed run come from a file
             self._part(group)
-        self._shared |= names
+        self._tied |= names
 
     def _part(self, group: Collection[str]) -> None:
         """Let layers that read the same now go their own ways from those that they shared with, and that do not."""
         together: dict[str, list[str]] = {}
-        for name, first in sharing(self._sums).items():
+        for name, first in tied_inputs(self._sums).items():
             together.setdefault(first, []).append(name)
         for names in together.values():
             here = [name for name in names if name in group]
             if 0 < len(here) < len(names):
                 inputs = self._sums[here[0]].inputs.copy()
                 for name in here:
-                    self._sums[name].share_inputs(inputs)
+                    self._sums[name].tie_inputs(inputs)
 
     def _add_group(self, group: Mapping[str, Sequence[CallRows]], sums: Mapping[str, LayerSums]) -> None:
         """Add the calls of layers that read the same inputs."""
-        shared = sharing({name: sums[name] for name in group})
+        first = tied_inputs({name: sums[name] for name in group})
         for calls in zip(*group.values(), strict=True):
             inputs = calls[0].input_rows()
             for own in calls:
                 name = own.call.name
-                if shared[name] == name:
+                if first[name] == name:
                     sums[name].add_inputs(inputs)
                 sums[name].add_gradients(inputs, own.gradient_rows(), own.scale, own.num_seen)
 
-    def join(self) -> None:
+    def drain(self) -> None:
         """Take part in what the others still add, until all are done. A collective where the sums are spread."""
         nothing: dict[str, LayerSums] = {}
         with self._side.beside([], self._exchanging):
@@ -185,19 +177,20 @@ class Accumulator:
                 pass
 
     def _exchange(
-        self, kinds: Mapping[str, LayerKind], get: Callable[[str], LayerSums], shared: Mapping[str, str] | None
+        self, kinds: Mapping[str, LayerKind], get: Callable[[str], LayerSums], tied: Mapping[str, str] | None
     ) -> bool:
         """Add one batch of every process to the sums of the owners; tell whether anyone had one to add.
 
         Args:
             kinds: Layers of the batch of this process.
             get: Returns the sums of one of these.
-            shared: Which of these share inputs' moments, as :func:`sharing` tells; None if this process is done.
+            tied: For each of these the first one with the same inputs, as :func:`.tied_inputs` tells; None if this
+                process is done.
         """
         owners = self.owners or {}
-        if all(self.ranks.gather(shared is None)):
+        if all(self.ranks.gather(tied is None)):
             return False
-        groups = shared_by_all(self.ranks, shared or {})
+        groups = tied_by_all(self.ranks, tied or {})
         own: dict[Hashable, list[str]] = {}
         for name in groups:
             if owners[name] == self.ranks.rank:
@@ -213,7 +206,7 @@ class Accumulator:
             if name in new:
                 self._sums[name] = self._new_sums(name, merged.kind, self._home(self.ranks.device))
                 known = [other for other in own[groups[name]] if other in new and other in self._sums]
-                self._sums[name].share_inputs(self._sums[known[0]].inputs)
+                self._sums[name].tie_inputs(self._sums[known[0]].inputs)
             sums = self._sums[name]
             sums.merge_(merged, with_inputs=not any(sums.inputs is known for known in merged_inputs))
             merged_inputs.append(sums.inputs)
@@ -235,7 +228,7 @@ class Accumulator:
         """
         counters = self.ranks.gather((self.num_seen, self.num_batches, self.num_skipped))
         kinds = {name: sums.kind for name, sums in self.sums.items()}
-        groups = shared_by_all(self.ranks, sharing(self.sums))
+        groups = tied_by_all(self.ranks, tied_inputs(self.sums))
         merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0, groups, self._new_sums)
         sums = {name: layer for name, layer in merged if self.ranks.rank == 0}
         return {
@@ -248,13 +241,13 @@ class Accumulator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, with as many processes as there are now."""
         self.num_seen = state["num_seen"]
-        self.num_batches, self.num_skipped = map(self.ranks.share, (state["num_batches"], state["num_skipped"]))
+        self.num_batches, self.num_skipped = map(self.ranks.part, (state["num_batches"], state["num_skipped"]))
         found = sums_from(state, self._new_sums)
-        self._shared = set()
+        self._tied = set()
         if self.owners is None:
-            parts = {name: sums.share(self.ranks) for name, sums in found.items()}
-            share_again(parts, sharing(found))
-            self._sums = parts if self.ranks.counts else {}
+            parts = {name: sums.part(self.ranks) for name, sums in found.items()}
+            tie_again(parts, tied_inputs(found))
+            self._sums = parts if self.ranks.is_counted else {}
         else:
             self._totals = {name: sums.inputs.count for name, sums in found.items()}
             self._sums = {name: sums for name, sums in found.items() if self.owners[name] == self.ranks.rank}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.moments import SecondMoment
 from lightning_curvature.collect.passes import run_collector
-from lightning_curvature.collect.sums import LayerKind, LayerSums, sums_over
+from lightning_curvature.collect.sums import LayerKind, LayerSums
+from lightning_curvature.collect.tied_inputs import sums_over
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
 from lightning_curvature.factors.sharded import ShardedFactors
@@ -72,10 +73,10 @@ class EigenvalueSums(LayerSums):
         merged.total = ranks.sum(self.total, to)
         return merged
 
-    def share(self, ranks: Ranks) -> LayerSums:
+    def part(self, ranks: Ranks) -> LayerSums:
         """Return the part of sums over all processes with which this one goes on; the parts sum to them."""
         part = EigenvalueSums(self.layer, torch.device("meta"))
-        part.count = ranks.share(self.count)
+        part.count = ranks.part(self.count)
         part.total = self.total * (part.count / max(self.count, 1))
         return part
 

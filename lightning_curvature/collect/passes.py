@@ -49,7 +49,7 @@ def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable
 def check_collected(collector: Collector) -> None:
     """Raise ``RuntimeError`` if a pass over data collected nothing, or nothing of some chosen layers. A collective."""
     accumulator, ranks = collector.accumulator, collector.ranks
-    accumulator.join()  # where sums are spread, others may have more batches
+    accumulator.drain()  # where sums are spread, others may have more batches
     nothing = not any(ranks.gather(bool(accumulator.num_positions)))
     if nothing and (collector.chosen is None or any(ranks.gather(accumulator.num_skipped))):
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")

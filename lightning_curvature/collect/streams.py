@@ -12,7 +12,7 @@ class SideStreams:
     """One stream beside the main one for each CUDA device; on other devices, work runs where it always does.
 
     Work beside starts when what the main stream has been given before is done; the main stream does not wait for it
-    until :meth:`join`.
+    until :meth:`wait`.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class SideStreams:
                 for tensor in on_cuda:
                     tensor.record_stream(self._streams[tensor.device])
 
-    def join(self) -> None:
+    def wait(self) -> None:
         """Let the main streams wait for the work beside them; call before its results are used."""
         for device, side in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(side)

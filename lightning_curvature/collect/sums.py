@@ -1,8 +1,7 @@
 """Running sums of one layer's factors."""
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +10,6 @@ from torch import Tensor
 from lightning_curvature.collect.moments import SecondMoment
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.kronecker import LayerFactors
-
-STATE_VERSION = 5
-"""Of what :func:`state_of` returns; sums of another version are not read."""
 
 
 class LayerKind(NamedTuple):
@@ -58,7 +54,7 @@ class LayerSums:
         """Shape ``(d_out, d_in)`` of the weight matrix."""
         return self.gradients.dim, self.inputs.dim
 
-    def share_inputs(self, inputs: SecondMoment) -> None:
+    def tie_inputs(self, inputs: SecondMoment) -> None:
         """Use the inputs' moment of another layer, which reads the same positions of the same tensors."""
         self.moments = {"inputs": inputs} | {name: own for name, own in self.moments.items() if name != "inputs"}
 
@@ -131,7 +127,7 @@ class LayerSums:
             numbers += [moment.count, moment.groups, int(moment.dtype == torch.float64)]
         merged.num_seen, *rest = ranks.sum(torch.tensor(numbers)).tolist()
         if inputs is not None:
-            merged.share_inputs(inputs)
+            merged.tie_inputs(inputs)
         for index, (name, moment) in enumerate(sent.items()):
             own = merged.moments[name]
             own.count, own.groups, doubles = rest[3 * index : 3 * index + 3]
@@ -139,16 +135,16 @@ class LayerSums:
             own.squares = ranks.sum(moment.squares, to)
         return merged
 
-    def share(self, ranks: Ranks) -> "LayerSums":
+    def part(self, ranks: Ranks) -> "LayerSums":
         """Return the part of sums over all processes with which this one goes on; the parts sum to them."""
         if ranks.size == 1:
             return self
         part = copy.copy(self)
         part.moments = {
-            name: moment.part(ranks.share(moment.count), ranks.share(moment.groups))
+            name: moment.part(ranks.part(moment.count), ranks.part(moment.groups))
             for name, moment in self.moments.items()
         }
-        part.num_seen = ranks.share(self.num_seen)
+        part.num_seen = ranks.part(self.num_seen)
         return part
 
     def factors(self) -> LayerFactors:
@@ -194,91 +190,3 @@ class LayerSums:
         sums = cls(0, 0, torch.device("meta"), state["transposed"])
         sums.load_state_dict(state)
         return sums
-
-
-def sharing(sums: Mapping[str, LayerSums]) -> dict[str, str]:
-    """Return, for each layer, the first one that has the same inputs' moment; itself if there is none."""
-    first: dict[int, str] = {}  # the sums keep the moments, so that no id is used again
-    return {name: first.setdefault(id(layer.inputs), name) for name, layer in sums.items()}
-
-
-def share_again(sums: Mapping[str, LayerSums], shared: Mapping[str, str]) -> None:
-    """Let layers share inputs' moments, as :func:`sharing` tells, that were made separately from shared ones."""
-    for name, other in shared.items():
-        sums[name].share_inputs(sums[other].inputs)
-
-
-def state_of(sums: Mapping[str, LayerSums]) -> dict[str, Any]:
-    """Return everything that :func:`sums_from` needs, as tensors and primitives; what is shared is there once."""
-    shared, states = sharing(sums), {name: layer.state_dict() for name, layer in sums.items()}
-    for name, other in shared.items():
-        if name != other:
-            del states[name]["moments"]["inputs"]
-    return {"version": STATE_VERSION, "sums": states, "shared": shared}
-
-
-def sums_from(
-    state: Mapping[str, Any], new: Callable[[str, LayerKind, torch.device], LayerSums]
-) -> dict[str, LayerSums]:
-    """Return the sums that :func:`state_of` was given.
-
-    Args:
-        state: What it returned.
-        new: Returns empty sums of a layer, given its name, its kind, and the device on which they live.
-    """
-    sums, nowhere = dict[str, LayerSums](), torch.device("meta")
-    for name, layer in state["sums"].items():
-        sums[name] = new(name, LayerKind(0, 0, layer["transposed"]), nowhere)
-        sums[name].load_state_dict(layer)
-    share_again(sums, state["shared"])
-    return sums
-
-
-def shared_by_all(ranks: Ranks, shared: Mapping[str, str]) -> dict[str, Hashable]:
-    """Return a key for each layer, equal for layers that share on all processes. A collective.
-
-    Args:
-        ranks: The processes.
-        shared: For each layer that this one has seen, the first that shares with it, as :func:`sharing` tells.
-    """
-    told = ranks.gather(dict(shared))
-    return {name: tuple(own.get(name) for own in told) for name in dict.fromkeys(name for own in told for name in own)}
-
-
-def sums_over(
-    ranks: Ranks,
-    kinds: Mapping[str, LayerKind],
-    get: Callable[[str], LayerSums],
-    to: Callable[[str], int | None] = lambda _: None,
-    groups: Mapping[str, Hashable] | None = None,
-    new: Callable[[str, LayerKind, torch.device], LayerSums] = lambda _, kind, device: LayerSums.zero(kind, device),
-) -> Iterator[tuple[str, LayerSums]]:
-    """Yield the sums of all processes by layer, one layer at a time. A collective.
-
-    Args:
-        ranks: The processes; not all of them need to have seen every layer, or any.
-        kinds: Layers that this process has seen.
-        get: Returns the sums of one of these.
-        to: Returns the only process that needs the totals of a layer, or None.
-        groups: What :func:`shared_by_all` returned; layers of one group, which go to one process, have one inputs'
-            moment in the result, too. By default each layer has its own.
-        new: Returns empty sums of a layer that this process has not seen.
-
-    Raises:
-        RuntimeError: If two processes have seen a layer of one name and of different kinds.
-    """
-    union: dict[str, LayerKind] = {}
-    for told in ranks.gather(dict(kinds)):
-        for name, kind in told.items():
-            if union.setdefault(name, kind) != kind:
-                raise RuntimeError(f"Layer {name!r} is {union[name]} on one process and {kind} on another.")
-    groups = groups or {name: name for name in union}
-    left = Counter(groups[name] for name in union)
-    inputs: dict[Hashable, SecondMoment] = {}
-    for name, kind in union.items():
-        own = get(name) if name in kinds else new(name, kind, ranks.device)
-        summed = own.over(ranks, to(name), inputs.pop(groups[name], None))
-        left[groups[name]] -= 1
-        if left[groups[name]]:
-            inputs[groups[name]] = summed.inputs  # only as long as another layer needs it
-        yield name, summed

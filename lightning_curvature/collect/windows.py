@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning_curvature._checks import listing
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.sums import STATE_VERSION, LayerSums, shared_by_all, sums_over
+from lightning_curvature.collect.sums import LayerSums
+from lightning_curvature.collect.tied_inputs import STATE_VERSION, sums_over, tied_by_all
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.files import load_state
 from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -18,7 +19,7 @@ MIN_WINDOW = 4096
 """Positions of the shortest default window; docs/decisions.md shows why."""
 
 
-class Collection:
+class WindowedFactors:
     """The factors of the latest complete window of a run, and the sums of the window that goes on.
 
     With several processes each keeps those of its own data, and they are added up when they are used
@@ -93,7 +94,7 @@ class Collection:
         if self.ranks.size == 1:
             return own
         kinds = {name: self.collector.kinds[name] for name in own}
-        groups = shared_by_all(self.ranks, own.tied_inputs())
+        groups = tied_by_all(self.ranks, own.tied_inputs())
         merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(own[name]), groups=groups)
         factors = {name: sums.factors() for name, sums in merged}
         return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))
@@ -223,12 +224,12 @@ class Collection:
 
     def _part(self, factors: KroneckerFactors) -> KroneckerFactors:
         """Return what of the factors of all processes is this one's."""
-        owners, share = self.collector.accumulator.owners, self.ranks.share
+        owners, part = self.collector.accumulator.owners, self.ranks.part
         if owners is not None:
             own = {name: layer for name, layer in factors.items() if owners[name] == self.ranks.rank}
-        elif self.ranks.counts:
-            own = {name: dataclasses.replace(layer, num_inputs=share(layer.num_inputs), num_seen=share(layer.num_seen),
-                                             num_gradients=share(layer.num_gradients))
+        elif self.ranks.is_counted:
+            own = {name: dataclasses.replace(layer, num_inputs=part(layer.num_inputs), num_seen=part(layer.num_seen),
+                                             num_gradients=part(layer.num_gradients))
                    for name, layer in factors.items()}  # fmt: skip
         else:
             own = {}

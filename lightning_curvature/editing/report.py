@@ -64,7 +64,7 @@ class EditReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
-    def with_shared(self, names: Mapping[str, Iterable[str]]) -> "EditReport":
+    def with_tied(self, names: Mapping[str, Iterable[str]]) -> "EditReport":
         """Return the report with the names of the tensors that share each layer's weight, its own one aside."""
         layers = {
             layer: dataclasses.replace(edit, also=tuple(name for name in names[layer] if name != edit.tensor))

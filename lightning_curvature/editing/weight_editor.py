@@ -21,7 +21,7 @@ from lightning_curvature.factors.decomposition import moderate, scaled
 from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
 from lightning_curvature.layers.kinds import as_matrix, from_matrix, is_conv1d
 from lightning_curvature.layers.modules import find_layer, layer_weights
-from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, names_sharing, with_replaced
+from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, tied_names, with_replaced
 from lightning_curvature.memory import place_edit
 
 
@@ -70,7 +70,7 @@ class WeightEditor(Editor):
                 )
             weights[name] = state_dict[key]
         new, report = self.edit_layers(weights, factors)
-        return with_replaced(state_dict, weights, new), report.with_shared(names_sharing(weights, state_dict))
+        return with_replaced(state_dict, weights, new), report.with_tied(tied_names(weights, state_dict))
 
     def edit_checkpoint(
         self, src: str | os.PathLike[str], factors: KroneckerFactors, dst: str | os.PathLike[str], **options: Any
@@ -109,7 +109,7 @@ class WeightEditor(Editor):
         transposed = {name: is_conv1d(find_layer(module, name)) for name in self.energies(factors)}
         weights = layer_weights(module, transposed)
         new, report = self.edit_layers(weights, factors, transposed)
-        return new, report.with_shared(names_sharing(weights, named_tensors(module)))
+        return new, report.with_tied(tied_names(weights, named_tensors(module)))
 
     def edit_layers(
         self, weights: Mapping[str, Tensor], factors: KroneckerFactors, transposed: Mapping[str, bool] | None = None

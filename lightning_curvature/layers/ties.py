@@ -32,7 +32,7 @@ def check_tie(tie: tuple[str, str] | None) -> None:
         )
 
 
-def names_sharing(weights: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, list[str]]:
+def tied_names(weights: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the names of the tensors that share memory with each weight, by layer."""
     layers, names = list(weights), list(tensors)
     places = [_Place.of(tensor) for tensor in (*weights.values(), *tensors.values())]
@@ -75,7 +75,7 @@ def with_replaced(
         view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return view.set_(copies[memory.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    for layer, names in names_sharing({layer: weights[layer] for layer in new}, tensors).items():
+    for layer, names in tied_names({layer: weights[layer] for layer in new}, tensors).items():
         if all(_same(tensors[name], weights[layer]) for name in names):
             replaced |= dict.fromkeys(names, new[layer])
         else:  # a part of another tensor, or turned

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_curvature._checks import check_share
 from lightning_curvature.metrics._mean import MeanOverAll
-from lightning_curvature.metrics.functional._shared import check_ignore_index, check_share
+from lightning_curvature.metrics.functional._shared import check_ignore_index
 from lightning_curvature.metrics.functional.leakage import _extraction_strength_update, _min_k_probability_update
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_curvature._checks import check_share
 from lightning_curvature.metrics._mean import MeanOverAll
-from lightning_curvature.metrics.functional._shared import check_share
 from lightning_curvature.metrics.functional.memorization import (
     _loose_memorization_update,
     _normalized_edit_distance_update,

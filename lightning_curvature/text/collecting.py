@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.passes import check_collected, check_positions
-from lightning_curvature.collect.sums import STATE_VERSION
+from lightning_curvature.collect.tied_inputs import STATE_VERSION
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.recording.positions import POSITIONS
 from lightning_curvature.storage.atomic import replacing

@@ -21,7 +21,7 @@ from lightning_curvature.checkpoints.facts import edited_note
 from lightning_curvature.collect.collector import Collector, check_class_dim, check_options
 from lightning_curvature.collect.passes import check_silent
 from lightning_curvature.collect.validation_step import collected_from
-from lightning_curvature.collect.windows import Collection
+from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.editing.curvature import CurvatureEditor
@@ -36,7 +36,7 @@ from lightning_curvature.recording.objectives import NothingToCollectError
 from lightning_curvature.search.energy import Match
 from lightning_curvature.trainer.edited_copy import LaterEdit, Measured, WeightWatch, weight_hashes, why_no_copy
 from lightning_curvature.trainer.probes import Probes, Target, before_after
-from lightning_curvature.trainer.siblings import Checkpoint, Edit, Siblings
+from lightning_curvature.trainer.siblings import CheckpointDict, Edit, Siblings
 from lightning_curvature.trainer.support import (
     RunLength,
     batches_before,
@@ -221,8 +221,8 @@ class KFACEditCallback(Callback):
         self.report: EditReport | None = None
         self.match: Match | None = None
         self.probe_results: dict[str, float] = {}
-        self._collection: Collection | None = None
-        self._next: Collection | None = None
+        self._collection: WindowedFactors | None = None
+        self._next: WindowedFactors | None = None
         self._renew = self._validates = self._fitted = self._in_fit = self._due = False
         self._averages = self._validated_swapped = False
         self._siblings: Siblings | None = None
@@ -314,17 +314,17 @@ class KFACEditCallback(Callback):
             self._stack.callback(setattr, loop, "inference_mode", loop.inference_mode)
             loop.inference_mode = False
 
-    def _prepare(self, pl_module: pl.LightningModule) -> Collection | None:
+    def _prepare(self, pl_module: pl.LightningModule) -> WindowedFactors | None:
         """Return the collection of this run, chosen when the module has been built (``configure_model``).
 
         Lazy layers have no shape yet: the collection begins with the first batch that finds them built.
         """
         if self._renew and self._next is None and not self._given_up and not has_lazy(pl_module):
             collector = Collector(pl_module, **self._options, ranks=self.editor.ranks, shard=self.shard_factors)
-            self._next = Collection(collector, self.window, self._settings, self.every)
+            self._next = WindowedFactors(collector, self.window, self._settings, self.every)
         return self._next if self._renew else self._collection
 
-    def _begin(self, pl_module: pl.LightningModule) -> Collection | None:
+    def _begin(self, pl_module: pl.LightningModule) -> WindowedFactors | None:
         """Let the collection of this run take the place of an earlier one's; None if layers are lazy still."""
         collection = self._prepare(pl_module)
         if self._renew and collection is not None:
@@ -451,7 +451,7 @@ class KFACEditCallback(Callback):
     def _end_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the factors of a validation that ends."""
         collection = self._running()
-        collection.collector.accumulator.join()  # first of all: others may still add batches
+        collection.collector.accumulator.drain()  # first of all: others may still add batches
         if self._out():
             return
         step = trainer.global_step
@@ -475,7 +475,7 @@ class KFACEditCallback(Callback):
             if collection is None and not self._given_up:
                 rank_zero_warn(_NO_DATA.format(nothing))
             return
-        collection.collector.accumulator.join()
+        collection.collector.accumulator.drain()
         if self._out():
             return
         if not collection.synchronise():
@@ -600,12 +600,12 @@ class KFACEditCallback(Callback):
         if self._siblings is not None:
             self._siblings.waits = False
 
-    def _running(self) -> Collection:
+    def _running(self) -> WindowedFactors:
         if self._collection is None:
             raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
         return self._collection
 
-    def _of_this_module(self) -> Collection | None:
+    def _of_this_module(self) -> WindowedFactors | None:
         """Return the collection, if it is one of the module that the latest run is about."""
         collection = self._collection
         return collection if collection is not None and collection.collector.module is self._module else None
@@ -681,7 +681,7 @@ class KFACEditCallback(Callback):
         snapshot = collection.snapshot()
         return None if snapshot is None else lambda path: snapshot[0].save(path, snapshot[1])
 
-    def edit_later(self, checkpoint: Checkpoint) -> Edit | None:
+    def edit_later(self, checkpoint: CheckpointDict) -> Edit | None:
         """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
         factors = KroneckerFactors() if self._of_this_module() is None else self.factors
         step = checkpoint["global_step"]
@@ -715,7 +715,7 @@ class KFACEditCallback(Callback):
                 "the same reason are not told."
             )
 
-    def _why_no_copy(self, checkpoint: Checkpoint, factors: KroneckerFactors) -> str | None:
+    def _why_no_copy(self, checkpoint: CheckpointDict, factors: KroneckerFactors) -> str | None:
         collector, weights = self._running().collector, self._weights
         measured = Measured(
             live=lambda: layer_weights(collector.module, factors),

@@ -16,7 +16,7 @@ from lightning_curvature.editing.report import EditReport
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.storage.hashes import content_hash, tensor_hash, tensor_hashes
-from lightning_curvature.trainer.siblings import Checkpoint, Edit
+from lightning_curvature.trainer.siblings import CheckpointDict, Edit
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Measured:
     averages: bool = False
 
 
-def why_no_copy(checkpoint: Checkpoint, factors: KroneckerFactors, measured: Measured, ranks: Ranks) -> str | None:
+def why_no_copy(checkpoint: CheckpointDict, factors: KroneckerFactors, measured: Measured, ranks: Ranks) -> str | None:
     """Return why a checkpoint holds other weights than those that were measured; None if it does not. A collective.
 
     Whoever puts averaged or other weights into a checkpoint is noticed by the weights themselves. Factors of training
@@ -85,8 +85,8 @@ def why_no_copy(checkpoint: Checkpoint, factors: KroneckerFactors, measured: Mea
 
 
 def edited_copy(
-    checkpoint: Checkpoint, editor: WeightEditor, factors: KroneckerFactors
-) -> tuple[Checkpoint, EditReport]:
+    checkpoint: CheckpointDict, editor: WeightEditor, factors: KroneckerFactors
+) -> tuple[CheckpointDict, EditReport]:
     """Return the edited copy of a Lightning checkpoint, and what was done.
 
     A collective: the processes share the work. A strategy gives the weights to all of them, to the first one alone, or
@@ -128,7 +128,7 @@ class LaterEdit:
         self._factors: KroneckerFactors | Path = factors
         self._reports = reports
 
-    def __call__(self, checkpoint: Checkpoint, path: str) -> Checkpoint | None:
+    def __call__(self, checkpoint: CheckpointDict, path: str) -> CheckpointDict | None:
         """Return the copy of a checkpoint, given its path; None, with a warning, if there is none. A collective."""
         try:
             held = self._factors
@@ -148,11 +148,11 @@ class LaterEdit:
         self._factors = file
 
 
-def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _tensors(checkpoint: CheckpointDict) -> dict[str, Tensor]:
     return {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
 
 
-def _layer_tensors(checkpoint: Checkpoint, names: Mapping[str, Any], ranks: Ranks) -> dict[str, Tensor]:
+def _layer_tensors(checkpoint: CheckpointDict, names: Mapping[str, Any], ranks: Ranks) -> dict[str, Tensor]:
     """Return the saved weights of layers on all processes, spread as they are. A collective."""
     weights = _tensors(checkpoint)
     keys = ranks.first(lambda: match_layers(names, weights))

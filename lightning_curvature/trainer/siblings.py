@@ -20,14 +20,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_curvature.checkpoints.facts import ENTRY
 from lightning_curvature.distributed import Ranks
 
-Checkpoint = dict[str, Any]
+CheckpointDict = dict[str, Any]
 _EARLIER = 10_000_000  # nanoseconds by which an edited copy is older than its checkpoint, to who looks for the latest
 
 
 class Sibling(Protocol):
     """What is saved beside every checkpoint. All methods are collectives."""
 
-    def edit_later(self, checkpoint: Checkpoint) -> "Edit | None":
+    def edit_later(self, checkpoint: CheckpointDict) -> "Edit | None":
         """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
 
     def factors_writer(self) -> Callable[[Path], None] | None:
@@ -40,7 +40,7 @@ class Sibling(Protocol):
 class Edit(Protocol):
     """What makes the edited copy of one checkpoint. All methods are collectives."""
 
-    def __call__(self, checkpoint: Checkpoint, path: str) -> Checkpoint | None:
+    def __call__(self, checkpoint: CheckpointDict, path: str) -> CheckpointDict | None:
         """Return the copy of a checkpoint, given the copy's path; None, with a warning, if there is none."""
 
     def shares_factors(self, other: "Edit") -> bool:
@@ -107,7 +107,7 @@ class Siblings:
         self.ranks = Ranks()
         if isinstance(strategy, ParallelStrategy):  # others run on one process, also where a process group is running
             part = strategy.distributed_sampler_kwargs
-            self.ranks = Ranks.joined(part["rank"], part["num_replicas"], strategy.root_device)
+            self.ranks = Ranks.of_run(part["rank"], part["num_replicas"], strategy.root_device)
         self.savers: dict[str, Sibling] = {}
         self.loaded: str | None = None
         self.loaded_step: int | None = None
@@ -130,7 +130,9 @@ class Siblings:
         found = getattr(strategy.save_checkpoint, "__self__", None)
         return found if isinstance(found, cls) else cls(strategy)
 
-    def save_checkpoint(self, checkpoint: Checkpoint, filepath: str | Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: CheckpointDict, filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
         """Save the siblings of a checkpoint, then the checkpoint as it is.
 
         In this order a checkpoint is never without its factors, and ``ckpt_path="last"``, the latest file whose name
@@ -211,9 +213,9 @@ class Siblings:
                     before = _stamp(path)[1] - _EARLIER
                     os.utime(copy, ns=(before, before))
 
-    def _read_back(self, path: str, stamp: tuple[int, int] | None) -> Checkpoint | None:
+    def _read_back(self, path: str, stamp: tuple[int, int] | None) -> CheckpointDict | None:
         """Return a checkpoint that this run has written; its weights on the first process alone. A collective."""
-        held: list[Checkpoint] = []
+        held: list[CheckpointDict] = []
 
         def read() -> int | None:
             if not Path(path).is_file() or _stamp(path) != stamp:
@@ -233,7 +235,7 @@ class Siblings:
         if self.ranks.first(lambda: copy in self._saved or not _may_be_replaced(copy)):
             raise FileExistsError(f"{copy} is a checkpoint of its own; give the callback another name=")
 
-    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Checkpoint:
+    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> CheckpointDict:
         """Load a checkpoint, and remember from where."""
         self.loaded = os.fspath(checkpoint_path)
         checkpoint = self._load(checkpoint_path, *args, **kwargs)

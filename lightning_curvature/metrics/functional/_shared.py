@@ -7,17 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def check_share(value: Any, what: str) -> float:
-    """Return ``value`` as a float in (0, 1].
-
-    Raises:
-        ValueError: If it is no number in that range.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
-        raise ValueError(f"{what} must be a number in (0, 1], found {value!r}.")
-    return float(value)
-
-
 def check_ignore_index(value: Any) -> int:
     """Return ``value`` if it is an integer.
 

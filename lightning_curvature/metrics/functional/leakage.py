@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from lightning_curvature._checks import check_share
 from lightning_curvature.metrics.functional._shared import (
     agreeing_prefix,
-    check_share,
     check_token_pairs,
     compute_mean,
     target_log_probs,
