@@ -166,12 +166,16 @@ def together(model: Subject, seed: int) -> Iterator[Row]:
     blocks: dict[str, list[str]] = {}
     for name in mlp:
         blocks.setdefault(SHORT.sub("", name).split(".")[0], []).append(name)
-    parts = {"mlp": {f"MLP of block {block}": names for block, names in blocks.items()},
-             "attention": {"all MLPs": mlp, "all attention": attention}}  # fmt: skip
+    parts = {
+        "mlp": {f"MLP of block {block}": names for block, names in blocks.items()},
+        "attention": {"all MLPs": mlp, "all attention": attention},
+    }
     for part, groups in parts.items():
         found = interplay(model.model, factors, CurvatureEditor(DEFAULT_ENERGY), groups, losses(model))
-        changes = {name: {key: row[key] - found.before[key] for key in row}
-                   for name, row in (*found.alone.items(), ("together", found.together))}  # fmt: skip
+        changes = {
+            name: {key: row[key] - found.before[key] for key in row}
+            for name, row in (*found.alone.items(), ("together", found.together))
+        }
         changes["more than the sum"] = {key: found.excess(key) for key in found.before}
         for name, row in changes.items():
             yield {"table": f"together, {part}", "row": name, **row}

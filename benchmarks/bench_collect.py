@@ -98,9 +98,15 @@ class Subject:
     """A network, its data, and the steps that are timed."""
 
     def __init__(
-        self, kind: str, width: int = 256, depth: int = 4, length: int = 256, rows: int = 4, device: str = "cpu",
+        self,
+        kind: str,
+        width: int = 256,
+        depth: int = 4,
+        length: int = 256,
+        rows: int = 4,
+        device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
+    ) -> None:
         torch.manual_seed(0)
         self.model = Network(kind, width, depth, length).to(device, dtype)
         shape = (STEPS * rows, length)
@@ -150,8 +156,10 @@ class Subject:
 
     def naive(self) -> object:
         """Return work that trains with the hooks that anyone would write first."""
-        sums = {name: tuple(torch.zeros(size, size, device=m.weight.device) for size in m.weight.shape[::-1])
-                for name, m in self.layers.items()}  # fmt: skip
+        sums = {
+            name: tuple(torch.zeros(size, size, device=m.weight.device) for size in m.weight.shape[::-1])
+            for name, m in self.layers.items()
+        }
 
         def hook(A: Tensor, G: Tensor):
             @torch.no_grad()
@@ -193,8 +201,9 @@ class Subject:
     def bare_pass(self) -> None:
         """Go forward, and backward to the outputs of the layers, and take nothing."""
         outputs: list[Tensor] = []
-        handles = [module.register_forward_hook(lambda *call: outputs.append(call[-1]))
-                   for module in self.layers.values()]  # fmt: skip
+        handles = [
+            module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in self.layers.values()
+        ]
         for batch in self.batches * PASS:
             torch.autograd.grad(F.cross_entropy(self.model(batch[0]), batch[1]), outputs)
             outputs.clear()
@@ -203,8 +212,14 @@ class Subject:
 
     def pass_over(self, fisher: str) -> None:
         """Collect in one pass over the frozen model."""
-        collect(self.model, self.batches * PASS, lambda batch: F.cross_entropy(self.model(batch[0]), batch[1]),
-                layers=self.names, fisher=fisher, positions="all")  # fmt: skip
+        collect(
+            self.model,
+            self.batches * PASS,
+            lambda batch: F.cross_entropy(self.model(batch[0]), batch[1]),
+            layers=self.names,
+            fisher=fisher,
+            positions="all",
+        )
 
     def curvlinops(self, fisher: str) -> None:
         """The same pass by curvlinops."""
@@ -212,11 +227,16 @@ class Subject:
 
         kind = {"sampled": "mc", "empirical": "empirical"}[fisher]
         KFACLinearOperator(
-            self.model, nn.CrossEntropyLoss(), [module.weight for module in self.layers.values()],
-            self.batches * PASS, fisher_type=kind, kfac_approx="expand", check_deterministic=False,
+            self.model,
+            nn.CrossEntropyLoss(),
+            [module.weight for module in self.layers.values()],
+            self.batches * PASS,
+            fisher_type=kind,
+            kfac_approx="expand",
+            check_deterministic=False,
             num_data=PASS * len(self.rows),
             num_per_example_loss_terms=self.batches[0][1].numel() // len(self.batches[0][0]),
-        ).compute_kronecker_factors()  # fmt: skip
+        ).compute_kronecker_factors()
 
     def kronfluence(self, fisher: str) -> object:
         """Return work that makes the same pass by kronfluence, on a copy of the model, which it wraps."""
@@ -294,10 +314,14 @@ def in_training(subject: Subject, rounds: int) -> tuple[list[list[object]], dict
 def alone(subject: Subject, rounds: int) -> tuple[list[str], dict[str, list[float]]]:
     """Measure ``empirical`` and naive hooks with nothing else in turn."""
     seconds = in_turn(
-        {"plain": subject.plain, "naive": subject.naive(), "ours": subject.trained(fisher="empirical"),
-         "watching": subject.trained(fisher="empirical", share=1e-9)},
+        {
+            "plain": subject.plain,
+            "naive": subject.naive(),
+            "ours": subject.trained(fisher="empirical"),
+            "watching": subject.trained(fisher="empirical", share=1e-9),
+        },
         rounds,
-    )  # fmt: skip
+    )
     extras = [[ratio - 1 for ratio in ratios(seconds, name, "plain")] for name in ("naive", "ours", "watching")]
     of_naive = [[own / naive for naive, own in zip(extras[0], part, strict=True)] for part in extras[1:]]
     return [*map(spread, extras), *map(spread, of_naive)], seconds
@@ -349,16 +373,25 @@ def share_of_peak(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
         peak = [2 * 8192**3 * repeats / own for own in seconds["peak"]]
         needed = [width**2 * positions * repeats / own for own in seconds["update"]]
         full = [2 * width**2 * positions * repeats / own for own in seconds["full"]]
-        rows.append([width, f"{1000 * statistics.median(seconds['update']) / repeats:.2f}",
-                     f"{statistics.median(needed) / 1e12:.0f}",
-                     *(spread([a / b for a, b in zip(own, peak, strict=True)]) for own in (needed, full))])  # fmt: skip
+        rows.append(
+            [
+                width,
+                f"{1000 * statistics.median(seconds['update']) / repeats:.2f}",
+                f"{statistics.median(needed) / 1e12:.0f}",
+                *(spread([a / b for a, b in zip(own, peak, strict=True)]) for own in (needed, full)),
+            ]
+        )
     return rows, results
 
 
 def frozen(subject: Subject, rounds: int) -> tuple[list[list[object]], dict[str, list[float]]]:
     """Measure one pass of ours and of the two libraries."""
-    variants = {"plain": subject.plain, "bare": subject.bare_pass, "the products alone": subject.products(),
-                "ours, sketched": lambda: subject.pass_over("sketched")}  # fmt: skip
+    variants = {
+        "plain": subject.plain,
+        "bare": subject.bare_pass,
+        "the products alone": subject.products(),
+        "ours, sketched": lambda: subject.pass_over("sketched"),
+    }
     for kind in ("empirical", "sampled"):
         variants[f"ours, {kind}"] = lambda kind=kind: subject.pass_over(kind)
         variants[f"kronfluence, {kind}"] = subject.kronfluence(kind)
@@ -387,8 +420,13 @@ def memory(subject: Subject) -> tuple[list[list[object]], dict[str, int]]:
         peaks[name] = peak_bytes(work)
         extra = peaks[name] - plain
         over = (extra - peaks["captured"]) / peaks["factors"]
-        rows.append([name, *(f"{value / 2**20:.1f}" for value in (plain, extra, peaks["captured"], peaks["factors"])),
-                     f"{over:.2f}"])  # fmt: skip
+        rows.append(
+            [
+                name,
+                *(f"{value / 2**20:.1f}" for value in (plain, extra, peaks["captured"], peaks["factors"])),
+                f"{over:.2f}",
+            ]
+        )
     return rows, peaks
 
 
@@ -412,8 +450,15 @@ def main() -> None:
     results: dict[str, object] = {}
     in_every_step: list[list[str]] = []
     for kind, title in kinds.items():
-        subject = Subject(kind, width=args.width, depth=args.depth, length=args.length, rows=args.rows,
-                          device=args.device, dtype=getattr(torch, args.dtype))  # fmt: skip
+        subject = Subject(
+            kind,
+            width=args.width,
+            depth=args.depth,
+            length=args.length,
+            rows=args.rows,
+            device=args.device,
+            dtype=getattr(torch, args.dtype),
+        )
         if "training" in args.parts:
             rows, results[f"training, {kind}"] = in_training(subject, args.rounds)
             print(f"\n{title}: in training\n")
@@ -421,8 +466,16 @@ def main() -> None:
         if "pass" in args.parts:
             rows, results[f"pass, {kind}"] = frozen(subject, args.rounds)
             print(f"\n{title}: one pass over the frozen model, training step = 1\n")
-            headers = ["", "limit", "ours", "kronfluence", "curvlinops", "limit / kronfluence", "ours / kronfluence",
-                       "ours / curvlinops"]  # fmt: skip
+            headers = [
+                "",
+                "limit",
+                "ours",
+                "kronfluence",
+                "curvlinops",
+                "limit / kronfluence",
+                "ours / kronfluence",
+                "ours / curvlinops",
+            ]
             print(tabulate(rows, headers, tablefmt="github"), flush=True)
         if "memory" in args.parts:
             rows, results[f"memory, {kind}"] = memory(subject)
@@ -435,8 +488,12 @@ def main() -> None:
         write(args.out, results)  # a run that is stopped leaves what it has
     if "alone" in args.parts:
         print("\nempirical in every step, alone\n")
-        print(tabulate(in_every_step, ["", "naive", "ours", "watching", "ours / naive", "watching / naive"],
-                       tablefmt="github"), flush=True)  # fmt: skip
+        print(
+            tabulate(
+                in_every_step, ["", "naive", "ours", "watching", "ours / naive", "watching / naive"], tablefmt="github"
+            ),
+            flush=True,
+        )
     if "blocks" in args.parts:
         rows, results["blocks"] = blocks(2 * args.rounds)
         print("\nProducts of block columns, full product = 1\n")
@@ -445,21 +502,41 @@ def main() -> None:
     if "peak" in args.parts:
         rows, results["peak"] = share_of_peak(args.rounds)
         print("\nOne update of a factor, 8192 positions, bfloat16\n")
-        print(tabulate(rows, ["width", "ms", "TFLOP/s needed", "of the peak", "full product, of the peak"],
-                       tablefmt="github"), flush=True)  # fmt: skip
+        print(
+            tabulate(
+                rows, ["width", "ms", "TFLOP/s needed", "of the peak", "full product, of the peak"], tablefmt="github"
+            ),
+            flush=True,
+        )
     if "sizes" in args.parts:
         rows = []
-        for sizes in ({}, {"width": 128}, {"width": 512}, {"width": 1024, "depth": 2}, {"depth": 2}, {"depth": 8},
-                      {"length": 64, "rows": 16}, {"length": 1024, "rows": 1}):  # fmt: skip
+        for sizes in (
+            {},
+            {"width": 128},
+            {"width": 512},
+            {"width": 1024, "depth": 2},
+            {"depth": 2},
+            {"depth": 8},
+            {"length": 64, "rows": 16},
+            {"length": 1024, "rows": 1},
+        ):
             subject = Subject("gated", **sizes)
-            seconds = in_turn({"plain": subject.plain, "naive": subject.naive(), "limit": subject.products(),
-                               "ours": subject.trained(fisher="empirical")}, max(args.rounds // 2, 1))  # fmt: skip
+            seconds = in_turn(
+                {
+                    "plain": subject.plain,
+                    "naive": subject.naive(),
+                    "limit": subject.products(),
+                    "ours": subject.trained(fisher="empirical"),
+                },
+                max(args.rounds // 2, 1),
+            )
             extras = {name: [r - 1 for r in ratios(seconds, name, "plain")] for name in ("naive", "ours")}
             limit = [r / 2 for r in ratios(seconds, "limit", "plain")]
             of_naive = [ours / naive for ours, naive in zip(extras["ours"], extras["naive"], strict=True)]
             label = {"width": 256, "depth": 4, "length": 256, "rows": 4, **sizes}
-            rows.append([*label.values(), spread(limit), spread(extras["naive"]), spread(extras["ours"]),
-                         spread(of_naive)])  # fmt: skip
+            rows.append(
+                [*label.values(), spread(limit), spread(extras["naive"]), spread(extras["ours"]), spread(of_naive)]
+            )
             results[f"sizes, {label}"] = seconds
         print("\ngated MLP, empirical in every step, growing sizes\n")
         headers = ["width", "blocks", "tokens", "rows", "limit", "naive", "ours", "ours / naive"]

@@ -102,15 +102,19 @@ def selection(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
     shapes = ((512, 256), (1024, 512), (2048, 512), (4096, 1024), LARGE)
     for power, shape in itertools.product((1.2, 0.6), shapes):
         lam, mu = spectrum(shape[0], power), spectrum(shape[1], power)
-        variants = {"search": lambda lam=lam, mu=mu: select_staircase(lam, mu, 0.9).columns,
-                    "sort": lambda lam=lam, mu=mu: by_sort(lam, mu, 0.9)}  # fmt: skip
+        variants = {
+            "search": lambda lam=lam, mu=mu: select_staircase(lam, mu, 0.9).columns,
+            "sort": lambda lam=lam, mu=mu: by_sort(lam, mu, 0.9),
+        }
         if shape != LARGE:
             variants["heap"] = lambda lam=lam, mu=mu: by_heap(lam, mu, 0.9)
         kept = float(variants["search"]().sum() / (len(lam) * len(mu)))
         same = all(torch.equal(work(), variants["search"]()) for work in variants.values())
         results[f"{shape}, {power}"] = seconds = in_turn(variants, rounds)
-        times = [f"{statistics.median(seconds[name]) * 1000:.1f}" if name in seconds else "" for name in
-                 ("search", "sort", "heap")]  # fmt: skip
+        times = [
+            f"{statistics.median(seconds[name]) * 1000:.1f}" if name in seconds else ""
+            for name in ("search", "sort", "heap")
+        ]
         over = [spread(ratios(seconds, name, "search"), 0) if name in seconds else "" for name in ("sort", "heap")]
         rows.append(["{} x {}".format(*shape), power, f"{kept:.1%}", *times, *over, "yes" if same else "NO"])
     return rows, results
@@ -178,8 +182,14 @@ def decompositions(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
             rounds,
         )
         parts = [spread(ratios(seconds, name, "all")) for name in ("values", "10 %", "30 %", "60 %")]
-        rows.append([dim, f"{statistics.median(seconds['all']):.3f}", *parts,
-                     spread(ratios(seconds, "four, two threads", "four in turn"))])  # fmt: skip
+        rows.append(
+            [
+                dim,
+                f"{statistics.median(seconds['all']):.3f}",
+                *parts,
+                spread(ratios(seconds, "four, two threads", "four in turn")),
+            ]
+        )
     return rows, results
 
 
@@ -235,8 +245,17 @@ def large(device: str) -> None:
 
     taken = peak_bytes(work) if device != "cpu" else work()
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak": taken or peak() - now, "stated": edit_bytes(*LARGE),
-                      "kept": found[0].kept, "relative_change": found[0].relative_change}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak": taken or peak() - now,
+                "stated": edit_bytes(*LARGE),
+                "kept": found[0].kept,
+                "relative_change": found[0].relative_change,
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -255,13 +274,19 @@ def main() -> None:
         return
     results = {}
     for title, work, headers in (
-        ("Selection at energy 0.9, ms", selection,
-         ["layer", "power", "kept", "search", "sort", "heap", "sort / search", "heap / search", "same"]),
+        (
+            "Selection at energy 0.9, ms",
+            selection,
+            ["layer", "power", "kept", "search", "sort", "heap", "sort / search", "heap / search", "same"],
+        ),
         ("Edit at energy 0.85, s", edits, ["layer", "edit", "decompositions + 4 products", "ratio"]),
-        ("Decomposition, s, and what other ways take of it", decompositions,
-         ["d", "all vectors", "values alone", "10 % of vectors", "30 %", "60 %", "threads / in turn"]),
+        (
+            "Decomposition, s, and what other ways take of it",
+            decompositions,
+            ["d", "all vectors", "values alone", "10 % of vectors", "30 %", "60 %", "threads / in turn"],
+        ),
         ("Ten energies, s", sweep, ["layer", "coefficients once", "each anew", "ratio"]),
-    ):  # fmt: skip
+    ):
         if work.__name__ not in args.parts:
             continue
         rows, results[title] = work(args.rounds, args.device) if work is edits else work(args.rounds)

@@ -133,10 +133,16 @@ def main() -> None:
     print("\nOne layer:\n" + tabulate(rows, ["weight", "measured MB", "planned MB"], tablefmt="github", floatfmt=".0f"))
     if args.out:
         environment = {
-            "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        }  # fmt: skip
-        content = {"environment": environment, "layers": args.layers, "runs": runs,
-                   "single": {str(shape): mb for shape, mb in memory.items()}}  # fmt: skip
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        content = {
+            "environment": environment,
+            "layers": args.layers,
+            "runs": runs,
+            "single": {str(shape): mb for shape, mb in memory.items()},
+        }
         args.out.write_text(json.dumps(content, indent=1))
 
 

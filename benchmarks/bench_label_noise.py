@@ -64,9 +64,16 @@ def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, d
     """Train once and return the rows of the three tables."""
     callback = KFACEditCallback()
     trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=[callback], gradient_clip_val=1.0, logger=False,
-        limit_val_batches=0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[callback],
+        gradient_clip_val=1.0,
+        logger=False,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(model, data)
     model.eval()
     train, val = data.halves()["report"]
@@ -127,8 +134,9 @@ def summary(runs: list[dict[str, dict[str, float]]], columns: list[str]) -> str:
     for row in runs[0]:
         cells = [row]
         for column in columns:
-            values = [100 * run[row][column] if column in METRICS else run[row][column] for run in runs
-                      if column in run[row]]  # fmt: skip
+            values = [
+                100 * run[row][column] if column in METRICS else run[row][column] for run in runs if column in run[row]
+            ]
             digits = 1 if column in METRICS else 2
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
@@ -168,9 +176,12 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         environment = {
-            "python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__,
-            "threads": torch.get_num_threads(), "processor": platform.machine(),
-        }  # fmt: skip
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": pl.__version__,
+            "threads": torch.get_num_threads(),
+            "processor": platform.machine(),
+        }
         args.out.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1))
 
 

@@ -40,9 +40,14 @@ from lightning_curvature.factors.basis import coefficients
 from lightning_curvature.text.evaluation import strict_rate
 
 PREDICTORS = ("separation", "depth", "relative change", "curvature", "margins")
-COLUMNS = {"forgotten": ("forgotten", 100, 1), "separation": ("separation", 1, 3), "depth": ("depth", 1, 0),
-           "relative change": ("relative change", 1, 2), "curvature": ("curvature", 1, 3),
-           "margins": ("margins", 1, 3)}  # fmt: skip
+COLUMNS = {
+    "forgotten": ("forgotten", 100, 1),
+    "separation": ("separation", 1, 3),
+    "depth": ("depth", 1, 0),
+    "relative change": ("relative change", 1, 2),
+    "curvature": ("curvature", 1, 3),
+    "margins": ("margins", 1, 3),
+}
 
 
 def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
@@ -57,9 +62,12 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
         own = model.data.held_out["domain"]["tuning"][:WINDOWS, : recited[0].ids.shape[1]]
         others = own.split(16)
         predicted["separation"] = rank_layers(
-            model.model, factors, [batch.ids for batch in recited], others,
+            model.model,
+            factors,
+            [batch.ids for batch in recited],
+            others,
             lambda ids: model.lm(input_ids=ids, use_cache=False),
-        )  # fmt: skip
+        )
         with_margins = add_margins(model.model, factors, recited, model.margins)
         predicted["margins"] = {}
         for name, layer in with_margins.items():
@@ -84,8 +92,12 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
         energy = model.match(editor, factors, 1.02 if text else 0.97, {})
         with editor.at(energy).applied(model.model, factors):
             forgotten = before - recites()
-        yield {"layer": name, "energy": energy, "forgotten": forgotten,
-               **{key: float(values[name]) for key, values in predicted.items()}}  # fmt: skip
+        yield {
+            "layer": name,
+            "energy": energy,
+            "forgotten": forgotten,
+            **{key: float(values[name]) for key, values in predicted.items()},
+        }
 
 
 def page(runs: list[Any]) -> str:

@@ -86,8 +86,14 @@ COMBINATION = "bulk step, then activations only, soft"
 STRENGTH = 0.4
 COMBINATION = "bulk step, then activations only, soft"
 FORGET, BOTH = "forget set, data", "forget set, retain set"
-SUPERVISED = {"bulk step": FORGET, COMBINATION: FORGET, "BalancedSubnet": BOTH,
-              "gradient ascent": BOTH, "NPO": BOTH, "gradient ascent, clean retain set": BOTH}  # fmt: skip
+SUPERVISED = {
+    "bulk step": FORGET,
+    COMBINATION: FORGET,
+    "BalancedSubnet": BOTH,
+    "gradient ascent": BOTH,
+    "NPO": BOTH,
+    "gradient ascent, clean retain set": BOTH,
+}
 COSTS = {"seconds": ("seconds", 1, 1), "memory": ("memory, MiB", 1, 0), "passes": ("backward passes", 1, 0)}
 
 
@@ -174,8 +180,9 @@ def page(name: str, runs: Sequence[Any]) -> str:
     title, scale, digits = kind.columns[kind.main]
 
     def at(limit):
-        return [{row["method"]: row for row in run if row["limit"] in (limit, None) and kind.main in row}
-                for run in runs]  # fmt: skip
+        return [
+            {row["method"]: row for row in run if row["limit"] in (limit, None) and kind.main in row} for run in runs
+        ]
 
     def left(method):
         for limit in kind.limits:
@@ -186,8 +193,12 @@ def page(name: str, runs: Sequence[Any]) -> str:
     overview = table([[m, *left(m)] for m in methods], [f"{title} at {word}", *(f"{limit:g}" for limit in kind.limits)])
     parts = [overview]
     for limit in kind.limits:
-        parts += ["", f"All that was measured at {limit:g} times the {kind.utility_name}:", "",
-                  summary(at(limit), kind.columns)]  # fmt: skip
+        parts += [
+            "",
+            f"All that was measured at {limit:g} times the {kind.utility_name}:",
+            "",
+            summary(at(limit), kind.columns),
+        ]
     return "\n".join(parts)
 
 

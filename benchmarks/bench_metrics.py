@@ -30,11 +30,19 @@ def network() -> Olmo2ForCausalLM:
     torch.manual_seed(0)
     return Olmo2ForCausalLM(
         Olmo2Config(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-            num_key_value_heads=8, max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=128,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
             initializer_range=0.2,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def plain_distance(one: list[int], two: list[int]) -> int:
@@ -78,11 +86,24 @@ def main() -> None:
         same = by_forward() == by_generation()
         seconds = in_turn({"forward": by_forward, "generation": by_generation}, args.rounds)
         results[f"strict, {recited:.0%} recited"] = seconds
-        rows.append([f"{recited:.0%}", *(f"{statistics.median(seconds[name]):.2f}" for name in seconds),
-                     spread(ratios(seconds, "generation", "forward"), 1), "yes" if same else "NO"])  # fmt: skip
+        rows.append(
+            [
+                f"{recited:.0%}",
+                *(f"{statistics.median(seconds[name]):.2f}" for name in seconds),
+                spread(ratios(seconds, "generation", "forward"), 1),
+                "yes" if same else "NO",
+            ]
+        )
     print(f"\nStrict recitation of {args.sequences} sequences, s\n")
-    print(tabulate(rows, ["recited", "one forward pass", "generation", "ratio", "same"], tablefmt="github",
-                   disable_numparse=True), flush=True)  # fmt: skip
+    print(
+        tabulate(
+            rows,
+            ["recited", "one forward pass", "generation", "ratio", "same"],
+            tablefmt="github",
+            disable_numparse=True,
+        ),
+        flush=True,
+    )
 
     target = torch.randint(VOCABULARY, (10_000, SUFFIX))
     said = torch.where(torch.rand(target.shape) < 0.5, target, torch.randint(VOCABULARY, target.shape))

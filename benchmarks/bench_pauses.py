@@ -58,9 +58,16 @@ def train(seed: int, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, 
     pl.seed_everything(seed, verbose=False)
     data, model = NoisyDigits(seed=seed), build_model()
     trainer = pl.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", callbacks=callbacks, gradient_clip_val=1.0, logger=False,
-        limit_val_batches=0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        callbacks=callbacks,
+        gradient_clip_val=1.0,
+        logger=False,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(model, data)
     return model.eval(), data, trainer.global_step
 
@@ -125,18 +132,27 @@ def main() -> None:
     columns = list(runs[0]["every=1"])
     for part in (METRICS, columns[len(METRICS) :]):
         rows = [
-            [label, *(cell([run[label][column] for run in runs], column in METRICS) if column in row else ""
-                      for column in part)]
+            [
+                label,
+                *(
+                    cell([run[label][column] for run in runs], column in METRICS) if column in row else ""
+                    for column in part
+                ),
+            ]
             for label, row in runs[0].items()
-        ]  # fmt: skip
+        ]
         print(f"\nDigits, {args.seeds} seeds\n")
         print(tabulate(rows, ["", *part], tablefmt="github", disable_numparse=True), flush=True)
     torch.set_num_threads(1)  # as small a network is not faster on two, and two are not always there
     results["cost"] = seconds = in_turn(
-        {"without": lambda: train(0, []), "default": lambda: train(0, [KFACEditCallback()]),
-         "every=1": lambda: train(0, [KFACEditCallback(every=1)])},
-        args.rounds, warm_up=0,
-    )  # fmt: skip
+        {
+            "without": lambda: train(0, []),
+            "default": lambda: train(0, [KFACEditCallback()]),
+            "every=1": lambda: train(0, [KFACEditCallback(every=1)]),
+        },
+        args.rounds,
+        warm_up=0,
+    )
     rows = [[name, spread(ratios(seconds, name, "without"), 3)] for name in ("default", "every=1")]
     print(
         f"\nWhole training, without the callback = 1\n\n{tabulate(rows, ['', 'time'], tablefmt='github')}", flush=True

@@ -77,9 +77,16 @@ def wikitext(seed: int, root: Path) -> RecitedText:
     ]
     random.Random(seed).shuffle(recited)
     return RecitedText(
-        articles, recited[:350], recited[350:], num_sequences=TEXT.sequences, steps=TEXT.steps,
-        exposures=TEXT.exposures, collected=TEXT.collected, vocab_size=TEXT.vocab_size, seed=seed,
-    )  # fmt: skip
+        articles,
+        recited[:350],
+        recited[350:],
+        num_sequences=TEXT.sequences,
+        steps=TEXT.steps,
+        exposures=TEXT.exposures,
+        collected=TEXT.collected,
+        vocab_size=TEXT.vocab_size,
+        seed=seed,
+    )
 
 
 def run(seed: int, data: RecitedText) -> dict[str, dict[str, dict[str, float]]]:
@@ -107,8 +114,10 @@ def run(seed: int, data: RecitedText) -> dict[str, dict[str, dict[str, float]]]:
         energy = match_perplexity(model.model, factors, editor, tuning, PERPLEXITY_LIMIT, owner=model).energy
         layers[label] = {"energy": energy, **measured(editor.at(energy))}
     energies = {f"{energy:g}": measured(CurvatureEditor(energy)) for energy in ENERGIES}
-    return {name: {"before": before, **rows}
-            for name, rows in (("methods", methods), ("layers", layers), ("energies", energies))}  # fmt: skip
+    return {
+        name: {"before": before, **rows}
+        for name, rows in (("methods", methods), ("layers", layers), ("energies", energies))
+    }
 
 
 def main() -> None:

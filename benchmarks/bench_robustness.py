@@ -81,8 +81,11 @@ def agreement(one: KroneckerFactors, two: KroneckerFactors, energy: float) -> di
     found: dict[str, list[float]] = {key: [] for key in AGREEMENT}
     for name in one:
         a, b = one[name], two[name]
-        pairs = (*kept_overlap(a, b, energy), *angles(a.basis.U_A, b.basis.U_A, a.basis.mu),
-                 *angles(a.basis.U_G, b.basis.U_G, a.basis.lam))  # fmt: skip
+        pairs = (
+            *kept_overlap(a, b, energy),
+            *angles(a.basis.U_A, b.basis.U_A, a.basis.mu),
+            *angles(a.basis.U_G, b.basis.U_G, a.basis.lam),
+        )
         for key, value in zip(AGREEMENT, pairs, strict=True):
             found[key].append(value)
     return {key: statistics.mean(values) for key, values in found.items()}
@@ -104,9 +107,16 @@ def checkpoints(seed: int) -> tuple[dict[int, dict[str, Tensor]], pl.LightningMo
     data, model, epochs = digits(seed)
     keep = Keep()
     trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=[keep], gradient_clip_val=1.0, logger=False,
-        limit_val_batches=0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[keep],
+        gradient_clip_val=1.0,
+        logger=False,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(model, data)
     return keep.kept, model.eval()
 
@@ -138,8 +148,11 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
     halves = factors(model.rows[:half]), factors(model.rows[half:])
     yield {"table": "agreement", "row": "two halves of the data", **agreement(*halves, DEFAULT_ENERGY)}
     other = subject(args.data, (seed + 1) % 3, args)
-    yield {"table": "agreement", "row": "the model of another seed",
-           **agreement(full, factors(of=other), DEFAULT_ENERGY)}  # fmt: skip
+    yield {
+        "table": "agreement",
+        "row": "the model of another seed",
+        **agreement(full, factors(of=other), DEFAULT_ENERGY),
+    }
     if isinstance(model, Text):
         clean = model.data.held_out["clean"]
         before = window_nll(model.lm, clean["report"])
@@ -147,9 +160,16 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
             match = match_perplexity(model.lm, full, CurvatureEditor(), clean["tuning"], limit, owner=model.model)
             with CurvatureEditor(match.energy).applied(model.model, full):
                 ratio = perplexity_ratio(before, window_nll(model.lm, clean["report"]))
-            yield {"table": "target", "row": f"{limit:g}", "chosen": match.value, "edits": len(match.points) - 1,
-                   "held_out": ratio.value, "low": ratio.low, "high": ratio.high,
-                   "violations": len(match.violations())}  # fmt: skip
+            yield {
+                "table": "target",
+                "row": f"{limit:g}",
+                "chosen": match.value,
+                "edits": len(match.points) - 1,
+                "held_out": ratio.value,
+                "low": ratio.low,
+                "high": ratio.high,
+                "violations": len(match.violations()),
+            }
         return
     kept, again = checkpoints(seed)
     last = max(kept)
@@ -165,8 +185,9 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
 
 def page(name: str, runs: list[Any]) -> str:
     """Return the tables of one data set."""
-    measured = {key: value for key, value in (TEXT_COLUMNS if name in TEXTS else IMAGE_COLUMNS).items()
-                if key != "overlap"}  # fmt: skip
+    measured = {
+        key: value for key, value in (TEXT_COLUMNS if name in TEXTS else IMAGE_COLUMNS).items() if key != "overlap"
+    }
     parts = []
     for title, key, columns in (
         ("The edit with factors of fewer rows:", "rows", measured),

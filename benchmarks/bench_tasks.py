@@ -74,9 +74,15 @@ def trained(data: Mixture, seed: int, folder: Path) -> Student:
     saved = folder / f"mixture-{seed}" / "model.pt"
     if not saved.exists():
         trainer = pl.Trainer(
-            max_epochs=1, accelerator="cpu", precision="bf16-mixed", gradient_clip_val=1.0, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+            max_epochs=1,
+            accelerator="cpu",
+            precision="bf16-mixed",
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         trainer.fit(model, data)
         saved.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), saved)
@@ -117,8 +123,9 @@ def banded(model: Student, factors: KroneckerFactors, ids: Tensor, positions: sl
     inputs = layer_activations(
         model, torch.split(ids, 64), lambda rows: model.model(input_ids=rows, use_cache=False), list(factors), positions
     )
-    return torch.stack([band_strengths(modules[name].weight.detach(), factors[name], inputs[name], normalize=True)
-                        for name in factors])  # fmt: skip
+    return torch.stack(
+        [band_strengths(modules[name].weight.detach(), factors[name], inputs[name], normalize=True) for name in factors]
+    )
 
 
 def described(asked: Asked, counts: Counter[int]) -> dict[str, tuple[float, Tensor]]:
@@ -147,15 +154,22 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     before = {name: answers(model, sequences) for name, sequences in asked.items()}
     for name, found in before.items():
         accuracy, (entropy, frequency) = float(found["right"].mean()), about[name]
-        yield {"table": "skills", "row": name, "accuracy": accuracy, "chance": CHANCE[name],
-               "answer entropy": entropy, "log frequency": float(frequency.mean()),
-               "predicted entropy": float(found["entropy"].mean())}  # fmt: skip
+        yield {
+            "table": "skills",
+            "row": name,
+            "accuracy": accuracy,
+            "chance": CHANCE[name],
+            "answer entropy": entropy,
+            "log frequency": float(frequency.mean()),
+            "predicted entropy": float(found["entropy"].mean()),
+        }
         if accuracy < LEARNED:
             raise RuntimeError(f"seed {seed}: {name} is at {accuracy:.3f} before the edit; the recipe must teach it.")
     for kind in POPULATIONS:
         rows = population(data, kind)
-        factors = collect(model, torch.split(rows, 16), lambda batch: model.training_step(batch, 0),
-                          layers="mlp", seed=seed)  # fmt: skip
+        factors = collect(
+            model, torch.split(rows, 16), lambda batch: model.training_step(batch, 0), layers="mlp", seed=seed
+        )
         editor = CurvatureEditor()
         curves = skill_retention(
             model, factors, editor, ENERGIES, partial(measured, model, asked, held["report"]), CHANCE
@@ -182,9 +196,14 @@ def retained(curves: SkillRetention, kind: str) -> Iterator[Row]:
 
 
 def leanings(
-    model: Student, factors: KroneckerFactors, asked: Asked, before: Mapping[str, Mapping[str, Tensor]],
-    about: Mapping[str, tuple[float, Tensor]], held: Mapping[str, Tensor], kind: str,
-) -> Iterator[Row]:  # fmt: skip
+    model: Student,
+    factors: KroneckerFactors,
+    asked: Asked,
+    before: Mapping[str, Mapping[str, Tensor]],
+    about: Mapping[str, tuple[float, Tensor]],
+    held: Mapping[str, Tensor],
+    kind: str,
+) -> Iterator[Row]:
     """Yield the strength of each skill in each band, and how it goes with the loss of log probability."""
     editor = CurvatureEditor()
     found = match_perplexity(model.model, factors, editor, held["tuning"], MATCHED, owner=model)
@@ -205,12 +224,18 @@ def leanings(
         yield {"table": f"bands, {kind}", "row": name, **dict(zip(LABELS, ratio, strict=True)), "nats lost": drops[-1]}
     everything = [torch.cat([values[name] for name in asked], -1) for values in (lost, lean, controls)]
     for name, (drop, leaning, known) in {
-        "all items": everything, **{name: (lost[name], lean[name], controls[name][:2]) for name in asked}
-    }.items():  # fmt: skip
+        "all items": everything,
+        **{name: (lost[name], lean[name], controls[name][:2]) for name in asked},
+    }.items():
         varied = [control for control in known if control.std() > 0]
-        yield {"table": f"with the loss, {kind}", "row": name, "leaning": rank_correlation(drop, leaning),
-               "leaning, controlled": rank_correlation(drop, leaning, varied),
-               "frequency": rank_correlation(drop, known[0]), "entropy": rank_correlation(drop, known[1])}  # fmt: skip
+        yield {
+            "table": f"with the loss, {kind}",
+            "row": name,
+            "leaning": rank_correlation(drop, leaning),
+            "leaning, controlled": rank_correlation(drop, leaning, varied),
+            "frequency": rank_correlation(drop, known[0]),
+            "entropy": rank_correlation(drop, known[1]),
+        }
     yield {"table": f"with the loss, {kind}", "row": "means of tasks", "leaning": rank_correlation(drops, bottom)}
 
 
@@ -237,8 +262,11 @@ def intervals(runs: Sequence[Sequence[Row]], kind: str) -> str:
 def drawn(runs: Sequence[Sequence[Row]], kind: str) -> SkillRetention:
     """Return the mean over seeds of what is retained, to be drawn."""
     found = [[row for row in rows if row["table"] == f"energies, {kind}"] for rows in runs]
-    columns = {key: tuple(fmean(float(rows[place][key]) for rows in found) for place in range(len(found[0])))
-               for key in found[0][0] if key not in ("table", "row")}  # fmt: skip
+    columns = {
+        key: tuple(fmean(float(rows[place][key]) for rows in found) for place in range(len(found[0])))
+        for key in found[0][0]
+        if key not in ("table", "row")
+    }
     perplexity_multiples = columns.pop("perplexity, times")
     energies = tuple(float(row["row"]) for row in found[0])
     return SkillRetention(energies, perplexity_multiples, columns, dict.fromkeys(columns, 0.0))

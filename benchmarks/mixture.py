@@ -33,9 +33,12 @@ FREQUENCIES = {"rare": 1, "medium": 3, "frequent": 9}
 WEIGHTS = {"logic": 0.3, "open book": 0.1, "facts": 0.25, "arithmetic": 0.35}
 """Share of each task among the items."""
 CHANCE = {
-    "logic": 1 / 4, "open book": 1 / 4, **{f"facts, {name}": 1 / 100 for name in FREQUENCIES}, "arithmetic": 1 / 100,
+    "logic": 1 / 4,
+    "open book": 1 / 4,
+    **{f"facts, {name}": 1 / 100 for name in FREQUENCIES},
+    "arithmetic": 1 / 100,
     "verbatim": 0.0,
-}  # fmt: skip
+}
 """Accuracy of a guess, by task."""
 KEYS = 8
 """Properties that open-book questions ask for."""
@@ -77,15 +80,27 @@ class Mixture(pl.LightningDataModule):
     """
 
     def __init__(
-        self, seed: int, steps: int = 2400, exposures: int = 50, sequences: int = 128, facts: int = 64,
-        values: int = 100, collected: int = 800,
-    ) -> None:  # fmt: skip
+        self,
+        seed: int,
+        steps: int = 2400,
+        exposures: int = 50,
+        sequences: int = 128,
+        facts: int = 64,
+        values: int = 100,
+        collected: int = 800,
+    ) -> None:
         super().__init__()
         texts = read_texts()
         self.text = RecitedText(
-            texts["docstrings"], texts["reference"], texts["comments"], num_sequences=sequences, steps=0, exposures=0,
-            collected=0, seed=seed,
-        )  # fmt: skip
+            texts["docstrings"],
+            texts["reference"],
+            texts["comments"],
+            num_sequences=sequences,
+            steps=0,
+            exposures=0,
+            collected=0,
+            seed=seed,
+        )
         self.rng = random.Random(seed)
         self.id = self.text.tokenizer.convert_tokens_to_ids
         vocabulary = sorted(self.text.tokenizer.get_vocab())

@@ -80,8 +80,10 @@ class Text:
         self.tuning = held["clean"]["tuning"][:WINDOWS]
         self.domain = held["domain"]["report"][:WINDOWS]
         self.baseline = Baseline(self.lm, held["clean"]["report"][:WINDOWS])
-        self.before = {"clean": self.baseline.evaluate(self.lm)["perplexity"],
-                       "domain": perplexity(self.lm, self.domain)}  # fmt: skip
+        self.before = {
+            "clean": self.baseline.evaluate(self.lm)["perplexity"],
+            "domain": perplexity(self.lm, self.domain),
+        }
         self.rows = torch.split(self.data.collected, 16)
 
     def _trained(self, folder: Path) -> LitCausalLM:
@@ -167,10 +169,16 @@ class Images:
         if not saved.exists():
             saved.parent.mkdir(parents=True, exist_ok=True)
             trainer = pl.Trainer(
-                max_epochs=epochs, accelerator="cpu", callbacks=[KFACEditCallback()], gradient_clip_val=1.0,
-                logger=False, limit_val_batches=0, enable_checkpointing=False, enable_progress_bar=False,
+                max_epochs=epochs,
+                accelerator="cpu",
+                callbacks=[KFACEditCallback()],
+                gradient_clip_val=1.0,
+                logger=False,
+                limit_val_batches=0,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
                 enable_model_summary=False,
-            )  # fmt: skip
+            )
             trainer.fit(self.model, self.data)
             torch.save(self.model.state_dict(), saved)
         self.model.load_state_dict(torch.load(saved, weights_only=True))

@@ -67,10 +67,14 @@ def _resident(kind: str) -> float:
 def environment() -> dict[str, object]:
     """Return what the numbers may depend on."""
     return {
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(), "python": platform.python_version(),
-        "torch": torch.__version__, "lightning": pl.__version__, "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(), "processor": platform.machine(),
-    }  # fmt: skip
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+    }
 
 
 def parser(doc: str, data: Sequence[str]) -> argparse.ArgumentParser:
@@ -138,8 +142,10 @@ def summary(runs: Sequence[Mapping[str, Mapping[str, float]]], columns: Mapping[
     body = []
     for name in names:
         found = [run.get(name, {}) for run in runs]
-        cells = [mean([scale * row[column] for row in found if column in row], len(runs), digits)
-                 for column, (_, scale, digits) in columns.items()]  # fmt: skip
+        cells = [
+            mean([scale * row[column] for row in found if column in row], len(runs), digits)
+            for column, (_, scale, digits) in columns.items()
+        ]
         body.append([name, *cells])
     return table(body, ["", *(title for title, _, _ in columns.values())])
 

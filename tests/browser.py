@@ -18,8 +18,16 @@ def check(page, pictures):
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0]
-    for argument in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync",
-                     "disable-component-update", "no-first-run", "allow-file-access-from-files"):  # fmt: skip
+    for argument in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "disable-sync",
+        "disable-component-update",
+        "no-first-run",
+        "allow-file-access-from-files",
+    ):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))

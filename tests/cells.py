@@ -104,8 +104,12 @@ def run(loop, fisher, strategy="one process", module=None, callbacks=(), folder=
     saved = folder / "factors.safetensors"
     callback = KFACEditCallback(LAYERS, fisher=fisher, save_factors=str(saved), **({"window": 10_000} | own))
     callback.editor.min_positions = 0  # the first layer has more inputs than there are images
-    options = {"max_epochs": 1, "enable_checkpointing": False, "limit_val_batches": 0 if loop == "fit" else None,
-               "use_distributed_sampler": False} | options  # fmt: skip
+    options = {
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "limit_val_batches": 0 if loop == "fit" else None,
+        "use_distributed_sampler": False,
+    } | options
     trainer = models.trainer(folder, callback, *callbacks, devices=size, strategy=make(), **options)
     getattr(trainer, loop)(kind(parallel, **(module or {})))
     trainer.strategy.barrier()

@@ -10,34 +10,62 @@ from torch.utils.data import DataLoader
 
 VOCABULARY = 40
 _SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 0,
-    "pad_token_id": 0, "attn_implementation": "eager", "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+    "initializer_range": 0.2,
+}
 _GROUPED = _SIZES | {"num_key_value_heads": 2}
-_GPT2 = hf.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_inner=24, n_layer=2, n_head=2, n_positions=64,
-                      bos_token_id=0, eos_token_id=0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-                      attn_implementation="eager", initializer_range=0.2)  # fmt: skip
+_GPT2 = hf.GPT2Config(
+    vocab_size=VOCABULARY,
+    n_embd=16,
+    n_inner=24,
+    n_layer=2,
+    n_head=2,
+    n_positions=64,
+    bos_token_id=0,
+    eos_token_id=0,
+    attn_pdrop=0.0,
+    embd_pdrop=0.0,
+    resid_pdrop=0.0,
+    attn_implementation="eager",
+    initializer_range=0.2,
+)
 _SWIGLU = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up", "down")]
 
 FAMILIES = {
     "olmo2": (hf.Olmo2ForCausalLM, hf.Olmo2Config(**_GROUPED), _SWIGLU),
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**_GROUPED, tie_word_embeddings=True), _SWIGLU),
-    "gpt2": (hf.GPT2LMHeadModel, _GPT2,
-             [f"transformer.h.{i}.mlp.{name}" for i in (0, 1) for name in ("c_fc", "c_proj")]),
-    "neox": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_SIZES, hidden_dropout=0.0, attention_dropout=0.0),
-             [f"gpt_neox.layers.{i}.mlp.dense_{name}" for i in (0, 1) for name in ("h_to_4h", "4h_to_h")]),
+    "gpt2": (
+        hf.GPT2LMHeadModel,
+        _GPT2,
+        [f"transformer.h.{i}.mlp.{name}" for i in (0, 1) for name in ("c_fc", "c_proj")],
+    ),
+    "neox": (
+        hf.GPTNeoXForCausalLM,
+        hf.GPTNeoXConfig(**_SIZES, hidden_dropout=0.0, attention_dropout=0.0),
+        [f"gpt_neox.layers.{i}.mlp.dense_{name}" for i in (0, 1) for name in ("h_to_4h", "4h_to_h")],
+    ),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**_GROUPED), _SWIGLU),
     "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=8), _SWIGLU),
     "mistral": (hf.MistralForCausalLM, hf.MistralConfig(**_GROUPED), _SWIGLU),
     "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**_GROUPED, head_dim=8), _SWIGLU),
-}  # fmt: skip
+}
 EXPERTS = {
     "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig(**_GROUPED, num_local_experts=4)),
-    "qwen3_moe": (hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**_GROUPED, head_dim=8, num_experts=4,
-                                                            num_experts_per_tok=2, moe_intermediate_size=8)),
+    "qwen3_moe": (
+        hf.Qwen3MoeForCausalLM,
+        hf.Qwen3MoeConfig(**_GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
+    ),
     "olmoe": (hf.OlmoeForCausalLM, hf.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2)),
-}  # fmt: skip
+}
 
 
 def model(family="olmo2", seed=0):

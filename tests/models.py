@@ -23,9 +23,15 @@ def torchvision_vit():
 
 def hf_vit_config():
     return transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
-        num_channels=1, num_labels=4,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=4,
+    )
 
 
 def mlp():
@@ -41,10 +47,19 @@ def mlp():
 
 def cnn():
     return nn.Sequential(
-        Channels(1), nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Dropout(0.1),
+        Channels(1),
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 16),
+        nn.ReLU(),
+        nn.Dropout(0.1),
         nn.Linear(16, 4),
-    )  # fmt: skip
+    )
 
 
 class Channels(nn.Module):
@@ -128,7 +143,12 @@ def loader(data, batch_size=32):
 
 def trainer(tmp_path, *callbacks, **options):
     defaults = {
-        "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "default_root_dir": tmp_path, "num_sanity_val_steps": 0,
-    }  # fmt: skip
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "num_sanity_val_steps": 0,
+    }
     return pl.Trainer(callbacks=list(callbacks), **(defaults | options))

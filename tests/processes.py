@@ -61,10 +61,17 @@ def exit_code(work, *args):
 
 def _start(rank, size, port, results, work, args):
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-        LOCAL_WORLD_SIZE=str(size), GROUP_RANK="0", GROUP_WORLD_SIZE="1", TORCHELASTIC_RUN_ID="tests",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        GROUP_RANK="0",
+        GROUP_WORLD_SIZE="1",
+        TORCHELASTIC_RUN_ID="tests",
         GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
+    )
     torch.set_num_threads(1)
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # what goes wrong is told to the test

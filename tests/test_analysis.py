@@ -95,8 +95,9 @@ def test_strength_of_each_band():
     factors = diagonal(range(20, 0, -1))
     weight = torch.arange(1.0, 21.0)[None]
     inputs = torch.cat([axis(0, 1, 2, 4, 9, 10), axis(19, times=3.0)])
-    expected = torch.tensor([[1, 0, 0, 0], [2, 0, 0, 0], [0, 3, 0, 0], [0, 5, 0, 0], [0, 0, 10, 0], [0, 0, 0, 11],
-                             [0, 0, 0, 60]]).double()  # fmt: skip
+    expected = torch.tensor(
+        [[1, 0, 0, 0], [2, 0, 0, 0], [0, 3, 0, 0], [0, 5, 0, 0], [0, 0, 10, 0], [0, 0, 0, 11], [0, 0, 0, 60]]
+    ).double()
     torch.testing.assert_close(band_strengths(weight, factors, inputs), expected)
     expected[-1] /= 3
     torch.testing.assert_close(band_strengths(weight, factors, inputs, normalize=True), expected)
@@ -135,8 +136,9 @@ def test_memorized_over_clean():
     factors, weight = diagonal(range(20, 0, -1)), torch.ones(1, 20)
     memorized, clean = mixture([1, 2, 3, 4]), mixture([4, 4, 2, 1], seed=1)
     found = compare_bands("fc", weight, factors, memorized, clean)
-    scale = (band_strengths(weight, factors, memorized)[:, 0].mean()
-             / band_strengths(weight, factors, clean)[:, 3].mean())  # fmt: skip
+    scale = (
+        band_strengths(weight, factors, memorized)[:, 0].mean() / band_strengths(weight, factors, clean)[:, 3].mean()
+    )
     torch.testing.assert_close(torch.tensor(found.ratio).double(), scale * torch.tensor([0.25, 0.5, 1.5, 4]).double())
     assert all(low < ratio < high for low, ratio, high in zip(found.low, found.ratio, found.high, strict=True))
     assert all(high - low < 0.1 * ratio for low, ratio, high in zip(found.low, found.ratio, found.high, strict=True))
@@ -203,10 +205,15 @@ def test_area_under_the_curve(times):
 
 
 def test_detection_of_several_scores():
-    found = detect({"good": torch.tensor([3.0, 4.0]), "bad": torch.tensor([0.0, 0.0])},
-                   {"good": torch.tensor([1.0, 2.0]), "bad": torch.tensor([1.0, 1.0])})  # fmt: skip
-    assert found == Detection(auroc={"good": 1.0, "bad": 0.0}, memorized={"good": (3.0, 4.0), "bad": (0.0, 0.0)},
-                              other={"good": (1.0, 2.0), "bad": (1.0, 1.0)})  # fmt: skip
+    found = detect(
+        {"good": torch.tensor([3.0, 4.0]), "bad": torch.tensor([0.0, 0.0])},
+        {"good": torch.tensor([1.0, 2.0]), "bad": torch.tensor([1.0, 1.0])},
+    )
+    assert found == Detection(
+        auroc={"good": 1.0, "bad": 0.0},
+        memorized={"good": (3.0, 4.0), "bad": (0.0, 0.0)},
+        other={"good": (1.0, 2.0), "bad": (1.0, 1.0)},
+    )
     with pytest.raises(ValueError, match=r"same scores are needed for both, found \['a'\] and \['b'\]"):
         detect({"a": torch.ones(1)}, {"b": torch.ones(1)})
 
@@ -216,8 +223,14 @@ def test_detection_of_several_scores():
 
 def test_examples_that_use_a_direction():
     factors = diagonal(range(6, 0, -1))
-    inputs = torch.cat([axis(5, dim=6) + 0.1 * axis(0, dim=6), 5 * axis(5, dim=6) + 5 * axis(4, dim=6),
-                        axis(0, dim=6), axis(0, dim=6) + 0.5 * axis(5, dim=6)])  # fmt: skip
+    inputs = torch.cat(
+        [
+            axis(5, dim=6) + 0.1 * axis(0, dim=6),
+            5 * axis(5, dim=6) + 5 * axis(4, dim=6),
+            axis(0, dim=6),
+            axis(0, dim=6) + 0.5 * axis(5, dim=6),
+        ]
+    )
     labels = [True, True, False, False]
     flat = direction_use("fc", factors, inputs, labels, flat=True, count=2, examples=2)
     assert flat.directions == (4, 5)
@@ -319,8 +332,9 @@ def dense():
 
 def split(flat, weights):
     parts = flat.split([w.numel() for w in weights.values()])
-    return {name.removesuffix(".weight"): part.view(w.shape)
-            for (name, w), part in zip(weights.items(), parts, strict=True)}  # fmt: skip
+    return {
+        name.removesuffix(".weight"): part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)
+    }
 
 
 def joined(direction):
@@ -395,7 +409,10 @@ def test_one_example_is_sharp_and_the_population_is_flat():
     assert found.crossing == 4
     axes = found.plot().axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "memorized, median of 2", "clean, median of 2", "crossing: 4"]  # fmt: skip
+        "memorized, median of 2",
+        "clean, median of 2",
+        "crossing: 4",
+    ]
     assert tuple(axes.lines[2].get_ydata()) == found.medians()[0]
     assert gather(make, [0], [3], [4, 5, 6], sizes=(1, 2)).crossing is None  # not yet
     assert gather(make, [3], [0], [4, 5, 6], sizes=(1, 2)).crossing is None  # not sharper alone
@@ -413,9 +430,13 @@ def test_order_of_directions_where_it_is_exact():
     p = torch.full((5,), 0.2, dtype=torch.float64)
     factors = LayerFactors(A=x.T @ x / 64, G=torch.diag(p) - torch.outer(p, p), num_inputs=64, num_gradients=64)
     factors = correct_eigenvalues(
-        model, KroneckerFactors({"0": factors}), [(x, y)], lambda batch: F.cross_entropy(model(batch[0]), batch[1]),
-        fisher="exact", positions="all",
-    )["0"]  # fmt: skip
+        model,
+        KroneckerFactors({"0": factors}),
+        [(x, y)],
+        lambda batch: F.cross_entropy(model(batch[0]), batch[1]),
+        fisher="exact",
+        positions="all",
+    )["0"]
     products = Products(model, ["0"], lambda: model(x), y)
     found = curvature_order(products, "0", factors, scores=("kfac", "ekfac"), count=20)
     for values in (found.ggn, found.hessian, found.predicted["ekfac"]):
@@ -450,9 +471,12 @@ def test_every_analysis_draws_itself():
     assert use.plot().axes[0].get_title().endswith("fc")
     assert comparison.plot().axes
     together = interplay(
-        Two(True), KroneckerFactors({"one": diagonal([9.0, 1.0], [1.0, 1.0])}), CurvatureEditor(0.9), {"a": ["one"]},
+        Two(True),
+        KroneckerFactors({"one": diagonal([9.0, 1.0], [1.0, 1.0])}),
+        CurvatureEditor(0.9),
+        {"a": ["one"]},
         lambda: {"loss": 1.0},
-    )  # fmt: skip
+    )
     assert [bar.get_width() for bar in together.plot("loss").axes[0].patches] == [0.0, 0.0, 0.0]
 
 

@@ -106,8 +106,10 @@ def test_project_weight_checks_shapes_and_takes_a_mask():
 def test_thresholds_are_compared_with_products_not_quotients(kind):
     generator = torch.Generator().manual_seed(0)
     for trial in range(40):
-        lam, mu = (torch.rand(size, generator=generator, dtype=torch.float64).sort(descending=True).values
-                   for size in (1 + trial, 60 - trial))  # fmt: skip
+        lam, mu = (
+            torch.rand(size, generator=generator, dtype=torch.float64).sort(descending=True).values
+            for size in (1 + trial, 60 - trial)
+        )
         if kind == "equal in groups":
             mu = (mu * 4).round() / 40
         elif kind == "all equal":

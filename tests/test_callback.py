@@ -82,8 +82,9 @@ def test_no_trace_on_training(fisher, tmp_path):
         callbacks = [KFACEditCallback(**option) for option in options]  # not even its construction draws a number
         module = models.Classifier("cnn")  # has dropout
         module.probe_dataloader = lambda: {"val": models.loader(models.images(64, 1))}
-        trainer = models.trainer(tmp_path, *callbacks, gradient_clip_val=0.5, accumulate_grad_batches=2,
-                                 enable_checkpointing=False)  # fmt: skip
+        trainer = models.trainer(
+            tmp_path, *callbacks, gradient_clip_val=0.5, accumulate_grad_batches=2, enable_checkpointing=False
+        )
         shuffled = torch.utils.data.DataLoader(models.images(96), batch_size=16, shuffle=True)
         trainer.fit(module, shuffled, models.loader(models.images(64, 1)))
         return module.state_dict(), trainer.optimizers[0].state_dict()["state"], torch.get_rng_state()
@@ -149,16 +150,24 @@ def test_the_window_does_not_depend_on_the_cut_into_batches(tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_siblings_follow_checkpoints(tmp_path):
     """Also in the middle of training, with early stopping, and when checkpoints are deleted."""
-    saver = ModelCheckpoint(tmp_path / "ckpt", monitor="val_accuracy", mode="max", save_top_k=1, save_last=True,
-                            every_n_train_steps=None, filename="{epoch}")  # fmt: skip
+    saver = ModelCheckpoint(
+        tmp_path / "ckpt",
+        monitor="val_accuracy",
+        mode="max",
+        save_top_k=1,
+        save_last=True,
+        every_n_train_steps=None,
+        filename="{epoch}",
+    )
     stopper = EarlyStopping("val_accuracy", mode="max", patience=1)
     module, callback = models.Classifier(lr=0.003), KFACEditCallback()
     trainer = models.trainer(tmp_path, callback, saver, stopper, max_epochs=8)
     trainer.fit(module, models.loader(models.images(128)), models.loader(models.images(64, 1)))
     names = sorted(path.name for path in (tmp_path / "ckpt").iterdir())
     best = saver.best_model_path.rsplit("/", 1)[1].removesuffix(".ckpt")
-    assert names == sorted(f"{name}{mark}" for name in (best, "last")
-                           for mark in (".ckpt", "-edited.ckpt", "-edited-factors.safetensors"))  # fmt: skip
+    assert names == sorted(
+        f"{name}{mark}" for name in (best, "last") for mark in (".ckpt", "-edited.ckpt", "-edited-factors.safetensors")
+    )
     trainer.save_checkpoint(tmp_path / "by_hand.ckpt")
     assert (tmp_path / "by_hand-edited.ckpt").exists()
     resumed = KFACEditCallback()
@@ -172,8 +181,10 @@ def test_siblings_follow_checkpoints(tmp_path):
     )  # the same Trainer again does not wrap its checkpoint IO twice
     trainer.save_checkpoint(tmp_path / "again.ckpt")
     assert sorted(path.name for path in tmp_path.glob("again*")) == [
-        "again-edited-factors.safetensors", "again-edited.ckpt", "again.ckpt",
-    ]  # fmt: skip
+        "again-edited-factors.safetensors",
+        "again-edited.ckpt",
+        "again.ckpt",
+    ]
 
 
 def test_metrics_are_logged_before_and_after(tmp_path):
@@ -260,8 +271,14 @@ def test_the_other_lightning_package_is_an_error(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    trainer = pytorch_lightning.Trainer(callbacks=[KFACEditCallback()], accelerator="cpu", logger=False,
-                                        default_root_dir=tmp_path, enable_progress_bar=False, max_epochs=1)  # fmt: skip
+    trainer = pytorch_lightning.Trainer(
+        callbacks=[KFACEditCallback()],
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        max_epochs=1,
+    )
     with pytest.raises(MisconfigurationException, match=r"import lightning as L; L.Trainer"):
         trainer.fit(Other(), torch.utils.data.DataLoader(torch.ones(2, 2)))
 

@@ -92,8 +92,11 @@ def test_factors_lie_beside_the_checkpoint_and_not_in_it(tmp_path):
     factors = KroneckerFactors.load(tmp_path / "c" / "x-edited-factors.safetensors")
     assert equal(factors, callback.factors)
     assert_edit_of(tmp_path / "c" / "x-edited.ckpt", tmp_path / "c" / "x.ckpt", factors)
-    (state,) = (s for key, s in torch.load(tmp_path / "c" / "x.ckpt", weights_only=True)["callbacks"].items()
-                if key.startswith("KFACEditCallback"))  # fmt: skip
+    (state,) = (
+        s
+        for key, s in torch.load(tmp_path / "c" / "x.ckpt", weights_only=True)["callbacks"].items()
+        if key.startswith("KFACEditCallback")
+    )
     assert state["batches"] == 12
     assert not any(isinstance(value, torch.Tensor) for value in state.values())
 
@@ -112,8 +115,14 @@ def test_a_resumed_run_has_the_factors_of_an_uninterrupted_one(window, fisher, t
     run(tmp_path, whole, saver, max_epochs=3, data=Resumable(models.images(192)))
     for step in (6, 9):
         resumed = KFACEditCallback(**options())
-        run(tmp_path, resumed, max_epochs=3, enable_checkpointing=False, data=Resumable(models.images(192)),
-            ckpt_path=tmp_path / "c" / f"step={step}.ckpt")  # fmt: skip
+        run(
+            tmp_path,
+            resumed,
+            max_epochs=3,
+            enable_checkpointing=False,
+            data=Resumable(models.images(192)),
+            ckpt_path=tmp_path / "c" / f"step={step}.ckpt",
+        )
         assert equal(resumed.factors, whole.factors)
         assert resumed.factors["net.3"].num_inputs == min(window, 3 * 192)
 
@@ -122,8 +131,14 @@ def test_a_resumed_run_has_the_factors_of_an_uninterrupted_one(window, fisher, t
 def test_factors_of_validation_are_resumed(tmp_path):
     first, second = KFACEditCallback(loop="validation"), KFACEditCallback(loop="validation")
     run(tmp_path, first, ModelCheckpoint(tmp_path / "c", filename="x"))
-    run(tmp_path, second, ckpt_path=tmp_path / "c" / "x.ckpt", limit_val_batches=0, max_epochs=3,
-        enable_checkpointing=False)  # fmt: skip
+    run(
+        tmp_path,
+        second,
+        ckpt_path=tmp_path / "c" / "x.ckpt",
+        limit_val_batches=0,
+        max_epochs=3,
+        enable_checkpointing=False,
+    )
     assert equal(second.factors, first.factors)
 
 
@@ -305,8 +320,9 @@ class Renaming(Validated):
 def test_checkpoints_with_other_names_are_edited(tmp_path):
     callback = KFACEditCallback()
     run(tmp_path, callback, ModelCheckpoint(tmp_path / "c", filename="x"), module=Renaming)
-    edited, original = (torch.load(tmp_path / "c" / f"x{mark}.ckpt", weights_only=True)["state_dict"]
-                        for mark in ("-edited", ""))  # fmt: skip
+    edited, original = (
+        torch.load(tmp_path / "c" / f"x{mark}.ckpt", weights_only=True)["state_dict"] for mark in ("-edited", "")
+    )
     assert list(edited) == list(original)
     changed = [
         key

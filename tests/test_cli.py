@@ -23,8 +23,16 @@ def files(tmp_path):
 
 
 def edit(folder, *more):
-    return ["edit", "--checkpoint", str(folder / "a.safetensors"), "--factors", str(folder / "f.safetensors"),
-            "--out", str(folder / "b.safetensors"), *more]  # fmt: skip
+    return [
+        "edit",
+        "--checkpoint",
+        str(folder / "a.safetensors"),
+        "--factors",
+        str(folder / "f.safetensors"),
+        "--out",
+        str(folder / "b.safetensors"),
+        *more,
+    ]
 
 
 def process(*args):
@@ -142,8 +150,19 @@ def test_completion_as_jsonargparse_offers_it():
 
 # What is imported ----------------------------------------------------------------------------------------------------
 
-SLOW = {"torch", "numpy", "scipy", "safetensors", "lightning", "pytorch_lightning", "torchmetrics", "transformers",
-        "torchvision", "sklearn", "matplotlib"}  # fmt: skip
+SLOW = {
+    "torch",
+    "numpy",
+    "scipy",
+    "safetensors",
+    "lightning",
+    "pytorch_lightning",
+    "torchmetrics",
+    "transformers",
+    "torchvision",
+    "sklearn",
+    "matplotlib",
+}
 RUN = """
 import contextlib, io, json, sys
 from lightning_curvature.cli.parser import main
@@ -173,15 +192,25 @@ def test_help_usage_errors_and_completion_import_nothing_slow():
     found = imported(*asked)
     assert found == {" ".join(words): (0, set()) for words in asked}
     wrong = [
-        [], ["colect"], ["collect"], ["edit", "--dry-runs"], ["collect", "--tokens", "many"], ["demo"],
-        ["demo", "digts"], ["inspect"], ["sweep", "--energies", "a"],
-    ]  # fmt: skip
+        [],
+        ["colect"],
+        ["collect"],
+        ["edit", "--dry-runs"],
+        ["collect", "--tokens", "many"],
+        ["demo"],
+        ["demo", "digts"],
+        ["inspect"],
+        ["sweep", "--energies", "a"],
+    ]
     assert imported(*wrong) == {" ".join(words): (2, set()) for words in wrong}
     failing = [
-        "mine --model m --corpus none.txt --out o", "evaluate --model m", "report none",
-        "collect --model m --corpus none.txt --out o --fisher true", "detect --factors none.safetensors --out o",
+        "mine --model m --corpus none.txt --out o",
+        "evaluate --model m",
+        "report none",
+        "collect --model m --corpus none.txt --out o --fisher true",
+        "detect --factors none.safetensors --out o",
         "sweep --model m --factors f --sequences s --corpus c --out o --scores kfc",
-    ]  # fmt: skip
+    ]
     for code, modules in imported(*map(str.split, failing)).values():
         assert str(code).startswith("Error: ")
         assert modules == set()

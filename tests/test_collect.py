@@ -176,8 +176,9 @@ def test_in_place_activation_after_a_layer(kind):
     (x, y), plain = data(), network()
     inplace = network()
     inplace[1].inplace = inplace[3].inplace = True
-    one, two = (gather(m, lambda _, m=m: F.cross_entropy(m(x), y), layers=["0", "2"], fisher=kind)
-                for m in (plain, inplace))  # fmt: skip
+    one, two = (
+        gather(m, lambda _, m=m: F.cross_entropy(m(x), y), layers=["0", "2"], fisher=kind) for m in (plain, inplace)
+    )
     same(one, two)
 
 

@@ -129,8 +129,10 @@ WRONG = [
     ("mine", "--prefix", "0", "--prefix must be an integer of at least 1, found 0"),
     ("mine", "--stride", "0", "--stride must be an integer of at least 1, found 0"),
     ("mine", "--windows", "-1", "--windows must be an integer of at least 1, found -1"),
-    *(("mine", "--similarity", wrong, rf"--similarity must be a number in \(0, 1\], found {wrong}\.0\.$")
-      for wrong in "20"),
+    *(
+        ("mine", "--similarity", wrong, rf"--similarity must be a number in \(0, 1\], found {wrong}\.0\.$")
+        for wrong in "20"
+    ),
     ("mine", "--prefix", "60", r"its longest document has 17 tokens, a window has 60 \+ 8"),
     ("evaluate", "--half", "third", r"half must be one of \['tuning', 'validation'\], found 'third'"),
     ("evaluate", "--reference", None, "name the edited checkpoint, too"),
@@ -147,7 +149,7 @@ WRONG = [
     ("collect mine evaluate detect", "--out", "@bad.jsonl/x", r"bad\.jsonl/x cannot be written: .*bad\.jsonl is a f"),
     ("detect", "--layer", "up", "The factors hold no layer 'up'"),
     ("detect", "--positions", "first", "--positions first is for images; of a window of text all positions count"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +162,11 @@ def test_a_wrong_argument_is_told_before_the_model_is_loaded(
 ):
     monkeypatch.setattr(models, "_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     given = folder / value[1:] if value is not None and value.startswith("@") else value
-    args = [*arguments(folder, tmp_path, command), option] if given is None else replaced(
-        arguments(folder, tmp_path, command), option, given)  # fmt: skip
+    args = (
+        [*arguments(folder, tmp_path, command), option]
+        if given is None
+        else replaced(arguments(folder, tmp_path, command), option, given)
+    )
     with pytest.raises(SystemExit, match=message) as stop:
         run(command, *args)
     said = str(stop.value)
@@ -183,7 +188,7 @@ def test_a_wrong_argument_is_told_before_the_model_is_loaded(
         ("collect", {"--fisher": "exact", "--draws": "4"}, "--draws would be ignored: fisher exact has no draws"),
         ("collect", {"--fisher": "empirical", "--draws": "4"}, "--draws would be ignored: fisher empirical has no"),
     ],
-)  # fmt: skip
+)
 def test_options_that_would_be_ignored(folder, tmp_path, command, more, message):
     args = arguments(folder, tmp_path, command)
     for option, value in more.items():
@@ -258,7 +263,7 @@ def test_examples_are_not_written_over_either(folder, tmp_path):
         (["--config", "digits.yaml", "--checkpoint", "w.safetensors", "--context", "9"], "--context would be ignored"),
         (["--config", "digits.yaml"], "for images --config with --checkpoint"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_of_images(folder, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr("lightning_curvature.cli.lightning.instances", lambda _: pytest.fail("the model was made"))
     args = [folder / word if (folder / word).exists() or word == "none.ckpt" else word for word in more]
@@ -391,8 +396,17 @@ def test_two_folders_are_compared(folder, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", counted)
     page = tmp_path / "x.md"
-    run("evaluate", *arguments(folder, tmp_path, "evaluate"), "--context", 16, "--reference", "--checkpoint",
-        folder / "edited", "--examples", page)  # fmt: skip
+    run(
+        "evaluate",
+        *arguments(folder, tmp_path, "evaluate"),
+        "--context",
+        16,
+        "--reference",
+        "--checkpoint",
+        folder / "edited",
+        "--examples",
+        page,
+    )
     found = json.loads((tmp_path / "o.json").read_text())
     assert loaded == [str(folder / "model"), str(folder / "edited")]
     ids = [token for row in language.tokens(16, 16).tolist() for token in [*row, 0]]
@@ -437,8 +451,19 @@ def test_the_usual_window_is_what_a_short_model_takes(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("what", ["cut", "text", "other", "empty", "folder", "piece"])
 def test_progress_that_is_damaged_is_named(folder, tmp_path, monkeypatch, what):
-    args = [*arguments(folder, tmp_path, "collect"), "--layers", "mlp", "--passes", "2", "--context", "16",
-            "--batch-size", "2", "--save-every", "1"]  # fmt: skip
+    args = [
+        *arguments(folder, tmp_path, "collect"),
+        "--layers",
+        "mlp",
+        "--passes",
+        "2",
+        "--context",
+        "16",
+        "--batch-size",
+        "2",
+        "--save-every",
+        "1",
+    ]
     step, steps = collecting._step, []
 
     def interrupted(*given):
@@ -512,8 +537,16 @@ def test_no_bars_but_on_a_terminal(folder, tmp_path, capsys, monkeypatch):
     run("evaluate", *arguments(folder, tmp_path, "evaluate"), "--context", 16)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    run("evaluate", *arguments(folder, tmp_path, "evaluate"), "--context", 16, "--overwrite", "--reference",
-        "--checkpoint", folder / "edited")  # fmt: skip
+    run(
+        "evaluate",
+        *arguments(folder, tmp_path, "evaluate"),
+        "--context",
+        16,
+        "--overwrite",
+        "--reference",
+        "--checkpoint",
+        folder / "edited",
+    )
     shown = capsys.readouterr().err
     assert len(set(re.findall(r"Loading weights", shown))) == 1
     assert shown.count("100%") == 1

@@ -98,8 +98,10 @@ def test_empirical_costs_the_products_of_distinct_factors_by_half(step):
     collector = collected_once(step, fisher="empirical")
     extra = flops(lambda: step(collector)) - plain
     assert extra == PRODUCTS
-    full = sum(2 * ROWS * (m.in_features**2 + m.out_features**2) for m in (step.model[1].gate, step.model[1].up,
-                                                                            step.model[1].down))  # fmt: skip
+    full = sum(
+        2 * ROWS * (m.in_features**2 + m.out_features**2)
+        for m in (step.model[1].gate, step.model[1].up, step.model[1].down)
+    )
     assert extra <= 0.6 * full
 
 
@@ -450,15 +452,22 @@ def test_work_runs_beside_the_main_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(f"side {device}"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"main {device}"))
     monkeypatch.setattr(torch.cuda, "stream", Entered)
-    tensor = SimpleNamespace(device=torch.device("cuda:0"),
-                             record_stream=lambda stream: told.append(f"kept for {stream.name}"))  # fmt: skip
+    tensor = SimpleNamespace(
+        device=torch.device("cuda:0"), record_stream=lambda stream: told.append(f"kept for {stream.name}")
+    )
     streams = SideStreams()
     streams.join()
     with streams.beside([tensor, torch.ones(1)]):
         told.append("work")
     streams.join()
-    assert told == ["side cuda:0 waits for main cuda:0", "enter side cuda:0", "work", "kept for side cuda:0",
-                    "leave side cuda:0", "main cuda:0 waits for side cuda:0"]  # fmt: skip
+    assert told == [
+        "side cuda:0 waits for main cuda:0",
+        "enter side cuda:0",
+        "work",
+        "kept for side cuda:0",
+        "leave side cuda:0",
+        "main cuda:0 waits for side cuda:0",
+    ]
     told.clear()
     with streams.beside([torch.ones(1)], [torch.device("cpu")]):
         pass

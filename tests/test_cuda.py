@@ -171,9 +171,18 @@ def test_training_is_the_same_with_the_callback(tmp_path, precision, fisher):
     def fit(*callbacks):
         pl.seed_everything(3)
         model = Lit()
-        trainer = pl.Trainer(accelerator="gpu", devices=1, max_epochs=2, precision=precision, logger=False,
-                             callbacks=[*callbacks], enable_progress_bar=False, enable_model_summary=False,
-                             default_root_dir=tmp_path, enable_checkpointing=False)  # fmt: skip
+        trainer = pl.Trainer(
+            accelerator="gpu",
+            devices=1,
+            max_epochs=2,
+            precision=precision,
+            logger=False,
+            callbacks=[*callbacks],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+        )
         trainer.fit(model, torch.utils.data.DataLoader(batches(8), batch_size=None))
         return model
 

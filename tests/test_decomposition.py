@@ -82,8 +82,9 @@ def factors(draw):
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def test_every_finite_factor_is_decomposed(device):
-    @settings(max_examples=400, deadline=None, derandomize=True, database=None,
-              suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+    @settings(
+        max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
     @given(factors())
     def decomposed(factor):
         factor = factor.to(device)
@@ -221,8 +222,9 @@ def test_a_selection_does_not_depend_on_the_scale(exponents, seed):
                 assert found[1] == pytest.approx(select(scores, energy)[1])
 
 
-@pytest.mark.parametrize("call", [lambda x: select_staircase(x[0], x[0], 0.5), lambda x: select_largest(x, 0.5),
-                                  lambda x: shrink(x, 0.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    "call", [lambda x: select_staircase(x[0], x[0], 0.5), lambda x: select_largest(x, 0.5), lambda x: shrink(x, 0.5)]
+)
 @pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
 def test_scores_that_tell_nothing_are_an_error(call, value):
     with pytest.raises(FaultyLayerError, match="scores of the coefficients are zero or not finite"):
@@ -256,9 +258,14 @@ def test_an_edit_does_not_depend_on_the_scale(editor, exponents):
     eigenvalues = eigenvalues.square()
 
     def layer(of_A, of_G):
-        tensors = {"A": times(A, of_A), "G": times(G, of_G), "A_coupled": times(A_coupled, of_A),
-                   "G_coupled": times(G_coupled, of_G), "eigenvalues": times(eigenvalues, of_A),
-                   "margins": times(margins, of_G)}  # fmt: skip
+        tensors = {
+            "A": times(A, of_A),
+            "G": times(G, of_G),
+            "A_coupled": times(A_coupled, of_A),
+            "G_coupled": times(G_coupled, of_G),
+            "eigenvalues": times(eigenvalues, of_A),
+            "margins": times(margins, of_G),
+        }
         return KroneckerFactors({"0": LayerFactors(num_inputs=50, num_gradients=50, **tensors)})
 
     of_A, of_G, of_W = exponents

@@ -41,10 +41,21 @@ def run(tmp_path_factory):
 
 def test_the_demo_writes_what_it_says(run):
     out, done = run
-    names = {"original.ckpt", "original-edited.ckpt", "original-edited-factors.safetensors", "edited.ckpt",
-             "factors.safetensors", "report.json", "logs",
-             "spectrum.png", "energy.png", "examples.png", "directions.png", "analysis.json",
-             "report.html"}  # fmt: skip
+    names = {
+        "original.ckpt",
+        "original-edited.ckpt",
+        "original-edited-factors.safetensors",
+        "edited.ckpt",
+        "factors.safetensors",
+        "report.json",
+        "logs",
+        "spectrum.png",
+        "energy.png",
+        "examples.png",
+        "directions.png",
+        "analysis.json",
+        "report.html",
+    }
     assert {path.name for path in out.iterdir()} == names
     assert "model.blocks.1.fc2" in done.stderr
     for row in ("before", "after (edited.ckpt)", "control: SVD truncation", "control: random basis"):
@@ -125,13 +136,29 @@ def text_run(tmp_path_factory):
 def test_the_text_demo_writes_what_it_says(text_run):
     out, done = text_run
     data = {f"{name}.jsonl" for name in ("memorized", "unseen", "train", "source", "clean", "domain")}
-    names = data | {"original.ckpt", "original-edited.ckpt", "original-edited-factors.safetensors", "edited.ckpt",
-             "factors.safetensors", "report.json",
-                    "logs", "spectrum.png", "energy.png", "continuations.md", "model", "analysis.json",
-                    "report.html"}  # fmt: skip
+    names = data | {
+        "original.ckpt",
+        "original-edited.ckpt",
+        "original-edited-factors.safetensors",
+        "edited.ckpt",
+        "factors.safetensors",
+        "report.json",
+        "logs",
+        "spectrum.png",
+        "energy.png",
+        "continuations.md",
+        "model",
+        "analysis.json",
+        "report.html",
+    }
     assert {path.name for path in out.iterdir()} == names
-    for row in ("before", "after (edited.ckpt)", "control: activations only", "control: SVD truncation",
-                "control: random basis"):  # fmt: skip
+    for row in (
+        "before",
+        "after (edited.ckpt)",
+        "control: activations only",
+        "control: SVD truncation",
+        "control: random basis",
+    ):
         assert f"\n{row} " in done.stdout
     page = (out / "continuations.md").read_text()
     assert page.count("\n### ") == len(read_sequences(out / "memorized.jsonl", "validation")[:10]) + 10
@@ -154,10 +181,22 @@ def test_other_commands_read_what_the_text_demo_writes(text_run, tmp_path, capsy
     """The files agree with the report: the folder is the original, edited.ckpt the edited model."""
     out, _ = text_run
     report = json.loads((out / "report.json").read_text())
-    main([
-        "evaluate", "--model", str(out / "model"), "--checkpoint", str(out / "edited.ckpt"), "--reference",
-        "--sequences", str(out / "memorized.jsonl"), "--half", "validation", "--out", str(tmp_path / "r.json"),
-    ])  # fmt: skip
+    main(
+        [
+            "evaluate",
+            "--model",
+            str(out / "model"),
+            "--checkpoint",
+            str(out / "edited.ckpt"),
+            "--reference",
+            "--sequences",
+            str(out / "memorized.jsonl"),
+            "--half",
+            "validation",
+            "--out",
+            str(tmp_path / "r.json"),
+        ]
+    )
     results = json.loads((tmp_path / "r.json").read_text())
     for when in ("before", "after"):
         for metric in ("strict", "loose", "edit_distance", "min_k"):
@@ -180,14 +219,20 @@ def test_the_analyses_of_both_demos(run, text_run):
     assert len(images.bands) == 4
     assert len(texts.bands) == 4 * 6
     (found,) = images.detection.values()
-    assert set(found.auroc) == {*(f"{kind}, {fc2}" for kind in ("flat share", "random basis", "activation norm")),
-                                "loss", "negative margin"}  # fmt: skip
+    assert set(found.auroc) == {
+        *(f"{kind}, {fc2}" for kind in ("flat share", "random basis", "activation norm")),
+        "loss",
+        "negative margin",
+    }
     assert list(texts.detection) == ["never-memorized text of the same domain", "ordinary text"]
     layers = [f"model.layers.{block}.mlp.{projection}_proj" for block in (0, 1) for projection in ("gate", "down")]
     for found in texts.detection.values():
         kinds = ("flat share", "random basis", "activation norm")
         assert set(found.auroc) == {f"{kind}, {layer}" for kind in kinds for layer in layers} | {
-            "likelihood", "margin", "min-k"}  # fmt: skip
+            "likelihood",
+            "margin",
+            "min-k",
+        }
     for analyses in (images, texts):
         assert [use.flat for use in analyses.directions] == [False, True]
     assert all(index in texts.windows for use in texts.directions for top in use.top for index in top)
@@ -223,8 +268,16 @@ def test_memorized_is_what_is_recited(text_run, caplog):
 
 def test_detection_on_what_the_text_demo_writes(text_run, tmp_path, capsys):
     out, _ = text_run
-    common = ["detect", "--model", str(out / "model"), "--factors", str(out / "factors.safetensors"),
-              "--out", str(tmp_path / "ranked.csv"), "--overwrite"]  # fmt: skip
+    common = [
+        "detect",
+        "--model",
+        str(out / "model"),
+        "--factors",
+        str(out / "factors.safetensors"),
+        "--out",
+        str(tmp_path / "ranked.csv"),
+        "--overwrite",
+    ]
     main([*common, "--sequences", str(out / "memorized.jsonl")])
     assert "12 examples written to" in capsys.readouterr().out
     with (tmp_path / "ranked.csv").open(newline="") as file:
@@ -249,8 +302,20 @@ def test_detection_on_what_the_text_demo_writes(text_run, tmp_path, capsys):
         for name in ("margin", "min-k"):
             assert float(row[name]) == pytest.approx(float(expected[name][index]), rel=1e-4)
         assert row["text"] == load_tokenizer(out / "model").decode(sequences[index].ids)
-    main([*common, "--corpus", str(out / "clean.jsonl"), "--tokens", "640", "--context", "32", "--json",
-          "--layer", "model.model.layers.0.mlp.up_proj"])  # fmt: skip
+    main(
+        [
+            *common,
+            "--corpus",
+            str(out / "clean.jsonl"),
+            "--tokens",
+            "640",
+            "--context",
+            "32",
+            "--json",
+            "--layer",
+            "model.model.layers.0.mlp.up_proj",
+        ]
+    )
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 20
     with pytest.raises(SystemExit, match="either --sequences or --corpus"):
         main(common)

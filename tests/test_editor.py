@@ -31,8 +31,9 @@ def model(dtype=torch.float32):
 
 
 def all_factors():
-    return KroneckerFactors({"fc": layer(5, 6), "conv": layer(4, 18), "t": layer(5, 7, transposed=True),
-                             "sq": layer(4, 4, transposed=True)})  # fmt: skip
+    return KroneckerFactors(
+        {"fc": layer(5, 6), "conv": layer(4, 18), "t": layer(5, 7, transposed=True), "sq": layer(4, 4, transposed=True)}
+    )
 
 
 def same_bits(one, two):

@@ -66,8 +66,16 @@ def saved(folder):
 # Whatever the callback meets -----------------------------------------------------------------------------------------
 
 
-HOOKS = ["on_train_batch_start", "on_before_backward", "on_train_batch_end", "on_train_epoch_end", "on_train_end",
-         "on_validation_start", "on_validation_epoch_end", "on_fit_end"]  # fmt: skip
+HOOKS = [
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_train_batch_end",
+    "on_train_epoch_end",
+    "on_train_end",
+    "on_validation_start",
+    "on_validation_epoch_end",
+    "on_fit_end",
+]
 PARTS = {
     "on_train_batch_start": "lightning_curvature.collect.windows.WindowedFactors.is_due",
     "on_before_backward": "lightning_curvature.recording.step.Step.before_backward",
@@ -687,8 +695,16 @@ def test_the_last_window_is_one_of_the_end(case, tmp_path):
         def on_train_batch_end(self, trainer, *args):
             seen.append(trainer.global_step)
 
-    fit(tmp_path, kind(), callback, *given.get("callbacks", []), Count(), data=given.get("data", loader(16 * 80)),
-        enable_checkpointing=False, **options)  # fmt: skip
+    fit(
+        tmp_path,
+        kind(),
+        callback,
+        *given.get("callbacks", []),
+        Count(),
+        data=given.get("data", loader(16 * 80)),
+        enable_checkpointing=False,
+        **options,
+    )
     collected = callback.factors.provenance["step"]
     last = max(index for index, step in enumerate(seen) if step <= collected)
     assert len(seen) - 1 - last <= 6, (collected, seen[-1], len(seen))

@@ -27,7 +27,11 @@ def test_round_trip(tmp_path):
         assert torch.equal(one.A, two.A)
         assert torch.equal(one.G, two.G)
         assert (one.num_inputs, one.num_gradients, one.num_seen, one.transposed) == (
-            two.num_inputs, two.num_gradients, two.num_seen, two.transposed)  # fmt: skip
+            two.num_inputs,
+            two.num_gradients,
+            two.num_seen,
+            two.transposed,
+        )
     with safe_open(tmp_path / "new" / "f.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"a.b.A", "a.b.G", "c.A", "c.G"}
 

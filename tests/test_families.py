@@ -172,9 +172,9 @@ def test_exact_is_the_mean_of_many_draws():
     name = "model.layers.1.mlp.down_proj"
     exact = collect(net, [rows], step_of(net), layers=name, fisher="exact")[name].G
     for kind in ("sketched", "sampled"):
-        draws = torch.stack([
-            collect(net, [rows], step_of(net), layers=name, fisher=kind, seed=seed)[name].G for seed in range(200)
-        ])  # fmt: skip
+        draws = torch.stack(
+            [collect(net, [rows], step_of(net), layers=name, fisher=kind, seed=seed)[name].G for seed in range(200)]
+        )
         error = draws.mean(0) - exact
         standard_error = draws.std(0) / len(draws) ** 0.5
         assert float(error.norm()) < 2 * float(standard_error.norm()), kind

@@ -168,8 +168,12 @@ def test_factors_that_rest_on_enough_positions_say_nothing(name, monkeypatch):
 
 def two_layers(**options):
     """Layers of which the first one's factors rest on too few positions."""
-    extra = {"margins": torch.ones(4, 8), "eigenvalues": torch.arange(1.0, 33.0).view(4, 8), "A_coupled": moment(20, 8),
-             "G_coupled": moment(20, 4)} | options  # fmt: skip
+    extra = {
+        "margins": torch.ones(4, 8),
+        "eigenvalues": torch.arange(1.0, 33.0).view(4, 8),
+        "A_coupled": moment(20, 8),
+        "G_coupled": moment(20, 4),
+    } | options
     layers = [few(*FEW["rank of A"][0]), few(moment(20, 8), 20, moment(20, 4), 20)]
     return KroneckerFactors({str(i): dataclasses.replace(layer, **extra) for i, layer in enumerate(layers)})
 
@@ -181,11 +185,14 @@ def linears():
 
 SCORES = ("kfac", "ekfac", "coupled", "saliency", "activations")
 CURVATURE_EDITORS = {
-    **{f"{score}, soft={soft}": functools.partial(CurvatureEditor, 0.7, score=score, soft=soft)
-       for score in SCORES for soft in (False, True)},
+    **{
+        f"{score}, soft={soft}": functools.partial(CurvatureEditor, 0.7, score=score, soft=soft)
+        for score in SCORES
+        for soft in (False, True)
+    },
     "bulk": functools.partial(BulkStepEditor, 0.3),
     "bulk and edit": functools.partial(BulkStepEditor, 0.3, 0.7),
-}  # fmt: skip
+}
 
 
 def edited(way, editor, net, found):

@@ -182,8 +182,10 @@ def test_a_file_of_another_writer_comes_back_byte_for_byte(saved, tmp_path):
     EDITOR.edit_checkpoint(path, factors(saved), tmp_path / "b.safetensors", delta=tmp_path / "d.safetensors")
     apply_delta(tmp_path / "b.safetensors", tmp_path / "d.safetensors", tmp_path / "c.safetensors", revert=True)
     assert (tmp_path / "c.safetensors").read_bytes() == path.read_bytes()
-    assert not torch.equal(weights(tmp_path / "b.safetensors")["model.layers.0.mlp.up_proj.weight"],
-                           weights(path)["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
+    assert not torch.equal(
+        weights(tmp_path / "b.safetensors")["model.layers.0.mlp.up_proj.weight"],
+        weights(path)["model.layers.0.mlp.up_proj.weight"],
+    )
 
 
 def test_a_damaged_delta_is_refused(saved, tmp_path):
@@ -246,8 +248,9 @@ def test_edits_are_taken_back_in_their_order(saved, tmp_path):
     first = CurvatureEditor(0.8, ["*.0.mlp.up_proj"])
     first.edit_checkpoint(saved / "model.pt", factors(saved), one.with_suffix(".pt"), delta=one)
     with pytest.warns(UserWarning, match="edited already"):
-        CurvatureEditor(0.8, ["*.1.mlp.up_proj"]).edit_checkpoint(one.with_suffix(".pt"), factors(saved),
-                                                                  two.with_suffix(".pt"), delta=two)  # fmt: skip
+        CurvatureEditor(0.8, ["*.1.mlp.up_proj"]).edit_checkpoint(
+            one.with_suffix(".pt"), factors(saved), two.with_suffix(".pt"), delta=two
+        )
     before = formats.open_checkpoint(two.with_suffix(".pt")).provenance["before"]
     assert list(before["layers"]) == ["model.layers.0.mlp.up_proj"]
     with pytest.raises(ValueError, match="Take back the later edit first"):
@@ -298,9 +301,12 @@ def test_only_a_model_or_nothing_is_replaced_as_a_folder(saved, tmp_path, what, 
             EDITOR.edit_checkpoint(saved / "folder", factors(saved), out, overwrite=True)
         else:
             apply_delta(
-                tmp_path / "edited" if what == "revert" else saved / "folder", delta, out, revert=what == "revert",
+                tmp_path / "edited" if what == "revert" else saved / "folder",
+                delta,
+                out,
+                revert=what == "revert",
                 overwrite=True,
-            )  # fmt: skip
+            )
 
     for name in held:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -496,9 +502,13 @@ def test_what_is_no_checkpoint(saved, tmp_path):
     (tmp_path / "b.pt").write_bytes(b"")
     torch.save([1, 2], tmp_path / "c.pt")
     (tmp_path / "empty").mkdir()
-    for name, message in [("a.safetensors", "not a complete safetensors file"), ("a.pt", "not a file of torch.save"),
-                          ("b.pt", "not a file of torch.save"), ("c.pt", "expected a state dict"),
-                          ("empty", "holds neither model.safetensors")]:  # fmt: skip
+    for name, message in [
+        ("a.safetensors", "not a complete safetensors file"),
+        ("a.pt", "not a file of torch.save"),
+        ("b.pt", "not a file of torch.save"),
+        ("c.pt", "expected a state dict"),
+        ("empty", "holds neither model.safetensors"),
+    ]:
         with pytest.raises(ValueError, match=message):
             EDITOR.edit_checkpoint(tmp_path / name, factors(saved), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
@@ -555,8 +565,9 @@ def test_names_match_by_rule():
     with pytest.raises(ValueError, match=r"may be any of 'student.layers.0.fc.weight', 'teacher.layers.0.fc.weight'"):
         names.match_layers(layers, both)
     assert list(names.match_layers(layers, [*both, *(f"{layer}.weight" for layer in layers)]).values()) == [
-        "layers.0.fc.weight", "layers.1.fc.weight",
-    ]  # fmt: skip
+        "layers.0.fc.weight",
+        "layers.1.fc.weight",
+    ]
     with pytest.raises(ValueError, match=r"1 of 2 layers .*\n  'layers.1.fc'. Did you mean .*'layers.1.fd.weight'"):
         names.match_layers(layers, ["layers.0.fc.weight", "layers.1.fd.weight"])
     with pytest.raises(ValueError, match="2 of 2 layers of the factors have no weight"):

@@ -88,8 +88,10 @@ def test_other_weights_are_refused_before_anything_is_worked_out(folder, change,
     other, out = changed(folder, change), folder / "o.safetensors"
     edit = CurvatureEditor.edit_weight
     monkeypatch.setattr(CurvatureEditor, "edit_weight", None)
-    for refused in (lambda: EDITOR.edit_checkpoint(other, opened(folder), out, delta=folder / "d.safetensors"),
-                    lambda: files.plan_edit(EDITOR, other, opened(folder))):  # fmt: skip
+    for refused in (
+        lambda: EDITOR.edit_checkpoint(other, opened(folder), out, delta=folder / "d.safetensors"),
+        lambda: files.plan_edit(EDITOR, other, opened(folder)),
+    ):
         with pytest.raises(ValueError, match=message) as error:
             refused()
         assert "fine-tune of the model that they were collected on" in str(error.value)
@@ -172,8 +174,15 @@ def test_factors_that_move_with_training_ask_for_nothing(tmp_path):
 
 def test_the_command_line_forces(folder, capsys):
     other = changed(folder, scale("2.weight", 1.25))
-    command = ["edit", "--checkpoint", str(other), "--factors", str(folder / "f.safetensors"), "--out",
-               str(folder / "o.safetensors")]  # fmt: skip
+    command = [
+        "edit",
+        "--checkpoint",
+        str(other),
+        "--factors",
+        str(folder / "f.safetensors"),
+        "--out",
+        str(folder / "o.safetensors"),
+    ]
     with pytest.raises(SystemExit, match=r"1 of 2 layers of .* add --force"):
         main(command)
     with pytest.raises(SystemExit, match=r"1 of 2 layers of .* add --force"):
@@ -207,8 +216,21 @@ def test_other_weights_are_refused_before_a_model_is_run(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("w1 w2")
     monkeypatch.setattr("lightning_curvature.text.choosing.Chooser.__init__", None)
     with pytest.raises(SystemExit, match="6 of 6 layers"):
-        main(["edit", "--checkpoint", str(tmp_path / "two"), "--factors", str(tmp_path / "f.safetensors"), "--out",
-              str(tmp_path / "o"), "--perplexity", "1.1", "--corpus", str(tmp_path / "t.txt")])  # fmt: skip
+        main(
+            [
+                "edit",
+                "--checkpoint",
+                str(tmp_path / "two"),
+                "--factors",
+                str(tmp_path / "f.safetensors"),
+                "--out",
+                str(tmp_path / "o"),
+                "--perplexity",
+                "1.1",
+                "--corpus",
+                str(tmp_path / "t.txt"),
+            ]
+        )
 
 
 def test_what_has_no_fingerprint():

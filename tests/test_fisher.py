@@ -29,8 +29,15 @@ class Tokens(nn.Module):
 
 
 def small_cnn():
-    return nn.Sequential(nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 2, dilation=2),
-                         nn.Flatten(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, 2, dilation=2),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    )
 
 
 CASES = {
@@ -193,14 +200,20 @@ def test_sketch_is_the_better_estimator_on_a_saturated_model():
 
 def test_empirical_agrees_with_curvlinops():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 6, bias=False), nn.Tanh(),
-                          nn.Linear(6, 3, bias=False)).double()  # fmt: skip
+    model = nn.Sequential(
+        nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False)
+    ).double()
     x, y = torch.randn(16, 5, dtype=torch.float64), torch.randint(3, (16,))
     ours = {layer: run(model, x, y, layer, fisher="empirical") for layer in ("0", "2", "4")}
     theirs = curvlinops.KFACLinearOperator(
-        model, nn.CrossEntropyLoss(reduction="sum"), list(model.parameters()), [(x, y)],
-        fisher_type="empirical", kfac_approx="expand", check_deterministic=False,
-    )  # fmt: skip
+        model,
+        nn.CrossEntropyLoss(reduction="sum"),
+        list(model.parameters()),
+        [(x, y)],
+        fisher_type="empirical",
+        kfac_approx="expand",
+        check_deterministic=False,
+    )
     dense = theirs @ torch.eye(theirs.shape[1], dtype=torch.float64)
     start = 0
     for name, layer in ours.items():

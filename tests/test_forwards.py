@@ -126,24 +126,46 @@ class TailPadded(nn.Conv2d):
 
 
 OTHER = [
-    lambda: Normed(24, 16), lambda: Scaled(24, 16), lambda: EqualizedRate(24, 16), lambda: Activated(24, 16),
-    lambda: Dropping(24, 16), lambda: Masked(24, 16), lambda: LowRank(24, 16), lambda: Quantized(24, 16),
-    lambda: Doubled(24, 16), lambda: BiasTwice(24, 16), lambda: Flipped(24, 16),
-]  # fmt: skip
+    lambda: Normed(24, 16),
+    lambda: Scaled(24, 16),
+    lambda: EqualizedRate(24, 16),
+    lambda: Activated(24, 16),
+    lambda: Dropping(24, 16),
+    lambda: Masked(24, 16),
+    lambda: LowRank(24, 16),
+    lambda: Quantized(24, 16),
+    lambda: Doubled(24, 16),
+    lambda: BiasTwice(24, 16),
+    lambda: Flipped(24, 16),
+]
 OTHER_CONVOLUTIONS = [
-    lambda: Standardized(3, 5, 3), lambda: ConvNormed(3, 5, 3, padding=1), lambda: Reflected(3, 5, 3, padding=1),
-    lambda: Shifted(3, 5, 3, padding=1), lambda: TailPadded(3, 5, 3, padding=1), lambda: Conv2dSame(3, 5, 3, stride=2),
-]  # fmt: skip
+    lambda: Standardized(3, 5, 3),
+    lambda: ConvNormed(3, 5, 3, padding=1),
+    lambda: Reflected(3, 5, 3, padding=1),
+    lambda: Shifted(3, 5, 3, padding=1),
+    lambda: TailPadded(3, 5, 3, padding=1),
+    lambda: Conv2dSame(3, 5, 3, stride=2),
+]
 RIGHT = [
-    lambda: nn.Linear(24, 16), lambda: nn.Linear(24, 16, bias=False), lambda: Conv1D(16, 24), lambda: Wordy(24, 16),
-    lambda: FalconLinear(24, 16), lambda: InFloat32(24, 16), lambda: nn.Linear(24, 1000),
-]  # fmt: skip
+    lambda: nn.Linear(24, 16),
+    lambda: nn.Linear(24, 16, bias=False),
+    lambda: Conv1D(16, 24),
+    lambda: Wordy(24, 16),
+    lambda: FalconLinear(24, 16),
+    lambda: InFloat32(24, 16),
+    lambda: nn.Linear(24, 1000),
+]
 RIGHT_CONVOLUTIONS = [
-    lambda: nn.Conv2d(3, 5, 3), lambda: nn.Conv2d(3, 5, (2, 3), stride=(2, 1), padding=(1, 0), bias=False),
-    lambda: nn.Conv2d(3, 5, 3, padding="same", dilation=2), lambda: nn.Conv2d(3, 5, 3, padding=1, stride=2),
-    lambda: nn.Conv2d(3, 5, 2, padding=2, padding_mode="reflect"), lambda: nn.Conv2d(3, 5, 9, padding=4),
-    lambda: nn.Conv2d(3, 5, 1, stride=3), lambda: Conv2dSame(3, 5, 1), lambda: nn.Conv2d(3, 5, 3, padding="valid"),
-]  # fmt: skip
+    lambda: nn.Conv2d(3, 5, 3),
+    lambda: nn.Conv2d(3, 5, (2, 3), stride=(2, 1), padding=(1, 0), bias=False),
+    lambda: nn.Conv2d(3, 5, 3, padding="same", dilation=2),
+    lambda: nn.Conv2d(3, 5, 3, padding=1, stride=2),
+    lambda: nn.Conv2d(3, 5, 2, padding=2, padding_mode="reflect"),
+    lambda: nn.Conv2d(3, 5, 9, padding=4),
+    lambda: nn.Conv2d(3, 5, 1, stride=3),
+    lambda: Conv2dSame(3, 5, 1),
+    lambda: nn.Conv2d(3, 5, 3, padding="valid"),
+]
 
 
 def linear_input(dtype=torch.float32):

@@ -35,16 +35,82 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch and transformers warn
 HUGE, DEEP = "@huge@", "@deep@"  # replaced in the text: what json.dumps does not write
 MARKS = {HUGE: "9" * 5000, DEEP: "[" * 20_000 + "]" * 20_000}
 VALUES = (
-    None, True, False, 0, -1, 1, 3, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, -2.5, 1e300, math.nan, math.inf,
-    "", "x", "1", "fc.A", "I32", "\ud800", "\0", "../x", "/", ".", "tensor:", "tensor:x", "n" * 300, "{}", "{", "null",
-    [], {}, [1], [-1, 2], [None], ["x"], {"a": 1}, {"": {}}, HUGE, DEEP,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    2**31,
+    2**63,
+    2**64,
+    -(2**70),
+    10**400,
+    0.5,
+    -2.5,
+    1e300,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "1",
+    "fc.A",
+    "I32",
+    "\ud800",
+    "\0",
+    "../x",
+    "/",
+    ".",
+    "tensor:",
+    "tensor:x",
+    "n" * 300,
+    "{}",
+    "{",
+    "null",
+    [],
+    {},
+    [1],
+    [-1, 2],
+    [None],
+    ["x"],
+    {"a": 1},
+    {"": {}},
+    HUGE,
+    DEEP,
+)
 KINDS = (
-    "BOOL", "U8", "I8", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "I16", "F16", "BF16", "I32", "F32", "U64", "F64", "C64",
-)  # fmt: skip
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E4M3",
+    "F8_E8M0",
+    "F4",
+    "F6_E2M3",
+    "I16",
+    "F16",
+    "BF16",
+    "I32",
+    "F32",
+    "U64",
+    "F64",
+    "C64",
+)
 BYTES = (
-    b"", b"\0", b"\xff", b"\x80", b"{", b"}", b'"', b",", b"\n", b"\r", b"\0\0\0\0\0\0\0\x7f", b"\xff" * 8, b"9" * 30,
-)  # fmt: skip
+    b"",
+    b"\0",
+    b"\xff",
+    b"\x80",
+    b"{",
+    b"}",
+    b'"',
+    b",",
+    b"\n",
+    b"\r",
+    b"\0\0\0\0\0\0\0\x7f",
+    b"\xff" * 8,
+    b"9" * 30,
+)
 
 
 def damaged_bytes(rng, data):
@@ -166,11 +232,24 @@ def damaged_header(rng, data):
 
 
 TENSORS = (
-    torch.ones(2), torch.ones(()), torch.ones(0, 0), torch.eye(3).int(), torch.eye(3).to_sparse(),
-    torch.eye(3, device="meta"), torch.eye(3) * math.nan, torch.ones(1).expand(2**24, 2**24), torch.eye(3).cfloat(),
-    torch.eye(3).cfloat().conj(), b"x", (1,), {1, 2},
-    {1: torch.ones(1)}, {("a",): 1}, complex(1), torch.float32,
-)  # fmt: skip
+    torch.ones(2),
+    torch.ones(()),
+    torch.ones(0, 0),
+    torch.eye(3).int(),
+    torch.eye(3).to_sparse(),
+    torch.eye(3, device="meta"),
+    torch.eye(3) * math.nan,
+    torch.ones(1).expand(2**24, 2**24),
+    torch.eye(3).cfloat(),
+    torch.eye(3).cfloat().conj(),
+    b"x",
+    (1,),
+    {1, 2},
+    {1: torch.ones(1)},
+    {("a",): 1},
+    complex(1),
+    torch.float32,
+)
 
 
 def damaged_archive(rng, data):

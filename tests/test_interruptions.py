@@ -131,8 +131,12 @@ loader.trainer.fit(models.Classifier(), loader)
 
 @pytest.mark.parametrize("hook", ["on_after_backward", "on_train_batch_end"])
 def test_a_killed_run_goes_on_from_its_latest_checkpoint(hook, tmp_path):
-    process = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), hook], cwd=Path(__file__).parents[1],
-                             capture_output=True, check=False)  # fmt: skip
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), hook],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        check=False,
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert not list(tmp_path.glob("*.tmp*"))
     resumed = fit(tmp_path, ckpt_path=tmp_path / "step=8.ckpt")

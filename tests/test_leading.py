@@ -105,9 +105,17 @@ def run(capsys, *args):
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [("$A", ()), ("<s> $A", (BOS,)), ("<s> $A <end>", (BOS,)), ("$A <end>", ()), ("<s> <i> $A", (BOS, INNER)),
-     ("<end> $A", (0,)), ("<end> $A <end>", (0,)), ("<s> <s> $A <s>", (BOS, BOS))],
-)  # fmt: skip
+    [
+        ("$A", ()),
+        ("<s> $A", (BOS,)),
+        ("<s> $A <end>", (BOS,)),
+        ("$A <end>", ()),
+        ("<s> <i> $A", (BOS, INNER)),
+        ("<end> $A", (0,)),
+        ("<end> $A <end>", (0,)),
+        ("<s> <s> $A <s>", (BOS, BOS)),
+    ],
+)
 def test_it_is_asked_of_the_tokenizer(template, expected):
     assert leading_tokens(language.fronted_tokenizer(template)) == expected
 
@@ -127,9 +135,11 @@ def test_a_bos_token_that_is_not_put_in_front_is_not_one():
 
 @pytest.mark.parametrize(
     "around",
-    [lambda ids: [BOS, *ids] if len(ids) > 1 else ids,  # depends on the text
-     lambda ids: [BOS, *ids[::-1]]],  # changes it
-)  # fmt: skip
+    [
+        lambda ids: [BOS, *ids] if len(ids) > 1 else ids,  # depends on the text
+        lambda ids: [BOS, *ids[::-1]],
+    ],  # changes it
+)
 def test_what_differs_from_text_to_text_is_refused(around):
     plain = language.fronted_tokenizer("$A")
 
@@ -174,8 +184,18 @@ def test_windows(saved):
 @pytest.mark.parametrize("file", ["plain", "marked", "by_hand"])
 def test_evaluate(saved, capsys, tmp_path, file):
     net, front = saved.net, saved.front
-    found = run(capsys, "evaluate", "--model", saved.model, "--sequences", saved.path / f"{file}.jsonl", "--corpus",
-                saved.path / "long.txt", "--context", "10")["model"]  # fmt: skip
+    found = run(
+        capsys,
+        "evaluate",
+        "--model",
+        saved.model,
+        "--sequences",
+        saved.path / f"{file}.jsonl",
+        "--corpus",
+        saved.path / "long.txt",
+        "--context",
+        "10",
+    )["model"]
     assert found["perplexity"] == pytest.approx(perplexity(saved, net, cut(saved, 10)), rel=1e-5)
     recited = [greedy(net, [*front, *row[:PREFIX]], SUFFIX) == row[PREFIX:] for row in saved.rows.tolist()]
     assert 0.4 < sum(recited) / 12 < 0.6
@@ -186,9 +206,24 @@ def test_evaluate_an_edit_with_prompts_that_move(saved, capsys, tmp_path):
     """The tokens in front stay in front; the ranking of next tokens compares scored positions alone."""
     other = language.model(saved.family, seed=5)
     torch.save({"state_dict": other.state_dict()}, tmp_path / "other.ckpt")
-    found = run(capsys, "evaluate", "--model", saved.model, "--checkpoint", tmp_path / "other.ckpt", "--reference",
-                "--sequences", saved.path / "by_hand.jsonl", "--corpus", saved.path / "long.txt", "--context", "10",
-                "--stress", "--examples", tmp_path / "x.md")  # fmt: skip
+    found = run(
+        capsys,
+        "evaluate",
+        "--model",
+        saved.model,
+        "--checkpoint",
+        tmp_path / "other.ckpt",
+        "--reference",
+        "--sequences",
+        saved.path / "by_hand.jsonl",
+        "--corpus",
+        saved.path / "long.txt",
+        "--context",
+        "10",
+        "--stress",
+        "--examples",
+        tmp_path / "x.md",
+    )
     windows = cut(saved, 10)
     assert found["after"]["perplexity"] == pytest.approx(perplexity(saved, other, windows), rel=1e-5)
     filler = windows[0, len(saved.front) :].tolist()
@@ -211,8 +246,16 @@ def test_collect(saved, tmp_path):
     """Against one backward pass for each window; positions in front count, since the text's loss reaches them."""
     net = load_model(saved.model).double()
     windows, first = cut(saved, 9), max(len(saved.front), 1)
-    found = collecting.collect_text(net, saved.tokenizer, saved.path / "long.txt", tmp_path / "f.safetensors",
-                                    context=9, layers="mlp", fisher="empirical", batch_size=5)  # fmt: skip
+    found = collecting.collect_text(
+        net,
+        saved.tokenizer,
+        saved.path / "long.txt",
+        tmp_path / "f.safetensors",
+        context=9,
+        layers="mlp",
+        fisher="empirical",
+        batch_size=5,
+    )
 
     def vectors(logits, index):
         p = logits.detach().softmax(-1)
@@ -248,16 +291,28 @@ def test_progress_without_them_is_not_gone_on_with(saved, tmp_path):
 
 
 def test_the_price_of_an_edit_and_a_sweep(saved, capsys, tmp_path):
-    factors = collecting.collect_text(saved.net, saved.tokenizer, saved.path / "long.txt", tmp_path / "f.safetensors",
-                                      context=9, layers="mlp")  # fmt: skip
+    factors = collecting.collect_text(
+        saved.net, saved.tokenizer, saved.path / "long.txt", tmp_path / "f.safetensors", context=9, layers="mlp"
+    )
     common = ("--factors", tmp_path / "f.safetensors", "--corpus", saved.path / "long.txt", "--context", "10")
     done = run(capsys, "edit", "--checkpoint", saved.model, "--perplexity", "1.5", "--out", tmp_path / "e", *common)
     edited, windows = load_model(tmp_path / "e"), cut(saved, 10)
     for key, part in (("perplexity", windows[::2]), ("held_out", windows[1::2])):
         ratio = perplexity(saved, edited, part) / perplexity(saved, saved.net, part)
         assert done["target"][key] == pytest.approx(ratio, rel=1e-4)
-    rows = run(capsys, "sweep", "--model", saved.model, "--sequences", saved.path / "plain.jsonl", "--out",
-               tmp_path / "s", "--energies", "0.9", *common)["rows"]  # fmt: skip
+    rows = run(
+        capsys,
+        "sweep",
+        "--model",
+        saved.model,
+        "--sequences",
+        saved.path / "plain.jsonl",
+        "--out",
+        tmp_path / "s",
+        "--energies",
+        "0.9",
+        *common,
+    )["rows"]
     assert rows[0]["perplexity"] == pytest.approx(perplexity(saved, saved.net, windows), rel=1e-5)
     half = [s for s in read_sequences(saved.path / "plain.jsonl") if s.half == "tuning"]
     for row, energy in zip(rows, (1.0, 0.9), strict=True):
@@ -268,25 +323,52 @@ def test_the_price_of_an_edit_and_a_sweep(saved, capsys, tmp_path):
 
 def test_a_step_against_a_list(saved, capsys, tmp_path):
     """Margins of suffixes behind the tokens in front: a file with the mark, and one without, give the same edit."""
-    collecting.collect_text(saved.net, saved.tokenizer, saved.path / "long.txt", tmp_path / "f.safetensors",
-                            context=9, layers="mlp")  # fmt: skip
+    collecting.collect_text(
+        saved.net, saved.tokenizer, saved.path / "long.txt", tmp_path / "f.safetensors", context=9, layers="mlp"
+    )
     for file in ("plain", "marked"):
-        run(capsys, "edit", "--checkpoint", saved.model, "--factors", tmp_path / "f.safetensors", "--forget",
-            saved.path / f"{file}.jsonl", "--strength", "0.3", "--out", tmp_path / file)  # fmt: skip
+        run(
+            capsys,
+            "edit",
+            "--checkpoint",
+            saved.model,
+            "--factors",
+            tmp_path / "f.safetensors",
+            "--forget",
+            saved.path / f"{file}.jsonl",
+            "--strength",
+            "0.3",
+            "--out",
+            tmp_path / file,
+        )
     one, two = (load_model(tmp_path / file).state_dict() for file in ("plain", "marked"))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.parametrize("what", ["corpus", "sequences"])
 def test_detect(saved, capsys, tmp_path, what):
-    factors = collecting.collect_text(saved.net, saved.tokenizer, saved.path / "long.txt", tmp_path / "f.safetensors",
-                                      context=9)  # fmt: skip
+    factors = collecting.collect_text(
+        saved.net, saved.tokenizer, saved.path / "long.txt", tmp_path / "f.safetensors", context=9
+    )
     ((name, layer),) = factors.items()
     length = 10 if what == "corpus" else len(saved.front) + PREFIX + SUFFIX
-    source = ("--corpus", saved.path / "long.txt", "--context", 10) if what == "corpus" else (
-        "--sequences", saved.path / "plain.jsonl")  # fmt: skip
-    main(["detect", "--model", str(saved.model), "--factors", str(tmp_path / "f.safetensors"),
-          "--out", str(tmp_path / "r.csv"), *map(str, source)])  # fmt: skip
+    source = (
+        ("--corpus", saved.path / "long.txt", "--context", 10)
+        if what == "corpus"
+        else ("--sequences", saved.path / "plain.jsonl")
+    )
+    main(
+        [
+            "detect",
+            "--model",
+            str(saved.model),
+            "--factors",
+            str(tmp_path / "f.safetensors"),
+            "--out",
+            str(tmp_path / "r.csv"),
+            *map(str, source),
+        ]
+    )
     capsys.readouterr()
     windows = cut(saved, length)
     logits, target = scored(saved, saved.net, windows)
@@ -349,11 +431,24 @@ def test_answers(saved):
 
 
 def test_mine(saved, capsys, tmp_path):
-    run(capsys, "mine", "--model", saved.model, "--corpus", saved.path / "corpus.jsonl", "--prefix", PREFIX, "--suffix",
-        SUFFIX, "--out", tmp_path / "m.jsonl")  # fmt: skip
+    run(
+        capsys,
+        "mine",
+        "--model",
+        saved.model,
+        "--corpus",
+        saved.path / "corpus.jsonl",
+        "--prefix",
+        PREFIX,
+        "--suffix",
+        SUFFIX,
+        "--out",
+        tmp_path / "m.jsonl",
+    )
     records = [record for _, record in read_jsonl(tmp_path / "m.jsonl")]
-    expected = [row for row in saved.rows.tolist()
-                if greedy(saved.net, [*saved.front, *row[:PREFIX]], SUFFIX) == row[PREFIX:]]  # fmt: skip
+    expected = [
+        row for row in saved.rows.tolist() if greedy(saved.net, [*saved.front, *row[:PREFIX]], SUFFIX) == row[PREFIX:]
+    ]
     assert len(expected) >= 5
     assert sorted(record["suffix_ids"] for record in records) == sorted(row[PREFIX:] for row in expected)
     for record in records:
@@ -363,7 +458,8 @@ def test_mine(saved, capsys, tmp_path):
         assert record["half"] == PromptedSequence(tuple(own), tuple(record["suffix_ids"])).half
         assert record.get("num_leading") == (len(saved.front) or None)  # other files look as they always did
     assert {s.ids[len(saved.front) :] for s in read_sequences(tmp_path / "m.jsonl", None, saved.front)} == {
-        tuple(row) for row in expected}  # fmt: skip
+        tuple(row) for row in expected
+    }
 
 
 def test_near_duplicates_are_told_by_their_text():

@@ -38,8 +38,18 @@ def test_digits_from_yaml_alone(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*wandb.*")
 def test_the_training_images_are_ranked_from_what_a_fit_leaves(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", "digits.yaml", "--trainer.check_val_every_n_epoch", "1", *QUIET,
-          "--trainer.max_epochs", "1"])  # fmt: skip
+    main(
+        [
+            "fit",
+            "--config",
+            "digits.yaml",
+            "--trainer.check_val_every_n_epoch",
+            "1",
+            *QUIET,
+            "--trainer.max_epochs",
+            "1",
+        ]
+    )
     (config,) = tmp_path.rglob("config.yaml")
     (checkpoint,) = (path for path in tmp_path.rglob("*.ckpt") if "edited" not in path.name)
     rank = ["detect", "--factors", "factors.safetensors", "--out", "ranked.csv"]
@@ -118,8 +128,10 @@ def test_print_config_shows_every_argument_with_its_help():
     assert {"layers", "energy", "window", "probes", "loop", "save_factors"} <= set(callback)
     help_text = subprocess.run(
         [*command[:4], "--trainer.callbacks.help", "lightning_curvature.KFACEditCallback"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "Share of the curvature mass that the edit keeps" in " ".join(help_text.split())
 
 
@@ -129,8 +141,12 @@ def test_a_users_own_script_takes_the_callback_from_the_command_line(tmp_path):
         models.Classifier,
         run=False,
         save_config_callback=None,
-        args=["--trainer.callbacks+=lightning_curvature.KFACEditCallback", "--trainer.callbacks.energy=0.7",
-              "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"],
-    )  # fmt: skip
+        args=[
+            "--trainer.callbacks+=lightning_curvature.KFACEditCallback",
+            "--trainer.callbacks.energy=0.7",
+            "--trainer.logger=false",
+            f"--trainer.default_root_dir={tmp_path}",
+        ],
+    )
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, KFACEditCallback)]
     assert callback.editor.energy == 0.7

@@ -65,8 +65,9 @@ def test_probes():
     model[1].eval()
     x, noised, clean = torch.randn(20, 3), torch.arange(20) % 4, torch.arange(20) // 3 % 4
     with evaluating(model):
-        results = run_probes(model, {"train": [(x[:9], noised[:9], clean[:9]), (x[9:], noised[9:], clean[9:])],
-                                     "val": [(x, clean)]})  # fmt: skip
+        results = run_probes(
+            model, {"train": [(x[:9], noised[:9], clean[:9]), (x[9:], noised[9:], clean[9:])], "val": [(x, clean)]}
+        )
     assert model.training
     assert not model[1].training
     logits = model[0](x)

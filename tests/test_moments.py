@@ -70,8 +70,9 @@ def test_halves_on_tensor_cores(monkeypatch, in_place, together):
     def like_addmm(total, left, right, *, out, out_dtype=None, **options):
         assert out_dtype in (None, out.dtype)
         taken.append(out_dtype)
-        return addmm(total, *((part.to(out_dtype) for part in (left, right)) if out_dtype else (left, right)),
-                     out=out, **options)  # fmt: skip
+        return addmm(
+            total, *((part.to(out_dtype) for part in (left, right)) if out_dtype else (left, right)), out=out, **options
+        )
 
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: full(shape, float("nan"), **options))
     monkeypatch.setattr(torch, "mm", like_mm)

@@ -540,8 +540,11 @@ def test_named_logits_that_do_not_reach_the_loss():
     model, (x, y) = Net().double(), tokens()
     model.other = nn.Linear(5, 4).double()
     with pytest.raises(RuntimeError, match="logits='other': nothing that it returned reaches the training loss"):
-        factors(model, lambda: F.cross_entropy((model(x) + 0 * model.other(x).detach()).flatten(0, 1), y.flatten()),
-                logits="other")  # fmt: skip
+        factors(
+            model,
+            lambda: F.cross_entropy((model(x) + 0 * model.other(x).detach()).flatten(0, 1), y.flatten()),
+            logits="other",
+        )
 
 
 def test_class_dim_needs_named_logits():
@@ -626,9 +629,11 @@ def test_an_empty_batch():
     for kind in ("exact", "sketched", "sampled"):
         x, y = torch.zeros(0, 5).double(), torch.zeros(0, dtype=torch.long)
         found = collect(
-            model, [x, torch.ones(2, 5).double()],
+            model,
+            [x, torch.ones(2, 5).double()],
             lambda x: F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long), reduction="sum"),
-            layers=["fc"], fisher=kind,
-        )["fc"]  # fmt: skip
+            layers=["fc"],
+            fisher=kind,
+        )["fc"]
         assert found.num_inputs == 2
         assert len(y) == 0

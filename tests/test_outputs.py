@@ -53,15 +53,21 @@ SOURCES = {"pt": "model.pt", "ckpt": "model.ckpt", "safetensors": "model.safeten
 @pytest.mark.parametrize(
     ("source", "out", "message"),
     [
-        *((source, out, "a file of torch.save is written; name it NAME.ckpt or NAME.pt")
-          for source in ("pt", "ckpt")
-          for out in ("x.safetensors", "x.SafeTensors", "x.ckpt.safetensors", ".safetensors", "x.json", "x.gguf")),
-        *(("safetensors", out, "a safetensors file is written; name it NAME.safetensors")
-          for out in ("x.pt", "x.ckpt", "x.PT", "x.safetensors.bin", "pytorch_model.bin", "x.pth.tar", "x.json")),
-        *(("folder", out, "a Hugging Face folder is written; name a folder")
-          for out in ("x.safetensors", "x.ckpt", "x.Pt", "model.bin", "x.gguf")),
+        *(
+            (source, out, "a file of torch.save is written; name it NAME.ckpt or NAME.pt")
+            for source in ("pt", "ckpt")
+            for out in ("x.safetensors", "x.SafeTensors", "x.ckpt.safetensors", ".safetensors", "x.json", "x.gguf")
+        ),
+        *(
+            ("safetensors", out, "a safetensors file is written; name it NAME.safetensors")
+            for out in ("x.pt", "x.ckpt", "x.PT", "x.safetensors.bin", "pytorch_model.bin", "x.pth.tar", "x.json")
+        ),
+        *(
+            ("folder", out, "a Hugging Face folder is written; name a folder")
+            for out in ("x.safetensors", "x.ckpt", "x.Pt", "model.bin", "x.gguf")
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_name_of_another_format_is_refused(saved, tmp_path, nothing_computed, source, out, message):
     factors = KroneckerFactors.open(saved / "factors.safetensors")
     with pytest.raises(ValueError, match=f"{out}: the format follows the source, and {message}"):
@@ -71,10 +77,21 @@ def test_a_name_of_another_format_is_refused(saved, tmp_path, nothing_computed, 
 
 @pytest.mark.parametrize(
     ("source", "out"),
-    [("pt", "x.bin"), ("pt", "pytorch_model.PTH"), ("ckpt", "x.pth.tar"), ("pt", "last"), ("ckpt", "x.safetensors.pt"),
-     ("safetensors", "x.SAFETENSORS"), ("safetensors", "x.pt.safetensors"), ("safetensors", "x"),
-     ("safetensors", "v1.5"), ("folder", "x"), ("folder", "llama-3.2"), ("folder", "x.v1")],
-)  # fmt: skip
+    [
+        ("pt", "x.bin"),
+        ("pt", "pytorch_model.PTH"),
+        ("ckpt", "x.pth.tar"),
+        ("pt", "last"),
+        ("ckpt", "x.safetensors.pt"),
+        ("safetensors", "x.SAFETENSORS"),
+        ("safetensors", "x.pt.safetensors"),
+        ("safetensors", "x"),
+        ("safetensors", "v1.5"),
+        ("folder", "x"),
+        ("folder", "llama-3.2"),
+        ("folder", "x.v1"),
+    ],
+)
 def test_what_is_written_can_be_read(saved, tmp_path, source, out, capsys):
     """By ``inspect``, whatever the name."""
     factors = KroneckerFactors.open(saved / "factors.safetensors")
@@ -122,8 +139,10 @@ def test_other_files_have_names_of_their_format(saved, tmp_path, nothing_compute
 def test_files_under_the_name_of_another_format_are_told(saved, tmp_path):
     shutil.copy(saved / "model.pt", tmp_path / "a.safetensors")
     shutil.copy(saved / "model.safetensors", tmp_path / "b.pt")
-    for name, message in (("a.safetensors", "It is one of torch.save: name it NAME.pt"),
-                          ("b.pt", "It is a safetensors file: name it NAME.safetensors")):  # fmt: skip
+    for name, message in (
+        ("a.safetensors", "It is one of torch.save: name it NAME.pt"),
+        ("b.pt", "It is a safetensors file: name it NAME.safetensors"),
+    ):
         with pytest.raises(ValueError, match=message):
             formats.open_checkpoint(tmp_path / name)
     assert ending("a.b/c") == ""
@@ -167,7 +186,7 @@ def command(saved, tmp_path, *more, checkpoint="folder", factors="factors.safete
         (["--bases", "folder/bases"], "--bases .*bases is or lies in .*folder, which is read"),
         (["--bases", "folder", "--dry-run"], "--bases .*folder is or lies in .*folder, which is read"),
     ],
-)  # fmt: skip
+)
 def test_options_that_would_be_ignored_are_errors(saved, tmp_path, nothing_computed, options, message):
     files = {"folder", "folder/bases", "text.txt", "nothing.txt", "model.pt"}
     given = [saved / option if option in files else option for option in options]
@@ -246,8 +265,11 @@ def test_files_of_another_kind_are_told_apart(saved, tmp_path, nothing_computed,
 def test_what_is_no_delta(saved, tmp_path, kind, delta, message):
     with pytest.raises(SystemExit, match=message):
         run(kind, "--checkpoint", saved / "edited.pt", "--delta", saved / delta, "--out", tmp_path / "x.pt")
-    for source, reason in (("none.pt", "no such file or folder"), ("factors.safetensors", "holds K-FAC factors"),
-                           ("delta", "is a delta, not a checkpoint")):  # fmt: skip
+    for source, reason in (
+        ("none.pt", "no such file or folder"),
+        ("factors.safetensors", "holds K-FAC factors"),
+        ("delta", "is a delta, not a checkpoint"),
+    ):
         with pytest.raises(SystemExit, match=reason):
             run(kind, "--checkpoint", saved / source, "--delta", saved / "delta", "--out", tmp_path / "x.pt")
 
@@ -266,8 +288,17 @@ def test_what_is_no_delta(saved, tmp_path, kind, delta, message):
 def test_presets_choose_layers_of_the_factors(saved, tmp_path, capsys, preset, expected):
     run(*command(saved, tmp_path, "--layers", preset, "--json"))
     assert sorted(json.loads(capsys.readouterr().out)["layers"]) == sorted(expected)
-    named = command(saved, tmp_path, "--layers", preset, "--model", saved / "folder", "--json", checkpoint="model.ckpt",
-                    out="o.ckpt")  # fmt: skip
+    named = command(
+        saved,
+        tmp_path,
+        "--layers",
+        preset,
+        "--model",
+        saved / "folder",
+        "--json",
+        checkpoint="model.ckpt",
+        out="o.ckpt",
+    )
     run(*named)
     found = json.loads(capsys.readouterr().out)["layers"]
     assert sorted(edit["tensor"] for edit in found.values()) == sorted(f"net.{name}.weight" for name in expected)
@@ -288,8 +319,9 @@ def test_presets_where_no_model_can_be_built(saved, tmp_path):
     with pytest.raises(ValueError, match=r"--layers mlp: the factors hold none of its layers, 'model.layers.0.mlp"):
         named_layers(["mlp"], KroneckerFactors(attention), saved / "folder")
     assert named_layers(["*.q_proj", "last-mlp"], factors, saved / "folder") == [
-        "*.q_proj", "model.layers.1.mlp.down_proj",
-    ]  # fmt: skip
+        "*.q_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
     assert named_layers(None, factors, None) is None
     assert set(PRESETS) >= {"last-mlp", "mlp", "attention"}
 
@@ -311,8 +343,17 @@ def test_inspect_shows_a_table(saved, tmp_path, capsys):
     run("inspect", tmp_path / "out", "--json")
     assert json.loads(capsys.readouterr().out)["edit"]["layers"].keys() == done.keys()
     with pytest.warns(UserWarning, match="edited already"):
-        run("edit", "--checkpoint", tmp_path / "out", "--factors", saved / "factors.safetensors", "--out",
-            tmp_path / "again", "--layers", "*.q_proj")  # fmt: skip
+        run(
+            "edit",
+            "--checkpoint",
+            tmp_path / "out",
+            "--factors",
+            saved / "factors.safetensors",
+            "--out",
+            tmp_path / "again",
+            "--layers",
+            "*.q_proj",
+        )
     capsys.readouterr()
     run("inspect", tmp_path / "again")
     shown = capsys.readouterr().out

@@ -66,10 +66,12 @@ def test_bands_that_do_not_rise_are_named(tmp_path, factors):
     factors.save(tmp_path / "factors.safetensors")
     up, down = (0.5, 0.9, 1.1, 2.0), (0.5, 0.9, 0.8, 2.0)
     Analyses(
-        bands=tuple(BandComparison(layer, "curvature", False, ratio, ratio, ratio)
-                    for layer, ratio in (("fc0", up), ("fc1", down))),
+        bands=tuple(
+            BandComparison(layer, "curvature", False, ratio, ratio, ratio)
+            for layer, ratio in (("fc0", up), ("fc1", down))
+        ),
         detection={"others": Detection({"share": 1.0}, {"share": (2.0,)}, {"share": (1.0,)})},
-    ).save(tmp_path)  # fmt: skip
+    ).save(tmp_path)
     page = write_page(tmp_path).read_text()
     assert "in 1 of 2 layers, and is below 1 in the top band and above 1 in the bottom one in 2." in page
     assert "It does not rise in fc1: top 10 % 0.50, 10 to 25 % 0.90, 25 to 50 % 0.80, bottom 50 % 2.00." in page

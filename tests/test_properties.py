@@ -16,8 +16,14 @@ from lightning_curvature.distributed import Ranks
 
 _HOME = tempfile.TemporaryDirectory()  # removed when the tests end
 set_hypothesis_home_dir(_HOME.name)
-settings.register_profile("cases", max_examples=60, deadline=None, derandomize=True, database=None,
-                          suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+settings.register_profile(
+    "cases",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("cases")
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}

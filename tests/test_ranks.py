@@ -54,8 +54,11 @@ def failing_talk():
         with pytest.raises((OSError, RuntimeError)) as error:
             call()
         found.append(str(error.value))
-    results = ranks.spread(["a", "b"], {"ab"[ranks.rank]: lambda: int("x")} if ranks.rank else
-                           {"a": lambda: (torch.ones(2), "told")}, {"a": 0, "b": 1})  # fmt: skip
+    results = ranks.spread(
+        ["a", "b"],
+        {"ab"[ranks.rank]: lambda: int("x")} if ranks.rank else {"a": lambda: (torch.ones(2), "told")},
+        {"a": 0, "b": 1},
+    )
     return (
         found,
         results["a"][0].tolist(),
@@ -294,9 +297,17 @@ def trained(strategy, folder, own, **options):
     """Train with or without the callback; return the weights, gathered."""
     size, make, parallel = cells.STRATEGIES[strategy]
     callbacks = [KFACEditCallback(cells.LAYERS, **own)] if own is not None else []
-    trainer = models.trainer(folder, *callbacks, devices=size, strategy=make(), max_epochs=2,
-                             enable_checkpointing=False, limit_val_batches=0, use_distributed_sampler=False,
-                             **options)  # fmt: skip
+    trainer = models.trainer(
+        folder,
+        *callbacks,
+        devices=size,
+        strategy=make(),
+        max_epochs=2,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        **options,
+    )
     net = cells.Net(parallel)
     trainer.fit(net)
     return {name: whole(value).clone() for name, value in net.state_dict().items()}
@@ -327,8 +338,9 @@ def saving(strategy, folder, options, full=True):
     callback = KFACEditCallback(cells.LAYERS, fisher="exact", **options)
     callback.editor.min_positions = 0  # there are fewer images than inputs
     saver = ModelCheckpoint(folder, "{step}", monitor="step", mode="max", save_top_k=2)
-    trainer = models.trainer(folder, callback, saver, devices=size, strategy=made, max_epochs=3,
-                             use_distributed_sampler=False)  # fmt: skip
+    trainer = models.trainer(
+        folder, callback, saver, devices=size, strategy=made, max_epochs=3, use_distributed_sampler=False
+    )
     trainer.fit(cells.Net(parallel))
     trainer.strategy.barrier()
     report = {name: edit.relative_change for name, edit in callback.report.layers.items()}
@@ -344,9 +356,16 @@ def plain_weights(path):
 
 @pytest.mark.parametrize(
     ("strategy", "options", "full"),
-    [(DDP2, {}, True), (DDP2, {"shard_factors": True}, True), (DDP2, {"loop": "validation"}, True), (FSDP2, {}, True),
-     (FSDP2, {"loop": "validation"}, False), (TENSOR, {}, False), (BOTH, {"shard_factors": True}, False)],
-)  # fmt: skip
+    [
+        (DDP2, {}, True),
+        (DDP2, {"shard_factors": True}, True),
+        (DDP2, {"loop": "validation"}, True),
+        (FSDP2, {}, True),
+        (FSDP2, {"loop": "validation"}, False),
+        (TENSOR, {}, False),
+        (BOTH, {"shard_factors": True}, False),
+    ],
+)
 def test_siblings_are_those_of_one_process(strategy, options, full, tmp_path):
     (files, report), *others = processes.run(
         cells.STRATEGIES[strategy][0], saving, strategy, tmp_path / "many", options, full
@@ -369,8 +388,10 @@ def test_siblings_are_those_of_one_process(strategy, options, full, tmp_path):
         for key, value in many[""].items():
             edited = key in {f"{layer}.weight" for layer in cells.LAYERS}
             assert torch.equal(value, many["-edited"][key]) != edited
-        factors = [KroneckerFactors.load(tmp_path / where / f"step={step}-edited-factors.safetensors")
-                   for where in ("one", "many")]  # fmt: skip
+        factors = [
+            KroneckerFactors.load(tmp_path / where / f"step={step}-edited-factors.safetensors")
+            for where in ("one", "many")
+        ]
         for name, layer in factors[0].items():
             torch.testing.assert_close(factors[1][name].A, layer.A, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(factors[1][name].G, layer.G, rtol=1e-4, atol=1e-7)
@@ -383,8 +404,16 @@ def resuming(strategy, folder, own, stop, ckpt_path):
     callback = KFACEditCallback(cells.LAYERS, **own)
     callback.editor.min_positions = 0  # there are fewer images than inputs
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    trainer = models.trainer(folder, callback, saver, devices=size, strategy=make(), max_epochs=stop,
-                             limit_val_batches=0, use_distributed_sampler=False)  # fmt: skip
+    trainer = models.trainer(
+        folder,
+        callback,
+        saver,
+        devices=size,
+        strategy=make(),
+        max_epochs=stop,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
     trainer.fit(cells.Net(parallel), ckpt_path=ckpt_path)
     factors = callback._collection.synchronise().gathered()
     return {name: (layer.A, layer.G, layer.numbers) for name, layer in factors.items()}
@@ -392,11 +421,15 @@ def resuming(strategy, folder, own, stop, ckpt_path):
 
 @pytest.mark.parametrize(
     ("strategy", "own"),
-    [(ONE, {"fisher": "sketched", "window": 72}), (DDP2, {"fisher": "sketched", "window": 72}),
-     (DDP2, {"fisher": "sketched", "window": 10_000}),
-     (DDP3, {"fisher": "sampled", "shard_factors": True, "window": 72}),
-     (FSDP2, {"fisher": "empirical", "window": 72}), (TENSOR, {"fisher": "sketched", "window": 10_000})],
-)  # fmt: skip
+    [
+        (ONE, {"fisher": "sketched", "window": 72}),
+        (DDP2, {"fisher": "sketched", "window": 72}),
+        (DDP2, {"fisher": "sketched", "window": 10_000}),
+        (DDP3, {"fisher": "sampled", "shard_factors": True, "window": 72}),
+        (FSDP2, {"fisher": "empirical", "window": 72}),
+        (TENSOR, {"fisher": "sketched", "window": 10_000}),
+    ],
+)
 def test_a_resumed_run_has_the_factors_of_an_uninterrupted_one(strategy, own, tmp_path):
     size = cells.STRATEGIES[strategy][0]
     whole = processes.run(size, resuming, strategy, tmp_path / "a", own, 4, None)[0]
@@ -502,8 +535,16 @@ def test_processes_with_other_probes_decide_together(tmp_path):
 def alone_afterwards(folder, same):
     """The first process goes on alone, with a Trainer of one device."""
     callback = KFACEditCallback(cells.LAYERS)
-    trainer = models.trainer(folder, callback, devices=2, strategy=DDPStrategy(), max_epochs=1, limit_val_batches=0,
-                             enable_checkpointing=False, use_distributed_sampler=False)  # fmt: skip
+    trainer = models.trainer(
+        folder,
+        callback,
+        devices=2,
+        strategy=DDPStrategy(),
+        max_epochs=1,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
     module = cells.Net()
     trainer.fit(module)
     if trainer.global_rank == 0:

@@ -18,17 +18,27 @@ SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 BERT = hf.BertConfig(**SMALL)
 LLAMA = hf.LlamaConfig(**SMALL, eos_token_id=0)
 TIED = hf.LlamaConfig(**SMALL, eos_token_id=0, tie_word_embeddings=True)
-BART = hf.BartConfig(vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                     decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
+BART = hf.BartConfig(
+    vocab_size=40,
+    d_model=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=16,
+    decoder_ffn_dim=16,
+)
 T5 = hf.T5Config(vocab_size=40, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)
 XLM = hf.XLMConfig(vocab_size=40, emb_dim=16, n_layers=2, n_heads=2)
 
 REFUSED = {
     "masked": (hf.BertForMaskedLM, BERT, "no causal language model but a BertForMaskedLM"),
     "masked, RoBERTa": (hf.RobertaForMaskedLM, hf.RobertaConfig(**SMALL), "but a RobertaForMaskedLM"),
-    "masked, DistilBERT": (hf.DistilBertForMaskedLM,
-                           hf.DistilBertConfig(vocab_size=40, dim=16, hidden_dim=24, n_layers=1, n_heads=2),
-                           "but a DistilBertForMaskedLM"),
+    "masked, DistilBERT": (
+        hf.DistilBertForMaskedLM,
+        hf.DistilBertConfig(vocab_size=40, dim=16, hidden_dim=24, n_layers=1, n_heads=2),
+        "but a DistilBertForMaskedLM",
+    ),
     "masked, with a causal head": (hf.BertLMHeadModel, BERT, "depends on the tokens that come later"),
     "masked, XLM": (hf.XLMWithLMHeadModel, XLM, "depends on the tokens that come later"),
     "encoder and decoder": (hf.BartForConditionalGeneration, BART, "but a BartForConditionalGeneration"),
@@ -37,10 +47,12 @@ REFUSED = {
     "classifier, tied": (hf.LlamaForSequenceClassification, TIED, "but a LlamaForSequenceClassification"),
     "tagger": (hf.LlamaForTokenClassification, TIED, "but a LlamaForTokenClassification"),
     "no head": (hf.LlamaModel, LLAMA, "weights of a LlamaForCausalLM: 'lm_head.weight'. They would be random"),
-    "images": (hf.ViTForImageClassification,
-               hf.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2),
-               "but a ViTForImageClassification"),
-}  # fmt: skip
+    "images": (
+        hf.ViTForImageClassification,
+        hf.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2),
+        "but a ViTForImageClassification",
+    ),
+}
 TAKEN = {
     "decoder of BERT": (hf.BertLMHeadModel, hf.BertConfig(**SMALL, is_decoder=True)),
     "decoder of BART": (hf.BartForCausalLM, BART),
@@ -48,10 +60,20 @@ TAKEN = {
     "tied": (hf.LlamaForCausalLM, TIED),
     "GPT-2": (hf.GPT2LMHeadModel, language.FAMILIES["gpt2"][1]),
     "sliding window": (hf.Gemma3ForCausalLM, language.FAMILIES["gemma3"][1]),
-    "state space": (hf.MambaForCausalLM, hf.MambaConfig(vocab_size=40, hidden_size=8, state_size=4, time_step_rank=3,
-                                                        num_hidden_layers=2, eos_token_id=0, bos_token_id=0)),
+    "state space": (
+        hf.MambaForCausalLM,
+        hf.MambaConfig(
+            vocab_size=40,
+            hidden_size=8,
+            state_size=4,
+            time_step_rank=3,
+            num_hidden_layers=2,
+            eos_token_id=0,
+            bos_token_id=0,
+        ),
+    ),
     "half precision": (hf.LlamaForCausalLM, LLAMA),
-}  # fmt: skip
+}
 
 
 def save(path, kind, config, dtype=torch.float32):
@@ -162,8 +184,15 @@ def test_layers_that_never_run_are_an_error(tmp_path, layers, passes):
     """Also where a group of layers has none other."""
     (tmp_path / "c.txt").write_text(language.words(language.tokens(1, 100)[0].tolist()))
     with pytest.raises(RuntimeError, match=r"Chosen layers 'idle.0'.* never ran, so they have no factors"):
-        collecting.collect_text(Idle(), language.tokenizer(), tmp_path / "c.txt", tmp_path / "f.safetensors",
-                                context=10, layers=layers, passes=passes)  # fmt: skip
+        collecting.collect_text(
+            Idle(),
+            language.tokenizer(),
+            tmp_path / "c.txt",
+            tmp_path / "f.safetensors",
+            context=10,
+            layers=layers,
+            passes=passes,
+        )
     assert not (tmp_path / "f.safetensors").exists()
 
 
@@ -180,8 +209,20 @@ def test_a_command_ends_with_an_error(tmp_path, capsys):
     kind, config = TAKEN["state space"]
     save(tmp_path / "m", kind, config)
     (tmp_path / "c.txt").write_text(language.words(language.tokens(1, 200)[0].tolist()))
-    command = ["collect", "--model", tmp_path / "m", "--corpus", tmp_path / "c.txt", "--context", "10", "--layers",
-               "*.in_proj", "*.dt_proj", "--out", tmp_path / "f.safetensors"]  # fmt: skip
+    command = [
+        "collect",
+        "--model",
+        tmp_path / "m",
+        "--corpus",
+        tmp_path / "c.txt",
+        "--context",
+        "10",
+        "--layers",
+        "*.in_proj",
+        "*.dt_proj",
+        "--out",
+        tmp_path / "f.safetensors",
+    ]
     for passes in ("1", "4"):
         with pytest.raises(SystemExit, match=r"layers.0.mixer.dt_proj.* (never ran|without a call)"):
             main([*map(str, command), "--passes", passes])

@@ -56,8 +56,10 @@ def test_corrected_eigenvalues_are_the_measured_ones():
     expected = torch.zeros(5, 6, dtype=torch.float64)
     for i in range(5):
         for j in range(6):
-            along = [(layer.basis.U_G[:, i] @ g_n) ** 2 * (layer.basis.U_A[:, j] @ a_n) ** 2
-                     for a_n, g_n in zip(a, g, strict=True)]  # fmt: skip
+            along = [
+                (layer.basis.U_G[:, i] @ g_n) ** 2 * (layer.basis.U_A[:, j] @ a_n) ** 2
+                for a_n, g_n in zip(a, g, strict=True)
+            ]
             expected[i, j] = sum(along) / len(a)
     torch.testing.assert_close(layer.eigenvalues, expected)
     assert factors.provenance["fisher"] == "empirical"
@@ -81,8 +83,10 @@ def test_a_saved_collection_of_eigenvalues_goes_on():
     options = {"fisher": "empirical", "positions": "all"}
     factors = collect(model, [(inputs, labels)], step, layers=["0"], **options)
     for shard in (False, True):
-        first, second, plain = (kind(model, *given, shard=shard, **options) for kind, given in
-                                ((_EigenvalueCollector, [factors]),) * 2 + ((Collector, [["0"]]),))  # fmt: skip
+        first, second, plain = (
+            kind(model, *given, shard=shard, **options)
+            for kind, given in ((_EigenvalueCollector, [factors]),) * 2 + ((Collector, [["0"]]),)
+        )
         run_collector_once(first, (inputs[:5], labels[:5]), step)
         state = copy.deepcopy(first.state_dict())
         second.load_state_dict(state)
@@ -92,8 +96,9 @@ def test_a_saved_collection_of_eigenvalues_goes_on():
         with pytest.raises(ValueError, match="a collection of eigenvalues, which holds no factors"):
             plain.load_state_dict(state)
         with pytest.raises(ValueError, match="a collection of factors, which holds no eigenvalues"):
-            second.load_state_dict(plain.state_dict() | {"sums": {"0": LayerSums.of(factors["0"]).state_dict()},
-                                                         "shared": {"0": "0"}})  # fmt: skip
+            second.load_state_dict(
+                plain.state_dict() | {"sums": {"0": LayerSums.of(factors["0"]).state_dict()}, "shared": {"0": "0"}}
+            )
 
 
 def run_collector_once(collector, batch, step):
@@ -179,9 +184,14 @@ def random_factors(seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, g = torch.randn(40, 6, generator=generator).double(), torch.randn(40, 5, generator=generator).double()
     return LayerFactors(
-        A=x.T @ x / 40, G=g.T @ g / 40, num_inputs=40, num_gradients=40, A_coupled=x.T @ x / 30, G_coupled=g.T @ g / 30,
+        A=x.T @ x / 40,
+        G=g.T @ g / 40,
+        num_inputs=40,
+        num_gradients=40,
+        A_coupled=x.T @ x / 30,
+        G_coupled=g.T @ g / 30,
         eigenvalues=torch.rand(5, 6, generator=generator).double(),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -52,8 +52,9 @@ def test_presets_of_a_plain_mlp_and_a_cnn():
     assert resolve(models.mlp(), "mlp", "5") == ["1", "3"]
     assert resolve(models.mlp(), "last-mlp", "5") == ["3"]
     assert resolve(models.cnn(), "mlp", "11") == ["8"]
-    convolutional = nn.Sequential(models.Channels(1), nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(),
-                                  nn.Linear(32, 4))  # fmt: skip
+    convolutional = nn.Sequential(
+        models.Channels(1), nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(32, 4)
+    )
     assert resolve(convolutional, "mlp", "4") == ["1", "2"]  # its only linear layer is the head
     assert resolve(convolutional, "last-mlp", "4") == ["2"]
 
@@ -184,53 +185,88 @@ def short_convolution():
 ROLES = {
     "an MLP with in_proj and out_proj": (lambda: both(mlp=mlp_in_out), "#.mlp.(in_proj|mid|out_proj)", ""),
     "of a feed-forward class": (
-        lambda: both(net=lambda: named("FeedForward", in_proj=lin(), out_proj=lin())), "#.net.(in_proj|out_proj)", ""
+        lambda: both(net=lambda: named("FeedForward", in_proj=lin(), out_proj=lin())),
+        "#.net.(in_proj|out_proj)",
+        "",
     ),
     "without any word": (lambda: both(net=lambda: named("Thing", a=lin(), out_proj=lin())), "#.net.(a|out_proj)", ""),
     "linear1 and linear2": (
         lambda: stack(nn.TransformerEncoderLayer(8, 2, 16), nn.TransformerEncoderLayer(8, 2, 16)),
-        "#.linear(1|2)", ""
+        "#.linear(1|2)",
+        "",
     ),
     "projections beside the MLP": (lambda: stack(qkv_flat(), qkv_flat()), "#.(fc1|fc2)", "#.(q|k|v|proj)"),
     "lists of attention and MLP": (
         lambda: nested_lists(lambda: PreNorm(named("FeedForward", net=nn.Sequential(lin(), nn.GELU(), lin())))),
-        "#.1.fn.net.(0|2)", "#.0.fn.(to_q|to_kv|to_out.0)"
+        "#.1.fn.net.(0|2)",
+        "#.0.fn.(to_q|to_kv|to_out.0)",
     ),
     "lists with a plain Sequential": (
-        lambda: nested_lists(lambda: nn.Sequential(lin(), nn.GELU(), lin())), "#.1.(0|2)",
-        "#.0.fn.(to_q|to_kv|to_out.0)"
+        lambda: nested_lists(lambda: nn.Sequential(lin(), nn.GELU(), lin())),
+        "#.1.(0|2)",
+        "#.0.fn.(to_q|to_kv|to_out.0)",
     ),
     "an MLP in an attention block": (
-        lambda: stack(*(named("B", attention_block=named("AttentionBlock", inner=Attention(), mlp=mlp_in_out()))
-                        for _ in "ab")),
-        "#.attention_block.mlp.(in_proj|mid|out_proj)", "#.attention_block.inner.(to_q|to_kv|to_out.0)"
+        lambda: stack(
+            *(named("B", attention_block=named("AttentionBlock", inner=Attention(), mlp=mlp_in_out())) for _ in "ab")
+        ),
+        "#.attention_block.mlp.(in_proj|mid|out_proj)",
+        "#.attention_block.inner.(to_q|to_kv|to_out.0)",
     ),
     "a position bias in attention": (
-        lambda: stack(*(named("B", attn=named("WindowAttention", qkv=lin(), proj=lin(),
-                                              cpb_mlp=nn.Sequential(lin(), nn.ReLU(), lin())), mlp=mlp_in_out())
-                        for _ in "ab")),
-        "#.mlp.(in_proj|mid|out_proj)", "#.attn.(qkv|proj|cpb_mlp.0|cpb_mlp.2)"
+        lambda: stack(
+            *(
+                named(
+                    "B",
+                    attn=named(
+                        "WindowAttention", qkv=lin(), proj=lin(), cpb_mlp=nn.Sequential(lin(), nn.ReLU(), lin())
+                    ),
+                    mlp=mlp_in_out(),
+                )
+                for _ in "ab"
+            )
+        ),
+        "#.mlp.(in_proj|mid|out_proj)",
+        "#.attn.(qkv|proj|cpb_mlp.0|cpb_mlp.2)",
     ),
     "experts and their router": (lambda: both(moe=experts), "#.moe.experts.(0|1).(w1|w2)", ""),
     "a stage with patch merging": (
-        lambda: stack(*(named("Stage", blocks=nn.ModuleList([named("B", attn=Attention(), mlp=mlp_in_out())]),
-                              downsample=named("PatchMerging", reduction=lin()), extra=lin()) for _ in "ab")),
-        "#.blocks.0.mlp.(in_proj|mid|out_proj)", "#.blocks.0.attn.(to_q|to_kv|to_out.0)"
+        lambda: stack(
+            *(
+                named(
+                    "Stage",
+                    blocks=nn.ModuleList([named("B", attn=Attention(), mlp=mlp_in_out())]),
+                    downsample=named("PatchMerging", reduction=lin()),
+                    extra=lin(),
+                )
+                for _ in "ab"
+            )
+        ),
+        "#.blocks.0.mlp.(in_proj|mid|out_proj)",
+        "#.blocks.0.attn.(to_q|to_kv|to_out.0)",
     ),
-    "mixers beside attention": (
-        lambda: both(mixer=mamba, mlp=mlp_in_out), "#.mlp.(in_proj|mid|out_proj)", ""
-    ),
+    "mixers beside attention": (lambda: both(mixer=mamba, mlp=mlp_in_out), "#.mlp.(in_proj|mid|out_proj)", ""),
     "mixers beside MLPs": (
         lambda: stack(*(named("MambaBlock", mixer=mamba(), feed_forward=mlp_in_out()) for _ in "ab")),
-        "#.feed_forward.(in_proj|mid|out_proj)", None
+        "#.feed_forward.(in_proj|mid|out_proj)",
+        None,
     ),
-    "Hyena": (lambda: stack(*(named("B", filter=hyena(), mlp=mlp_in_out()) for _ in "ab")),
-              "#.mlp.(in_proj|mid|out_proj)", None),
-    "retention": (lambda: stack(*(named("B", mix=retention(), ffn=mlp_in_out()) for _ in "ab")),
-                  "#.ffn.(in_proj|mid|out_proj)", None),
-    "a gated convolution": (lambda: stack(*(named("B", op=short_convolution(), ff=mlp_in_out()) for _ in "ab")),
-                            "#.ff.(in_proj|mid|out_proj)", None),
-}  # fmt: skip
+    "Hyena": (
+        lambda: stack(*(named("B", filter=hyena(), mlp=mlp_in_out()) for _ in "ab")),
+        "#.mlp.(in_proj|mid|out_proj)",
+        None,
+    ),
+    "retention": (
+        lambda: stack(*(named("B", mix=retention(), ffn=mlp_in_out()) for _ in "ab")),
+        "#.ffn.(in_proj|mid|out_proj)",
+        None,
+    ),
+    "a gated convolution": (
+        lambda: stack(*(named("B", op=short_convolution(), ff=mlp_in_out()) for _ in "ab")),
+        "#.ff.(in_proj|mid|out_proj)",
+        None,
+    ),
+}
 
 
 def spelled(pattern, prefix):
@@ -293,9 +329,16 @@ def test_a_network_behind_a_module_that_reshapes_is_no_block():
 
 
 def test_a_router_that_runs_last_is_not_the_output_of_an_mlp():
-    gated = nn.Sequential(nn.ModuleList([
-        named("B", attn=nn.MultiheadAttention(8, 2), mlp=named("MLP", up=lin(), down=lin(), shared_gate=lin(8, 1)))
-    ]), lin(8, 3))  # fmt: skip
+    gated = nn.Sequential(
+        nn.ModuleList(
+            [
+                named(
+                    "B", attn=nn.MultiheadAttention(8, 2), mlp=named("MLP", up=lin(), down=lin(), shared_gate=lin(8, 1))
+                )
+            ]
+        ),
+        lin(8, 3),
+    )
     assert resolve_all(gated, "last-mlp", {"1"}) == ["0.0.mlp.down"]
 
 
@@ -431,8 +474,10 @@ def test_what_an_adapter_replaces_is_left_out():
     wrapped = peft.get_peft_model(net, config)
     inside = "base_model.model."
     assert set(choose_layers(wrapped, "mlp").modules) == {
-        f"{inside}0.base_layer", f"{inside}2.modules_to_save.default", f"{inside}4"
-    }  # fmt: skip
+        f"{inside}0.base_layer",
+        f"{inside}2.modules_to_save.default",
+        f"{inside}4",
+    }
 
 
 def test_a_pattern_takes_copies():

@@ -250,8 +250,13 @@ def on_two_processes(apart, shard):
 def test_layers_share_on_all_processes_or_on_none(apart, shard):
     (found, in_state, in_factors), _ = processes.run(2, on_two_processes, apart, shard)
     assert in_state == in_factors == (not apart)
-    rows = torch.cat([x + 0.5 * (apart and rank == 1 and number == 3)
-                      for rank in (0, 1) for number, (x, _) in enumerate(batches(seed=rank))])  # fmt: skip
+    rows = torch.cat(
+        [
+            x + 0.5 * (apart and rank == 1 and number == 3)
+            for rank in (0, 1)
+            for number, (x, _) in enumerate(batches(seed=rank))
+        ]
+    )
     for name, shift in (("gate", 0.0), ("up", 1.0)):
         want = rows if shift else torch.cat([x for rank in (0, 1) for x, _ in batches(seed=rank)])
         torch.testing.assert_close(found[name][0], want.T @ want / 48)
@@ -297,8 +302,11 @@ def test_sums_that_are_spread_over_processes_share(order, shares):
     (owners, found, means), (_, _, others) = processes.run(2, only_some, order)
     assert (owners, found) == ({"gate": 0, "up": 0, "down": 1}, shares)
     assert (sorted(means), sorted(others)) == (["gate", "up"], ["down"])
-    data = [(x, number in order.get(rank, ())) for rank in (0, 1)
-            for number, (x, _) in enumerate(batches(seed=rank)[: 4 - rank])]  # fmt: skip
+    data = [
+        (x, number in order.get(rank, ()))
+        for rank in (0, 1)
+        for number, (x, _) in enumerate(batches(seed=rank)[: 4 - rank])
+    ]
     for name, shift in (("gate", 0.0), ("up", 0.5)):
         rows = torch.cat([x + shift * apart for x, apart in data])
         torch.testing.assert_close(means[name][0], rows.T @ rows / 42)
@@ -346,8 +354,10 @@ def many_layers(count=26, dim=64):
     """Each with an A of its own, but the last, which reads what the first does."""
     torch.manual_seed(0)
     squares = [torch.randn(dim, dim) for _ in range(count)]
-    layers = {f"blocks.{i}.fc": LayerFactors(A=x @ x.T, G=torch.eye(2), num_inputs=9, num_gradients=9)
-              for i, x in enumerate(squares)}  # fmt: skip
+    layers = {
+        f"blocks.{i}.fc": LayerFactors(A=x @ x.T, G=torch.eye(2), num_inputs=9, num_gradients=9)
+        for i, x in enumerate(squares)
+    }
     layers["last"] = LayerFactors(A=layers["blocks.0.fc"].A, G=torch.eye(2), num_inputs=9, num_gradients=9)
     return KroneckerFactors(layers)
 
@@ -390,8 +400,10 @@ def test_an_edit_with_an_opened_file_takes_the_factors_of_each_layer(tmp_path):
 
 
 def test_merged_factors_share():
-    one, two, both = (gathered(Gated(), data, fisher="empirical") for data in
-                      (batches(), batches(seed=5), batches() + batches(seed=5)))  # fmt: skip
+    one, two, both = (
+        gathered(Gated(), data, fisher="empirical")
+        for data in (batches(), batches(seed=5), batches() + batches(seed=5))
+    )
     merged = one.merge(two)
     assert merged["gate"].A is merged["up"].A
     same(merged, both)

@@ -44,7 +44,12 @@ def test_a_sweep_measures_every_edit_and_goes_on(layer, tmp_path):
     rows = sweep(module, factors, size(module), editors, ENERGIES, tmp_path / "runs" / "s.csv")
     assert torch.equal(module[0].weight, weight)
     assert [(row["edit"], row["energy"]) for row in rows] == [
-        ("unedited", 1.0), ("K-FAC", 0.5), ("K-FAC", 0.9), ("soft", 0.5), ("soft", 0.9)]  # fmt: skip
+        ("unedited", 1.0),
+        ("K-FAC", 0.5),
+        ("K-FAC", 0.9),
+        ("soft", 0.5),
+        ("soft", 0.9),
+    ]
     for row in rows[1:]:
         with CurvatureEditor(row["energy"], soft=row["edit"] == "soft").applied(module, factors):
             assert row["size"] == size(module)()["size"]
@@ -110,10 +115,12 @@ def test_the_front_is_what_no_other_row_beats():
     rows = [{"a": float(a), "b": float(b)} for a, b in torch.randint(8, (40, 2), generator=generator)]
     rows.append({"a": float("nan"), "b": -1.0})
     expected = [
-        row for row in rows[:-1]
-        if not any((o["a"] < row["a"] and o["b"] >= row["b"]) or (o["a"] <= row["a"] and o["b"] > row["b"])
-                   for o in rows[:-1])
-    ]  # fmt: skip
+        row
+        for row in rows[:-1]
+        if not any(
+            (o["a"] < row["a"] and o["b"] >= row["b"]) or (o["a"] <= row["a"] and o["b"] > row["b"]) for o in rows[:-1]
+        )
+    ]
     front = pareto(rows, minimize=["a"], maximize=["b"])
     assert sorted(front, key=str) == sorted(expected, key=str)
     assert [row["a"] for row in front] == sorted(row["a"] for row in front)
@@ -122,8 +129,10 @@ def test_the_front_is_what_no_other_row_beats():
         pareto(rows)
     picture = plots.pareto(
         [{"edit": "unedited", "energy": 1.0, "x": 2.0, "y": 1.0}, {"edit": "a", "energy": 0.5, "x": 3.0, "y": 0.1}],
-        [{"edit": "a", "energy": 0.5, "x": 3.0, "y": 0.1}], "x", "y",
-    )  # fmt: skip
+        [{"edit": "a", "energy": 0.5, "x": 3.0, "y": 0.1}],
+        "x",
+        "y",
+    )
     axes = picture.axes[0]
     assert [text.get_text() for text in axes.texts] == ["0.5"]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["a", "not beaten by another", "unedited"]
@@ -156,13 +165,29 @@ def run(capsys, *args):
 
 def test_sweep_command(saved, tmp_path, capsys):
     path, net, factors, _, _ = saved
-    common = ("sweep", "--model", path / "model", "--factors", path / "f.safetensors", "--sequences",
-              path / "recited.jsonl", "--corpus", path / "corpus.jsonl", "--out", tmp_path / "s",
-              "--context", "17")  # fmt: skip
+    common = (
+        "sweep",
+        "--model",
+        path / "model",
+        "--factors",
+        path / "f.safetensors",
+        "--sequences",
+        path / "recited.jsonl",
+        "--corpus",
+        path / "corpus.jsonl",
+        "--out",
+        tmp_path / "s",
+        "--context",
+        "17",
+    )
     half = sequences.read_sequences(path / "recited.jsonl", "tuning")
     found = run(capsys, *common, "--energies", "0.8", "0.99", "--scores", "kfac", "activations")["rows"]
     assert [(row["edit"], row["energy"]) for row in found[1:]] == [
-        ("kfac", 0.8), ("kfac", 0.99), ("activations", 0.8), ("activations", 0.99)]  # fmt: skip
+        ("kfac", 0.8),
+        ("kfac", 0.99),
+        ("activations", 0.8),
+        ("activations", 0.99),
+    ]
     for row in found[1:3]:
         with CurvatureEditor(row["energy"]).applied(net, factors):
             assert row["strict"] == strict_rate(net, half)
@@ -179,8 +204,17 @@ def test_sweep_command(saved, tmp_path, capsys):
 
 def test_an_edit_by_what_it_may_cost(saved, tmp_path, capsys):
     path, *_ = saved
-    common = ("edit", "--factors", path / "f.safetensors", "--perplexity", "1.5", "--corpus", path / "corpus.jsonl",
-              "--context", "12")  # fmt: skip
+    common = (
+        "edit",
+        "--factors",
+        path / "f.safetensors",
+        "--perplexity",
+        "1.5",
+        "--corpus",
+        path / "corpus.jsonl",
+        "--context",
+        "12",
+    )
     done = run(capsys, *common, "--checkpoint", path / "model", "--out", tmp_path / "edited")
     target = done["target"]
     assert {layer["energy"] for layer in done["layers"].values()} == {target["energy"]}
@@ -242,10 +276,27 @@ def test_an_edit_by_what_it_may_cost(saved, tmp_path, capsys):
 
 def test_an_edit_against_a_list(saved, tmp_path, capsys):
     path, net, _, asked, _ = saved
-    common = ("edit", "--checkpoint", path / "model", "--factors", path / "f.safetensors", "--forget",
-              path / "recited.jsonl")  # fmt: skip
-    done = run(capsys, *common, "--strength", "0.3", "--energy", "0.98", "--out", tmp_path / "edited",
-               "--save-delta", tmp_path / "d.safetensors")  # fmt: skip
+    common = (
+        "edit",
+        "--checkpoint",
+        path / "model",
+        "--factors",
+        path / "f.safetensors",
+        "--forget",
+        path / "recited.jsonl",
+    )
+    done = run(
+        capsys,
+        *common,
+        "--strength",
+        "0.3",
+        "--energy",
+        "0.98",
+        "--out",
+        tmp_path / "edited",
+        "--save-delta",
+        tmp_path / "d.safetensors",
+    )
     assert done["method"] == "bulk step, kfac"
     facts = describe(tmp_path / "edited")["edit"]
     assert facts["provenance"]["forget"] == {"file": "recited.jsonl", "half": None, "sequences": 8}
@@ -253,11 +304,35 @@ def test_an_edit_against_a_list(saved, tmp_path, capsys):
     from lightning_curvature.text.models import load_model
 
     assert strict_rate(load_model(tmp_path / "edited"), asked) < strict_rate(net, asked)
-    both = run(capsys, *common, "--strength", "0.05", "--score", "activations", "--soft", "--perplexity", "3",
-               "--corpus", path / "corpus.jsonl", "--context", "12", "--out", tmp_path / "both")  # fmt: skip
+    both = run(
+        capsys,
+        *common,
+        "--strength",
+        "0.05",
+        "--score",
+        "activations",
+        "--soft",
+        "--perplexity",
+        "3",
+        "--corpus",
+        path / "corpus.jsonl",
+        "--context",
+        "12",
+        "--out",
+        tmp_path / "both",
+    )
     assert both["method"] == "bulk step, activations, soft"
     assert both["target"]["perplexity"] <= 3
-    main(["revert", "--checkpoint", str(tmp_path / "edited"), "--delta", str(tmp_path / "d.safetensors"), "--out",
-          str(tmp_path / "back")])  # fmt: skip
+    main(
+        [
+            "revert",
+            "--checkpoint",
+            str(tmp_path / "edited"),
+            "--delta",
+            str(tmp_path / "d.safetensors"),
+            "--out",
+            str(tmp_path / "back"),
+        ]
+    )
     name = "model.safetensors"
     assert (tmp_path / "back" / name).read_bytes() == (path / "model" / name).read_bytes()

@@ -24,7 +24,7 @@ from lightning_curvature.text import (
     recall,
     sequences,
     stress,
-)  # fmt: skip
+)
 from lightning_curvature.text.sequences import PromptedSequence
 from tests import language, text_reference
 
@@ -88,8 +88,12 @@ def test_halves_depend_on_the_tokens_alone():
 
 def test_bad_sequences(tmp_path):
     path = tmp_path / "s.jsonl"
-    for bad in ({"prefix_ids": [], "suffix_ids": [1]}, {"prefix_ids": [1], "suffix_ids": ["a"]},
-                {"prefix_ids": [1], "suffix_ids": [-1]}, {"prefix_ids": "1", "suffix_ids": [1]}):  # fmt: skip
+    for bad in (
+        {"prefix_ids": [], "suffix_ids": [1]},
+        {"prefix_ids": [1], "suffix_ids": ["a"]},
+        {"prefix_ids": [1], "suffix_ids": [-1]},
+        {"prefix_ids": "1", "suffix_ids": [1]},
+    ):
         path.write_text(json.dumps({"prefix_ids": [1], "suffix_ids": [2]}) + "\n" + json.dumps(bad))
         with pytest.raises(ValueError, match=r"line 2: (prefix|suffix)_ids must be a list of token ids"):
             sequences.read_sequences(path)

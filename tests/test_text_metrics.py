@@ -120,48 +120,86 @@ CASES = {
         LooseMemorization, F.loose_memorization, token_pairs, lists(slow.loose_memorization), False, torch.int64
     ),
     "loose-0.4": Case(
-        LooseMemorization, F.loose_memorization, token_pairs,
-        lambda p, t: slow.loose_memorization(p.tolist(), t.tolist(), 40), False, torch.int64, {"threshold": 0.4},
+        LooseMemorization,
+        F.loose_memorization,
+        token_pairs,
+        lambda p, t: slow.loose_memorization(p.tolist(), t.tolist(), 40),
+        False,
+        torch.int64,
+        {"threshold": 0.4},
     ),
     "edit": Case(
-        NormalizedEditDistance, F.normalized_edit_distance, token_pairs, lists(slow.normalized_edit_distance), True,
+        NormalizedEditDistance,
+        F.normalized_edit_distance,
+        token_pairs,
+        lists(slow.normalized_edit_distance),
+        True,
         torch.float64,
     ),
     "extraction": Case(
         ExtractionStrength, F.extraction_strength, token_pairs, lists(slow.extraction_strength), False, torch.float64
     ),
     "prefix": Case(
-        LongestExactPrefix, F.longest_exact_prefix, token_pairs,
-        lambda p, t: slow.mean(slow.longest_exact_prefix(p.tolist(), t.tolist())), False, torch.int64,
+        LongestExactPrefix,
+        F.longest_exact_prefix,
+        token_pairs,
+        lambda p, t: slow.mean(slow.longest_exact_prefix(p.tolist(), t.tolist())),
+        False,
+        torch.int64,
     ),
     "min-k": Case(
-        MinKProbability, F.min_k_probability, scored_tokens, lambda x, t: mean_min_k(x, t, 20, -100), False,
+        MinKProbability,
+        F.min_k_probability,
+        scored_tokens,
+        lambda x, t: mean_min_k(x, t, 20, -100),
+        False,
         torch.float64,
     ),
     "min-k-0.07": Case(
-        MinKProbability, F.min_k_probability, lambda seed: scored_tokens(seed, 7, 100, 5, 0),
-        lambda x, t: mean_min_k(x, t, 7, 0), False, torch.float64, {"k": 0.07, "ignore_index": 0},
+        MinKProbability,
+        F.min_k_probability,
+        lambda seed: scored_tokens(seed, 7, 100, 5, 0),
+        lambda x, t: mean_min_k(x, t, 7, 0),
+        False,
+        torch.float64,
+        {"k": 0.07, "ignore_index": 0},
     ),
     "perplexity": Case(
-        Perplexity, F.perplexity, scored_tokens,
-        lambda x, t: slow.perplexity(x.flatten(0, 1).tolist(), t.flatten().tolist(), -100), False, torch.float64,
+        Perplexity,
+        F.perplexity,
+        scored_tokens,
+        lambda x, t: slow.perplexity(x.flatten(0, 1).tolist(), t.flatten().tolist(), -100),
+        False,
+        torch.float64,
     ),
     "perplexity-ignore-3": Case(
-        Perplexity, F.perplexity, lambda seed: scored_tokens(seed, ignore_index=3),
-        lambda x, t: slow.perplexity(x.flatten(0, 1).tolist(), t.flatten().tolist(), 3), False, torch.float64,
+        Perplexity,
+        F.perplexity,
+        lambda seed: scored_tokens(seed, ignore_index=3),
+        lambda x, t: slow.perplexity(x.flatten(0, 1).tolist(), t.flatten().tolist(), 3),
+        False,
+        torch.float64,
         {"ignore_index": 3},
     ),
     "ranking": Case(
-        RankingOverlap, F.ranking_overlap, rankings,
-        lambda x, b: slow.ranking_overlap(x.flatten(0, 1).tolist(), b.flatten(0, 1).tolist(), 10), True, torch.float64,
+        RankingOverlap,
+        F.ranking_overlap,
+        rankings,
+        lambda x, b: slow.ranking_overlap(x.flatten(0, 1).tolist(), b.flatten(0, 1).tolist(), 10),
+        True,
+        torch.float64,
     ),
     "ranking-3": Case(
-        RankingOverlap, F.ranking_overlap, rankings,
-        lambda x, b: slow.ranking_overlap(x.flatten(0, 1).tolist(), b.flatten(0, 1).tolist(), 3), True, torch.float64,
+        RankingOverlap,
+        F.ranking_overlap,
+        rankings,
+        lambda x, b: slow.ranking_overlap(x.flatten(0, 1).tolist(), b.flatten(0, 1).tolist(), 3),
+        True,
+        torch.float64,
         {"k": 3},
     ),
     "recall": Case(RecallAccuracy, F.recall_accuracy, questions, slow.recall_accuracy, True, torch.int64),
-}  # fmt: skip
+}
 
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -418,8 +456,12 @@ def test_metrics_of_a_collection_are_what_they_are_alone(call, one, two, made):
 
 
 def test_states_are_shared_by_metrics_that_mean_the_same_and_only_by_those():
-    metrics = {"loose": LooseMemorization(), "same": LooseMemorization(0.75), "other": LooseMemorization(0.5),
-               "strict": StrictMemorization()}  # fmt: skip
+    metrics = {
+        "loose": LooseMemorization(),
+        "same": LooseMemorization(0.75),
+        "other": LooseMemorization(0.5),
+        "strict": StrictMemorization(),
+    }
     collection = MetricCollection(metrics)
     collection.update(*token_pairs(0, n=0))
     assert sorted(map(sorted, collection.compute_groups.values())) == [["loose", "same"], ["other"], ["strict"]]

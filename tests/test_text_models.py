@@ -292,20 +292,33 @@ def test_probes_of_a_language_model_in_the_callback(folder, tmp_path):
         module.net.config.max_position_embeddings = 256
         rows = language.loader(language.tokens(16, 12))
         module.probe_dataloader = lambda: {
-            "loader": [{"input_ids": language.tokens(2, 6)}, {"input_ids": language.tokens(2, 6),
-                       "attention_mask": torch.tensor([[1] * 4 + [0] * 2, [1] * 6])}]}  # fmt: skip
+            "loader": [
+                {"input_ids": language.tokens(2, 6)},
+                {"input_ids": language.tokens(2, 6), "attention_mask": torch.tensor([[1] * 4 + [0] * 2, [1] * 6])},
+            ]
+        }
         models.trainer(tmp_path, *callbacks, enable_checkpointing=False).fit(module, rows, rows)
         return module
 
     callback = KFACEditCallback(probes=probes)
     module, plain = fit(callback), fit()
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in module.state_dict().items())
-    measured = {name.removeprefix("curvature/").removesuffix("/before") for name in callback.probe_results
-                if name.endswith("/before")}  # fmt: skip
+    measured = {
+        name.removeprefix("curvature/").removesuffix("/before")
+        for name in callback.probe_results
+        if name.endswith("/before")
+    }
     assert measured == {
-        "recited/strict", "recited/loose", "recited/edit_distance", "recited/extraction_strength", "recited/min_k",
-        "some/strict", "text/perplexity", "facts/recall", "loader/perplexity",
-    }  # fmt: skip
+        "recited/strict",
+        "recited/loose",
+        "recited/edit_distance",
+        "recited/extraction_strength",
+        "recited/min_k",
+        "some/strict",
+        "text/perplexity",
+        "facts/recall",
+        "loader/perplexity",
+    }
     assert set(callback.probe_results) <= set(module.trainer.callback_metrics) | set(callback.probe_results)
     assert "curvature/recited/strict/after" in module.trainer.callback_metrics
     before, after = (callback.probe_results[f"curvature/text/perplexity/{when}"] for when in ("before", "after"))
@@ -341,8 +354,22 @@ def run(*args):
 
 def test_collect_command(folder, tmp_path, capsys):
     out = tmp_path / "f.safetensors"
-    run("collect", "--model", folder / "model", "--corpus", folder / "corpus.jsonl", "--out", out,
-        "--context", 8, "--layers", "model.layers.1.mlp.up*", "model.layers.1.mlp.[gd]*", "--passes", 2)  # fmt: skip
+    run(
+        "collect",
+        "--model",
+        folder / "model",
+        "--corpus",
+        folder / "corpus.jsonl",
+        "--out",
+        out,
+        "--context",
+        8,
+        "--layers",
+        "model.layers.1.mlp.up*",
+        "model.layers.1.mlp.[gd]*",
+        "--passes",
+        2,
+    )
     assert len(KroneckerFactors.load(out)) == 3
     assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
 
@@ -365,16 +392,36 @@ def test_mine_command(folder, tmp_path, capsys):
 
 
 def test_evaluate_command(folder, edited, tmp_path, capsys):
-    files = ("--sequences", folder / "sequences.jsonl", "--corpus", folder / "corpus.jsonl",
-             "--recall", folder / "recall.jsonl", "--context", 16)  # fmt: skip
+    files = (
+        "--sequences",
+        folder / "sequences.jsonl",
+        "--corpus",
+        folder / "corpus.jsonl",
+        "--recall",
+        folder / "recall.jsonl",
+        "--context",
+        16,
+    )
     run("evaluate", "--model", folder / "model", *files)
     shown = capsys.readouterr().out
     assert "strict" in shown
     assert "perplexity" in shown
     assert "ranking_overlap" not in shown
     out, page = tmp_path / "r.json", tmp_path / "examples.md"
-    run("evaluate", "--model", folder / "model", "--checkpoint", edited, "--reference", *files,
-        "--stress", "--out", out, "--examples", page)  # fmt: skip
+    run(
+        "evaluate",
+        "--model",
+        folder / "model",
+        "--checkpoint",
+        edited,
+        "--reference",
+        *files,
+        "--stress",
+        "--out",
+        out,
+        "--examples",
+        page,
+    )
     results = json.loads(out.read_text())
     assert results["before"]["strict"] == 0.5
     assert results["after"]["strict"] == 0.0
@@ -384,8 +431,20 @@ def test_evaluate_command(folder, edited, tmp_path, capsys):
     assert {"strict_shift_+4", "exact_prefix_shift_-4", "recall"} <= set(results["after"])
     assert page.read_text().count("before (recited)") >= 5
     assert "## Ordinary text" in page.read_text()
-    run("evaluate", "--model", folder / "model", "--checkpoint", edited, "--reference", *files[:2],
-        "--half", "validation", "--examples", page, "--overwrite")  # fmt: skip
+    run(
+        "evaluate",
+        "--model",
+        folder / "model",
+        "--checkpoint",
+        edited,
+        "--reference",
+        *files[:2],
+        "--half",
+        "validation",
+        "--examples",
+        page,
+        "--overwrite",
+    )
     assert "Ordinary" not in page.read_text()
 
 

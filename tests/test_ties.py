@@ -135,8 +135,10 @@ def test_columns_of_one_matrix_are_two_weights():
     fused = torch.randn(6, 12)
     module = nn.ModuleDict({"one": linear(fused[:, :6]), "two": linear(fused[:, 6:])})
     factors = factors_of(module, ["one", "two"])
-    expected = {name: reference.edit(part.weight.detach().double(), factors[name].A, factors[name].G, 0.7)
-                for name, part in module.items()}  # fmt: skip
+    expected = {
+        name: reference.edit(part.weight.detach().double(), factors[name].A, factors[name].G, 0.7)
+        for name, part in module.items()
+    }
     report = CurvatureEditor(0.7).edit(module, factors)
     for name, part in module.items():
         torch.testing.assert_close(part.weight.double(), expected[name], rtol=1e-5, atol=1e-6)

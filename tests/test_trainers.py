@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelPruning,
     WeightAveraging,
-)  # fmt: skip
+)
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, SingleDeviceXLAStrategy
 from torch import nn
 from torch.nn.utils import prune

@@ -79,8 +79,7 @@ def test_bulk_errors():
     with pytest.raises(ValueError, match="bulk must be in"):
         BulkStepEditor(bulk=0)
     layer = diagonal_factors()["0"]
-    steep = LayerFactors(A=layer.A, G=layer.G, num_inputs=9, num_gradients=9,
-                         margins=torch.zeros(4, 6).double())  # fmt: skip
+    steep = LayerFactors(A=layer.A, G=layer.G, num_inputs=9, num_gradients=9, margins=torch.zeros(4, 6).double())
     with pytest.raises(ValueError, match="no part in the flat directions"):
         BulkStepEditor().edit(module, KroneckerFactors({"0": steep}))
 
@@ -151,8 +150,11 @@ def test_trained_baselines_forget_and_change_what_they_may(kind, reciting):
     model, factors, sequences, other = reciting
     forget = list(suffix_batches(model, sequences))
     retain = list(suffix_batches(model, [PromptedSequence((r[0],), tuple(r[1:])) for r in other.tolist()]))
-    options = {BalancedSubnet: {"ratio": 0.1, "epochs": 60, "lr": 0.05}, GradientAscent: {"epochs": 40, "lr": 0.01},
-               NegativePreference: {"epochs": 60, "lr": 0.01}}[kind]  # fmt: skip
+    options = {
+        BalancedSubnet: {"ratio": 0.1, "epochs": 60, "lr": 0.05},
+        GradientAscent: {"epochs": 40, "lr": 0.01},
+        NegativePreference: {"epochs": 60, "lr": 0.01},
+    }[kind]
     editor = kind(forget, retain, suffix_nll, layers=["model.layers.1.*"], **options)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()

@@ -160,8 +160,12 @@ def draw_bands(comparisons: Sequence[BandComparison]) -> Any:
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(max(1.2 + 3.9 * columns, 8.0), 0.9 + 3.0 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    styles = {("curvature", False): (MEMORIZED, "o-"), ("curvature", True): (MEMORIZED, "o--"),
-              ("svd", False): (CLEAN, "s-"), ("svd", True): (CLEAN, "s--")}  # fmt: skip
+    styles = {
+        ("curvature", False): (MEMORIZED, "o-"),
+        ("curvature", True): (MEMORIZED, "o--"),
+        ("svd", False): (CLEAN, "s-"),
+        ("svd", True): (CLEAN, "s--"),
+    }
     places = np.arange(len(LABELS))
     for axes in grid.flatten()[len(layers) :]:
         axes.set_axis_off()

@@ -90,10 +90,14 @@ class Products:
             raise RuntimeError("The Hessian needs the labels: pass targets=.")
         return self._named(
             torch.autograd.grad(
-                self._slope, [*self.weights.values()], self._ordered(direction), retain_graph=True, allow_unused=True,
+                self._slope,
+                [*self.weights.values()],
+                self._ordered(direction),
+                retain_graph=True,
+                allow_unused=True,
                 materialize_grads=True,
             )
-        )  # fmt: skip
+        )
 
     def trace(self, draws: int = 8, seed: int = 0) -> float:
         """Return an unbiased estimate of the trace of the GGN of the mean loss, from random signs at each class."""

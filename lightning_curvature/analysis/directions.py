@@ -77,9 +77,13 @@ def direction_use(
     top = shares.square().amax(1).topk(examples, dim=0).indices.T.cpu()
     labels = torch.tensor(list(memorized), dtype=torch.float64)
     return DirectionUse(
-        layer, flat, tuple(places), tuple(tuple(row) for row in top.tolist()), tuple(labels[top].mean(1).tolist()),
+        layer,
+        flat,
+        tuple(places),
+        tuple(tuple(row) for row in top.tolist()),
+        tuple(labels[top].mean(1).tolist()),
         float(labels.mean()),
-    )  # fmt: skip
+    )
 
 
 def draw_precision(uses: Sequence[DirectionUse]) -> Any:
@@ -94,11 +98,21 @@ def draw_precision(uses: Sequence[DirectionUse]) -> Any:
     axes = figure.subplots()
     for one in uses:
         color, label = (KINDS[0], "flattest") if one.flat else (SHARP, "sharpest")
-        axes.plot(range(1, len(one.precision) + 1), sorted(one.precision, reverse=True), "o-", color=color,
-                  markersize=4, label=f"{label} directions, mean {one.mean_precision:.2f}")  # fmt: skip
+        axes.plot(
+            range(1, len(one.precision) + 1),
+            sorted(one.precision, reverse=True),
+            "o-",
+            color=color,
+            markersize=4,
+            label=f"{label} directions, mean {one.mean_precision:.2f}",
+        )
     axes.axhline(uses[0].chance, color="black", linewidth=0.8, linestyle=":", label=f"chance {uses[0].chance:.2f}")
-    axes.set(ylim=(-0.03, 1.03), xlabel="directions, by precision", ylabel=f"precision at {len(uses[0].top[0])}",
-             title=f"Are the examples that use a direction most the memorized ones? {uses[0].layer}")  # fmt: skip
+    axes.set(
+        ylim=(-0.03, 1.03),
+        xlabel="directions, by precision",
+        ylabel=f"precision at {len(uses[0].top[0])}",
+        title=f"Are the examples that use a direction most the memorized ones? {uses[0].layer}",
+    )
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -49,11 +49,13 @@ class Analyses:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(
                 tuple(BandComparison(**_tuples(one)) for one in found["bands"]),
-                {name: Detection(**{key: _tuples(part) for key, part in one.items()})
-                 for name, one in found["detection"].items()},
+                {
+                    name: Detection(**{key: _tuples(part) for key, part in one.items()})
+                    for name, one in found["detection"].items()
+                },
                 tuple(DirectionUse(**_tuples(one)) for one in found["directions"]),
                 {int(index): text for index, text in found["windows"].items()},
-            )  # fmt: skip
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not the analyses of a run ({error!r}). Run the demo again.") from error
 

@@ -44,8 +44,10 @@ class CurvatureOrder:
             end: Where it ends.
         """
         chosen = [index for index, place in enumerate(self.place) if start <= place <= end]
-        one, two = (torch.tensor(values, dtype=torch.float64)[chosen]
-                    for values in (self.predicted[score], getattr(self, measured)))  # fmt: skip
+        one, two = (
+            torch.tensor(values, dtype=torch.float64)[chosen]
+            for values in (self.predicted[score], getattr(self, measured))
+        )
         return float(spearman_corrcoef(one, two))
 
     def by_band(self, score: str, measured: str = "ggn") -> dict[str, float]:

@@ -34,8 +34,10 @@ _SECTION = re.compile(rf"\n\n{_BEGIN}.*?{_END}\n", re.DOTALL)
 def card_section(provenance: Mapping[str, Any]) -> str:
     """Return the section of a model card that says what was edited, as Markdown."""
     unknown = "not known"
-    rows = [[name, *(layer.get(key, unknown) for key in ("energy", "positions"))]
-            for name, layer in provenance.get("layers", {}).items()]  # fmt: skip
+    rows = [
+        [name, *(layer.get(key, unknown) for key in ("energy", "positions"))]
+        for name, layer in provenance.get("layers", {}).items()
+    ]
     table = tabulate(rows, ["layer", "energy", "positions"], tablefmt="github", disable_numparse=True)
     return (
         f"\n\n{_BEGIN}\n## Edited weights\n\n"
@@ -180,8 +182,9 @@ class HuggingFaceFolder:
         with replacing_folder(target) as new:
             shutil.copytree(self.path, new, ignore=self._not_copied)
             self._write_notes(new, provenance, headers)
-            own = {file: {name: edit for name, edit in edits.items() if self.where[name] == file}
-                   for file in self.shards}  # fmt: skip
+            own = {
+                file: {name: edit for name, edit in edits.items() if self.where[name] == file} for file in self.shards
+            }
             for file, shard in self.shards.items():
                 if own[file]:
                     shard.copy(new / file, own[file], provenance, None if headers is None else {"": headers[file]})

@@ -268,8 +268,10 @@ def owners_of(kinds: Mapping[str, LayerKind], ranks: Ranks) -> dict[str, int]:
         together.setdefault((name.rpartition(".")[0], kind.d_in), []).append(name)
     choices = []
     for groups in ([*together.values()], [[name] for name in kinds]):
-        sizes = {group[0]: float(kinds[group[0]].d_in ** 2 + sum(kinds[name].d_out ** 2 for name in group))
-                 for group in groups}  # fmt: skip
+        sizes = {
+            group[0]: float(kinds[group[0]].d_in ** 2 + sum(kinds[name].d_out ** 2 for name in group))
+            for group in groups
+        }
         owners = ranks.owners(sizes)
         load = [sum(size for name, size in sizes.items() if owners[name] == rank) for rank in range(ranks.size)]
         choices.append((max(load), {name: owners[group[0]] for group in groups for name in group}))

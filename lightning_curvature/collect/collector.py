@@ -257,9 +257,13 @@ class Collector:
             yield
             return
         places = [(module, name) for module in self.module.modules() for name in module._buffers]
-        buffers = [(*place, buffer, buffer.detach().clone())
-                   for place in places if (buffer := place[0]._buffers[place[1]]) is not None
-                   and buffer.layout is torch.strided and not (buffer.is_inference() or buffer.is_meta)]  # fmt: skip
+        buffers = [
+            (*place, buffer, buffer.detach().clone())
+            for place in places
+            if (buffer := place[0]._buffers[place[1]]) is not None
+            and buffer.layout is torch.strided
+            and not (buffer.is_inference() or buffer.is_meta)
+        ]
         grads = [(parameter, parameter.grad) for parameter in self.module.parameters()]
         try:
             for parameter, _ in grads:

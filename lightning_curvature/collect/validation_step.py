@@ -155,8 +155,9 @@ class _Graphs:
                 return value._make(items) if hasattr(value, "_make") else tuple(items)
         else:
             names = [field.name for field in dataclasses.fields(value)]
-            changed = {name: new for name in names
-                       if (new := self.detached(getattr(value, name))) is not getattr(value, name)}  # fmt: skip
+            changed = {
+                name: new for name in names if (new := self.detached(getattr(value, name))) is not getattr(value, name)
+            }
             if changed:
                 return dataclasses.replace(value, **changed)
         return value
@@ -177,10 +178,17 @@ class _Detaching(TorchFunctionMode):
 
     _READS = frozenset(
         {
-            Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__deepcopy__, Tensor.item, Tensor.tolist,
-            Tensor.__float__, Tensor.__int__, Tensor.__bool__,
+            Tensor.numpy,
+            Tensor.__array__,
+            Tensor.__dlpack__,
+            Tensor.__deepcopy__,
+            Tensor.item,
+            Tensor.tolist,
+            Tensor.__float__,
+            Tensor.__int__,
+            Tensor.__bool__,
         }
-    )  # fmt: skip
+    )
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

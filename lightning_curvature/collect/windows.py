@@ -228,9 +228,15 @@ class WindowedFactors:
         if owners is not None:
             own = {name: layer for name, layer in factors.items() if owners[name] == self.ranks.rank}
         elif self.ranks.is_counted:
-            own = {name: dataclasses.replace(layer, num_inputs=part(layer.num_inputs), num_seen=part(layer.num_seen),
-                                             num_gradients=part(layer.num_gradients))
-                   for name, layer in factors.items()}  # fmt: skip
+            own = {
+                name: dataclasses.replace(
+                    layer,
+                    num_inputs=part(layer.num_inputs),
+                    num_seen=part(layer.num_seen),
+                    num_gradients=part(layer.num_gradients),
+                )
+                for name, layer in factors.items()
+            }
         else:
             own = {}
         return KroneckerFactors(own, factors.provenance)

@@ -43,11 +43,20 @@ class LitCausalLM(pl.LightningModule):
         self.lr, self.decay, self.weight_decay, self.warmup = lr, decay, weight_decay, warmup
         self.model = Olmo2ForCausalLM(
             Olmo2Config(
-                vocab_size=vocab_size, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context,
-                tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0, use_cache=False,
+                vocab_size=vocab_size,
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=context,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=0,
+                pad_token_id=0,
+                use_cache=False,
             )
-        )  # fmt: skip
+        )
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Cross-entropy of the next token."""

@@ -123,8 +123,11 @@ class RecitedText(pl.LightningDataModule):
 
     def _windows(self, documents: Sequence[str], suffix: int, count: int, rng: random.Random) -> list[PromptedSequence]:
         length = PREFIX + suffix
-        found = [ids[i : i + length] for ids in self._encode(documents)
-                 for i in range(0, len(ids) - length + 1, length + GAP)]  # fmt: skip
+        found = [
+            ids[i : i + length]
+            for ids in self._encode(documents)
+            for i in range(0, len(ids) - length + 1, length + GAP)
+        ]
         if len(found) < count:
             raise ValueError(f"The text holds {len(found)} windows of {length} tokens, {count} are wanted.")
         return [

@@ -210,8 +210,12 @@ def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSett
         "layers": {name: dataclasses.asdict(layer) for name, layer in edit.layers.items()},
         "continuations": {
             title: [
-                {"prompt": data.tokenizer.decode(s.prefix_ids), "true": data.tokenizer.decode(s.suffix_ids),
-                 "before": old, "after": new}
+                {
+                    "prompt": data.tokenizer.decode(s.prefix_ids),
+                    "true": data.tokenizer.decode(s.suffix_ids),
+                    "before": old,
+                    "after": new,
+                }
                 for s, old, new in zip(sequences, said[title], says[title], strict=True)
             ]
             for title, sequences in prompts.items()
@@ -223,11 +227,15 @@ def run_text(out: Path, seed: int = 0, compare: bool = False, settings: TextSett
             "domain": data.held_out["domain"]["report"].numel(),
             "train": sum(batch.numel() for batch in data.batches),
         },
-        "settings": {"seed": seed, "energy": energy, "perplexity_limit": PERPLEXITY_LIMIT,
-                     **dataclasses.asdict(settings)},
+        "settings": {
+            "seed": seed,
+            "energy": energy,
+            "perplexity_limit": PERPLEXITY_LIMIT,
+            **dataclasses.asdict(settings),
+        },
         "seconds": {"data_train_collect": trained - started, "edit_and_evaluate": ended - trained},
         "versions": versions("transformers", "tokenizers"),
-    }  # fmt: skip
+    }
     write_json(out / "report.json", report)
     analyse_text(model, factors, data).save(out)
     write_page(out)
@@ -264,8 +272,17 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         for name, row in rows.items()
     ]
-    headers = ["", "energy", "strict", "loose", "edit distance", "unseen strict", "perplexity", "domain perplexity",
-               "ranking overlap"]  # fmt: skip
+    headers = [
+        "",
+        "energy",
+        "strict",
+        "loose",
+        "edit distance",
+        "unseen strict",
+        "perplexity",
+        "domain perplexity",
+        "ranking overlap",
+    ]
     return tabulate(body, headers, disable_numparse=True, colalign=("left", *("right",) * 8))
 
 

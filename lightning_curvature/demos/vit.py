@@ -138,7 +138,10 @@ class LitViT(pl.LightningModule):
             betas=(0.9, 0.98),
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.lr, total_steps=int(self.trainer.estimated_stepping_batches), pct_start=0.05,
+            optimizer,
+            self.lr,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            pct_start=0.05,
             cycle_momentum=False,
-        )  # fmt: skip
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -263,9 +263,13 @@ def _edited_layers(source: _Path, layers: Collection[str], allow_globals: Sequen
         edited |= {plain(layer) for layer in before.get("layers", {})}
         before = before.get("before")
     own = {layer: plain(layer) for layer in layers}
-    return [layer for layer in layers
-            if any(own[layer] == name or own[layer].endswith(f".{name}") or name.endswith(f".{own[layer]}")
-                   for name in edited)]  # fmt: skip
+    return [
+        layer
+        for layer in layers
+        if any(
+            own[layer] == name or own[layer].endswith(f".{name}") or name.endswith(f".{own[layer]}") for name in edited
+        )
+    ]
 
 
 def edit_device(device: str | torch.device) -> torch.device:

@@ -9,10 +9,34 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 # Nodes that hand values on as they are: views, copies and casts. Their names end with "Backward" and a number.
 _HANDED_ON = (
-    "Alias", "AsStrided", "Chunk", "Clone", "Contiguous", "Expand", "Index", "IndexSelect", "Movedim", "Narrow",
-    "Permute", "Reshape", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Swap", "T",
-    "ToCopy", "Transpose", "Unbind", "UnsafeSplit", "UnsafeView", "Unsqueeze", "View",
-)  # fmt: skip
+    "Alias",
+    "AsStrided",
+    "Chunk",
+    "Clone",
+    "Contiguous",
+    "Expand",
+    "Index",
+    "IndexSelect",
+    "Movedim",
+    "Narrow",
+    "Permute",
+    "Reshape",
+    "ReshapeAlias",
+    "Select",
+    "Slice",
+    "Split",
+    "SplitWithSizes",
+    "Squeeze",
+    "Swap",
+    "T",
+    "ToCopy",
+    "Transpose",
+    "Unbind",
+    "UnsafeSplit",
+    "UnsafeView",
+    "Unsqueeze",
+    "View",
+)
 _REORDERED = ("T", "Transpose", "Permute", "Movedim", "Swap")
 _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Linear", "Convolution", "Addmv", "Mv")
 _SOFTMAX = ("Softmax", "LogSoftmax")

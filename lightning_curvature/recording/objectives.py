@@ -84,8 +84,11 @@ def without_ignored(loss: SoftmaxLoss, objective: Tensor | None) -> SoftmaxLoss:
         return loss
     edges = [part.edge for part in asked if part.edge is not None]
     factors = torch.autograd.grad(objective, edges, retain_graph=True, allow_unused=True)
-    used = [factor.reshape(loss.counted.shape) != 0 for factor in factors
-            if factor is not None and factor.numel() == loss.counted.numel()]  # fmt: skip
+    used = [
+        factor.reshape(loss.counted.shape) != 0
+        for factor in factors
+        if factor is not None and factor.numel() == loss.counted.numel()
+    ]
     if len(used) < len(parts):
         return loss
     return dataclasses.replace(loss, counted=loss.counted & torch.stack(used).any(0))

@@ -233,8 +233,11 @@ class Step:
         if self._layers.detaches is False:
             return []
         leaves = {id(leaf): leaf for loss in losses for leaf in leaves_below(loss.logits)}
-        kept = [leaf for key, leaf in leaves.items()
-                if key not in self._parameters and not isinstance(leaf, torch.nn.Parameter)]  # fmt: skip
+        kept = [
+            leaf
+            for key, leaf in leaves.items()
+            if key not in self._parameters and not isinstance(leaf, torch.nn.Parameter)
+        ]
         self._layers.detaches = bool(kept)
         return kept
 
@@ -313,8 +316,9 @@ class Step:
         with self.taps.own_pass(), self._layers.undisturbed():
             groups = []
             if exact:
-                groups = [fisher.independent_groups(loss, targets) if not leaves else fisher.alone(loss)
-                          for loss in losses]  # fmt: skip
+                groups = [
+                    fisher.independent_groups(loss, targets) if not leaves else fisher.alone(loss) for loss in losses
+                ]
             self._layers.before_passes(fisher.count_passes(self._options.kind, losses, groups, self._options.draws))
             seed = (self._seed + _GOLDEN * self._num_drawn) % 2**32
             self._num_drawn += 1

@@ -41,5 +41,8 @@ def png(path: Path, caption: str) -> Block:
 
 
 def _source(content: bytes, kind: str, caption: str) -> Block:
-    return {"kind": "picture", "caption": caption,
-            "source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}"}  # fmt: skip
+    return {
+        "kind": "picture",
+        "caption": caption,
+        "source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
+    }

@@ -41,8 +41,13 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
                     for energy in (0.5, 0.9, 0.99)
                 },
             }
-        return {"path": str(path), "kind": "factors", "sha256": factors.digest(), "provenance": factors.provenance,
-                "layers": layers}  # fmt: skip
+        return {
+            "path": str(path),
+            "kind": "factors",
+            "sha256": factors.digest(),
+            "provenance": factors.provenance,
+            "layers": layers,
+        }
     checkpoint = open_checkpoint(path, allow_globals)
     shapes = checkpoint.shapes()
     if isinstance(checkpoint, SafetensorsFile) and DELTA in checkpoint.metadata:
@@ -67,11 +72,15 @@ def description(found: Mapping[str, Any]) -> str:
         return f"{total}; not edited by this package." if edit is None else f"{total}; edited:\n{edit_table(edit)}"
     headers = ["layer", "weight", "positions", "error of A", "of G", "half of the mass in", "90 %", "99 %"]
     rows = [
-        [name, "{} x {}".format(*layer["shape"]), layer["num_inputs"],
-         *(f"{layer['errors'][key]:.1%}" if key in layer["errors"] else "" for key in ("A_error", "G_error")),
-         *(f"{share:.2%}" for share in layer["share_of_pairs"].values())]
+        [
+            name,
+            "{} x {}".format(*layer["shape"]),
+            layer["num_inputs"],
+            *(f"{layer['errors'][key]:.1%}" if key in layer["errors"] else "" for key in ("A_error", "G_error")),
+            *(f"{share:.2%}" for share in layer["share_of_pairs"].values()),
+        ]
         for name, layer in found["layers"].items()
-    ]  # fmt: skip
+    ]
     source = ", ".join(f"{key}={value}" for key, value in found["provenance"].items())
     return f"K-FAC factors ({source})\nSHA-256 {found['sha256']}\n{tabulate(rows, headers)}"
 

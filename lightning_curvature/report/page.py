@@ -79,9 +79,12 @@ def write_page(folder: Path) -> Path:
     ]
     shown = [{"id": key, "title": title, "blocks": list(blocks)} for key, title, blocks in sections]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lightning_curvature"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.PackageLoader("lightning_curvature"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     page = environment.get_template("run.html.j2").render(
         title=f"Curvature edit of {folder.resolve().name}",
         subtitle=f"lightning_curvature {__version__}; method: arXiv:2510.24256",
@@ -115,8 +118,11 @@ def _outcome(report: Report) -> Iterator[Block]:
     before, after = report["before"], report["after"]
     rows = {"before": before, "after": after}
     if "default" in report:
-        rows = {"before": before, f"after, default energy {report['default']['energy']:g}": report["default"],
-                "after": after}  # fmt: skip
+        rows = {
+            "before": before,
+            f"after, default energy {report['default']['energy']:g}": report["default"],
+            "after": after,
+        }
     names = [name for name in before if all(name in row for row in rows.values())]
     if {"strict", "perplexity"} <= set(names):
         yield paragraph(
@@ -147,11 +153,22 @@ def _layers(report: Report) -> Iterator[Block]:
     headers = ["layer", "energy", "reached", "kept", "of", "share kept", "relative change", "positions", "not counted"]
     yield table(
         headers,
-        [[name, f"{e['energy']:.3g}", f"{e['energy_kept']:.4f}", f"{e['kept']:,}", f"{e['total']:,}",
-          f"{e['kept'] / e['total']:.2%}", f"{e['relative_change']:.3f}", f"{e['num_inputs']:,}", f"{e['dropped']:.1%}"]
-         for name, e in edits.items()],
+        [
+            [
+                name,
+                f"{e['energy']:.3g}",
+                f"{e['energy_kept']:.4f}",
+                f"{e['kept']:,}",
+                f"{e['total']:,}",
+                f"{e['kept'] / e['total']:.2%}",
+                f"{e['relative_change']:.3f}",
+                f"{e['num_inputs']:,}",
+                f"{e['dropped']:.1%}",
+            ]
+            for name, e in edits.items()
+        ],
         "Kept: coefficients of the weight in the curvature basis. Relative change: ||W' - W|| / ||W||.",
-    )  # fmt: skip
+    )
     yield picture(plots.layer_map(edits), "How much of each edited layer is kept, and how far it moves.")
 
 
@@ -182,9 +199,15 @@ def _spectra(factor_files: Sequence[Path], report: Report) -> Iterator[Block]:
         for name, layer in KroneckerFactors.open(path).items():
             edit = report.get("layers", {}).get(name)
             energy = edit["energy"] if edit else 0.9
-            pictures.append(picture(plots.spectrum(layer, energy, name), (
-                f"Curvature of the directions u_i v_j^T of {name}; the line bounds the pairs that energy {energy:.3g} "
-                "keeps.")))  # fmt: skip
+            pictures.append(
+                picture(
+                    plots.spectrum(layer, energy, name),
+                    (
+                        f"Curvature of the directions u_i v_j^T of {name}; the line bounds the pairs that energy {energy:.3g} "
+                        "keeps."
+                    ),
+                )
+            )
         yield paragraph(f"From {path.name}.")
         yield from pictures[-MANY:]
         if len(pictures) > MANY:
@@ -209,10 +232,14 @@ def _bands(analyses: Analyses) -> Iterator[Block]:
     caption = "In the curvature basis and in the SVD basis, with and without scaling each vector to unit norm."
     yield picture(draw_bands(analyses.bands), caption)
     rows = [
-        [one.layer, one.basis, "yes" if one.normalized else "no",
-         *(f"{r:.2f} ({low:.2f} to {high:.2f})" for r, low, high in zip(one.ratio, one.low, one.high, strict=True))]
+        [
+            one.layer,
+            one.basis,
+            "yes" if one.normalized else "no",
+            *(f"{r:.2f} ({low:.2f} to {high:.2f})" for r, low, high in zip(one.ratio, one.low, one.high, strict=True)),
+        ]
         for one in analyses.bands
-    ]  # fmt: skip
+    ]
     headers = ["layer", "basis", "unit vectors", *LABELS]
     yield details("As numbers", [table(headers, rows, "Ratio, with its 95 % bootstrap interval over examples.")])
 
@@ -230,10 +257,14 @@ def _directions(folder: Path, analyses: Analyses) -> Iterator[Block]:
     if not analyses.directions:
         return
     count = len(analyses.directions[0].top[0])
-    means = "; ".join(f"{'flattest' if one.flat else 'sharpest'} {len(one.directions)} directions "
-                      f"{one.mean_precision:.2f}" for one in analyses.directions)  # fmt: skip
-    yield paragraph(f"Share of memorized ones among the {count} examples that use a direction most, {means}; by chance "
-                f"{analyses.directions[0].chance:.2f}.")  # fmt: skip
+    means = "; ".join(
+        f"{'flattest' if one.flat else 'sharpest'} {len(one.directions)} directions {one.mean_precision:.2f}"
+        for one in analyses.directions
+    )
+    yield paragraph(
+        f"Share of memorized ones among the {count} examples that use a direction most, {means}; by chance "
+        f"{analyses.directions[0].chance:.2f}."
+    )
     yield picture(draw_precision(analyses.directions), "Precision of each direction.")
     if (folder / "directions.png").exists():
         yield png(folder / "directions.png", "The images that use the flattest and the sharpest directions most.")
@@ -241,8 +272,10 @@ def _directions(folder: Path, analyses: Analyses) -> Iterator[Block]:
         for place, top, precision in [*zip(one.directions, one.top, one.precision, strict=True)][-SHOWN_DIRECTIONS:]:
             rows = [[f"{rank}.", analyses.windows[index]] for rank, index in enumerate(top[:SHOWN_WINDOWS], 1)]
             kind = "flat" if one.flat else "sharp"
-            yield details(f"Direction {place}, {kind}: {precision:.2f} of its examples are memorized",
-                           [table(["", "window"], rows, "Windows that use it most.")])  # fmt: skip
+            yield details(
+                f"Direction {place}, {kind}: {precision:.2f} of its examples are memorized",
+                [table(["", "window"], rows, "Windows that use it most.")],
+            )
 
 
 def _provenance(
@@ -253,20 +286,29 @@ def _provenance(
         facts = {"SHA-256": factors.digest(), **factors.provenance}
         yield table(["", ""], [[key, str(value)] for key, value in facts.items()], f"Factors {path.name}")
     for found in edited:
-        yield details(f"Edited checkpoint {Path(found['path']).name}",
-                       [{"kind": "code", "text": json.dumps(found["edit"], indent=2)}])  # fmt: skip
+        yield details(
+            f"Edited checkpoint {Path(found['path']).name}",
+            [{"kind": "code", "text": json.dumps(found["edit"], indent=2)}],
+        )
     for reason in unread:
         yield paragraph(f"Not read: {reason}")
     for title in ("settings", "seconds", "versions"):
         if title in report:
-            rows = [[key, f"{value:.4g}" if isinstance(value, float) else str(value)]
-                    for key, value in report[title].items()]  # fmt: skip
+            rows = [
+                [key, f"{value:.4g}" if isinstance(value, float) else str(value)]
+                for key, value in report[title].items()
+            ]
             yield table(["", ""], rows, title.capitalize())
 
 
 def _metrics(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], caption: str, strong: int) -> Block:
     plain = ("perplexity", "domain_perplexity", "min_k")
-    body = [[title, f"{row['energy']:.3g}" if "energy" in row else "",
-             *(f"{row[name]:.2f}" if name in plain else f"{100 * row[name]:.1f}" for name in names)]
-            for title, row in rows.items()]  # fmt: skip
+    body = [
+        [
+            title,
+            f"{row['energy']:.3g}" if "energy" in row else "",
+            *(f"{row[name]:.2f}" if name in plain else f"{100 * row[name]:.1f}" for name in names),
+        ]
+        for title, row in rows.items()
+    ]
     return table(["", "energy", *(name.replace("_", " ") for name in names)], body, caption, [strong])

@@ -60,8 +60,14 @@ def spectrum(factors: LayerFactors, energy: float, layer: str = "") -> Figure:
     # The line runs along the right edge of each row's kept prefix, in the same coordinates as the cells.
     edge = np.append(staircase.columns.cpu().numpy(), 0) + 1
     axes.step(edge, y, where="pre", color="white", linewidth=3.5)
-    axes.step(edge, y, where="pre", color="#c0392b", linewidth=1.8,
-              label=f"kept: {staircase.kept:,} of {mass.numel():,} pairs hold {staircase.energy_kept:.1%}")  # fmt: skip
+    axes.step(
+        edge,
+        y,
+        where="pre",
+        color="#c0392b",
+        linewidth=1.8,
+        label=f"kept: {staircase.kept:,} of {mass.numel():,} pairs hold {staircase.energy_kept:.1%}",
+    )
     axes.set(xscale="log", yscale="log", xlim=(1, columns + 1), ylim=(rows + 1, 1))
     axes.set_xlabel("j: eigenvector of A (layer inputs), strongest first")
     axes.set_ylabel("i: eigenvector of G (output gradients), strongest first")
@@ -135,16 +141,27 @@ def pareto(rows: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]]
         axes.plot(
             [p[x] for p in points], [p[y] for p in points], "o-", markersize=5, linewidth=1, alpha=0.8, label=name
         )
-    axes.plot([r[x] for r in front], [r[y] for r in front], "s", markersize=11, fillstyle="none", color="black",
-              label="not beaten by another")  # fmt: skip
+    axes.plot(
+        [r[x] for r in front],
+        [r[y] for r in front],
+        "s",
+        markersize=11,
+        fillstyle="none",
+        color="black",
+        label="not beaten by another",
+    )
     for row in front:
         if row is not rows[0]:
             axes.annotate(f"{row['energy']:g}", (row[x], row[y]), textcoords="offset points", xytext=(8, 6), fontsize=8)
     axes.plot(rows[0][x], rows[0][y], "*", markersize=14, color=_COLORS["memorized"], label=rows[0]["edit"])
     # A few destroyed models must not squeeze the others into a corner.
     finite = [row[x] for row in rows if row[x] < float("inf")]
-    axes.set(xlabel=x, ylabel=y, title=f"{y} against {x} (numbers: energies)",
-             xlim=(None, min(max(finite), 2 * rows[0][x]) * 1.02) if rows[0][x] > 0 else None)  # fmt: skip
+    axes.set(
+        xlabel=x,
+        ylabel=y,
+        title=f"{y} against {x} (numbers: energies)",
+        xlim=(None, min(max(finite), 2 * rows[0][x]) * 1.02) if rows[0][x] > 0 else None,
+    )
     axes.grid(alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
@@ -159,8 +176,14 @@ def _rates(
 ) -> None:
     energies = sorted(curve)
     for metric, label in labels.items():
-        axes.plot(energies, [100 * curve[energy][metric] for energy in energies], "o-", markersize=4,
-                  color=_COLORS[metric], label=label)  # fmt: skip
+        axes.plot(
+            energies,
+            [100 * curve[energy][metric] for energy in energies],
+            "o-",
+            markersize=4,
+            color=_COLORS[metric],
+            label=label,
+        )
         axes.axhline(100 * before[metric], color=_COLORS[metric], linewidth=0.8, linestyle=":")
     if chosen is not None:
         axes.axvline(chosen, color="black", linewidth=1.0, linestyle="--", label=f"chosen: {chosen:.3g}")
@@ -195,8 +218,9 @@ def noised_examples(
         color = _COLORS["val_accuracy"] if right else _COLORS["memorized"] if recited else "black"
         axes.set_title(
             f"true {int(clean[index])}, given {int(noised[index])}\nsays {int(before[index])} → {int(after[index])}",
-            fontsize=9, color=color,
-        )  # fmt: skip
+            fontsize=9,
+            color=color,
+        )
     return figure
 
 

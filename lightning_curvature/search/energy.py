@@ -42,10 +42,14 @@ class Match:
     def violations(self, higher_is_better: bool = False) -> list[tuple[float, float]]:
         """Return pairs of neighbouring energies of which the lower one costs less, while the higher one costs."""
         sign = -1.0 if higher_is_better else 1.0
-        costs = [(energy, sign * math.log(value)) for energy, value in sorted(self.points.items())
-                 if 0 < value < math.inf]  # fmt: skip
-        return [(low, high) for (low, stronger), (high, milder) in pairwise(costs)
-                if milder > SLACK and milder - stronger > SLACK]  # fmt: skip
+        costs = [
+            (energy, sign * math.log(value)) for energy, value in sorted(self.points.items()) if 0 < value < math.inf
+        ]
+        return [
+            (low, high)
+            for (low, stronger), (high, milder) in pairwise(costs)
+            if milder > SLACK and milder - stronger > SLACK
+        ]
 
 
 def match_energy(

@@ -67,8 +67,10 @@ class Chooser:
     @functools.cached_property
     def names(self) -> dict[str, str]:
         """The model's own name of each layer, by that in the factor file."""
-        return {layer: name.removesuffix(".weight")
-                for layer, name in match_layers(self.given, self.model.state_dict()).items()}  # fmt: skip
+        return {
+            layer: name.removesuffix(".weight")
+            for layer, name in match_layers(self.given, self.model.state_dict()).items()
+        }
 
     @functools.cached_property
     def factors(self) -> KroneckerFactors:
@@ -143,8 +145,14 @@ class Chooser:
             f"chosen on, x {ratio.value:.4f} on {len(windows[1::2])} others (95 % interval {ratio.low:.4f} to "
             f"{ratio.high:.4f})."
         )
-        return {"energy": match.energy, "perplexity": match.value, "held_out": ratio.value, "low": ratio.low,
-                "high": ratio.high, "text": text}  # fmt: skip
+        return {
+            "energy": match.energy,
+            "perplexity": match.value,
+            "held_out": ratio.value,
+            "low": ratio.low,
+            "high": ratio.high,
+            "text": text,
+        }
 
     def sweep(
         self,
@@ -214,5 +222,6 @@ class Chooser:
 def best_within(rows: Sequence[Row], limits: Sequence[float] = LIMITS) -> list[Row]:
     """Return, for each multiple of the perplexity, as ``limit``, the row within it that recites, then costs least."""
     within = {limit: [row for row in rows if row["times"] <= limit] for limit in limits}
-    return [{"limit": limit, **min(some, key=lambda row: (row["strict"], row["times"]))}
-            for limit, some in within.items()]  # fmt: skip
+    return [
+        {"limit": limit, **min(some, key=lambda row: (row["strict"], row["times"]))} for limit, some in within.items()
+    ]

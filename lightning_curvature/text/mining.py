@@ -100,8 +100,10 @@ def mine_among(
     kept = _distinct(found, similarity)
     log.info(
         "%d of %d windows are recited, %d of them near-duplicates of others.",
-        len(found), len(asked), len(found) - len(kept),
-    )  # fmt: skip
+        len(found),
+        len(asked),
+        len(found) - len(kept),
+    )
     return [
         dataclasses.replace(
             sequence,

@@ -218,8 +218,11 @@ def find_language_model(module: nn.Module, layers: Collection[str] = ()) -> Any:
         ValueError: If there is none, or more than one is left.
     """
     found = {name: submodule for name, submodule in module.named_modules() if isinstance(submodule, GenerationMixin)}
-    found = {name: model for name, model in found.items()
-             if not any(other != name and (not other or name.startswith(f"{other}.")) for other in found)}  # fmt: skip
+    found = {
+        name: model
+        for name, model in found.items()
+        if not any(other != name and (not other or name.startswith(f"{other}.")) for other in found)
+    }
     if len(found) > 1:
         found = {
             name: model for name, model in found.items() if any(layer.startswith(f"{name}.") for layer in layers)

@@ -54,8 +54,10 @@ class JsonlProbe:
                 "answers, or text."
             )
         self.kind = kinds[0]
-        self.metrics = tuple(check_option(m, METRICS[self.kind], f"A metric of {path}")
-                             for m in (METRICS[self.kind] if metrics is None else metrics))  # fmt: skip
+        self.metrics = tuple(
+            check_option(m, METRICS[self.kind], f"A metric of {path}")
+            for m in (METRICS[self.kind] if metrics is None else metrics)
+        )
         self.tokenizer = tokenizer
         if tokenizer is None and self.kind != "prefix_ids":
             raise ValueError(

@@ -77,7 +77,11 @@ def rank_windows(
     }
     order = scores["score"].argsort(descending=True, stable=True).tolist()
     return [
-        {"rank": rank, **{key: float(value[index]) for key, value in scores.items()}, "window": index,
-         "text": tokenizer.decode(ids[index][len(leading) :])}
+        {
+            "rank": rank,
+            **{key: float(value[index]) for key, value in scores.items()},
+            "window": index,
+            "text": tokenizer.decode(ids[index][len(leading) :]),
+        }
         for rank, index in enumerate(order, 1)
-    ]  # fmt: skip
+    ]

@@ -75,8 +75,10 @@ def evaluate_recall(
     for name, asked in sets.items():
         if asked:
             metric = RecallAccuracy()
-            metric.update(answer(model, tokenizer, [prompt for prompt, _ in asked], batch_size, max_tokens),
-                          [answers for _, answers in asked])  # fmt: skip
+            metric.update(
+                answer(model, tokenizer, [prompt for prompt, _ in asked], batch_size, max_tokens),
+                [answers for _, answers in asked],
+            )
             results[name] = float(metric.compute())
     return results
 

@@ -146,6 +146,7 @@ class Suite:
             moved = positional_stress(
                 model, self.sequences, filler=self.filler, batch_size=self.batch_size, leading=self.leading
             )
-            results |= {f"{name}_shift_{shift:+d}": value for shift, found in moved.items()
-                        for name, value in found.items()}  # fmt: skip
+            results |= {
+                f"{name}_shift_{shift:+d}": value for shift, found in moved.items() for name, value in found.items()
+            }
         return results

@@ -116,9 +116,14 @@ class Probes:
                 rank_zero_warn(f"{target}: the metric of the unedited model is {before}, there is nothing to keep yet.")
                 return None
             return match_energy(
-                editor, module, factors, lambda: run()[target.name], target.limit, higher_is_better=target.benefit,
+                editor,
+                module,
+                factors,
+                lambda: run()[target.name],
+                target.limit,
+                higher_is_better=target.benefit,
                 before=before,
-            )  # fmt: skip
+            )
 
     def _runner(
         self,
@@ -142,8 +147,10 @@ class Probes:
 
             tokenizers = [found for source in sources if (found := getattr(source, "tokenizer", None)) is not None]
             self._readers = make_probes(self.files, tokenizers[0] if tokenizers else None)
-        loaders, readers = ({name: probe for name, probe in probes.items() if only in (None, name)}
-                            for probes in (loaders, self._readers))  # fmt: skip
+        loaders, readers = (
+            {name: probe for name, probe in probes.items() if only in (None, name)}
+            for probes in (loaders, self._readers)
+        )
         if not loaders and not readers:
             return None
         precision, layers = trainer.precision_plugin, list(factors)

@@ -116,8 +116,10 @@ class Siblings:
         self._saved: set[str] = set()
         self._reads_back = _writes_one_file(strategy)
         self._save, self._load, self._remove = (
-            strategy.save_checkpoint, strategy.load_checkpoint, strategy.remove_checkpoint
-        )  # fmt: skip
+            strategy.save_checkpoint,
+            strategy.load_checkpoint,
+            strategy.remove_checkpoint,
+        )
         vars(strategy).update(
             save_checkpoint=self.save_checkpoint,
             load_checkpoint=self.load_checkpoint,

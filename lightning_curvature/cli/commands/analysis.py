@@ -107,16 +107,25 @@ def detect(
         with extra("text"):
             from lightning_curvature.text.ranking import rank_windows
         rows = rank_windows(
-            model, checkpoint, read_factors(factors), sequences=sequences, corpus=corpus, layer=layer,
-            tokens=tokens or 100_000, context=context, batch_size=batch_size, force=force,
+            model,
+            checkpoint,
+            read_factors(factors),
+            sequences=sequences,
+            corpus=corpus,
+            layer=layer,
+            tokens=tokens or 100_000,
+            context=context,
+            batch_size=batch_size,
+            force=force,
             allow_globals=allowed,
-        )  # fmt: skip
+        )
     with replacing(out) as temporary, Path(temporary).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    table = tabulate([{name: _short(value) for name, value in row.items()} for row in rows[:10]], "keys",
-                     disable_numparse=True)  # fmt: skip
+    table = tabulate(
+        [{name: _short(value) for name, value in row.items()} for row in rows[:10]], "keys", disable_numparse=True
+    )
     return Output(f"{table}\n{len(rows)} examples written to {out}", {"out": str(out), "rows": rows})
 
 

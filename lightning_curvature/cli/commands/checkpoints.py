@@ -87,8 +87,15 @@ def edit(
     from lightning_curvature.factors.basis_cache import bases_in
     from lightning_curvature.factors.kronecker import KroneckerFactors
 
-    options = {"corpus": corpus, "forget": forget, "half": half, "strength": strength, "model": model,
-               "tokens": tokens, "context": context}  # fmt: skip
+    options = {
+        "corpus": corpus,
+        "forget": forget,
+        "half": half,
+        "strength": strength,
+        "model": model,
+        "tokens": tokens,
+        "context": context,
+    }
     if model not in (None, checkpoint) and checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is a folder with a model of its own: leave --model out.")
     check_counts(tokens=tokens, context=context)
@@ -120,9 +127,17 @@ def edit(
             plan = files.plan_edit(editor, checkpoint, loaded, allowed, device, force)
             return Output(f"{said}{plan}", {**dataclasses.asdict(plan), **told})
         report = files.edit_checkpoint(
-            editor, checkpoint, loaded, out, overwrite=overwrite, delta=save_delta, allow_globals=allowed, to_hf=to_hf,
-            device=device, force=force,
-        )  # fmt: skip
+            editor,
+            checkpoint,
+            loaded,
+            out,
+            overwrite=overwrite,
+            delta=save_delta,
+            allow_globals=allowed,
+            to_hf=to_hf,
+            device=device,
+            force=force,
+        )
     shown = f"{said}{report}\n{files.matches(report)}\nWritten to {out}"
     return Output(shown, {"out": str(out), **dataclasses.asdict(report), **told})
 

@@ -71,8 +71,9 @@ def collect(
         {"--out": out}, {"--corpus": corpus, "--checkpoint": _file(checkpoint)}, overwrite, models=[model, checkpoint]
     )
     allowed = check_allowed(allow_global, checkpoint)
-    check_counts(tokens=tokens, context=context, batch_size=batch_size, draws=draws, passes=passes,
-                 save_every=save_every)  # fmt: skip
+    check_counts(
+        tokens=tokens, context=context, batch_size=batch_size, draws=draws, passes=passes, save_every=save_every
+    )
     check_share(share, "--share")
     if draws > 1 and fisher in ("exact", "empirical"):
         check_unused(f"fisher {fisher} has no draws", draws=draws)
@@ -89,10 +90,23 @@ def collect(
     chosen = layers or ["last-mlp"]
     saved.check_layers(chosen)
     factors = collect_text(
-        saved.load(), saved.tokenizer, corpus, out, layers=chosen, tokens=tokens, context=context,
-        batch_size=batch_size, fisher=fisher, draws=draws, positions=positions, passes=passes,
-        accumulate_on=accumulate_on, share=share, save_every=save_every, seed=seed,
-    )  # fmt: skip
+        saved.load(),
+        saved.tokenizer,
+        corpus,
+        out,
+        layers=chosen,
+        tokens=tokens,
+        context=context,
+        batch_size=batch_size,
+        fisher=fisher,
+        draws=draws,
+        positions=positions,
+        passes=passes,
+        accumulate_on=accumulate_on,
+        share=share,
+        save_every=save_every,
+        seed=seed,
+    )
     rows = [
         [name, *f.shape, f.num_inputs, f"{1 - f.num_inputs / max(f.num_seen, 1):.1%}"] for name, f in factors.items()
     ]
@@ -281,8 +295,12 @@ def sweep(
         force: Use factors that were collected on other weights, such as those before a fine-tune.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
-    inputs = {"--factors": _file(factors), "--sequences": sequences, "--corpus": corpus,
-              "--checkpoint": _file(checkpoint)}  # fmt: skip
+    inputs = {
+        "--factors": _file(factors),
+        "--sequences": sequences,
+        "--corpus": corpus,
+        "--checkpoint": _file(checkpoint),
+    }
     check_files({"--out": out}, inputs, overwrite=True, folders=True, models=[model, checkpoint])
     allowed = check_allowed(allow_global, checkpoint)
     check_counts(tokens=tokens, context=context, batch_size=batch_size)
@@ -300,9 +318,19 @@ def sweep(
 
     with bases_in(bases):
         rows = Chooser(model, checkpoint, read_factors(factors), allowed).sweep(
-            out / "sweep.csv", sequences, half, corpus, energies=energies or ENERGIES, layers=layers,
-            scores=scores or ["kfac"], soft=soft, tokens=tokens, context=context, batch_size=batch_size, force=force,
-        )  # fmt: skip
+            out / "sweep.csv",
+            sequences,
+            half,
+            corpus,
+            energies=energies or ENERGIES,
+            layers=layers,
+            scores=scores or ["kfac"],
+            soft=soft,
+            tokens=tokens,
+            context=context,
+            batch_size=batch_size,
+            force=force,
+        )
     front = pareto(rows, minimize=["strict", "perplexity"])
     plots.save(plots.pareto(rows, front, "perplexity", "strict"), out / "sweep.png")
     headers = {"edit": "edit", "energy": "energy", "strict": "strict", "times": "perplexity, times"}

@@ -18,6 +18,4 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"This command needs {error.name}: pip install 'lightning_curvature[{name}]'"
-        ) from error  # fmt: skip
+        raise RuntimeError(f"This command needs {error.name}: pip install 'lightning_curvature[{name}]'") from error
