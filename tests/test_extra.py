@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
 from lightning_curvature.collect.passes import collect
-from lightning_curvature.trainer.edited_copy import WeightWatch
 from lightning_curvature.trainer.support import RunLength
+from lightning_curvature.trainer.weight_watch import WeightWatch
 from tests import models
 
 
@@ -858,7 +858,7 @@ def test_a_sibling_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch)
     def stuck(path):
         raise PermissionError(f"{path} is read-only")
 
-    monkeypatch.setattr("lightning_curvature.trainer.siblings._delete", stuck)
+    monkeypatch.setattr("lightning_curvature.trainer.siblings.delete", stuck)
     saver = ModelCheckpoint(tmp_path / "c", filename="{step}", save_top_k=1, monitor="step", mode="max")
     with pytest.warns(UserWarning, match="PermissionError"):
         trainer = fit(tmp_path, Plain(), KFACEditCallback(), saver, max_epochs=2)

@@ -11,7 +11,7 @@ from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
 from lightning_curvature.layers.kinds import is_matmul
 from lightning_curvature.layers.modules import evaluating
-from lightning_curvature.recording.taps import layer_inputs
+from lightning_curvature.recording.inputs import layer_inputs
 
 
 def layer_activations(

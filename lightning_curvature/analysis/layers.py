@@ -18,7 +18,7 @@ from lightning_curvature._checks import check_option
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.kinds import input_rows
 from lightning_curvature.layers.modules import evaluating, find_layer
-from lightning_curvature.recording.taps import layer_inputs
+from lightning_curvature.recording.inputs import layer_inputs
 
 Batch = TypeVar("Batch")
 

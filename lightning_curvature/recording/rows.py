@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_curvature.distributed import whole
 from lightning_curvature.layers.kinds import gradient_rows, input_rows, is_matmul, num_rows
+from lightning_curvature.recording.calls import LayerCall
 from lightning_curvature.recording.positions import counted_positions
-from lightning_curvature.recording.taps import LayerCall
 
 
 @dataclass
