@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_curvature.collect.accumulator import Accumulator, owners_of
+from lightning_curvature.collect.accumulator import Accumulator
 from lightning_curvature.collect.plan import place_sums
+from lightning_curvature.collect.sharded_accumulator import ShardedAccumulator, owners_of
 from lightning_curvature.collect.sums import LayerKind, LayerSums
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.fingerprints import fingerprint
@@ -75,8 +76,12 @@ class Collector:
         self.ranks = Ranks() if ranks is None else ranks
         self.on_error = on_error
         self.kinds = {name: self._kind(layer) for name, layer in self.network.choice.modules.items()}
-        owners = owners_of(self.kinds, self.ranks) if shard else None
-        self.accumulator = Accumulator(self._new_sums, self._home, self.options.positions, self.ranks, owners)
+        self.accumulator = Accumulator(self._new_sums, self._home, self.options.positions, self.ranks)
+        if shard:
+            owners = owners_of(self.kinds, self.ranks)
+            self.accumulator = ShardedAccumulator(
+                self._new_sums, self._home, self.options.positions, self.ranks, owners
+            )
         self._group = group
         self._homes: dict[torch.device, torch.device] = {}
 
