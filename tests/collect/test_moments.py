@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_curvature.collect import moments
-from lightning_curvature.collect.moments import SecondMoment, full_precision
+from lightning_curvature.collect.moments import SecondMoment, block_columns, full_precision, packed_size
 
 
 def test_a_million_small_batches_lose_nothing():
@@ -156,3 +156,64 @@ def test_precision_before_torch_2_9(monkeypatch):
     with full_precision([]):
         assert chosen[-1] == "highest"
     assert chosen == ["medium", "highest", "medium"]
+
+
+@pytest.mark.parametrize("dim", [1, 5, 127, 128, 129, 300, 2049, 5000])
+def test_block_columns_hold_the_upper_triangle_once(dim):
+    rows = torch.randn(7, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moment = SecondMoment(dim)
+    moment.add(rows)
+    torch.testing.assert_close(moment.mean(), rows.T @ rows / 7)
+    assert block_columns(dim)[0][0] == 0
+    assert block_columns(dim)[-1][1] == dim
+    assert len(block_columns(dim)) <= max(4, -(-dim // 1024))
+    assert len(moment.total) == packed_size(dim) <= dim**2
+    assert dim < 300 or packed_size(dim) <= (0.61 if dim == 5000 else 0.7) * dim**2
+    again = SecondMoment.of(moment.mean(), moment.count)
+    torch.testing.assert_close(again.total, moment.total)
+
+
+def test_a_mean_is_one_tensor_as_long_as_it_is_used():
+    moment = SecondMoment(3)
+    moment.add(torch.ones(2, 3))
+    mean = moment.mean()
+    assert moment.mean() is mean
+    moment.add(torch.zeros(2, 3))
+    assert moment.mean() is not mean
+    assert torch.equal(moment.mean(), mean / 2)
+    assert moment.copy().mean() is not moment.mean()
+
+
+def test_several_sets_of_rows_and_scales():
+    one, two = torch.randn(4, 3), torch.randn(4, 3)
+    moment = SecondMoment(3)
+    moment.add(one, two, count=4, scale=0.5)
+    torch.testing.assert_close(moment.mean(), (one.T @ one + two.T @ two) / 8)
+    other = SecondMoment(3)
+    other.add(one, torch.zeros(0, 3), two, count=4, scale=0.5)
+    assert torch.equal(other.total, moment.total)
+    other.add(count=4)  # positions at which nothing arrived
+    torch.testing.assert_close(other.mean(), moment.mean() / 2)
+
+
+def test_the_standard_error_is_that_of_repeated_collections():
+    torch.manual_seed(0)
+    scales = torch.arange(1, 151) ** -0.5
+
+    def collected():
+        moment = SecondMoment(150)
+        for _ in range(40):
+            shared = torch.randn(1, 150)  # rows of a batch resemble one another
+            moment.add((0.5 * shared + torch.randn(8, 150)) * scales)
+        return moment
+
+    found = [collected() for _ in range(60)]
+    means = torch.stack([moment.mean() for moment in found])
+    truth = means.mean(0)
+    spread = float(((means - truth).square().sum((1, 2)).mean() * 60 / 59).sqrt() / truth.norm())
+    told = sum(moment.relative_error() for moment in found) / len(found)
+    assert 0.85 * spread < told < 1.15 * spread
+    assert SecondMoment(2).relative_error() is None
+    one = SecondMoment(2)
+    one.add(torch.ones(1, 2))
+    assert one.relative_error() is None

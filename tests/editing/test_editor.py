@@ -8,8 +8,10 @@ from transformers.pytorch_utils import Conv1D
 from lightning_curvature import CurvatureEditor, EditReport, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
 from tests import reference
+from tests.support.gated import Gated, batches, gathered
 
 ActivationEditor = functools.partial(CurvatureEditor, score="activations")
+
 EDITORS = [CurvatureEditor, ActivationEditor, SVDEditor, RandomBasisEditor]
 
 
@@ -228,3 +230,23 @@ def test_random_basis_keeps_the_asked_share_and_leaves_the_random_state_alone():
     assert (result.weight.norm() / weight.norm()) ** 2 == pytest.approx(0.3, abs=0.05)
     other = RandomBasisEditor(0.3, seed=2).project(weight, layer(3, 3), 0.3)
     assert not torch.equal(result.weight, other.weight)
+
+
+def test_a_layer_that_does_not_fit_on_the_gpu_is_edited_where_its_factors_are(monkeypatch):
+    model = Gated()
+    found = gathered(model, batches())
+    expected, _ = CurvatureEditor().edited_weights(model, found)
+    project, places = CurvatureEditor.project, []
+
+    def small(self, weight, factors, energy):
+        places.append(factors.original is factors)
+        if factors.original is not factors:
+            raise torch.cuda.OutOfMemoryError
+        return project(self, weight, factors, energy)
+
+    monkeypatch.setattr("lightning_curvature.editing.weight_editor.place_edit", lambda *_: torch.device("cpu:0"))
+    monkeypatch.setattr(CurvatureEditor, "project", small)
+    with pytest.warns(UserWarning, match="Layer '(gate|up|down)' does not fit on cpu:0, so it is edited on the CPU"):
+        new, _ = CurvatureEditor().edited_weights(model, found)
+    assert places == [False, True] * 3
+    assert all(torch.equal(new[name], weight) for name, weight in expected.items())

@@ -2,9 +2,7 @@
 
 import weakref
 from contextlib import nullcontext
-from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,19 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measuring import peak_bytes
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.moments import SecondMoment, block_columns, packed_size
+from lightning_curvature.collect.moments import block_columns, packed_size
 from lightning_curvature.collect.passes import collect
-from lightning_curvature.collect.plan import DoesNotFitError, place_sums
 from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.collect.sums import LayerSums
 from lightning_curvature.collect.tied_inputs import STATE_VERSION
 from lightning_curvature.collect.windows import WindowedFactors
-from lightning_curvature.memory import edit_bytes, place_edit
 from lightning_curvature.recording import fisher, taps
 from lightning_curvature.recording.rows import BatchGradients
-from tests.support import models
 
 ROWS, IN, HIDDEN = 96, 256, 512
+
 NAMES = ["1.gate", "1.up", "1.down"]
 
 
@@ -72,6 +68,7 @@ def flops(work):
 
 
 DISTINCT = [IN, HIDDEN, HIDDEN, HIDDEN, IN]  # A of gate and up, G of both, A and G of down
+
 PRODUCTS = sum(2 * ROWS * packed_size(dim) for dim in DISTINCT)
 
 
@@ -225,73 +222,9 @@ def test_sums_and_factors_are_never_there_as_a_whole(step, monkeypatch):
     assert collector.sums == {}
 
 
-# Block columns ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dim", [1, 5, 127, 128, 129, 300, 2049, 5000])
-def test_block_columns_hold_the_upper_triangle_once(dim):
-    rows = torch.randn(7, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    moment = SecondMoment(dim)
-    moment.add(rows)
-    torch.testing.assert_close(moment.mean(), rows.T @ rows / 7)
-    assert block_columns(dim)[0][0] == 0
-    assert block_columns(dim)[-1][1] == dim
-    assert len(block_columns(dim)) <= max(4, -(-dim // 1024))
-    assert len(moment.total) == packed_size(dim) <= dim**2
-    assert dim < 300 or packed_size(dim) <= (0.61 if dim == 5000 else 0.7) * dim**2
-    again = SecondMoment.of(moment.mean(), moment.count)
-    torch.testing.assert_close(again.total, moment.total)
-
-
 def test_the_layout_of_saved_sums_has_a_version():
     """Sums of another layout would be read as nonsense: whoever changes it changes the version, and this test."""
     assert (STATE_VERSION, block_columns(1000)) == (5, [(0, 256), (256, 512), (512, 768), (768, 1000)])
-
-
-def test_a_mean_is_one_tensor_as_long_as_it_is_used():
-    moment = SecondMoment(3)
-    moment.add(torch.ones(2, 3))
-    mean = moment.mean()
-    assert moment.mean() is mean
-    moment.add(torch.zeros(2, 3))
-    assert moment.mean() is not mean
-    assert torch.equal(moment.mean(), mean / 2)
-    assert moment.copy().mean() is not moment.mean()
-
-
-def test_several_sets_of_rows_and_scales():
-    one, two = torch.randn(4, 3), torch.randn(4, 3)
-    moment = SecondMoment(3)
-    moment.add(one, two, count=4, scale=0.5)
-    torch.testing.assert_close(moment.mean(), (one.T @ one + two.T @ two) / 8)
-    other = SecondMoment(3)
-    other.add(one, torch.zeros(0, 3), two, count=4, scale=0.5)
-    assert torch.equal(other.total, moment.total)
-    other.add(count=4)  # positions at which nothing arrived
-    torch.testing.assert_close(other.mean(), moment.mean() / 2)
-
-
-def test_the_standard_error_is_that_of_repeated_collections():
-    torch.manual_seed(0)
-    scales = torch.arange(1, 151) ** -0.5
-
-    def collected():
-        moment = SecondMoment(150)
-        for _ in range(40):
-            shared = torch.randn(1, 150)  # rows of a batch resemble one another
-            moment.add((0.5 * shared + torch.randn(8, 150)) * scales)
-        return moment
-
-    found = [collected() for _ in range(60)]
-    means = torch.stack([moment.mean() for moment in found])
-    truth = means.mean(0)
-    spread = float(((means - truth).square().sum((1, 2)).mean() * 60 / 59).sqrt() / truth.norm())
-    told = sum(moment.relative_error() for moment in found) / len(found)
-    assert 0.85 * spread < told < 1.15 * spread
-    assert SecondMoment(2).relative_error() is None
-    one = SecondMoment(2)
-    one.add(torch.ones(1, 2))
-    assert one.relative_error() is None
 
 
 # Shares of positions ------------------------------------------------------------------------------------------------
@@ -324,158 +257,10 @@ def test_a_share_of_the_positions(step):
             Collector(step.model, NAMES, share=share)
 
 
-# Pauses -------------------------------------------------------------------------------------------------------------
-
-
-def taken(every, steps, window, batch=32, **options):
-    """Return the training batches that are collected, and the collection."""
-    seen = []
-
-    class Watch(pl.Callback):
-        def on_before_backward(self, trainer, module, loss):
-            if callback._collection.collector.is_open:
-                seen.append(trainer.fit_loop.total_batch_idx)
-
-    callback = KFACEditCallback(layers=["net.3"], window=window, every=every)
-    trainer = models.trainer(None, callback, Watch(), enable_checkpointing=False, **options)
-    trainer.fit(models.Classifier(), models.loader(models.images(batch * steps), batch))
-    return seen, callback
-
-
-@pytest.mark.filterwarnings("ignore:The factors of layer")
-def test_one_window_in_so_many_and_the_last(tmp_path):
-    seen, callback = taken(4, 30, 64, max_epochs=1)  # a window is two steps
-    assert seen == [0, 1, 8, 9, 16, 17, 24, 25, 27, 28]  # the last one a little early, so that it is complete in time
-    assert callback.factors.provenance["step"] == 29
-    assert callback.factors["net.3"].num_inputs == 64
-    assert taken(1, 8, 64, max_epochs=1)[0] == list(range(8))
-    assert taken(4, 5, 64, max_epochs=2)[0] == [0, 1, 7, 8]
-    assert taken(4, 6, 10_000, max_epochs=1)[0] == list(range(6))  # until there is a window, each step counts
-    limited = taken(4, 30, 64, max_epochs=-1, max_steps=10)[0]
-    assert limited == [0, 1, 7, 8]
-
-
-@pytest.mark.filterwarnings("ignore:The factors of layer")
-def test_a_run_whose_end_is_not_known_has_no_last_window(tmp_path):
-    class Endless(pl.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            trainer.should_stop = trainer.fit_loop.total_batch_idx == 12
-
-    seen, callback = [], KFACEditCallback(layers=["net.3"], window=64, every=4)
-
-    class Watch(pl.Callback):
-        def on_before_backward(self, trainer, module, loss):
-            if callback._collection.collector.is_open:
-                seen.append(trainer.fit_loop.total_batch_idx)
-
-    trainer = models.trainer(tmp_path, callback, Watch(), Endless(), max_epochs=-1, enable_checkpointing=False)
-    trainer.fit(models.Classifier(), models.loader(models.images(320), 32))
-    assert seen == [0, 1, 8, 9]
-
-
-def test_nothing_is_intercepted_in_a_pause(tmp_path):
-    hooks = []
-
-    class Watch(pl.Callback):
-        def on_before_backward(self, trainer, module, loss):
-            hooks.append(sum(len(m._forward_hooks) for m in module.modules()))
-
-    callback = KFACEditCallback(layers=["net.3"], window=64, every=4)
-    trainer = models.trainer(tmp_path, Watch(), callback, max_epochs=1, enable_checkpointing=False)
-    trainer.fit(models.Classifier(), models.loader(models.images(320), 32))
-    assert [count > 0 for count in hooks] == [True, True, *[False] * 5, True, True, False]
-
-
 def test_every_must_be_a_count():
     with pytest.raises(ValueError, match="every must be an integer of at least 1"):
         KFACEditCallback(every=0)
     assert WindowedFactors(Collector(network(), NAMES), None, {}).is_due(0, float("inf"))
-
-
-# Where sums live ----------------------------------------------------------------------------------------------------
-
-
-def test_sums_live_where_they_fit(monkeypatch, caplog):
-    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
-    layers = {"fc": (1000, 1000)}
-    free = {"cuda": 2**30, "cpu": 2**40}
-    monkeypatch.setattr("lightning_curvature.memory.free_memory", lambda device: free[device.type])
-    with caplog.at_level("INFO"):
-        assert place_sums(layers, cuda, "auto") == place_sums(layers, cuda, "model") == cuda
-        assert place_sums(layers, cuda, "cpu") == cpu
-        assert place_sums(layers, torch.device("mps"), "model") == cpu
-        assert place_sums({}, cuda, "auto") == cuda
-        assert "do not fit" not in caplog.text
-        free["cuda"] = 2**20
-        assert place_sums(layers, cuda, "auto") == cpu
-        assert "does not fit there: they are summed on the CPU" in caplog.text
-    with pytest.raises(DoesNotFitError, match="accumulate_on='cpu'"):
-        place_sums(layers, cuda, "model")
-    free["cpu"] = 2**20
-    with pytest.raises(DoesNotFitError, match=r"cpu has 1\.00 MiB left"):
-        place_sums(layers, cuda, "auto")
-
-
-def test_a_layer_is_edited_on_the_gpu_if_there_is_room(monkeypatch):
-    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
-    shape, free = (64, 256), {"cuda": 2 * edit_bytes(64, 256) + 2**28, "cpu": 0}
-    monkeypatch.setattr("lightning_curvature.memory.free_memory", lambda device: free[device.type])
-    assert place_edit(cuda, cpu, shape) == cuda
-    assert place_edit(cpu, cuda, shape) == place_edit(cuda, cuda, shape) == cuda
-    assert place_edit(cpu, cpu, shape) == place_edit(torch.device("mps"), cpu, shape) == cpu
-    free["cuda"] -= 1
-    assert place_edit(cuda, cpu, shape) == cpu
-    assert place_edit(cuda, cuda, shape) == cuda
-
-
-def test_work_runs_beside_the_main_stream(monkeypatch):
-    """The order of what CUDA is told; there is none here."""
-    told = []
-
-    class Stream:
-        def __init__(self, name):
-            self.name = name
-
-        def wait_stream(self, other):
-            told.append(f"{self.name} waits for {getattr(other, 'name', other)}")
-
-    class Entered:
-        def __init__(self, stream):
-            self.stream = stream
-
-        def __enter__(self):
-            told.append(f"enter {self.stream.name}")
-
-        def __exit__(self, *error):
-            told.append(f"leave {self.stream.name}")
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(f"side {device}"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"main {device}"))
-    monkeypatch.setattr(torch.cuda, "stream", Entered)
-    tensor = SimpleNamespace(
-        device=torch.device("cuda:0"), record_stream=lambda stream: told.append(f"kept for {stream.name}")
-    )
-    streams = SideStreams()
-    streams.join()
-    with streams.beside([tensor, torch.ones(1)]):
-        told.append("work")
-    streams.join()
-    assert told == [
-        "side cuda:0 waits for main cuda:0",
-        "enter side cuda:0",
-        "work",
-        "kept for side cuda:0",
-        "leave side cuda:0",
-        "main cuda:0 waits for side cuda:0",
-    ]
-    told.clear()
-    with streams.beside([torch.ones(1)], [torch.device("cpu")]):
-        pass
-    assert told == []
-    part = SimpleNamespace(device=torch.device("cuda:0"), _local_tensor=tensor)  # of a tensor spread over processes
-    with streams.beside([part], [torch.device("cuda:1")]):
-        assert {"enter side cuda:0", "enter side cuda:1"} <= set(told)
-    assert told.count("kept for side cuda:0") == 1
 
 
 def test_what_else_is_read_or_written_beside_the_main_stream(step, monkeypatch):
