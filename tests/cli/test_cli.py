@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from lightning_curvature import KroneckerFactors, LayerFactors
 from lightning_curvature.cli import parser as cli
 from lightning_curvature.cli.parser import COMMANDS, main
+from lightning_curvature.demos.digits import run_digits
 
 
 @pytest.fixture
@@ -150,6 +151,7 @@ def test_completion_as_jsonargparse_offers_it():
 
 # What is imported ----------------------------------------------------------------------------------------------------
 
+
 SLOW = {
     "torch",
     "numpy",
@@ -163,6 +165,7 @@ SLOW = {
     "sklearn",
     "matplotlib",
 }
+
 RUN = """
 import contextlib, io, json, sys
 from lightning_curvature.cli.parser import main
@@ -244,3 +247,27 @@ assert not {"lightning", "transformers"} & set(sys.modules)
 
     with pytest.raises(AttributeError, match="module 'lightning_curvature' has no attribute 'KFACCallback'"):
         _ = lightning_curvature.KFACCallback
+
+
+def test_command_line_errors(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "digits"])
+    assert stop.value.code == 2
+    assert "out" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.delitem(sys.modules, "lightning_curvature.demos.digits")
+    with pytest.raises(SystemExit, match=r"pip install 'lightning_curvature\[demo\]'"):
+        main(["demo", "digits", "--out", str(tmp_path)])
+    assert callable(run_digits)
+
+
+def test_importing_the_package_imports_no_extra():
+    code = """
+import sys, lightning.pytorch, torchmetrics, einops, safetensors.torch, tabulate
+before = set(sys.modules)
+import lightning_curvature
+heavy = {"transformers", "torchvision", "matplotlib", "sklearn", "jsonargparse"}
+print(sorted(heavy & ({name.partition(".")[0] for name in set(sys.modules) - before})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -16,10 +16,14 @@ from lightning_curvature.editing.bulk import BulkStepEditor
 from lightning_curvature.editing.weight_editor import relative_change
 from lightning_curvature.factors.basis import FaultyLayerError, decompose, select_largest, select_staircase, shrink
 from tests import reference
+from tests.support.faults import failing_eigh, layer_factors
 
 _HOME = tempfile.TemporaryDirectory()  # removed when the tests end
+
 set_hypothesis_home_dir(_HOME.name)
+
 EPS = 2.0**-52
+
 HUGE = torch.finfo(torch.float64).max
 
 
@@ -202,8 +206,6 @@ def test_what_is_no_factor_is_an_error(factor, message):
 
 
 # Numbers of every size: neither the scale of a factor nor that of a weight changes what is kept
-
-
 @pytest.mark.parametrize("exponents", [(-1000, -1000), (-900, 900), (900, 900), (-1000, 0), (0, 1000)])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_selection_does_not_depend_on_the_scale(exponents, seed):
@@ -334,3 +336,21 @@ def test_factors_made_in_inference_mode_are_decomposed_and_kept(monkeypatch):
     with torch.inference_mode():
         layer.A.mul_(torch.arange(1.0, 7.0)[:, None] * torch.arange(1.0, 7.0))
     check(layer.A, layer.basis.U_A, layer.basis.mu)
+
+
+def test_a_solver_that_does_not_converge_is_tried_again_on_the_cpu(monkeypatch):
+    A = layer_factors().A
+    expected = decompose(A, "Factor A")
+    calls = failing_eigh(monkeypatch, 1)
+    for one, two in zip(decompose(A, "Factor A"), expected, strict=True):
+        assert torch.equal(one, two)
+    assert calls == ["cpu", "cpu"]
+
+
+def test_a_full_gpu_is_no_fault_of_the_factor(monkeypatch):
+    def full(_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(torch.linalg, "eigh", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        decompose(torch.eye(2), "Factor A")

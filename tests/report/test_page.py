@@ -1,4 +1,4 @@
-"""The page of a run, from whatever is in its folder; tests/demos/test_demo.py opens those of the demos in a browser."""
+"""The page of a run, from whatever is in its folder; the tests of the demos open theirs in a browser."""
 
 import json
 from fractions import Fraction
