@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.register_assert_rewrite("tests.support", "tests.reference")  # their assertions say what they compare
+
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory):

@@ -11,7 +11,6 @@ from tests import reference
 from tests.support.gated import Gated, batches, gathered
 
 ActivationEditor = functools.partial(CurvatureEditor, score="activations")
-
 EDITORS = [CurvatureEditor, ActivationEditor, SVDEditor, RandomBasisEditor]
 
 

@@ -53,7 +53,6 @@ def linears():
 
 
 SCORES = ("kfac", "ekfac", "coupled", "saliency", "activations")
-
 CURVATURE_EDITORS = {
     **{
         f"{score}, soft={soft}": functools.partial(CurvatureEditor, 0.7, score=score, soft=soft)

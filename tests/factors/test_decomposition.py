@@ -23,7 +23,6 @@ _HOME = tempfile.TemporaryDirectory()  # removed when the tests end
 set_hypothesis_home_dir(_HOME.name)
 
 EPS = 2.0**-52
-
 HUGE = torch.finfo(torch.float64).max
 
 

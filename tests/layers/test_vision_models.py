@@ -47,9 +47,7 @@ def timm_model(name, **options):
 
 
 _MLP03 = "features.(1|3).0.mlp.(0|3)"
-
 _TIMM = Case(None, None, "head", "blocks.", "#.mlp.(fc1|fc2)", "#.attn.(qkv|proj)", "1.mlp.fc2")
-
 VISION = {
     "torchvision ViT": Case(
         lambda: tv.VisionTransformer(8, 4, 2, 2, 16, 32, num_classes=3),

@@ -21,9 +21,7 @@ def noisy_predictions(seed, n=23):
 
 
 KINDS = {name: (case.metric, case.inputs) for name, case in CASES.items()}
-
 KINDS["noisy"] = (NoisyLabelAccuracy, noisy_predictions)
-
 any_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 

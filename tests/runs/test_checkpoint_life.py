@@ -17,14 +17,6 @@ from tests.support import models
 NO_WARNING = "ignore:Be aware that when using `ckpt_path`"
 
 
-class Validated(models.Classifier):
-    """Computes its loss in validation too."""
-
-    def validation_step(self, batch, batch_idx):
-        images, labels = batch
-        self.log("val_loss", torch.nn.functional.cross_entropy(self(images), labels))
-
-
 class Resumable:
     """A loader that goes on in the middle of an epoch."""
 
@@ -48,7 +40,7 @@ class Resumable:
         self.next = state["next"]
 
 
-def run(folder, *callbacks, module=Validated, ckpt_path=None, data=None, **options):
+def run(folder, *callbacks, module=models.Validated, ckpt_path=None, data=None, **options):
     """Fit with fixed batches, and return the trainer."""
     pl.seed_everything(0)
     trainer = models.trainer(folder, *callbacks, **options)
@@ -252,7 +244,7 @@ def test_siblings_of_every_kind_of_saving(plugin, tmp_path):
         assert_edit_of(path.with_name(f"{path.stem}-edited.ckpt"), path, factors)
 
 
-class Probed(Validated):
+class Probed(models.Validated):
     def probe_dataloader(self):
         return {"val": models.loader(models.images(64, 1))}
 
@@ -304,7 +296,7 @@ def test_weights_averaged_after_validation_have_no_edited_copy(tmp_path):
     assert names(tmp_path / "c") == ["x-edited-factors.safetensors", "x.ckpt"]
 
 
-class Renaming(Validated):
+class Renaming(models.Validated):
     """Its checkpoints hold other names, and things that are no tensors."""
 
     def get_extra_state(self):
@@ -335,7 +327,7 @@ def test_checkpoints_with_other_names_are_edited(tmp_path):
 def test_factors_without_a_signal_do_not_stop_the_training(tmp_path):
     """An output layer that begins with zeros sends none back in the first step."""
 
-    class Zero(Validated):
+    class Zero(models.Validated):
         def __init__(self):
             super().__init__()
             torch.nn.init.zeros_(self.net[5].weight)
@@ -379,7 +371,7 @@ def test_several_callbacks_in_one_trainer(loop, tmp_path):
 
 def test_a_step_of_ones_own_comes_back(tmp_path):
     """A validation step that somebody put on the instance stays there."""
-    module = Validated()
+    module = models.Validated()
     step = module.validation_step
     module.validation_step = lambda batch, batch_idx: step(batch, batch_idx)
     own = module.validation_step

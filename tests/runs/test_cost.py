@@ -23,7 +23,6 @@ from lightning_curvature.recording import fisher, taps
 from lightning_curvature.recording.rows import BatchGradients
 
 ROWS, IN, HIDDEN = 96, 256, 512
-
 NAMES = ["1.gate", "1.up", "1.down"]
 
 
@@ -68,7 +67,6 @@ def flops(work):
 
 
 DISTINCT = [IN, HIDDEN, HIDDEN, HIDDEN, IN]  # A of gate and up, G of both, A and G of down
-
 PRODUCTS = sum(2 * ROWS * packed_size(dim) for dim in DISTINCT)
 
 

@@ -17,7 +17,6 @@ from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.factors import basis_cache as bases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 LAYERS = ["0.gate", "0.up", "0.down", "1.gate", "1.up", "1.down"]
 
 

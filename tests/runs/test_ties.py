@@ -9,7 +9,6 @@ from torch import nn
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import GradientAscent, RandomBasisEditor, SVDEditor
 from lightning_curvature.distributed import Ranks
-from lightning_curvature.layers.ties import find_tie
 from lightning_curvature.search.sweep import sweep
 from tests import reference
 
@@ -160,22 +159,6 @@ def test_an_embedding_that_is_tied_to_the_head_is_named():
         assert (words in str(report)) == (report.layers["head"].changed > 0) == (editor is not ascent)
     module.register_buffer("copy", module["head"].weight.detach())
     assert CurvatureEditor(0.9).edit(module, factors).layers["head"].also == ("embed.weight", "copy")
-
-
-NO_MEMORY = {
-    "meta": lambda: torch.empty(6, 6, device="meta"),
-    "empty": lambda: torch.empty(0, 6),
-    "sparse": lambda: torch.eye(6).to_sparse(),
-    "no tensor": lambda: None,
-}
-
-
-@pytest.mark.parametrize("kind", NO_MEMORY)
-def test_what_has_no_memory_of_its_own_shares_nothing_but_with_itself(kind):
-    one, two = NO_MEMORY[kind](), NO_MEMORY[kind]()
-    if one is not None:
-        assert find_tie({"one": one, "two": two, "three": torch.ones(6, 6)}) is None
-    assert find_tie({"one": one, "two": torch.ones(6, 6), "three": one}) == ("one", "three")
 
 
 def test_a_weight_without_entries_is_named():

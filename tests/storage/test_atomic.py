@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_curvature.storage import atomic
+from lightning_curvature.storage.atomic import replacing
 
 
 def test_folders_are_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
@@ -41,3 +42,18 @@ def test_an_old_folder_is_put_back_where_the_new_one_cannot_take_its_place(tmp_p
     assert kept.read_text() == "old"
     assert (kept.parent == old) == (not lost)
     assert lost or list(tmp_path.iterdir()) == [old]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def write():
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]

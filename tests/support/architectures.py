@@ -88,3 +88,11 @@ def check(case, net, order):
 
 def architecture_ties(net):
     return hasattr(net, "lm_head") and net.lm_head.weight is net.get_input_embeddings().weight
+
+
+def check_as_it_runs(case):
+    """Check a network of random weights in the order in which its layers run."""
+    torch.manual_seed(0)
+    net = case.make()
+    # One that does not run at a tiny size runs in the order in which it is written.
+    check(case, net, order_of(net, case.inputs()) if case.inputs else list(choose_layers(net, "linear").modules))

@@ -21,7 +21,6 @@ from tests.support import models
 
 LAYERS = ["net.1", "net.3"]
 IMAGES, BATCH = 48, 12
-
 STRATEGIES = {
     "one process": (1, lambda: "auto", ()),
     "DDP, 2 processes": (2, lambda: DDPStrategy(), ()),

@@ -9,9 +9,7 @@ import zipfile
 import torch
 
 HUGE, DEEP = "@huge@", "@deep@"  # replaced in the text: what json.dumps does not write
-
 MARKS = {HUGE: "9" * 5000, DEEP: "[" * 20_000 + "]" * 20_000}
-
 VALUES = (
     None,
     True,

@@ -17,3 +17,9 @@ def random_factors(seed=0):
         G_coupled=g.T @ g / 30,
         eigenvalues=torch.rand(5, 6, generator=generator).double(),
     )
+
+
+def layer(seed=0, d_in=3, d_out=2, n=10, **extra):
+    torch.manual_seed(seed)
+    a, g = torch.randn(n, d_in), torch.randn(n, d_out)
+    return LayerFactors(A=a.T @ a / n, G=g.T @ g / n, num_inputs=n, num_gradients=n, **extra)

@@ -4,8 +4,7 @@ import torch
 import transformers as hf
 
 V = 20
-
-_LLAMA = {
+LLAMA_SIZES = {
     "vocab_size": V,
     "hidden_size": 8,
     "intermediate_size": 12,
@@ -18,7 +17,7 @@ _LLAMA = {
     "tie_word_embeddings": False,
 }
 
-_BERT = {
+BERT_SIZES = {
     "vocab_size": V,
     "hidden_size": 8,
     "intermediate_size": 12,
@@ -28,7 +27,7 @@ _BERT = {
     "num_labels": 3,
 }
 
-_VISION = {
+VISION_SIZES = {
     "image_size": 8,
     "patch_size": 4,
     "num_channels": 3,
@@ -41,7 +40,7 @@ _VISION = {
 
 
 def causal(kind, **changes):
-    config = getattr(hf, f"{kind}Config")(**({**_LLAMA, **changes}))
+    config = getattr(hf, f"{kind}Config")(**({**LLAMA_SIZES, **changes}))
     return getattr(hf, f"{kind}ForCausalLM")(config)
 
 
@@ -52,11 +51,11 @@ def old(kind, **options):
 
 
 def encoder(kind, **changes):
-    return getattr(hf, f"{kind}ForSequenceClassification")(getattr(hf, f"{kind}Config")(**({**_BERT, **changes})))
+    return getattr(hf, f"{kind}ForSequenceClassification")(getattr(hf, f"{kind}Config")(**({**BERT_SIZES, **changes})))
 
 
 def vision(kind, **changes):
-    return getattr(hf, f"{kind}ForImageClassification")(getattr(hf, f"{kind}Config")(**({**_VISION, **changes})))
+    return getattr(hf, f"{kind}ForImageClassification")(getattr(hf, f"{kind}Config")(**({**VISION_SIZES, **changes})))
 
 
 def text():

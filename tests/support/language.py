@@ -39,7 +39,6 @@ _GPT2 = hf.GPT2Config(
     initializer_range=0.2,
 )
 _SWIGLU = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up", "down")]
-
 FAMILIES = {
     "olmo2": (hf.Olmo2ForCausalLM, hf.Olmo2Config(**_GROUPED), _SWIGLU),
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**_GROUPED, tie_word_embeddings=True), _SWIGLU),

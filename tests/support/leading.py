@@ -10,7 +10,6 @@ from lightning_curvature.cli.parser import main
 from lightning_curvature.text.sequences import PromptedSequence
 
 BOS, INNER = 39, 38
-
 CASES = {
     "gemma3": ("<s> $A", (BOS,)),
     "llama": ("<s> $A <end>", (BOS,)),

@@ -11,6 +11,8 @@ import traceback
 import torch
 from torch import distributed as dist
 
+from lightning_curvature.distributed import Ranks
+
 TIMEOUT = 180  # seconds after which processes that wait for each other are taken for dead
 
 
@@ -87,3 +89,9 @@ def _start(rank, size, port, results, work, args):
         dist.destroy_process_group()
     results.close()
     results.join_thread()
+
+
+def here():
+    """Return the ranks of this process, whose data are its own."""
+    dist.init_process_group("gloo")
+    return Ranks.of_run(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))

@@ -12,7 +12,6 @@ from lightning_curvature.collect.passes import collect
 from tests.support import language
 
 FORMATS = ("ckpt", "pt", "safetensors", "folder", "sharded")
-
 EDITOR = CurvatureEditor(0.8)
 
 

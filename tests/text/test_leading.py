@@ -1,5 +1,7 @@
 """Tokens that a tokenizer puts in front of a text: every window and every prompt begins with them."""
 
+import itertools
+
 import pytest
 
 from lightning_curvature.storage.jsonl import read_jsonl, write_jsonl
@@ -7,7 +9,7 @@ from lightning_curvature.text import mining, stress
 from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences, write_sequences
 from tests.support import language
-from tests.support.leading import BOS, INNER, PREFIX, SUFFIX, greedy, run
+from tests.support.leading import BOS, INNER, PREFIX, SUFFIX, recites, run
 
 # What a tokenizer puts in front --------------------------------------------------------------------------------------
 
@@ -88,11 +90,7 @@ def test_mine(fronted, capsys, tmp_path):
         tmp_path / "m.jsonl",
     )
     records = [record for _, record in read_jsonl(tmp_path / "m.jsonl")]
-    expected = [
-        row
-        for row in fronted.rows.tolist()
-        if greedy(fronted.net, [*fronted.front, *row[:PREFIX]], SUFFIX) == row[PREFIX:]
-    ]
+    expected = list(itertools.compress(fronted.rows.tolist(), recites(fronted, fronted.net)))
     assert len(expected) >= 5
     assert sorted(record["suffix_ids"] for record in records) == sorted(row[PREFIX:] for row in expected)
     for record in records:

@@ -18,7 +18,7 @@ from lightning_curvature.text.probes import JsonlProbe
 from lightning_curvature.text.sequences import read_sequences
 from tests import reference
 from tests.support import language, models
-from tests.support.leading import PREFIX, SUFFIX, cut, greedy, perplexity, run, scored, texts
+from tests.support.leading import PREFIX, SUFFIX, cut, greedy, perplexity, recites, run, scored, texts
 
 
 def test_windows(fronted):
@@ -272,9 +272,7 @@ def test_probes(fronted):
     windows = torch.tensor([[*fronted.front, *ids[i : i + own]] for i in range(0, len(ids) - own + 1, own)])
     found = probe.measure(fronted.net)["perplexity"]
     assert found == pytest.approx(perplexity(fronted, fronted.net, windows), rel=1e-5)
-    recited = [
-        greedy(fronted.net, [*fronted.front, *row[:PREFIX]], SUFFIX) == row[PREFIX:] for row in fronted.rows.tolist()
-    ]
+    recited = recites(fronted, fronted.net)
     for file, tokenizer in (("plain", fronted.tokenizer), ("marked", fronted.tokenizer), ("marked", None)):
         probe = JsonlProbe(fronted.path / f"{file}.jsonl", ["strict"], tokenizer)
         assert probe.measure(fronted.net)["strict"] == pytest.approx(sum(recited) / 12)

@@ -30,7 +30,6 @@ BART = hf.BartConfig(
 )
 T5 = hf.T5Config(vocab_size=40, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)
 XLM = hf.XLMConfig(vocab_size=40, emb_dim=16, n_layers=2, n_heads=2)
-
 REFUSED = {
     "masked": (hf.BertForMaskedLM, BERT, "no causal language model but a BertForMaskedLM"),
     "masked, RoBERTa": (hf.RobertaForMaskedLM, hf.RobertaConfig(**SMALL), "but a RobertaForMaskedLM"),

@@ -1,31 +1,15 @@
 """Collecting in the validation loop: with a plain Trainer, inside fit, and without a trace."""
 
-import collections
 import contextlib
-import copy
-import dataclasses
-import gc
-import weakref
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torchmetrics import CatMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.collect.passes import collect
-from lightning_curvature.collect.validation_step import drop_graphs, graphs
 from tests.support import language, models
-
-
-class Validated(models.Classifier):
-    """Computes its loss in the validation step, and returns nothing."""
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
 
 def frozen(module, data, batch_size=32, **options):
@@ -36,7 +20,7 @@ def frozen(module, data, batch_size=32, **options):
 
 @pytest.mark.parametrize("fisher", ["sketched", "sampled", "exact", "empirical"])
 def test_validate_with_a_plain_trainer_is_a_pass_over_the_frozen_model(fisher, tmp_path):
-    module, data = Validated("cnn"), models.images(128)
+    module, data = models.Validated("cnn"), models.images(128)
     callback = KFACEditCallback(layers="mlp", fisher=fisher)
     trainer = models.trainer(tmp_path, callback)
     trainer.validate(module, models.loader(data), verbose=False)
@@ -54,7 +38,7 @@ def test_validate_with_a_plain_trainer_is_a_pass_over_the_frozen_model(fisher, t
 
 
 def test_validate_leaves_module_metrics_and_random_state_alone(tmp_path):
-    class Random(Validated):
+    class Random(models.Validated):
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
             self.log("noise", torch.rand(()))
@@ -80,7 +64,7 @@ def test_validation_inside_fit_gives_the_factors_of_the_saved_weights(tmp_path):
     """Exact for the checkpoint, although training goes on; the sanity check does not count."""
     calls = []
 
-    class Counting(Validated):
+    class Counting(models.Validated):
         def validation_step(self, batch, batch_idx):
             calls.append(torch.is_grad_enabled())
             super().validation_step(batch, batch_idx)
@@ -104,7 +88,7 @@ def test_validation_inside_fit_gives_the_factors_of_the_saved_weights(tmp_path):
 def test_training_is_the_same_with_collection_in_validation(tmp_path):
     def fit(*callbacks):
         pl.seed_everything(0)
-        module = Validated("cnn")
+        module = models.Validated("cnn")
         shuffled = torch.utils.data.DataLoader(models.images(96), batch_size=16, shuffle=True)
         trainer = models.trainer(tmp_path, *callbacks, enable_checkpointing=False)
         trainer.fit(module, shuffled, models.loader(models.images(64, 1)))
@@ -114,158 +98,6 @@ def test_training_is_the_same_with_collection_in_validation(tmp_path):
     assert all(torch.equal(v, plain[k]) for k, v in fit(KFACEditCallback(loop="validation")).items())
 
 
-class Keeper(models.Classifier):
-    """Keeps outputs wherever one can, and reads them in ways that gradients forbid."""
-
-    def __init__(self):
-        super().__init__()
-        self.cat, self.accuracy = CatMetric(), MulticlassAccuracy(4)
-        self.outputs, self.by_name, self.pairs = [], {}, ()
-
-    def validation_step(self, batch, batch_idx):
-        logits = Witness.apply(self(batch[0]))
-        loss = F.cross_entropy(logits, batch[1])
-        self.cat.update(logits[:, 0])
-        self.accuracy(logits, batch[1])
-        self.outputs.append(logits)
-        self.by_name["views"] = [logits[:, 1:], {"loss": loss}]
-        self.pairs = (1, logits.exp())
-        self.array = logits.numpy() + np.asarray(logits) + float(loss) + loss.item()
-        self.log("val_loss", loss)
-        return {"loss": loss, "logits": logits}
-
-    def on_validation_epoch_end(self):
-        assert not torch.cat(self.outputs).requires_grad
-        self.log("mean", torch.cat(self.outputs).numpy().mean())
-
-
-class Witness(torch.autograd.Function):
-    """Identity whose context dies with the graph."""
-
-    contexts = ()
-
-    @staticmethod
-    def forward(ctx, x):
-        Witness.contexts = (*Witness.contexts, weakref.ref(ctx))
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
-def test_no_graph_outlives_its_batch(tmp_path):
-    Witness.contexts = ()
-    alive = []
-
-    class Watch(pl.Callback):
-        def __init__(self):
-            self.outputs = []
-
-        def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-            self.outputs.append(outputs)
-            assert not outputs["loss"].requires_grad
-            gc.collect()
-            alive.append(sum(reference() is not None for reference in Witness.contexts))
-
-    module, callback = Keeper(), KFACEditCallback()
-    watch = Watch()
-    models.trainer(tmp_path, callback, watch).validate(module, models.loader(models.images(96)), verbose=False)
-    assert len(Witness.contexts) == 3
-    assert alive == [0, 0, 0]
-    assert len(module.outputs) == 3
-    assert not module.pairs[1].requires_grad
-    assert callback.factors["net.3"].num_inputs == 96
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    logits: torch.Tensor
-    number: int = 3
-
-
-Pair = collections.namedtuple("Pair", "one two")
-
-
-class Frozen(dict):
-    def __setitem__(self, key, value):
-        raise TypeError("frozen")
-
-
-def test_drop_graphs_reaches_every_container_and_keeps_objects_that_need_no_change():
-    module = torch.nn.Linear(2, 2)
-    leaf = torch.ones(2, requires_grad=True)
-    graph = leaf * 2
-    module.register_buffer("total", graph.sum())
-    module.kept, module.leaf, module.pair = [1, "a", (2, 3)], [leaf], (graph, 1)
-    module.frozen, module.number = Frozen(a=1), 7
-    module.named, module.queue, module.record = Pair(graph, 2), collections.deque([graph, 1]), Record(graph)
-    module.loop = {"a": [graph]}
-    module.loop["self"] = module.loop
-    module.again = module.pair
-    kept, frozen, loop, queue = module.kept, module.frozen, module.loop, module.queue
-    found = graphs(module)
-    assert len(found) == 6
-    drop_graphs(module, found)
-    assert module.pair[0] is graph  # it was there before
-    drop_graphs(module)
-    assert not graphs(module)
-    assert module.kept is kept
-    assert module.frozen is frozen
-    assert module.loop is loop
-    assert module.queue is queue
-    assert module.leaf[0] is leaf
-    assert isinstance(module.named, Pair)
-    assert module.record.number == 3
-    assert module.again is module.pair  # what was one tuple is one
-    for value in (module.total, module.pair[0], module.named.one, module.queue[0], module.record.logits, loop["a"][0]):
-        assert not value.requires_grad
-    assert module.weight.requires_grad
-
-
-def test_graphs_that_training_still_needs_stay(tmp_path):
-    """Manual optimization that collects losses over several batches, with a validation in their midst."""
-
-    class Pending(Validated):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.pending = []
-
-        def training_step(self, batch, batch_idx):
-            self.pending.append(F.cross_entropy(self(batch[0]), batch[1]))
-            if len(self.pending) == 4:
-                optimizer = self.optimizers()
-                optimizer.zero_grad()
-                self.manual_backward(torch.stack(self.pending).sum())
-                optimizer.step()
-                self.pending = []
-
-    def fit(*callbacks):
-        pl.seed_everything(0)
-        module = Pending()
-        trainer = models.trainer(tmp_path, *callbacks, max_epochs=1, val_check_interval=2, enable_checkpointing=False)
-        trainer.fit(module, models.loader(models.images(128), 16), models.loader(models.images(32)))
-        return module.state_dict()
-
-    plain = fit()
-    assert all(torch.equal(v, plain[k]) for k, v in fit(KFACEditCallback(loop="validation")).items())
-
-
-def test_a_step_without_a_batch_index_and_with_odd_reads(tmp_path):
-    class One(models.Classifier):
-        def validation_step(self, batch):
-            logits = self(batch[0])
-            assert np.allclose(np.from_dlpack(logits), copy.deepcopy(logits).numpy())
-            self.record = Record(F.cross_entropy(logits, batch[1]))
-            return self.record
-
-    module, callback = One(), KFACEditCallback()
-    models.trainer(tmp_path, callback).validate(module, models.loader(models.images(64)), verbose=False)
-    assert callback.factors["net.3"].num_inputs == 64
-    assert not module.record.logits.requires_grad
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_sums_are_not_taken_in_the_precision_of_the_step(precision, tmp_path):
     """Products of large inputs overflow float16, and lose digits in bfloat16."""
@@ -273,7 +105,7 @@ def test_sums_are_not_taken_in_the_precision_of_the_step(precision, tmp_path):
     data = torch.utils.data.TensorDataset(500 * x, y)
     seen = []
 
-    class Watch(Validated):
+    class Watch(models.Validated):
         def validation_step(self, batch, batch_idx):
             handle = self.net[3].register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach().float()))
             super().validation_step(batch, batch_idx)
@@ -293,7 +125,7 @@ def test_checkpoints_between_validations_are_warned_about(tmp_path):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
     trainer = models.trainer(tmp_path, KFACEditCallback(loop="validation"), saver, max_epochs=2)
     with pytest.warns(UserWarning, match="checkpoint of step") as caught:
-        trainer.fit(Validated(), models.loader(models.images(96)), models.loader(models.images(32)))
+        trainer.fit(models.Validated(), models.loader(models.images(96)), models.loader(models.images(32)))
     messages = "".join(str(warning.message) for warning in caught)
     assert "The checkpoint of step 2 has no edited copy: it was saved before the first validation" in messages
     assert "A checkpoint of step 4 was saved, and the factors are those of the validation at step 3" in messages
@@ -321,7 +153,7 @@ def test_language_model_in_validation(tmp_path):
 
 
 def test_a_validation_step_of_its_own_instance_comes_back(tmp_path):
-    module = Validated()
+    module = models.Validated()
     own = vars(module)["validation_step"] = module.validation_step
     models.trainer(tmp_path, KFACEditCallback()).validate(module, models.loader(models.images(64)), verbose=False)
     assert vars(module)["validation_step"] is own
@@ -339,7 +171,7 @@ def test_a_validation_without_a_loss_is_an_error(tmp_path):
 
 
 def test_a_loss_without_gradients_is_named(tmp_path):
-    class Decorated(Validated):
+    class Decorated(models.Validated):
         @torch.no_grad()
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
@@ -376,14 +208,14 @@ def test_two_losses_need_the_one_that_counts(tmp_path):
 @pytest.mark.parametrize("stage", ["validate", "fit"])
 def test_no_batch_is_an_error(stage, tmp_path):
     empty = models.loader(models.images(0))
-    callback, module = KFACEditCallback(loop="validation"), Validated()
+    callback, module = KFACEditCallback(loop="validation"), models.Validated()
     trainer = models.trainer(tmp_path, callback, limit_val_batches=0 if stage == "fit" else 1.0, max_epochs=1)
     if stage == "fit":
         with pytest.warns(UserWarning, match="collected no data: no validation ran"):
             trainer.fit(module, models.loader(models.images(32)), models.loader(models.images(32)))
     else:
 
-        class Broken(Validated):
+        class Broken(models.Validated):
             def validation_step(self, batch, batch_idx):
                 return F.cross_entropy(self(batch[0]) * torch.nan, batch[1])
 
@@ -401,7 +233,7 @@ def test_loop_is_checked():
 
 
 def test_no_hook_survives_an_exception_in_validation(tmp_path):
-    class Failing(Validated):
+    class Failing(models.Validated):
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
             raise ValueError("stop")

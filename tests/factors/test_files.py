@@ -1,3 +1,5 @@
+"""Files of factors, whole, opened, damaged, and of the paper's own code."""
+
 import json
 
 import pytest
@@ -6,13 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lightning_curvature import KroneckerFactors, LayerFactors
-from lightning_curvature.storage.atomic import replacing
-
-
-def layer(seed=0, d_in=3, d_out=2, n=10, **extra):
-    torch.manual_seed(seed)
-    a, g = torch.randn(n, d_in), torch.randn(n, d_out)
-    return LayerFactors(A=a.T @ a / n, G=g.T @ g / n, num_inputs=n, num_gradients=n, **extra)
+from tests.support.factors import layer
 
 
 def test_round_trip(tmp_path):
@@ -36,48 +32,6 @@ def test_round_trip(tmp_path):
         assert set(file.keys()) == {"a.b.A", "a.b.G", "c.A", "c.G"}
 
 
-def test_mapping():
-    factors = KroneckerFactors({"fc1": layer()})
-    assert len(factors) == 1
-    assert "fc1" in factors
-    assert "fc2" not in factors
-    assert repr(factors) == "KroneckerFactors({'fc1': [2, 3]})"
-    with pytest.raises(KeyError, match=r"No factors of layer 'fc2'\. Did you mean 'fc1'"):
-        factors["fc2"]
-    assert not KroneckerFactors()
-
-
-def test_merge_is_weighted_by_counts():
-    torch.manual_seed(0)
-    a, g = torch.randn(30, 3), torch.randn(30, 2)
-
-    def of(rows):
-        n = len(a[rows])
-        return KroneckerFactors(
-            {"fc": LayerFactors(A=a[rows].T @ a[rows] / n, G=g[rows].T @ g[rows] / n, num_inputs=n, num_gradients=n)}
-        )
-
-    merged, whole = of(slice(0, 7)).merge(of(slice(7, None))), of(slice(None))
-    assert (merged["fc"].num_inputs, merged["fc"].num_seen) == (30, 30)
-    torch.testing.assert_close(merged["fc"].A, whole["fc"].A)
-    torch.testing.assert_close(merged["fc"].G, whole["fc"].G)
-    with pytest.raises(ValueError, match="other layers"):
-        merged.merge(KroneckerFactors())
-    with pytest.raises(ValueError, match="Layer 'fc': cannot merge"):
-        merged.merge(KroneckerFactors({"fc": layer(d_in=4)}))
-
-
-def test_bad_layers():
-    eye = torch.eye(2)
-    for bad in (torch.ones(2, 3), torch.ones(2), torch.ones(2, 2, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="Factor A must be a square floating matrix"):
-            LayerFactors(A=bad, G=eye, num_inputs=1, num_gradients=1)
-    with pytest.raises(ValueError, match="Counts must not be negative"):
-        LayerFactors(A=eye, G=eye, num_inputs=-1, num_gradients=1)
-    with pytest.raises(TypeError, match="Layer 'fc': expected LayerFactors, found tuple"):
-        KroneckerFactors({"fc": (eye, eye)})
-
-
 def test_files_that_are_no_factor_files(tmp_path):
     good, bad = tmp_path / "good", tmp_path / "bad"
     KroneckerFactors({"fc": layer()}).save(good)
@@ -94,21 +48,6 @@ def test_files_that_are_no_factor_files(tmp_path):
         KroneckerFactors.load(bad)
     with pytest.raises(FileNotFoundError):
         KroneckerFactors.load(tmp_path / "nowhere")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    target = tmp_path / "file"
-    target.write_text("old")
-
-    def write():
-        with replacing(target) as temporary:
-            temporary.write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write()
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_factors_of_the_papers_own_code(tmp_path):
