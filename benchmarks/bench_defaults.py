@@ -17,8 +17,8 @@ import torch
 from tabulate import tabulate
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
-from tests import models
-from tests.test_callback import NETWORKS, accuracy
+from tests.support import models
+from tests.trainer.test_callback import NETWORKS, accuracy
 
 ENERGIES = (1.0, 0.9, 0.87, 0.85, 0.82, 0.8)
 

@@ -1,7 +1,9 @@
-"""The callback without its life cycle: its arguments, its results, and what a copy of it holds."""
+"""The callback without its life cycle: its arguments and results, what it saves beside a checkpoint, and its copies."""
 
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,11 +19,12 @@ from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.kinds import has_lazy
 from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.search.energy import Match
+from lightning_curvature.trainer.edited_copy import LaterEdit
 from lightning_curvature.trainer.outcome import Outcome
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.problems import Problems
 from lightning_curvature.trainer.run import CollectedRun
-from lightning_curvature.trainer.siblings import Siblings
+from lightning_curvature.trainer.siblings import CheckpointDict, Edit, Siblings
 from lightning_curvature.trainer.target import Target
 
 LOOPS = ("train", "validation")
@@ -221,6 +224,32 @@ class CallbackBase(Callback):
         kind = type(self).__qualname__
         states = [state for key, state in checkpoint.get("callbacks", {}).items() if str(key).startswith(kind)]
         return next((state for state in states if state.get("name") == self.name), None)
+
+    def factors_writer(self) -> Callable[[Path], None] | None:
+        """Return what writes the factors to a file beside a checkpoint; None if there are none yet. A collective."""
+        run = self._run_of_module()
+        # Those of a run that other processes took part in cannot be had any more.
+        if run is None or run.ranks is not self.editor.ranks or self._has_stopped():
+            return None
+        return run.factors_writer()
+
+    def edit_later(self, checkpoint: CheckpointDict) -> Edit | None:
+        """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
+        run = self._run_of_module()
+        factors = KroneckerFactors() if run is None else self.factors
+        if self._has_stopped() or not (factors or self._validates):
+            return None  # which was told when it happened, or there is nothing yet
+        reason: str | None = "it was saved before the first validation"
+        if self._outcome.is_undecided and factors:
+            reason = (
+                f"it was saved before the energy for {self.target} was searched, which is done when validation ends"
+            )
+        elif run is not None and factors:
+            reason = run.why_no_copy(checkpoint, factors, self._averages)
+        if reason is not None:
+            self._problems.tell_no_copy(checkpoint["global_step"], reason)
+            return None
+        return LaterEdit(self.editor.at(self.editor.energy), factors, self._outcome.copies)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""

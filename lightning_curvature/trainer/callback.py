@@ -1,8 +1,6 @@
 """The Lightning callback: when it collects, when it edits, what it saves and logs."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,13 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_curvature.checkpoints.facts import edited_note
 from lightning_curvature.collect.validation_step import collected_from
-from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.selection import PresetError
 from lightning_curvature.trainer.base import CallbackBase
-from lightning_curvature.trainer.edited_copy import LaterEdit
 from lightning_curvature.trainer.problems import Problems, never_ends_a_fit
 from lightning_curvature.trainer.run import CollectedRun, no_data
-from lightning_curvature.trainer.siblings import CheckpointDict, Edit, Siblings
+from lightning_curvature.trainer.siblings import Siblings
 from lightning_curvature.trainer.support import check_package, check_trainer, check_validation
 
 
@@ -70,7 +66,8 @@ class KFACEditCallback(CallbackBase):
             loop: Any = trainer.fit_loop.epoch_loop.val_loop if self._in_fit else trainer.validate_loop
             self._stack.callback(setattr, loop, "inference_mode", loop.inference_mode)
             loop.inference_mode = False
-        self._renews |= self._in_fit or self._validates
+        if self._in_fit or self._validates:
+            self._renews, self._next = True, None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose layers, and check the probes. Lightning calls it when module and data are set up, before any step.
@@ -291,29 +288,3 @@ class KFACEditCallback(CallbackBase):
             return
         self._begin(pl_module)
         self._outcome.resume(state)
-
-    def factors_writer(self) -> Callable[[Path], None] | None:
-        """Return what writes the factors to a file beside a checkpoint; None if there are none yet. A collective."""
-        run = self._run_of_module()
-        # Those of a run that other processes took part in cannot be had any more.
-        if run is None or run.ranks is not self.editor.ranks or self._has_stopped():
-            return None
-        return run.factors_writer()
-
-    def edit_later(self, checkpoint: CheckpointDict) -> Edit | None:
-        """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
-        run = self._run_of_module()
-        factors = KroneckerFactors() if run is None else self.factors
-        if self._has_stopped() or not (factors or self._validates):
-            return None  # which was told when it happened, or there is nothing yet
-        reason: str | None = "it was saved before the first validation"
-        if self._outcome.is_undecided and factors:
-            reason = (
-                f"it was saved before the energy for {self.target} was searched, which is done when validation ends"
-            )
-        elif run is not None and factors:
-            reason = run.why_no_copy(checkpoint, factors, self._averages)
-        if reason is not None:
-            self._problems.tell_no_copy(checkpoint["global_step"], reason)
-            return None
-        return LaterEdit(self.editor.at(self.editor.energy), factors, self._outcome.copies)

@@ -1,0 +1,15 @@
+"""What tests of several folders read."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.support", "tests.reference")  # their assertions say what they compare
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory):
+    """A folder with one model in every format, and its factors; no test changes it."""
+    from tests.support import saved  # imports transformers, which most tests do not need
+
+    folder = tmp_path_factory.mktemp("saved")
+    saved.write_model(folder)
+    return folder
