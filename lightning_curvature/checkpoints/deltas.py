@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.facts import check_facts
-from lightning_curvature.checkpoints.huggingface import AS_IT_IS, CARD
+from lightning_curvature.checkpoints.model_card import AS_IT_IS, CARD
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.checkpoints.opening import Checkpoint, checkpoint_hashes, open_checkpoint
+from lightning_curvature.checkpoints.opening import open_checkpoint
 from lightning_curvature.checkpoints.safetensors import SafetensorsFile, check_header, join_files
 from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.storage.hashes import tensor_hash, values_hash
@@ -122,7 +123,7 @@ def apply_delta(
     except ValueError as error:
         raise ValueError(f"{source} has other tensors than the checkpoint that {delta} belongs to. {error}") from error
     checkpoint.check_ties(names.values())
-    hashes = checkpoint_hashes(checkpoint)
+    hashes = checkpoint.hashes()
     for layer, name in names.items():
         expected = header["tensors"][f"{layer}.weight"]
         if hashes[name] != expected[here]:

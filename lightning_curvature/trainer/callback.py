@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature._checks import check_count, check_option, listing
-from lightning_curvature.checkpoints.facts import edited_note
+from lightning_curvature.checkpoints.facts import checkpoint_note
 from lightning_curvature.collect.collector import Collector, check_class_dim, check_options
 from lightning_curvature.collect.passes import check_silent
 from lightning_curvature.collect.validation_step import collected_from
@@ -643,7 +643,7 @@ class KFACEditCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Go on collecting where the run that saved the checkpoint was. Lightning calls it before a fit goes on."""
-        if trainer.state.fn == "fit" and (note := edited_note(checkpoint)) is not None:
+        if trainer.state.fn == "fit" and (note := checkpoint_note(checkpoint)) is not None:
             rank_zero_warn(f"Training goes on from {trainer.ckpt_path}. {note}")
         # By name: the state key changes with every setting, also with those that the factors do not depend on.
         kind = type(self).__qualname__
