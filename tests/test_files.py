@@ -30,6 +30,7 @@ from lightning_curvature.editing import streaming as files
 from lightning_curvature.editing.file_layers import OneByOne
 from lightning_curvature.report.inspection import describe, description
 from lightning_curvature.storage import atomic
+from lightning_curvature.storage import hashes as digests
 from tests import language, processes
 
 FORMATS = ("ckpt", "pt", "safetensors", "folder", "sharded")
@@ -80,7 +81,7 @@ def weights(path):
 
 def content_hash(path):
     found = formats.open_checkpoint(path)
-    return formats.content_hash(formats.tensor_hashes(found.shapes(), found.read))
+    return digests.content_hash(digests.tensor_hashes(found.shapes(), found.read))
 
 
 def hashes(path):
