@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.checkpoints import archive, names
 from lightning_curvature.checkpoints import opening as formats
+from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.deltas import apply_delta
 from lightning_curvature.checkpoints.facts import ENTRY
 from lightning_curvature.checkpoints.loading import read_weights
@@ -91,6 +92,17 @@ def hashes(path):
 
 def factors(saved):
     return KroneckerFactors.load(saved / "factors.safetensors")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_a_checkpoint(saved, kind):
+    found = formats.open_checkpoint(source(saved, kind))
+    assert isinstance(found, Checkpoint)
+    assert found.path == source(saved, kind)
+    assert found.hashes() == digests.tensor_hashes(found.shapes(), found.read)
+    assert found.provenance is None
+    assert set(found.module_names().values()) <= set(found.shapes())
+    assert found.check_ties(["model.layers.0.mlp.up_proj.weight"] if kind != "ckpt" else []) is None
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -385,6 +385,15 @@ def test_an_opened_file_never_takes_one_layer_for_another(tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "f.safetensors").read_bytes()
 
 
+def test_an_opened_file_tells_tied_inputs_by_its_header(tmp_path, monkeypatch):
+    factors = many_layers(3)
+    factors.save(tmp_path / "f.safetensors")
+    opened = KroneckerFactors.open(tmp_path / "f.safetensors")
+    monkeypatch.setattr(KroneckerFactors, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
+    assert opened.tied_inputs() == {name: name for name in opened} | {"last": "blocks.0.fc"}
+    assert set(opened.counts().values()) == {9}
+
+
 def test_an_edit_with_an_opened_file_takes_the_factors_of_each_layer(tmp_path):
     factors = many_layers(dim=16)
     factors.save(tmp_path / "f.safetensors")

@@ -44,7 +44,7 @@ class Checkpoint(ABC):
         """Return the shape of every tensor."""
 
     def module_names(self) -> dict[str, str]:
-        """Return the tensor of each module's weight, for weights that a library renames when it loads them."""
+        """Return the tensor of each weight by the name that a library loads it under; nothing if no library does."""
         return {}
 
     @abstractmethod

@@ -88,7 +88,7 @@ class HuggingFaceFolder(Checkpoint):
         return {name: shapes[file][name] for name, file in self.where.items()}
 
     def module_names(self) -> dict[str, str]:
-        """Return the tensor of each module's weight, for weights that transformers loads under another name.
+        """Return the tensor of each weight by the name that transformers loads it under.
 
         Raises:
             ValueError: If the folder's configuration is broken.
