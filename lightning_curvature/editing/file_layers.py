@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_curvature._checks import listing
+from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.checkpoints.opening import Checkpoint
 from lightning_curvature.editing.base import LayerEditor
 from lightning_curvature.editing.report import EditReport, LayerEdit
 from lightning_curvature.factors.basis import TooFewPositionsError

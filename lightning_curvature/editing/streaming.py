@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.archive import ArchiveFile
+from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.deltas import DeltaRecord, open_weights
 from lightning_curvature.checkpoints.names import plain
-from lightning_curvature.checkpoints.opening import Checkpoint, checkpoint_hashes, open_checkpoint
+from lightning_curvature.checkpoints.opening import open_checkpoint
 from lightning_curvature.editing.base import LayerEditor
 from lightning_curvature.editing.file_layers import FileLayers, OneByOne, refuse_others
 from lightning_curvature.editing.report import EditReport
@@ -104,14 +105,14 @@ def edit_checkpoint(
         before = checkpoint.provenance
         if to_hf is None:
             layers = FileLayers(editor, checkpoint, own, before)  # what finds no tensor is told before all is hashed
-            hashes = checkpoint_hashes(checkpoint)
+            hashes = checkpoint.hashes()
             unedited = content_hash(hashes)
         else:
             from lightning_curvature.checkpoints.conversion import to_folder  # those who need it import transformers
 
-            unedited = content_hash(checkpoint_hashes(checkpoint))
+            unedited = content_hash(checkpoint.hashes())
             checkpoint = to_folder(_archive(checkpoint), to_hf, scratch.path / "model")
-            layers, hashes = FileLayers(editor, checkpoint, own, before), checkpoint_hashes(checkpoint)
+            layers, hashes = FileLayers(editor, checkpoint, own, before), checkpoint.hashes()
         layers.check_origin(source, hashes, force)
         record = None if delta is None else stack.enter_context(DeltaRecord(Path(delta), checkpoint, hashes))
         new: dict[str, Callable[[], Tensor]] = {}

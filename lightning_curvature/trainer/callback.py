@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_curvature.checkpoints.facts import edited_note
+from lightning_curvature.checkpoints.facts import checkpoint_note
 from lightning_curvature.collect.validation_step import collected_from
 from lightning_curvature.layers.selection import PresetError
 from lightning_curvature.trainer.base import CallbackBase
@@ -266,7 +266,7 @@ class KFACEditCallback(CallbackBase):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Go on collecting where the run that saved the checkpoint was. Lightning calls it before a fit goes on."""
-        if trainer.state.fn == "fit" and (note := edited_note(checkpoint)) is not None:
+        if trainer.state.fn == "fit" and (note := checkpoint_note(checkpoint)) is not None:
             rank_zero_warn(f"Training goes on from {trainer.ckpt_path}. {note}")
         state = self._saved_state(checkpoint)
         if trainer.state.fn != "fit" or not state or self._siblings is None:

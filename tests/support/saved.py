@@ -9,6 +9,7 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.checkpoints import opening as formats
 from lightning_curvature.cli.parser import main
 from lightning_curvature.collect.passes import collect
+from lightning_curvature.storage.hashes import content_hash, tensor_hashes
 from tests.support import language
 
 FORMATS = ("ckpt", "pt", "safetensors", "folder", "sharded")
@@ -56,7 +57,7 @@ def weights(path):
 
 def content_hash(path):
     found = formats.open_checkpoint(path)
-    return formats.content_hash(formats.tensor_hashes(found.shapes(), found.read))
+    return content_hash(tensor_hashes(found.shapes(), found.read))
 
 
 def hashes(path):

@@ -217,7 +217,7 @@ def named_layers(layers: list[str] | None, factors: "KroneckerFactors", folder: 
         ValueError: If there is a preset and no model, or it takes no layer of the factors.
     """
     from lightning_curvature._checks import listing
-    from lightning_curvature.checkpoints.huggingface import empty_model, fill
+    from lightning_curvature.checkpoints.empty_model import empty_model, fill
     from lightning_curvature.checkpoints.names import match_layers
     from lightning_curvature.layers.selection import PRESETS, choose_layers
 
