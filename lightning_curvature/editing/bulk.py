@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature._checks import check_energy
-from lightning_curvature.editing.base import Projection
 from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.basis import coefficients
 from lightning_curvature.factors.decomposition import moderate

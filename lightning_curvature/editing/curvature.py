@@ -8,7 +8,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_curvature._checks import check_option
-from lightning_curvature.editing.base import DEFAULT_ENERGY, Projection
+from lightning_curvature.editing.base import DEFAULT_ENERGY
+from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.scores import SCORES, score_coefficients
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.basis import (
