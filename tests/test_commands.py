@@ -17,8 +17,8 @@ from lightning_curvature.cli import choices as words
 from lightning_curvature.cli.parser import COMMANDS, choices, main, make_parser
 from lightning_curvature.collect.collector import ACCUMULATE_ON
 from lightning_curvature.collect.passes import collect
+from lightning_curvature.editing.origin import check_loaded
 from lightning_curvature.editing.scores import SCORES
-from lightning_curvature.editing.streaming import check_loaded
 from lightning_curvature.recording import positions
 from lightning_curvature.recording.fisher import FISHER_KINDS
 from lightning_curvature.storage import jsonl

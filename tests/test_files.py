@@ -27,7 +27,7 @@ from lightning_curvature.checkpoints.opening import open_checkpoint
 from lightning_curvature.cli.parser import main
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.editing import streaming as files
-from lightning_curvature.editing.file_layers import OneByOne
+from lightning_curvature.editing.file_layers import StreamedFactors
 from lightning_curvature.report.inspection import describe, description
 from lightning_curvature.storage import atomic
 from tests import language, processes
@@ -736,7 +736,7 @@ def test_the_device_of_an_edit(saved, tmp_path, monkeypatch):
     layers = factors(saved)
     name = next(iter(layers))
     full = dataclasses.replace(layers[name], margins=torch.zeros(layers[name].shape))
-    moved = OneByOne(KroneckerFactors({name: full}), torch.device("meta"))(name)
+    moved = StreamedFactors(KroneckerFactors({name: full}), torch.device("meta")).on_device(name)
     assert list(moved.tensors) == ["A", "G", "margins"]
     assert {tensor.device.type for tensor in moved.tensors.values()} == {"meta"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

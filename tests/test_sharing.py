@@ -470,9 +470,7 @@ def test_copies_on_another_device_share_what_was_worked_out(decomposed, monkeypa
     expected = [CurvatureEditor(energy).edited_weights(model, found)[0] for energy in (0.8, 0.5)]
     found = gathered(model, batches())  # of which nothing is worked out yet
     decomposed.clear()
-    monkeypatch.setattr(
-        "lightning_curvature.editing.weight_editor.place_edit", lambda weight, factors, shape: elsewhere
-    )
+    monkeypatch.setattr("lightning_curvature.editing.projection.place_edit", lambda weight, factors, shape: elsewhere)
     products = []
     monkeypatch.setattr(editor, "coefficients", lambda *args: products.append(1) or coefficients(*args))
     trial = CurvatureEditor().at(1.0)
@@ -508,7 +506,7 @@ def test_a_layer_that_does_not_fit_on_the_gpu_is_edited_where_its_factors_are(mo
             raise torch.cuda.OutOfMemoryError
         return project(self, weight, factors, energy)
 
-    monkeypatch.setattr("lightning_curvature.editing.weight_editor.place_edit", lambda *_: torch.device("cpu:0"))
+    monkeypatch.setattr("lightning_curvature.editing.projection.place_edit", lambda *_: torch.device("cpu:0"))
     monkeypatch.setattr(CurvatureEditor, "project", small)
     with pytest.warns(UserWarning, match="Layer '(gate|up|down)' does not fit on cpu:0, so it is edited on the CPU"):
         new, _ = CurvatureEditor().edited_weights(model, found)
