@@ -11,6 +11,7 @@ from lightning_curvature._checks import check_option
 from lightning_curvature.analysis.detection import flat_shares
 from lightning_curvature.analysis.inputs import layer_activations
 from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.metrics.functional.margins import logit_margins
 
 POSITIONS: Mapping[str, slice | None] = {"all": None, "first": slice(0, 1)}
 
@@ -25,9 +26,8 @@ def label_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     Returns:
         ``loss``, in nats, and ``negative margin``: the largest other logit minus the label's.
     """
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return {"loss": logits.logsumexp(1) - own, "negative margin": others.amax(1) - own}
+    loss = logits.logsumexp(1) - logits.gather(1, labels[:, None]).squeeze(1)
+    return {"loss": loss, "negative margin": 0.0 - logit_margins(logits, labels)}  # of a draw 0.0, not -0.0
 
 
 def rank_labelled(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editing import bulk
 from lightning_curvature.editing.curvature import CurvatureEditor
-from lightning_curvature.editing.streaming import check_loaded
+from lightning_curvature.editing.origin import check_loaded
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.search.energy import FLOOR
 from lightning_curvature.search.sweep import Row, sweep

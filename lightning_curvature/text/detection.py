@@ -10,6 +10,7 @@ from lightning_curvature.analysis.detection import layer_scores
 from lightning_curvature.analysis.inputs import layer_activations
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.metrics.functional import min_k_scores
+from lightning_curvature.metrics.functional.margins import logit_margins
 from lightning_curvature.text.evaluation import next_token_logits
 
 LIKELIHOODS = ("likelihood", "margin", "min-k")
@@ -37,10 +38,9 @@ def likelihood_scores(model: Any, windows: Tensor, start: int = 0, batch_size: i
     found: dict[str, list[Tensor]] = {name: [] for name in LIKELIHOODS}
     for logits, target in next_token_logits(model, windows, batch_size):
         logits, target = logits[:, start:].float().cpu(), target[:, start:].cpu()
-        true = logits.gather(2, target[..., None])
-        others = logits.scatter(2, target[..., None], -torch.inf).amax(2)
-        found["likelihood"].append((true.squeeze(2) - logits.logsumexp(2)).mean(1))
-        found["margin"].append((true.squeeze(2) - others).mean(1))
+        true = logits.gather(2, target[..., None]).squeeze(2)
+        found["likelihood"].append((true - logits.logsumexp(2)).mean(1))
+        found["margin"].append(logit_margins(logits, target).mean(1))
         found["min-k"].append(min_k_scores(logits, target))
     return {name: torch.cat(parts) for name, parts in found.items()}
 

@@ -8,7 +8,7 @@ import torch
 
 from lightning_curvature.analysis.detection import flat_shares
 from lightning_curvature.analysis.inputs import check_layer, chosen_layer
-from lightning_curvature.editing.streaming import check_loaded
+from lightning_curvature.editing.origin import check_loaded
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.text.detection import likelihood_scores, window_activations
 from lightning_curvature.text.saved import SavedModel

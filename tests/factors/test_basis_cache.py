@@ -68,9 +68,7 @@ def test_copies_on_another_device_share_what_was_worked_out(decomposed, monkeypa
     expected = [CurvatureEditor(energy).edited_weights(model, found)[0] for energy in (0.8, 0.5)]
     found = gathered(model, batches())  # of which nothing is worked out yet
     decomposed.clear()
-    monkeypatch.setattr(
-        "lightning_curvature.editing.weight_editor.place_edit", lambda weight, factors, shape: elsewhere
-    )
+    monkeypatch.setattr("lightning_curvature.editing.projection.place_edit", lambda weight, factors, shape: elsewhere)
     products = []
     monkeypatch.setattr(editor, "coefficients", lambda *args: products.append(1) or coefficients(*args))
     trial = CurvatureEditor().at(1.0)

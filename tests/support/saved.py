@@ -55,7 +55,7 @@ def weights(path):
     return {name.removeprefix("net."): found.read(name) for name in found.shapes()}
 
 
-def content_hash(path):
+def saved_hash(path):
     found = formats.open_checkpoint(path)
     return content_hash(tensor_hashes(found.shapes(), found.read))
 

@@ -145,7 +145,7 @@ def _rank_images(
     from lightning_curvature.analysis.labels import rank_labelled
     from lightning_curvature.checkpoints.loading import load_weights, read_weights
     from lightning_curvature.cli.lightning import instances  # which imports the command line
-    from lightning_curvature.editing.streaming import check_loaded
+    from lightning_curvature.editing.origin import check_loaded
     from lightning_curvature.factors.files import is_factor_file
 
     check_layer(factors, layer)
