@@ -79,7 +79,7 @@ def write_page(folder: Path) -> Path:
     ]
     shown = [{"id": key, "title": title, "blocks": list(blocks)} for key, title, blocks in sections]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lightning_curvature"),
+        loader=jinja2.PackageLoader("lightning_curvature.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
