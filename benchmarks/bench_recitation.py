@@ -32,11 +32,10 @@ from tempfile import TemporaryDirectory
 from tables import environment, summary
 
 from lightning_curvature import CurvatureEditor
+from lightning_curvature.baselines.methods import METHODS
 from lightning_curvature.demos.recitation import RecitedText
 from lightning_curvature.demos.settings import TEXT
 from lightning_curvature.demos.text import (
-    ENERGIES,
-    METHODS,
     PERPLEXITY_LIMIT,
     Evaluation,
     choose,
@@ -44,6 +43,7 @@ from lightning_curvature.demos.text import (
     train_text,
 )
 from lightning_curvature.storage.jsonl import read_jsonl
+from lightning_curvature.text.choosing import ENERGIES
 from lightning_curvature.text.matching import match_perplexity
 
 COLUMNS = {

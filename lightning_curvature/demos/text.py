@@ -5,8 +5,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tabulate import tabulate
 from torch import Tensor
 
-from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
+from lightning_curvature.baselines.methods import CONTROL_LABELS, METHODS
 from lightning_curvature.demos.files import versions, write_edited, write_json
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.python_text import read_texts
@@ -30,6 +29,7 @@ from lightning_curvature.report import plots
 from lightning_curvature.report.page import write_page
 from lightning_curvature.storage.atomic import replacing, replacing_folder
 from lightning_curvature.storage.jsonl import write_jsonl
+from lightning_curvature.text.choosing import ENERGIES
 from lightning_curvature.text.evaluation import Baseline, evaluate_sequences, perplexity, strict_rate
 from lightning_curvature.text.examples import continue_texts, side_by_side
 from lightning_curvature.text.matching import match_perplexity
@@ -40,13 +40,6 @@ log = logging.getLogger(__name__)
 
 PERPLEXITY_LIMIT = 1.08
 """Each method may raise the perplexity of clean tuning text to this multiple."""
-ENERGIES = (0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.96, 0.98, 0.99)
-METHODS: dict[str, Callable[..., WeightEditor]] = {
-    "kfac": CurvatureEditor,
-    "activations": partial(CurvatureEditor, score="activations"),
-    "svd": SVDEditor,
-    "random": RandomBasisEditor,
-}
 METRICS = ("strict", "loose", "edit_distance", "unseen_strict", "perplexity", "domain_perplexity", "ranking_overlap")
 
 Metrics = dict[str, float]
@@ -288,16 +281,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def summary(report: Mapping[str, Any]) -> str:
     """Return what :func:`run_text` returned as a before/after table, with the controls that were measured."""
-    labels = {
-        "activations": "control: activations only (G = I)",
-        "svd": "control: SVD truncation",
-        "random": "control: random basis",
-        "bsn": "rival: BalancedSubnet",
-    }
     rows = {
         "before": report["before"],
         "after (edited.ckpt)": {"energy": report["settings"]["energy"], **report["after"]},
-        **{label: report["methods"][method] for method, label in labels.items() if method in report["methods"]},
+        **{label: report["methods"][method] for method, label in CONTROL_LABELS.items() if method in report["methods"]},
     }
     counts, before, after = report["counts"], report["before"], report["after"]
     ratios = {m: after[m] / before[m] for m in ("perplexity", "domain_perplexity")}
