@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.cli.parser import main
-from lightning_curvature.demos import label_noise, text
+from lightning_curvature.demos import label_noise, text_evaluation, text_training
 from lightning_curvature.demos.analyses import analyse_images
 from lightning_curvature.demos.digits import NoisyDigits, build_model, run_digits
 from lightning_curvature.demos.language_model import LitCausalLM
@@ -166,7 +166,7 @@ def test_the_text_demo_writes_what_it_says(text_run):
 
 def test_the_text_report(text_run):
     report = json.loads((text_run[0] / "report.json").read_text())
-    assert set(text.METRICS) <= set(report["before"])
+    assert set(text_evaluation.COLUMNS) <= set(report["before"])
     assert set(report["before"]) == set(report["after"])
     assert set(report["methods"]) == {"kfac", "activations", "svd", "random", "bsn"}
     assert {"seconds", "versions"} <= set(report)
@@ -254,7 +254,7 @@ def test_nothing_memorized_is_nothing_to_analyse(caplog):
 
 def test_memorized_is_what_is_recited(text_run, caplog):
     out, _ = text_run
-    data = text.make_data(0, TextSettings(**SMALL))
+    data = text_training.make_data(0, TextSettings(**SMALL))
     model = LitCausalLM.load_from_checkpoint(out / "original.ckpt", weights_only=True).eval()
     count = round(json.loads((out / "report.json").read_text())["before"]["strict"] * len(data.half("validation")))
     assert len(recited(model.model, data.half("validation"))) == count
