@@ -13,8 +13,9 @@ from lightning_curvature.storage.jsonl import read_jsonl
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
 from lightning_curvature.text.evaluation import WINDOW, evaluate_sequences, perplexity
+from lightning_curvature.text.inner_model import find_language_model
 from lightning_curvature.text.leading import leading_tokens
-from lightning_curvature.text.models import find_language_model, load_tokenizer
+from lightning_curvature.text.models import load_tokenizer
 from lightning_curvature.text.recall import Question, evaluate_recall, read_questions
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences
 
