@@ -11,6 +11,7 @@ from lightning_curvature._version import __version__
 from lightning_curvature.analysis.bands import LABELS, draw_bands
 from lightning_curvature.analysis.directions import draw_precision
 from lightning_curvature.analysis.files import FILE, Analyses
+from lightning_curvature.baselines.methods import METHOD_LABELS
 from lightning_curvature.factors.files import is_factor_file
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.report import plots
@@ -25,14 +26,6 @@ SHOWN_DIRECTIONS = 3
 SHOWN_WINDOWS = 5
 
 Report = Mapping[str, Any]
-
-_METHODS = {
-    "kfac": "K-FAC edit",
-    "activations": "control: activations only (G = I)",
-    "svd": "control: SVD truncation",
-    "random": "control: random basis",
-    "bsn": "rival: BalancedSubnet",
-}
 
 
 def write_page(folder: Path) -> Path:
@@ -140,7 +133,7 @@ def _outcome(report: Report) -> Iterator[Block]:
         counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report["counts"].items())
         yield paragraph(f"Measured on: {counts}.")
     yield _metrics(rows, names, "Rates in %; perplexity and log-probability (min_k) as they are.", strong=len(rows) - 1)
-    controls = {_METHODS.get(name, name): row for name, row in report.get("methods", {}).items()}
+    controls = {METHOD_LABELS.get(name, name): row for name, row in report.get("methods", {}).items()}
     if len(controls) > 1:
         columns = [name for name in names if all(name in row for row in controls.values())]
         yield _metrics(controls, columns, "The edit beside controls, each chosen by the same rule on other data.", 0)

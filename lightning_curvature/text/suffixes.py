@@ -45,5 +45,5 @@ def suffix_nll(model: nn.Module, batch: Suffixes) -> Tensor:
 
 
 def suffix_margins(model: nn.Module, batch: Suffixes) -> Tensor:
-    """Return, for each token of the suffixes, its logit minus the largest other one, ``[n, L]``."""
+    """Return, for each token of the suffixes, its logit minus the largest other logit, ``[n, L]``."""
     return logit_margins(*suffix_logits(model, batch))

@@ -87,7 +87,8 @@ def run_probes(
         noisy, perplexity = NoisyLabelAccuracy(), Perplexity()
         for batch in batches:
             if isinstance(batch, Mapping) and "input_ids" in batch:
-                from lightning_curvature.text.models import next_tokens  # transformers is there if it made such a batch
+                # transformers is there if it made such a batch
+                from lightning_curvature.text.inner_model import next_tokens
 
                 perplexity.update(*(part.cpu() for part in next_tokens(module, to_device(batch), layers)))
                 continue

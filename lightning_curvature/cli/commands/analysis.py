@@ -105,7 +105,7 @@ def detect(
         if corpus is None:
             check_unused("it is about the text of --corpus", tokens=tokens, context=context)
         with extra("text"):
-            from lightning_curvature.text.ranking import rank_windows
+            from lightning_curvature.text.detection import rank_windows
         rows = rank_windows(
             model,
             checkpoint,
