@@ -34,7 +34,7 @@ class DirectionUse:
 
     @property
     def mean_precision(self) -> float:
-        """Mean over the directions."""
+        """Mean of the precision over the directions."""
         return sum(self.precision) / len(self.precision)
 
     def plot(self) -> Any:

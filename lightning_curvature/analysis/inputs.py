@@ -95,7 +95,7 @@ def chosen_layer(factors: KroneckerFactors, layer: str | None, module: nn.Module
 
     Args:
         factors: Factors, whose names may differ from the module's by a prefix.
-        layer: Name of the layer among them; None for the last one.
+        layer: Name of the layer among them; None for the last layer.
         module: The module.
 
     Raises:
@@ -107,7 +107,15 @@ def chosen_layer(factors: KroneckerFactors, layer: str | None, module: nn.Module
 
 
 def check_layer(factors: KroneckerFactors, layer: str | None) -> str:
-    """Return the name of a layer among some factors; None for the last one. Errors as :func:`chosen_layer`."""
+    """Return the name of the layer that a user means.
+
+    Args:
+        factors: The factors.
+        layer: Name of a layer among them; None for the last layer.
+
+    Raises:
+        ValueError: If there is no such layer, or no layer at all.
+    """
     if not factors:
         raise ValueError("The factors hold no layer at all. Collect them again.")
     chosen = list(factors)[-1] if layer is None else layer

@@ -26,10 +26,10 @@ class SkillRetention:
     """Skills of a model under edits of growing strength.
 
     Args:
-        energies: Share kept by each edit, falling; the first is 1, the unedited model.
-        perplexity: Perplexity of ordinary text under each, in multiples of that of the unedited model.
-        accuracy: Accuracy in each skill under each, by skill.
-        chance: Accuracy of a guess, by skill.
+        energies: Energy of each edit, falling; the first is 1, the unedited model.
+        perplexity: Perplexity of ordinary text under each edit, in multiples of that of the unedited model.
+        accuracy: By skill, the accuracy under each edit.
+        chance: By skill, the accuracy of a guess.
     """
 
     energies: tuple[float, ...]
@@ -38,12 +38,14 @@ class SkillRetention:
     chance: Mapping[str, float]
 
     def retained(self, skill: str) -> tuple[float, ...]:
-        """Return the share of a skill that each edit leaves: 1 as before, 0 at chance (below it, negative)."""
+        """Return the share of a skill that each edit leaves: 1 as before, 0 at chance, negative below chance."""
         before, chance = self.accuracy[skill][0], self.chance[skill]
         return tuple((accuracy - chance) / (before - chance) for accuracy in self.accuracy[skill])
 
     def at_perplexity(self, multiple: float) -> dict[str, float]:
-        """Return the retained share of each skill where edits first cost a given perplexity, between two of them.
+        """Return the retained share of each skill where edits first cost a given perplexity.
+
+        The value is interpolated between the two edits around that perplexity, linearly in its logarithm.
 
         Args:
             multiple: Perplexity, in multiples of that of the unedited model; more than 1.
@@ -57,9 +59,9 @@ class SkillRetention:
                 f"The edits cost perplexity x 1 to x {np.exp(costs[-1]):.3f}, not x {multiple}. Measure lower energies."
             )
         upper = int(np.searchsorted(costs, np.log(multiple)))
-        way = (np.log(multiple) - costs[upper - 1]) / (costs[upper] - costs[upper - 1])
+        fraction = (np.log(multiple) - costs[upper - 1]) / (costs[upper] - costs[upper - 1])
         retained = {skill: self.retained(skill) for skill in self.accuracy}
-        return {skill: float(v[upper - 1] + way * (v[upper] - v[upper - 1])) for skill, v in retained.items()}
+        return {skill: float(v[upper - 1] + fraction * (v[upper] - v[upper - 1])) for skill, v in retained.items()}
 
     def plot(self) -> Any:
         """Return a figure of the retained share of each skill, against energy and against perplexity."""

@@ -7,7 +7,7 @@ from lightning_curvature.report import plots
 from lightning_curvature.report.blocks import Block, details, paragraph, picture, png, table
 from lightning_curvature.report.run import Report, Run
 
-METHODS = {
+METHOD_LABELS = {
     "kfac": "K-FAC edit",
     "activations": "control: activations only (G = I)",
     "svd": "control: SVD truncation",
@@ -46,7 +46,7 @@ def outcome(report: Report) -> Iterator[Block]:
         counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report["counts"].items())
         yield paragraph(f"Measured on: {counts}.")
     yield _metrics(rows, names, "Rates in %; perplexity and log-probability (min_k) as they are.", strong=len(rows) - 1)
-    methods = {METHODS.get(name, name): row for name, row in report.get("methods", {}).items()}
+    methods = {METHOD_LABELS.get(name, name): row for name, row in report.get("methods", {}).items()}
     if len(methods) > 1:
         columns = [name for name in names if all(name in row for row in methods.values())]
         yield _metrics(methods, columns, "The edit beside controls, each chosen by the same rule on other data.", 0)

@@ -23,7 +23,7 @@ def check_options(
     layers: list[str] | None,
     energy: float | dict[str, float] | None,
 ) -> None:
-    """Raise ``ValueError`` if an option has a wrong value or would be ignored.
+    """Check the options for which the model has to run.
 
     Args:
         given: Options for which the model has to run, by name; those that are not given are left out.
@@ -32,6 +32,7 @@ def check_options(
         energy: Value of ``--energy``.
 
     Raises:
+        ValueError: If an option has a wrong value, lacks another that it needs, or would be ignored.
         FileNotFoundError: If an option names no file or no folder.
     """
     if given.get("model", checkpoint) != checkpoint and checkpoint.is_dir():
