@@ -112,7 +112,7 @@ def _solve(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 def _eigh_of_reflection(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose ``H M H`` with a reflection ``H``: the same eigenvalues, but no zeros and blocks for a solver to fail on."""
+    """Decompose ``H M H`` with a reflection ``H``: the same eigenvalues, and no zeros or blocks on which solvers fail."""
     normal = _random_vector(len(matrix))
     normal /= torch.linalg.vector_norm(normal)
     reflected = _symmetric(matrix)

@@ -47,7 +47,8 @@ def sweep(
         editors: Editors to compare, by name, with other layers, scores or methods. Their own energies do not matter.
         energies: Shares to keep, in (0, 1].
         path: CSV file, rewritten after each measurement; rows that it holds are not measured again.
-        data: Names the data that ``measure`` uses, a hash of files for example. A sweep goes on only with the same data.
+        data: Names the data that ``measure`` uses, a hash of files for example. A sweep goes on only with
+            the same data.
 
     Returns:
         A row for each edit: ``edit`` (name of the editor), ``energy``, ``of`` (hash of weights, factors, editor and
@@ -73,10 +74,8 @@ def sweep(
     if UNEDITED in editors:
         raise ValueError(f"{UNEDITED!r} is the name of the model without an edit; give the editor another one.")
     hashes = _hashes(module, factors, editors, data)
-    for editor in editors.values():
-        editor.at(energies[0]).edited_weights(
-            module, factors
-        )  # an editor that cannot be used fails before a measurement
+    for each in editors.values():  # one that cannot be used fails before a measurement
+        each.at(energies[0]).edited_weights(module, factors)
     known = {} if path is None else _known_rows(Path(path), hashes)
     rows: list[Row] = []
     total = 1 + len(editors) * len(energies)

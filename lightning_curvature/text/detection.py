@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_curvature.analysis.detection import flat_shares, layer_scores
 from lightning_curvature.analysis.inputs import check_layer, chosen_layer, layer_activations
-from lightning_curvature.editing.streaming import check_loaded
+from lightning_curvature.editing.origin import check_loaded
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.metrics.functional import min_k_scores
 from lightning_curvature.metrics.functional.margins import logit_margins

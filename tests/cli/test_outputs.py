@@ -11,7 +11,7 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.checkpoints import opening as formats
 from lightning_curvature.checkpoints.deltas import apply_delta
 from lightning_curvature.checkpoints.empty_model import empty_model
-from lightning_curvature.cli.commands.checkpoints import named_layers
+from lightning_curvature.cli.commands.presets import named_layers
 from lightning_curvature.cli.parser import main
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.layers.selection import PRESETS
