@@ -31,6 +31,9 @@ class WindowedFactors:
             times its larger dimension and at least ``MIN_WINDOW``.
         settings: What must be the same in a run that goes on with these factors: primitives.
         every: Collect one window in so many; see :meth:`is_due`.
+
+    Attributes:
+        complete: Factors of the latest complete window, of the sums of this process.
     """
 
     def __init__(self, collector: Collector, window: int | None, settings: Mapping[str, Any], every: int = 1) -> None:
@@ -38,7 +41,7 @@ class WindowedFactors:
         self.window = window
         self.every = every
         self.settings = dict(settings)
-        self._complete = KroneckerFactors()
+        self.complete = KroneckerFactors()
         self._known = KroneckerFactors()
         self._starts = 0
         self._known_at = (0, 0)
@@ -62,7 +65,7 @@ class WindowedFactors:
     @property
     def silent(self) -> list[str]:
         """Chosen layers that ran on no process, neither in this window nor in the latest complete one. A collective."""
-        seen = set().union(*self.ranks.gather(set(self._complete) | set(self.collector.num_positions)))
+        seen = set().union(*self.ranks.gather(set(self.complete) | set(self.collector.num_positions)))
         return [name for name in self.collector.chosen or [] if name not in seen]
 
     def synchronise(self) -> KroneckerFactors:
@@ -90,7 +93,7 @@ class WindowedFactors:
         return chosen
 
     def _merged(self) -> KroneckerFactors:
-        own, chosen = self._complete or self.collector.factors(), self._chosen()
+        own, chosen = self.complete or self.collector.factors(), self._chosen()
         if self.ranks.size == 1:
             return own
         kinds = {name: self.collector.kinds[name] for name in own}
@@ -100,7 +103,7 @@ class WindowedFactors:
         return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))
 
     def _sharded(self) -> KroneckerFactors:
-        own, chosen = self._complete or self.collector.factors(), self._chosen()
+        own, chosen = self.complete or self.collector.factors(), self._chosen()
         owners = self.collector.owners or {}
         counts = dict[str, int]()
         for told in self.ranks.gather(own.counts()):
@@ -157,7 +160,7 @@ class WindowedFactors:
     def start(self, complete: bool) -> None:
         """Start a new window; the one that ends here is ``complete``, or is dropped."""
         if complete:
-            self._complete = self.collector.factors()
+            self.complete = self.collector.factors()
         self.collector.reset()
         self._starts += 1
 
@@ -177,7 +180,7 @@ class WindowedFactors:
         state = {
             "collector": self.collector.state_dict(),
             "provenance": self.collector.provenance,
-            "complete": any(self.ranks.gather(bool(self._complete))),
+            "complete": any(self.ranks.gather(bool(self.complete))),
             "batches": self.collector.num_seen,
             "began": self._began,
             "pause": list(self._pause),
@@ -200,7 +203,7 @@ class WindowedFactors:
         self.collector.provenance = saved["provenance"]
         self._began, self._pause = saved["began"], (saved["pause"][0], saved["pause"][1])
         if saved["complete"]:
-            self._complete = self._part(factors)
+            self.complete = self._part(factors)
         self._starts += 1
         return None
 

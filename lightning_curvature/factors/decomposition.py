@@ -112,7 +112,7 @@ def _solve(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 def _eigh_of_reflection(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose ``H M H`` with a reflection ``H``: the same eigenvalues, and no zeros or blocks on which solvers fail."""
+    """Decompose ``H M H`` with a reflection ``H``: the same eigenvalues, but none of the zeros that solvers fail on."""
     normal = _random_vector(len(matrix))
     normal /= torch.linalg.vector_norm(normal)
     reflected = _symmetric(matrix)

@@ -31,7 +31,11 @@ LOOPS = ("train", "validation")
 
 
 class CallbackBase(Callback):
-    """Arguments and results of :class:`~lightning_curvature.KFACEditCallback`."""
+    """Arguments and results of :class:`~lightning_curvature.KFACEditCallback`.
+
+    Attributes:
+        run: What the latest run collected; None before the first batch.
+    """
 
     def __init__(
         self,
@@ -137,7 +141,7 @@ class CallbackBase(Callback):
         self._outcome = Outcome(self.editor, self.target, self.probes, group)
         self._problems = Problems()
         self._factors = factors
-        self._run: CollectedRun | None = None
+        self.run: CollectedRun | None = None
         self._next: CollectedRun | None = None
         self._renews = self._validates = self._in_fit = self._averages = False
         self._siblings: Siblings | None = None
@@ -150,7 +154,7 @@ class CallbackBase(Callback):
 
         With several processes, as of the latest checkpoint, or end of a validation or of fit: they are added up there.
         """
-        return self._factors if self._run is None else self._run.windows.factors
+        return self._factors if self.run is None else self.run.windows.factors
 
     @property
     def report(self) -> EditReport | None:
@@ -198,19 +202,19 @@ class CallbackBase(Callback):
             )
             windows = WindowedFactors(collector, self.window, self._settings, self.every)
             self._next = CollectedRun(collector, windows)
-        return self._next if self._renews else self._run
+        return self._next if self._renews else self.run
 
     def _begin(self, pl_module: pl.LightningModule) -> CollectedRun | None:
         """Let this run take the place of the one before; None if layers are lazy still."""
         run = self._prepare(pl_module)
         if self._renews and run is not None:
-            self._run, self._next, self._renews, self._factors = run, None, False, KroneckerFactors()
+            self.run, self._next, self._renews, self._factors = run, None, False, KroneckerFactors()
             self._outcome.clear()
         return run
 
     def _run_of_module(self) -> CollectedRun | None:
         """Return the run, if it is one of the module that Lightning's latest run is about."""
-        return self._run if self._run is not None and self._run.module is self._module else None
+        return self.run if self.run is not None and self.run.module is self._module else None
 
     def _has_stopped(self) -> bool:
         """Tell whether the callback has stopped on any process. A collective."""

@@ -58,7 +58,7 @@ class KFACEditCallback(CallbackBase):
         self._outcome.start()
         sources = (pl_module, getattr(trainer, "datamodule", None))
         self.probes.check(self.target, sources)
-        is_fitted = self._run is not None and self._run.is_fitted
+        is_fitted = self.run is not None and self.run.is_fitted
         self._validates = self.loop == "validation" if self._in_fit else not is_fitted
         if self._validates:
             check_validation(self.editor.ranks, *sources)
@@ -91,7 +91,7 @@ class KFACEditCallback(CallbackBase):
     ) -> None:
         """Start to record the step, if it is due. Lightning calls it before each training step."""
         collects = self.loop == "train"
-        run = self._begin(pl_module) if collects else self._run
+        run = self._begin(pl_module) if collects else self.run
         if run is not None:
             run.begin_step(trainer, collects)
             if run.is_due and not self._problems.given_up:
@@ -100,17 +100,17 @@ class KFACEditCallback(CallbackBase):
     @never_ends_a_fit
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Take the step's gradients while its graph is alive. Lightning calls it before each backward pass."""
-        if self._run is not None and not self._problems.given_up:
+        if self.run is not None and not self._problems.given_up:
             # In manual optimization training_step is still running, and may look at the modules again.
-            self._run.before_backward(loss, is_last=pl_module.automatic_optimization)
+            self.run.before_backward(loss, is_last=pl_module.automatic_optimization)
 
     @never_ends_a_fit
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the batch, and end the window if it is full. Lightning calls it after each training step."""
-        if self._run is not None:
-            self._run.end_step(trainer.global_step)
+        if self.run is not None:
+            self.run.end_step(trainer.global_step)
 
     @never_ends_a_fit
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,11 +118,11 @@ class KFACEditCallback(CallbackBase):
 
         Lightning calls it after the last step of an epoch, and after the validation there.
         """
-        if self._run is None:
+        if self.run is None:
             return
-        self._run.abort_step()
+        self.run.abort_step()
         searches = self.target is not None and not trainer.enable_validation
-        if searches and not self._has_stopped() and self._run.windows.synchronise():
+        if searches and not self._has_stopped() and self.run.windows.synchronise():
             self._outcome.search(trainer, pl_module, self.factors)
 
     @never_ends_a_fit
@@ -153,7 +153,7 @@ class KFACEditCallback(CallbackBase):
             self._end_validation(trainer)
         elif self._has_stopped():
             return
-        run = self._run
+        run = self.run
         # After a fit the factors are known; its other processes need not be here.
         if run is not None and (run.windows.factors if run.is_fitted else run.windows.synchronise()):
             self._outcome.search(trainer, pl_module, self.factors)
@@ -182,7 +182,7 @@ class KFACEditCallback(CallbackBase):
     @never_ends_a_fit
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Search a last time, work out what an edit does, and measure the probes. Lightning calls it after training."""
-        run, nothing = self._run, "training step ran a backward pass" if self.loop == "train" else "validation ran"
+        run, nothing = self.run, "training step ran a backward pass" if self.loop == "train" else "validation ran"
         if run is None and not self._problems.given_up:
             rank_zero_warn(no_data(nothing))
         if run is None or self._renews:
@@ -206,7 +206,7 @@ class KFACEditCallback(CallbackBase):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Edit the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
         self._make_copies()
-        if self._run is not None and self._run.is_fitted and not (self._renews or self._problems.given_up):
+        if self.run is not None and self.run.is_fitted and not (self._renews or self._problems.given_up):
             self._outcome.show(
                 f"No checkpoint was edited. An edit of the weights at step {trainer.global_step} would do:",
                 self.factors,
@@ -230,8 +230,8 @@ class KFACEditCallback(CallbackBase):
         """
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         try:
-            if self._run is not None and trainer.training and batches.processed == batches.ready:
-                self._run.end_interrupted_step(trainer.global_step)
+            if self.run is not None and trainer.training and batches.processed == batches.ready:
+                self.run.end_interrupted_step(trainer.global_step)
             if self._siblings is not None:
                 self._siblings.failed = True
                 if self._siblings.ranks.all_here():
@@ -243,8 +243,8 @@ class KFACEditCallback(CallbackBase):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove every hook. Lightning calls it when a run has ended."""
         with ExitStack() as stack:  # each is done, whatever becomes of the others
-            if self._run is not None:
-                stack.callback(self._run.abort_step)
+            if self.run is not None:
+                stack.callback(self.run.abort_step)
             stack.callback(self._watch.close)
             stack.callback(self._stack.close)
         self._in_fit = False
@@ -252,9 +252,9 @@ class KFACEditCallback(CallbackBase):
             self._siblings.waits = False
 
     def _running(self) -> CollectedRun:
-        if self._run is None:
+        if self.run is None:
             raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
-        return self._run
+        return self.run
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells a resumed run that the factor file beside the checkpoint belongs to it; primitives."""

@@ -82,10 +82,15 @@ class CollectedRun:
             if is_last:
                 self._step.stop_recording()
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether a training step is being recorded."""
+        return self._step is not None and self._step.is_open
+
     def end_step(self, step: int) -> None:
         """Add what the training step gave, and end the window if it is full; ``step`` counts optimizer steps."""
         try:
-            if self._step is not None and self._step.is_open:
+            if self._step is not None and self.is_recording:
                 self._step.close()
                 self.windows.end_step(step)
             elif self.is_due:
