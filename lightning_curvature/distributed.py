@@ -233,6 +233,11 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.to(sharded.device_mesh.device_type).full_tensor()  # type: ignore[no-any-return]
 
 
+def local_part(tensor: Any) -> Any:
+    """Return this process's part of a sharded tensor (a ``DTensor``); any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 def spread_like(tensor: Tensor, original: Tensor) -> Tensor:
     """Shard a plain tensor, which is the same on all processes, as a tensor of the same shape is sharded."""
     if not hasattr(original, "full_tensor"):
