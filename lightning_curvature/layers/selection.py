@@ -164,7 +164,7 @@ def _presets(
     Args:
         modules: Every module of the network, by name.
         free: Layers that a preset may take: neither tied nor part of an adapter.
-        roles: Roles of the linear ones among them.
+        roles: Roles of the linear layers among them.
     """
     attention = frozenset(name for name, role in roles.items() if role == ATTENTION)
     mixers = frozenset(name for name, role in roles.items() if role == MIXER)
