@@ -18,6 +18,7 @@ from lightning_curvature.text.leading import leading_tokens
 from lightning_curvature.text.lit import PretrainedLM, TextWindows
 from lightning_curvature.text.models import load_model, load_tokenizer
 from lightning_curvature.text.probes import JsonlProbe
+from lightning_curvature.text.progress import Progress, fingerprint
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences, write_sequences
 from tests import language, models, reference
 
@@ -281,8 +282,8 @@ def test_collect(saved, tmp_path):
 def test_progress_without_them_is_not_gone_on_with(saved, tmp_path):
     out, options = tmp_path / "f.safetensors", {"context": 9, "layers": "mlp"}
     facts = {"tokens": None, "context": 9, "batch_size": 4, "passes": 1, "layers": "mlp"}
-    before = collecting._fingerprint(saved.net, saved.tokenizer, saved.path / "long.txt", **facts)
-    collecting._save(tmp_path / "f.safetensors.partial", before, 0, 0, None)
+    before = fingerprint(saved.net, saved.tokenizer, saved.path / "long.txt", **facts)
+    Progress(out, before, 1).save(0, 0, None)
     if saved.front:
         with pytest.raises(ValueError, match=r"progress of another run: \['leading'\] differ"):
             collecting.collect_text(saved.net, saved.tokenizer, saved.path / "long.txt", out, **options)
