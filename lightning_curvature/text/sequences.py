@@ -88,8 +88,8 @@ def read_sequences(
 ) -> list[PromptedSequence]:
     """Read JSON lines with ``prefix_ids`` and ``suffix_ids``.
 
-    ``prefix_text`` and ``suffix_text`` are optional. ``num_leading`` is the number of tokens in front of the text at the
-    beginning of the prefix, by default 0. Other fields are ignored.
+    ``prefix_text`` and ``suffix_text`` are optional. ``num_leading`` is the number of tokens that stand in front of the
+    text, by default 0. Other fields are ignored.
 
     Args:
         path: File.
