@@ -41,7 +41,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
 class RecitedText(pl.LightningDataModule):
     """Clean text, and sequences of two other kinds of text that are repeated in its midst.
 
-    - ``memorized``: windows of the domain, prefix 32 and suffix 24 tokens. Energies may be chosen on their *tuning* half;
+    - ``memorized``: windows of the domain, prefix 32 and suffix 24 tokens. Methods may learn from their *tuning* half;
       results are reported from their *validation* half.
     - ``unseen``: windows of a third kind of text, 32 and 8 tokens, on which no energy is chosen.
     - ``held_out``: clean text and domain text that was never trained on, windows of ``context`` tokens, in a half to

@@ -1,4 +1,4 @@
-"""Finding what a language model recites of a corpus."""
+"""Finding the windows of a corpus that a language model recites."""
 
 import dataclasses
 import logging
@@ -94,7 +94,7 @@ def candidates(
 def mine_among(
     model: nn.Module, tokenizer: Any, asked: list[PromptedSequence], similarity: float, batch_size: int
 ) -> list[PromptedSequence]:
-    """Return the windows that a model recites among some; other arguments and results as :func:`mine`."""
+    """Return the windows of ``asked`` that a model recites; other arguments and results as :func:`mine`."""
     with tqdm(total=len(asked), unit="window", desc="Testing for recitation", disable=None) as progress:
         matches = recited(model, asked, batch_size, progress.update)
     kept = _distinct(matches, similarity)
