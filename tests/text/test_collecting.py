@@ -7,6 +7,7 @@ from lightning_curvature import KroneckerFactors
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.text import collecting, corpus
 from lightning_curvature.text import models as text_models
+from lightning_curvature.text.progress import Progress, fingerprint
 from tests.support import language
 
 OPTIONS = {"layers": "mlp", "context": 8, "batch_size": 3, "save_every": 2}
@@ -77,13 +78,13 @@ def test_progress_of_another_run_is_refused(folder, tmp_path, monkeypatch):
 
     net = text_models.load_model(folder / "model")
     facts = {"tokens": None, "context": 8, "batch_size": 3, "passes": 1, "layers": "mlp"}
-    run_id = collecting._fingerprint(net, tokenizer, folder / "corpus.jsonl", **facts)
-    collecting._save(tmp_path / "f.safetensors.partial", run_id, 0, 2, None)
+    run_id = fingerprint(net, tokenizer, folder / "corpus.jsonl", **facts)
+    Progress(out, run_id, 1).save(0, 2, None)
     with pytest.raises(ValueError, match=r"progress of another run: \['context', 'fisher'\] differ. Finish that run"):
         run(net, context=16, fisher="sampled")
     with pytest.raises(ValueError, match=r"\['model'\] differ"):
         run(language.model("llama", seed=3))
-    monkeypatch.setattr(collecting, "STATE_VERSION", 0)
+    monkeypatch.setattr("lightning_curvature.text.progress.STATE_VERSION", 0)
     with pytest.raises(ValueError, match=r"\['version of the sums'\] differ"):
         run(net)
     monkeypatch.undo()
