@@ -13,7 +13,7 @@ def test_sums_live_where_they_fit(monkeypatch, caplog):
     cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
     layers = {"fc": (1000, 1000)}
     free = {"cuda": 2**30, "cpu": 2**40}
-    monkeypatch.setattr("lightning_curvature.memory.free_memory", lambda device: free[device.type])
+    monkeypatch.setattr("lightning_curvature.collect.plan.free_memory", lambda device: free[device.type])
     with caplog.at_level("INFO"):
         assert place_sums(layers, cuda, "auto") == place_sums(layers, cuda, "model") == cuda
         assert place_sums(layers, cuda, "cpu") == cpu
@@ -50,7 +50,7 @@ def test_memory_is_told_and_checked_before_anything_is_summed(caplog, monkeypatc
     with caplog.at_level("INFO"):
         collect(net, [rows], step, layers="mlp")
     assert "Memory of the K-FAC factors of 6 layers, on cpu" in caplog.text
-    monkeypatch.setattr("lightning_curvature.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr("lightning_curvature.collect.plan.free_memory", lambda device: 1000)
     monkeypatch.setattr("lightning_curvature.collect.collector.LayerSums", pytest.fail)
     with pytest.raises(RuntimeError, match=r"cpu has 1.0 KiB left: that does not fit"):
         collect(net, [rows], step, layers="mlp")
