@@ -1,6 +1,7 @@
 """Layers that read the same positions of the same tensor have one sum of A."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ from torch import nn
 from transformers import ViTForImageClassification
 
 from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.moments import block_columns
 from lightning_curvature.collect.passes import collect
+from lightning_curvature.collect.sums import LayerKind, LayerSums
+from lightning_curvature.collect.tied_inputs import (
+    STATE_VERSION,
+    state_of,
+    sums_from,
+    tie_again,
+    tied_by_all,
+    tied_inputs,
+)
 from tests.support import language, models
 from tests.support.gated import PROJECTIONS, Gated, add, batches, gathered, same, separately
 
@@ -162,3 +173,36 @@ def test_a_state_is_loaded_into_a_collector_that_was_used():
     found = used.factors()
     assert found["gate"].A is not found["up"].A
     same(found, fresh.factors())
+
+
+def test_the_layout_of_saved_sums_has_a_version():
+    """Sums of another layout would be read as nonsense: whoever changes it changes the version, and this test."""
+    assert (STATE_VERSION, block_columns(1000)) == (5, [(0, 256), (256, 512), (512, 768), (768, 1000)])
+
+
+def test_tied_sums_come_back_tied_from_their_state():
+    cpu, kind = torch.device("cpu"), LayerKind(3, 2, False)
+    sums = {name: LayerSums.zero(kind, cpu) for name in ("gate", "up", "alone")}
+    first = {"gate": "gate", "up": "gate", "alone": "alone"}
+    tie_again(sums, first)
+    assert tied_inputs(sums) == first
+    sums["up"].add_inputs(torch.ones(4, 3))
+    state = state_of(sums)
+    assert state["shared"] == first
+    assert ["inputs" in layer["moments"] for layer in state["sums"].values()] == [True, False, True]
+    loaded = sums_from(state, lambda _, kind, device: LayerSums.zero(kind, device))
+    assert tied_inputs(loaded) == first
+    assert torch.equal(loaded["up"].inputs.mean(), torch.ones(3, 3))
+    assert (loaded["gate"].inputs.count, loaded["alone"].inputs.count) == (4, 0)
+
+
+def test_layers_are_tied_by_all_processes_or_not():
+    """One that has not seen a layer, or has seen it apart from the other, keeps them apart."""
+    told = [{"gate": "gate", "up": "gate", "down": "down"}, {"gate": "gate", "up": "gate"}]
+    apart = [told[0], {"gate": "gate", "up": "up"}]
+    for by_rank, is_tied in ((told, True), (apart, False), ([told[0], {"gate": "gate"}], False)):
+        ranks = SimpleNamespace(gather=lambda _, by_rank=by_rank: by_rank)
+        groups = tied_by_all(ranks, by_rank[0])
+        assert set(groups) == {"gate", "up", "down"}
+        assert (groups["gate"] == groups["up"]) == is_tied
+        assert groups["down"] != groups["gate"]

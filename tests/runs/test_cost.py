@@ -10,17 +10,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import peak_bytes
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.moments import block_columns, packed_size
+from lightning_curvature.collect.moments import packed_size
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.collect.sums import LayerSums
-from lightning_curvature.collect.tied_inputs import STATE_VERSION
 from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.recording import fisher, taps
 from lightning_curvature.recording.rows import BatchGradients
+from tests.support.peak import peak_bytes
 
 ROWS, IN, HIDDEN = 96, 256, 512
 NAMES = ["1.gate", "1.up", "1.down"]
@@ -218,11 +217,6 @@ def test_sums_and_factors_are_never_there_as_a_whole(step, monkeypatch):
     assert alive == [5, 4, 2]
     assert not any(total() is not None for total in totals)
     assert collector.sums == {}
-
-
-def test_the_layout_of_saved_sums_has_a_version():
-    """Sums of another layout would be read as nonsense: whoever changes it changes the version, and this test."""
-    assert (STATE_VERSION, block_columns(1000)) == (5, [(0, 256), (256, 512), (512, 768), (768, 1000)])
 
 
 # Shares of positions ------------------------------------------------------------------------------------------------
