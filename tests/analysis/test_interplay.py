@@ -30,8 +30,12 @@ def test_edits_together_and_alone(parallel, excess):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_groups_need_layers_of_their_own():
+@pytest.mark.parametrize(
+    "groups",
+    [{"a": ["one"], "b": ["two"]}, {"a": ["one"], "b": ["one"]}, {"a": ["one"], "b": []}],
+    ids=["no factors", "twice", "empty"],
+)
+def test_groups_need_layers_of_their_own(groups):
     model, factors = Pair(True), KroneckerFactors({"one": diagonal([9.0, 1.0], [1.0, 1.0])})
-    for groups in ({"a": ["one"], "b": ["two"]}, {"a": ["one"], "b": ["one"]}, {"a": ["one"], "b": []}):
-        with pytest.raises(ValueError, match="Each group needs layers of its own, with factors"):
-            interplay(model, factors, CurvatureEditor(), groups, dict)
+    with pytest.raises(ValueError, match="Each group needs layers of its own, with factors"):
+        interplay(model, factors, CurvatureEditor(), groups, dict)

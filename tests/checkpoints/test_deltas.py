@@ -93,19 +93,17 @@ def test_revert_of_a_file_with_another_layout(saved_model, tmp_path):
         apply_delta(other, delta, tmp_path / "x.safetensors", revert=True)
 
 
-def test_deltas_work_across_formats(saved_model, tmp_path):
+@pytest.mark.parametrize("kind", ["safetensors", "folder", "sharded", "pt"])
+def test_deltas_work_across_formats(kind, saved_model, tmp_path):
     """Names carry another prefix there, and tied weights stand once or twice."""
     delta = tmp_path / "d.safetensors"
     EDITOR.edit_checkpoint(saved_model / "model.ckpt", factors(saved_model), tmp_path / "o.ckpt", delta=delta)
-    for kind in ("safetensors", "folder", "sharded", "pt"):
-        out, back = target(tmp_path / "a", kind), target(tmp_path / "b", kind)
-        apply_delta(source(saved_model, kind), delta, out, revert=False, overwrite=True)
-        apply_delta(out, delta, back, revert=True, overwrite=True)
-        assert all(
-            torch.equal(value, weights(back)[name]) for name, value in weights(source(saved_model, kind)).items()
-        )
-        if kind in ("folder", "sharded"):
-            assert (back / "README.md").read_text() == "card"
+    out, back = target(tmp_path / "a", kind), target(tmp_path / "b", kind)
+    apply_delta(source(saved_model, kind), delta, out, revert=False, overwrite=True)
+    apply_delta(out, delta, back, revert=True, overwrite=True)
+    assert all(torch.equal(value, weights(back)[name]) for name, value in weights(source(saved_model, kind)).items())
+    if kind in ("folder", "sharded"):
+        assert (back / "README.md").read_text() == "card"
 
 
 def test_edits_are_taken_back_in_their_order(saved_model, tmp_path):

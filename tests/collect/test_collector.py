@@ -83,7 +83,8 @@ def test_input_overwritten_after_the_layer_read_it():
         gather(model, lambda _: F.cross_entropy(model(x), y), layers=["fc"])
 
 
-def test_a_layer_called_twice_is_paired_call_by_call():
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+def test_a_layer_called_twice_is_paired_call_by_call(kind):
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -106,12 +107,11 @@ def test_a_layer_called_twice_is_paired_call_by_call():
     shared = Shared().double()
     unrolled = Unrolled(shared).double()
     x, y = data()
-    for kind in ("empirical", "exact"):
-        one = gather(shared, lambda _: F.cross_entropy(shared(x), y), layers=["fc"], fisher=kind)["fc"]
-        two = gather(unrolled, lambda _: F.cross_entropy(unrolled(x), y), layers=["a", "b"], fisher=kind)
-        assert one.num_inputs == 24
-        torch.testing.assert_close(one.A, (two["a"].A + two["b"].A) / 2)
-        torch.testing.assert_close(one.G, (two["a"].G + two["b"].G) / 2)
+    one = gather(shared, lambda _: F.cross_entropy(shared(x), y), layers=["fc"], fisher=kind)["fc"]
+    two = gather(unrolled, lambda _: F.cross_entropy(unrolled(x), y), layers=["a", "b"], fisher=kind)
+    assert one.num_inputs == 24
+    torch.testing.assert_close(one.A, (two["a"].A + two["b"].A) / 2)
+    torch.testing.assert_close(one.G, (two["a"].G + two["b"].G) / 2)
 
 
 def test_non_reentrant_checkpointing_does_not_count_twice():

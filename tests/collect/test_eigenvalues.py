@@ -45,28 +45,28 @@ def test_eigenvalues_where_the_sums_are_spread():
     torch.testing.assert_close(factors["0"].eigenvalues, measured(factors["0"], a, g))
 
 
-def test_a_saved_collection_of_eigenvalues_goes_on():
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_saved_collection_of_eigenvalues_goes_on(shard):
     model, (inputs, labels) = network(), data()
     step = lambda batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     options = {"fisher": "empirical", "positions": "all"}
     factors = collect(model, [(inputs, labels)], step, layers=["0"], **options)
-    for shard in (False, True):
-        first, second, plain = (
-            kind(model, *given, shard=shard, **options)
-            for kind, given in ((_EigenvalueCollector, [factors]),) * 2 + ((Collector, [["0"]]),)
+    first, second, plain = (
+        kind(model, *given, shard=shard, **options)
+        for kind, given in ((_EigenvalueCollector, [factors]),) * 2 + ((Collector, [["0"]]),)
+    )
+    run_collector_once(first, (inputs[:5], labels[:5]), step)
+    state = copy.deepcopy(first.state_dict())
+    second.load_state_dict(state)
+    run_collector_once(second, (inputs[5:], labels[5:]), step)
+    a, g = rows(model, model[0], inputs, labels)
+    torch.testing.assert_close(second.finish()["0"].eigenvalues, measured(factors["0"], a, g))
+    with pytest.raises(ValueError, match="a collection of eigenvalues, which holds no factors"):
+        plain.load_state_dict(state)
+    with pytest.raises(ValueError, match="a collection of factors, which holds no eigenvalues"):
+        second.load_state_dict(
+            plain.state_dict() | {"sums": {"0": LayerSums.of(factors["0"]).state_dict()}, "shared": {"0": "0"}}
         )
-        run_collector_once(first, (inputs[:5], labels[:5]), step)
-        state = copy.deepcopy(first.state_dict())
-        second.load_state_dict(state)
-        run_collector_once(second, (inputs[5:], labels[5:]), step)
-        a, g = rows(model, model[0], inputs, labels)
-        torch.testing.assert_close(second.finish()["0"].eigenvalues, measured(factors["0"], a, g))
-        with pytest.raises(ValueError, match="a collection of eigenvalues, which holds no factors"):
-            plain.load_state_dict(state)
-        with pytest.raises(ValueError, match="a collection of factors, which holds no eigenvalues"):
-            second.load_state_dict(
-                plain.state_dict() | {"sums": {"0": LayerSums.of(factors["0"]).state_dict()}, "shared": {"0": "0"}}
-            )
 
 
 def run_collector_once(collector, batch, step):

@@ -196,13 +196,17 @@ def test_tied_sums_come_back_tied_from_their_state():
     assert (loaded["gate"].inputs.count, loaded["alone"].inputs.count) == (4, 0)
 
 
-def test_layers_are_tied_by_all_processes_or_not():
-    """One that has not seen a layer, or has seen it apart from the other, keeps them apart."""
-    told = [{"gate": "gate", "up": "gate", "down": "down"}, {"gate": "gate", "up": "gate"}]
-    apart = [told[0], {"gate": "gate", "up": "up"}]
-    for by_rank, is_tied in ((told, True), (apart, False), ([told[0], {"gate": "gate"}], False)):
-        ranks = SimpleNamespace(gather=lambda _, by_rank=by_rank: by_rank)
-        groups = tied_by_all(ranks, by_rank[0])
-        assert set(groups) == {"gate", "up", "down"}
-        assert (groups["gate"] == groups["up"]) == is_tied
-        assert groups["down"] != groups["gate"]
+TIED, APART = {"gate": "gate", "up": "gate", "down": "down"}, {"gate": "gate", "up": "up"}
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "are_tied"),
+    [([TIED, TIED], True), ([TIED, APART], False), ([TIED, {"gate": "gate"}], False)],
+    ids=["tied by both", "apart on one", "not seen by one"],
+)
+def test_layers_are_tied_if_all_processes_have_tied_them(by_rank, are_tied):
+    ranks = SimpleNamespace(gather=lambda _: by_rank)
+    groups = tied_by_all(ranks, by_rank[0])
+    assert set(groups) == {"gate", "up", "down"}
+    assert (groups["gate"] == groups["up"]) == are_tied
+    assert groups["down"] != groups["gate"]

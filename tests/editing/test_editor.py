@@ -168,10 +168,10 @@ def test_bad_energy(value, error, message):
         CurvatureEditor(value)
 
 
-def test_bad_layers_argument():
-    for layers in ("fc", [1]):
-        with pytest.raises(TypeError, match="layers must be a list of name patterns or None"):
-            CurvatureEditor(0.5, layers)
+@pytest.mark.parametrize("layers", ["fc", [1]])
+def test_bad_layers_argument(layers):
+    with pytest.raises(TypeError, match="layers must be a list of name patterns or None"):
+        CurvatureEditor(0.5, layers)
 
 
 def test_factors_that_do_not_fit_edit_nothing():

@@ -116,11 +116,15 @@ def test_an_edit_on_too_few_positions_can_be_insisted_on(name):
         CURVATURE_EDITORS[name](min_positions=21).edit(linears(), found)
 
 
-def test_what_reads_no_factors_or_changes_nothing_needs_no_positions():
-    for editor in (SVDEditor(0.7), RandomBasisEditor(0.7), CurvatureEditor({"0": 1.0, "1": 0.7})):
-        report = editor.edit(linears(), two_layers())
-        assert list(report.layers) == ["0", "1"]
-        assert ("fewer positions" in str(report)) == isinstance(editor, CurvatureEditor)
+@pytest.mark.parametrize(
+    "editor",
+    [SVDEditor(0.7), RandomBasisEditor(0.7), CurvatureEditor({"0": 1.0, "1": 0.7})],
+    ids=["SVD", "random basis", "full energy"],
+)
+def test_what_reads_no_factors_or_changes_nothing_needs_no_positions(editor):
+    report = editor.edit(linears(), two_layers())
+    assert list(report.layers) == ["0", "1"]
+    assert ("fewer positions" in str(report)) == isinstance(editor, CurvatureEditor)
 
 
 def test_an_edit_with_dead_inputs_is_done_and_the_table_says_that_they_are_many():

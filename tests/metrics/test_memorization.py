@@ -22,16 +22,16 @@ def test_prefix_of_each_sequence(seed):
     assert {0, 12} <= set(found.tolist())
 
 
-def test_a_similarity_at_the_threshold_counts_whatever_the_rounding():
-    for length in (3, 6, 7, 10, 12, 48, 49, 100):
-        target = torch.arange(length)[None]
-        for wrong in range(length):
-            preds = target.clone()
-            preds[0, :wrong] = -1
-            for threshold in ((length - wrong) / length, 1 - wrong / length):
-                assert F.loose_memorization(preds, target, threshold) == 1
-                if wrong:
-                    assert F.loose_memorization(preds, target, threshold + 1e-6) == 0
+@pytest.mark.parametrize("length", [3, 6, 7, 10, 12, 48, 49, 100])
+def test_a_similarity_at_the_threshold_counts_whatever_the_rounding(length):
+    target = torch.arange(length)[None]
+    for wrong in range(length):
+        preds = target.clone()
+        preds[0, :wrong] = -1
+        for threshold in ((length - wrong) / length, 1 - wrong / length):
+            assert F.loose_memorization(preds, target, threshold) == 1
+            if wrong:
+                assert F.loose_memorization(preds, target, threshold + 1e-6) == 0
 
 
 def test_twelve_of_48_wrong_tokens_are_still_loosely_memorized():
@@ -57,10 +57,12 @@ def test_large_and_negative_ids():
     assert F.normalized_edit_distance(target, target) == 0
 
 
-def test_extraction_strength_looks_at_the_end():
+@pytest.mark.parametrize(
+    ("preds", "expected"), [([1, 2, 3, 4], 1.0), ([9, 2, 3, 4], 0.75), ([9, 2, 9, 4], 0.25), ([1, 2, 3, 9], 0.0)]
+)
+def test_extraction_strength_looks_at_the_end(preds, expected):
     target = torch.tensor([[1, 2, 3, 4]])
-    for preds, expected in (([1, 2, 3, 4], 1.0), ([9, 2, 3, 4], 0.75), ([9, 2, 9, 4], 0.25), ([1, 2, 3, 9], 0.0)):
-        assert F.extraction_strength(torch.tensor([preds]), target) == expected
+    assert F.extraction_strength(torch.tensor([preds]), target) == expected
 
 
 @pytest.mark.parametrize("name", ["strict", "loose", "edit", "extraction", "prefix"])

@@ -79,8 +79,9 @@ def test_a_detached_trunk_that_gets_no_gradient_is_told():
         run(model, work)
 
 
+@pytest.mark.parametrize("layers", [["fc"], "last-mlp"], ids=["pattern", "preset"])
 @pytest.mark.parametrize("order", ["first", "last"])
-def test_backward_passes_of_other_losses_are_passed_over(order):
+def test_backward_passes_of_other_losses_are_passed_over(layers, order):
     """An adversary with a binary loss, before or after: neither its layers nor its passes count."""
     model, (x, y) = Net().double(), tokens()
     model.critic = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 1)).double()
@@ -91,14 +92,13 @@ def test_backward_passes_of_other_losses_are_passed_over(order):
     def criticize():
         F.binary_cross_entropy_with_logits(model.critic(x), torch.ones(3, 4, 1).double()).backward()
 
-    for layers in (["fc"], "last-mlp"):
-        work = [criticize, classify] if order == "first" else [classify, criticize]
-        collector = run(model, lambda work=work: [each() for each in work], layers=layers)
-        assert collector.chosen == ["fc"]
-        torch.testing.assert_close(collector.factors()["fc"].G, exact_gradient_factor(model, x, [head(model)]))
-        ((reason, count),) = collector.left_out.items()
-        assert count == 1
-        assert "'binary_cross_entropy_with_logits'" in reason
+    work = [criticize, classify] if order == "first" else [classify, criticize]
+    collector = run(model, lambda work=work: [each() for each in work], layers=layers)
+    assert collector.chosen == ["fc"]
+    torch.testing.assert_close(collector.factors()["fc"].G, exact_gradient_factor(model, x, [head(model)]))
+    ((reason, count),) = collector.left_out.items()
+    assert count == 1
+    assert "'binary_cross_entropy_with_logits'" in reason
 
 
 def test_backward_passes_of_two_outputs_are_refused_in_either_order():

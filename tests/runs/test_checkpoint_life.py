@@ -167,20 +167,20 @@ def test_what_cannot_be_resumed_starts_anew_with_a_warning(tmp_path, monkeypatch
     assert resume() == 192
 
 
+@pytest.mark.parametrize("kind", [True, "link"])
 @pytest.mark.filterwarnings(NO_WARNING, "ignore:Checkpoint directory")
-def test_the_last_checkpoint_is_never_an_edited_one(tmp_path):
+def test_the_last_checkpoint_is_never_an_edited_one(kind, tmp_path):
     """Lightning takes the latest file whose name begins with "last"."""
 
-    def saver(kind):
+    def saver():
         return ModelCheckpoint(tmp_path / str(kind), save_last=kind, filename="{epoch}")
 
-    for kind in (True, "link"):
-        callback = KFACEditCallback()
-        run(tmp_path, callback, saver(kind))
-        resumed = KFACEditCallback()
-        trainer = run(tmp_path, resumed, saver(kind), ckpt_path="last", max_epochs=3)
-        assert trainer.ckpt_path == str(tmp_path / str(kind) / "last.ckpt")
-        assert resumed.factors["net.3"].num_inputs == 3 * 192
+    callback = KFACEditCallback()
+    run(tmp_path, callback, saver())
+    resumed = KFACEditCallback()
+    trainer = run(tmp_path, resumed, saver(), ckpt_path="last", max_epochs=3)
+    assert trainer.ckpt_path == str(tmp_path / str(kind) / "last.ckpt")
+    assert resumed.factors["net.3"].num_inputs == 3 * 192
 
 
 def test_a_failing_edit_does_not_cost_the_checkpoint(tmp_path):

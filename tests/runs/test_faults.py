@@ -39,21 +39,19 @@ def test_factors_of_one_row_singular_and_one_by_one():
     assert report.layers["1"].kept >= 1
 
 
-def test_batches_without_rows_count_nothing():
+@pytest.mark.parametrize("fisher", ["sketched", "empirical"])
+def test_batches_without_rows_count_nothing(fisher):
     net = models.mlp()
     data = models.images(8).tensors
 
     def step(batch):
         return F.cross_entropy(net(data[0][batch]), data[1][batch], reduction="sum")
 
-    for fisher in ("sketched", "empirical"):
-        with_empty = collect(
-            net, [[0, 1, 2], [], [3, 4, 5, 6, 7]], step, layers=["1", "3"], fisher=fisher, positions="all"
-        )
-        without = collect(net, [[0, 1, 2], [3, 4, 5, 6, 7]], step, layers=["1", "3"], fisher=fisher, positions="all")
-        for name, layer in without.items():
-            assert with_empty[name].num_inputs == layer.num_inputs == 8
-            torch.testing.assert_close(with_empty[name].A, layer.A)
+    with_empty = collect(net, [[0, 1, 2], [], [3, 4, 5, 6, 7]], step, layers=["1", "3"], fisher=fisher, positions="all")
+    without = collect(net, [[0, 1, 2], [3, 4, 5, 6, 7]], step, layers=["1", "3"], fisher=fisher, positions="all")
+    for name, layer in without.items():
+        assert with_empty[name].num_inputs == layer.num_inputs == 8
+        torch.testing.assert_close(with_empty[name].A, layer.A)
 
 
 # Layers that do not always run ----------------------------------------------------------------------------------------

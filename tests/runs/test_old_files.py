@@ -87,12 +87,11 @@ def weights(path):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def test_a_delta_takes_an_edit_back_and_makes_it_again_exactly(tmp_path):
-    paths = {"run-edited.ckpt": "run.ckpt", "run.ckpt": "run-edited.ckpt"}
-    for start, end in paths.items():
-        apply_delta(DATA / start, DATA / "delta.safetensors", tmp_path / end, revert=start == "run-edited.ckpt")
-        expected = weights(DATA / end)
-        assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path / end).items())
+@pytest.mark.parametrize(("start", "end"), [("run-edited.ckpt", "run.ckpt"), ("run.ckpt", "run-edited.ckpt")])
+def test_a_delta_takes_an_edit_back_and_makes_it_again_exactly(start, end, tmp_path):
+    apply_delta(DATA / start, DATA / "delta.safetensors", tmp_path / end, revert=end == "run.ckpt")
+    expected = weights(DATA / end)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path / end).items())
 
 
 def test_an_edit_gives_the_same_weights(tmp_path):

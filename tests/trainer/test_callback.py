@@ -179,7 +179,8 @@ def test_metrics_are_logged_before_and_after(tmp_path):
     assert names <= set(trainer.callback_metrics)
 
 
-def test_manual_optimization(tmp_path):
+@pytest.mark.parametrize("kind", ["sketched", "empirical"])
+def test_manual_optimization(kind, tmp_path):
     class Manual(models.Classifier):
         def __init__(self):
             super().__init__()
@@ -195,25 +196,27 @@ def test_manual_optimization(tmp_path):
                 loss.backward()
             optimizer.step()
 
-    for kind in ("sketched", "empirical"):
-        callback = KFACEditCallback(fisher=kind)
-        models.trainer(tmp_path, callback, enable_checkpointing=False).fit(Manual(), models.loader(models.images(64)))
-        assert callback.factors["net.3"].num_inputs == 128
+    callback = KFACEditCallback(fisher=kind)
+    models.trainer(tmp_path, callback, enable_checkpointing=False).fit(Manual(), models.loader(models.images(64)))
+    assert callback.factors["net.3"].num_inputs == 128
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
 
 
-def test_arguments_are_checked_at_once():
-    for options, error, message in [
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
         ({"energy": 2}, ValueError, "energy must be in"),
         ({"fisher": "mc"}, ValueError, "fisher must be one of"),
         ({"draws": 0}, ValueError, "draws must be an integer of at least 1, found 0"),
         ({"window": 0.5}, ValueError, "window must be an integer"),
         ({"positions": "cls"}, ValueError, "positions must be one of"),
-    ]:
-        with pytest.raises(error, match=message):
-            KFACEditCallback(**options)
+    ],
+)
+def test_arguments_are_checked_at_once(options, error, message):
+    with pytest.raises(error, match=message):
+        KFACEditCallback(**options)
 
 
 def test_unknown_preset_is_an_error_before_training(tmp_path):
