@@ -16,10 +16,10 @@ from tests.support.metric_cases import CASES, token_pairs
 @pytest.mark.parametrize("seed", range(4))
 def test_prefix_of_each_sequence(seed):
     preds, target = token_pairs(seed)
-    found = F.longest_exact_prefix(preds, target)
-    assert found.dtype == torch.int64
-    assert found.tolist() == slow.longest_exact_prefix(preds.tolist(), target.tolist())
-    assert {0, 12} <= set(found.tolist())
+    lengths = F.longest_exact_prefix(preds, target)
+    assert lengths.dtype == torch.int64
+    assert lengths.tolist() == slow.longest_exact_prefix(preds.tolist(), target.tolist())
+    assert {0, 12} <= set(lengths.tolist())
 
 
 @pytest.mark.parametrize("length", [3, 6, 7, 10, 12, 48, 49, 100])
@@ -71,14 +71,14 @@ def test_token_pairs_are_checked(name, through):
     case = CASES[name]
     call = case.metric().update if through == "class" else case.twin
     ids = torch.zeros(2, 3, dtype=torch.int64)
-    for preds, target, found in (
+    for preds, target, message in (
         (ids[:, :2], ids, r"\[2, 2\] and \[2, 3\]\. Fill shorter sequences .* -1"),
         (ids[0], ids[0], r"L >= 1, found \[3\] and \[3\]"),
         (ids[:, :0], ids[:, :0], r"L >= 1, found \[2, 0\] and \[2, 0\]"),
         (ids.int(), ids, r"found torch.int32 and torch.int64\. Take the argmax"),
         (ids, ids.float(), "found torch.int64 and torch.float32"),
     ):
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=message):
             call(preds, target)
 
 

@@ -28,7 +28,7 @@ def test_normalize_answer(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("preds", "answers", "found"),
+    ("preds", "answers", "message"),
     [
         (["Oslo"], ["Oslo"], r"answers\[0\] must be a list .* found the string 'Oslo'\. Write \['Oslo'\]"),
         (["Oslo", "Nile"], [["Oslo"], []], r"answers\[1\] is empty, .* leave the question out"),
@@ -39,7 +39,7 @@ def test_normalize_answer(text, expected):
         (["Oslo"], [[b"Oslo"]], "found b'Oslo'"),
     ],
 )
-def test_answers_are_checked(preds, answers, found):
+def test_answers_are_checked(preds, answers, message):
     for call in (F.recall_accuracy, RecallAccuracy().update):
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=message):
             call(preds, answers)

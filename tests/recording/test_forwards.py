@@ -294,8 +294,8 @@ def test_values_that_are_not_finite_are_passed_over():
     layer, x = nn.Linear(24, 16), linear_input()
     x[0, 0], x[1, 0, 3] = math.inf, math.nan
     assert check_forward(layer, x, layer(x)) is None
-    other = Activated(24, 16)
-    assert check_forward(other, x, other(x)) is not None
+    activated = Activated(24, 16)
+    assert check_forward(activated, x, activated(x)) is not None
 
 
 def test_zero_tells_nothing_of_an_own_forward():

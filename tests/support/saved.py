@@ -50,13 +50,13 @@ def target(tmp_path, kind):
 
 def weights(path):
     """Every tensor of a checkpoint by its plain name."""
-    found = formats.open_checkpoint(path)
-    return {name.removeprefix("net."): found.read(name) for name in found.shapes()}
+    checkpoint = formats.open_checkpoint(path)
+    return {name.removeprefix("net."): checkpoint.read(name) for name in checkpoint.shapes()}
 
 
 def content_hash(path):
-    found = formats.open_checkpoint(path)
-    return formats.content_hash(formats.tensor_hashes(found.shapes(), found.read))
+    checkpoint = formats.open_checkpoint(path)
+    return formats.content_hash(formats.tensor_hashes(checkpoint.shapes(), checkpoint.read))
 
 
 def hashes(path):

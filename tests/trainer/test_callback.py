@@ -68,9 +68,9 @@ def test_every_way_to_write_the_loss_gives_the_same_factors(loss, tmp_path):
         trainer.fit(models.Classifier(loss=loss), models.loader(models.images(64)))
         return callback.factors["net.3"]
 
-    found, expected = fit(loss), fit("function")
-    torch.testing.assert_close(found.A, expected.A)
-    torch.testing.assert_close(found.G, expected.G, rtol=1e-4, atol=1e-7)
+    factors, expected = fit(loss), fit("function")
+    torch.testing.assert_close(factors.A, expected.A)
+    torch.testing.assert_close(factors.G, expected.G, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("fisher", ["sketched", "sampled", "exact", "empirical"])
@@ -112,9 +112,9 @@ def test_accumulation_and_clipping_leave_empirical_factors_alone(tmp_path):
 
     plain = fit()
     for options in ({"accumulate_grad_batches": 4}, {"gradient_clip_val": 1e-3}, {"precision": "64-true"}):
-        found = fit(**options)
-        torch.testing.assert_close(found.A.float(), plain.A, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found.G.float(), plain.G, rtol=1e-4, atol=1e-6)
+        factors = fit(**options)
+        torch.testing.assert_close(factors.A.float(), plain.A, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(factors.G.float(), plain.G, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
