@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.moments import SecondMoment, block_columns
 from lightning_curvature.collect.passes import collect
+from lightning_curvature.recording.options import CollectorOptions
 
 STEPS = 4  # training steps of a round
 PASS = 4  # times that a pass goes over their batches
@@ -128,20 +129,21 @@ class Subject:
     def step(self, batch: tuple[Tensor, Tensor], collector: Collector | None = None) -> None:
         """One training step."""
         if collector is not None:
-            collector.open(batch)
+            recording = collector.step(batch)
+            recording.open()
         loss = F.cross_entropy(self.model(batch[0]), batch[1])
         if collector is not None:
-            collector.before_backward(loss)
-            collector.stop()
+            recording.before_backward(loss)
+            recording.stop_recording()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if collector is not None:
-            collector.close()
+            recording.close()
 
     def trained(self, **options: object) -> object:
         """Return work that trains on all batches and collects from them."""
-        collector = Collector(self.model, self.names, **options)
+        collector = Collector(self.model, CollectorOptions(layers=self.names, **options))
 
         def work() -> None:
             for batch in self.batches:

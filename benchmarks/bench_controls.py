@@ -30,7 +30,8 @@ from tables import DOCS, parser, read, replace_section, run, summary
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.collect.passes import collect
-from lightning_curvature.editing.base import DEFAULT_ENERGY, Editor, Projection
+from lightning_curvature.editing.base import DEFAULT_ENERGY, Editor
+from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.basis import coefficients, project_weight, select_staircase
 

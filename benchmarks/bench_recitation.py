@@ -32,18 +32,13 @@ from tempfile import TemporaryDirectory
 from tables import environment, summary
 
 from lightning_curvature import CurvatureEditor
+from lightning_curvature.baselines.methods import METHODS
 from lightning_curvature.demos.recitation import RecitedText
 from lightning_curvature.demos.settings import TEXT
-from lightning_curvature.demos.text import (
-    ENERGIES,
-    METHODS,
-    PERPLEXITY_LIMIT,
-    Evaluation,
-    choose,
-    make_data,
-    train_text,
-)
+from lightning_curvature.demos.text_evaluation import PERPLEXITY_LIMIT, Evaluation, choose
+from lightning_curvature.demos.text_training import make_data, train_text
 from lightning_curvature.storage.jsonl import read_jsonl
+from lightning_curvature.text.choosing import ENERGIES
 from lightning_curvature.text.matching import match_perplexity
 
 COLUMNS = {
@@ -111,7 +106,7 @@ def run(seed: int, data: RecitedText) -> dict[str, dict[str, dict[str, float]]]:
     layers = {}
     for label, patterns in LAYERS.items():
         editor = CurvatureEditor(layers=patterns)
-        energy = match_perplexity(model.model, factors, editor, tuning, PERPLEXITY_LIMIT, owner=model).energy
+        energy = match_perplexity(model.model, factors, editor, tuning, PERPLEXITY_LIMIT, module=model).energy
         layers[label] = {"energy": energy, **measured(editor.at(energy))}
     energies = {f"{energy:g}": measured(CurvatureEditor(energy)) for energy in ENERGIES}
     return {

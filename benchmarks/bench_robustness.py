@@ -157,7 +157,7 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
         clean = model.data.held_out["clean"]
         before = window_nll(model.lm, clean["report"])
         for limit in Text.limits:
-            match = match_perplexity(model.lm, full, CurvatureEditor(), clean["tuning"], limit, owner=model.model)
+            match = match_perplexity(model.lm, full, CurvatureEditor(), clean["tuning"], limit, module=model.model)
             with CurvatureEditor(match.energy).applied(model.model, full):
                 ratio = perplexity_ratio(before, window_nll(model.lm, clean["report"]))
             yield {

@@ -206,7 +206,7 @@ def leanings(
 ) -> Iterator[Row]:
     """Yield the strength of each skill in each band, and how it goes with the loss of log probability."""
     editor = CurvatureEditor()
-    found = match_perplexity(model.model, factors, editor, held["tuning"], MATCHED, owner=model)
+    found = match_perplexity(model.model, factors, editor, held["tuning"], MATCHED, module=model)
     with editor.at(found.energy).applied(model, factors):
         after = {name: answers(model, sequences)["log probability"] for name, sequences in asked.items()}
     english = banded(model, factors, held["report"][:64, :-1], slice(None)).mean(1)

@@ -1,4 +1,4 @@
-"""Argument validation, and the wording of its errors: what, found, what to do."""
+"""Argument validation. Its errors say what is wrong, what was found, and what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -26,7 +26,7 @@ def check_share(value: Any, what: str) -> float:
     """Return ``value`` as a float in ``(0, 1]``.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not such a number.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
         raise ValueError(f"{what} must be a number in (0, 1], found {value!r}.")

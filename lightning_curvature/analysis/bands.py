@@ -23,7 +23,7 @@ from lightning_curvature.factors.basis import coefficients
 from lightning_curvature.factors.kronecker import LayerFactors
 
 BANDS = (0.1, 0.25, 0.5, 1.0)
-"""Upper ends of the bands, as shares of all components, the ones of highest curvature first."""
+"""Upper ends of the bands, as shares of all components in the order of falling curvature."""
 BASES = ("curvature", "svd")
 LABELS = ("top 10 %", "10 to 25 %", "25 to 50 %", "bottom 50 %")
 
@@ -50,8 +50,13 @@ class BandComparison:
 
     @property
     def rising(self) -> bool:
-        """Whether the ratio rises from each band to the next flatter one."""
-        return all(one < two for one, two in pairwise(self.ratio))
+        """Whether the ratio rises from each band to the next flatter band."""
+        return all(sharper < flatter for sharper, flatter in pairwise(self.ratio))
+
+    @property
+    def crosses_one(self) -> bool:
+        """Whether the ratio is below 1 in the sharpest band and above 1 in the flattest."""
+        return self.ratio[0] < 1 < self.ratio[-1]
 
     def plot(self) -> Any:
         """Return a figure of this comparison alone."""
@@ -65,7 +70,7 @@ def band_strengths(
 
     Args:
         weight: The layer's weight, ``[d_out, d_in]``.
-        factors: Its factors; only their basis is used, and that for ``basis="curvature"`` alone.
+        factors: Its factors, whose basis is used for ``basis="curvature"``.
         inputs: Its inputs, ``[examples, positions, d_in]``; strengths are averaged over positions.
         basis: ``"curvature"`` or ``"svd"``.
         normalize: Scale each vector to unit norm first, so that norms alone cannot explain a difference.
@@ -84,22 +89,22 @@ def band_strengths(
 
 
 def _curvature(weight: Tensor, factors: LayerFactors, rows: Tensor) -> list[Tensor]:
-    known = factors.basis
-    mass = torch.outer(known.lam, known.mu).flatten()
+    curvature = factors.basis
+    mass = torch.outer(curvature.lam, curvature.mu).flatten()
     rank = torch.empty_like(mass, dtype=torch.int64)
     rank[mass.argsort(descending=True)] = torch.arange(len(mass), device=mass.device)
     within = rank.view(factors.shape).double() / len(mass)
-    C, moved = coefficients(weight, known), rows.to(known.U_A) @ known.U_A
+    C, rotated = coefficients(weight, curvature), rows.to(curvature.U_A) @ curvature.U_A
     return [
-        (moved @ (C * ((within >= start) & (within < end))).T).norm(dim=2) for start, end in pairwise((0.0, *BANDS))
+        (rotated @ (C * ((within >= start) & (within < end))).T).norm(dim=2) for start, end in pairwise((0.0, *BANDS))
     ]
 
 
 def _svd(weight: Tensor, rows: Tensor) -> list[Tensor]:
     _, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    parts = rows.to(right) @ right.T * values
+    answers = rows.to(right) @ right.T * values
     ends = [round(end * len(values)) for end in (0.0, *BANDS)]
-    return [parts[..., start:end].norm(dim=2) for start, end in pairwise(ends)]
+    return [answers[..., start:end].norm(dim=2) for start, end in pairwise(ends)]
 
 
 def compare_bands(
@@ -120,11 +125,11 @@ def compare_bands(
         weight: Its weight, ``[d_out, d_in]``.
         factors: Its factors.
         memorized: Its inputs on memorized examples, ``[n, positions, d_in]``.
-        clean: The same on examples that are not memorized.
+        clean: Its inputs on examples that are not memorized, likewise.
         basis: ``"curvature"`` or ``"svd"``.
         normalize: As in :func:`band_strengths`.
         resamples: Bootstrap samples of the examples of each kind.
-        seed: Seed of these.
+        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: If a shape does not fit.
@@ -142,8 +147,8 @@ def compare_bands(
 
 def all_rising(comparisons: Sequence[BandComparison]) -> bool:
     """Tell whether all comparisons in the curvature basis rise towards the flat bands, and cross 1 on the way."""
-    chosen = [one for one in comparisons if one.basis == "curvature"]
-    return all(one.rising and one.ratio[0] < 1 < one.ratio[-1] for one in chosen)
+    curvature = [comparison for comparison in comparisons if comparison.basis == "curvature"]
+    return all(comparison.rising and comparison.crosses_one for comparison in curvature)
 
 
 def draw_bands(comparisons: Sequence[BandComparison]) -> Any:
@@ -155,7 +160,7 @@ def draw_bands(comparisons: Sequence[BandComparison]) -> Any:
     import numpy as np
     from matplotlib.figure import Figure
 
-    layers = list(dict.fromkeys(one.layer for one in comparisons))
+    layers = list(dict.fromkeys(comparison.layer for comparison in comparisons))
     columns = min(len(layers), 3)
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(max(1.2 + 3.9 * columns, 8.0), 0.9 + 3.0 * rows), layout="constrained")
@@ -170,11 +175,11 @@ def draw_bands(comparisons: Sequence[BandComparison]) -> Any:
     for axes in grid.flatten()[len(layers) :]:
         axes.set_axis_off()
     for axes, layer in zip(grid.flatten(), layers, strict=False):
-        for one in (one for one in comparisons if one.layer == layer):
-            color, line = styles[one.basis, one.normalized]
-            label = f"{one.basis}, unit vectors" if one.normalized else one.basis
-            axes.plot(places, one.ratio, line, color=color, label=label, markersize=4)
-            axes.fill_between(places, one.low, one.high, color=color, alpha=0.12, linewidth=0)
+        for shown in (comparison for comparison in comparisons if comparison.layer == layer):
+            color, line = styles[shown.basis, shown.normalized]
+            label = f"{shown.basis}, unit vectors" if shown.normalized else shown.basis
+            axes.plot(places, shown.ratio, line, color=color, label=label, markersize=4)
+            axes.fill_between(places, shown.low, shown.high, color=color, alpha=0.12, linewidth=0)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_xticks(places, LABELS, fontsize=8)
         axes.set_title(layer, fontsize=9)

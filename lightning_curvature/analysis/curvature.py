@@ -31,7 +31,7 @@ class Products:
     kernels cannot be differentiated twice.
 
     Args:
-        module: The network. Its mode (train or eval) is yours to set; its weights and ``.grad`` stay.
+        module: The network, in the mode (train or eval) that the caller has set; its weights and ``.grad`` stay.
         layers: Names of layers; their ``weight`` must need gradients.
         logits: Runs the network on the data, and returns the logits of the loss positions, ``[n, classes]``.
         targets: Their labels, ``[n]``; needed for :meth:`hessian` alone.
@@ -100,12 +100,17 @@ class Products:
         )
 
     def trace(self, draws: int = 8, seed: int = 0) -> float:
-        """Return an unbiased estimate of the trace of the GGN of the mean loss, from random signs at each class."""
+        """Return an unbiased estimate of the trace of the GGN of the mean loss, from random signs at each class.
+
+        Args:
+            draws: Draws of the signs to average over.
+            seed: Seed of the signs.
+        """
         generator = torch.Generator(self._logits.device).manual_seed(seed)
         total, root = 0.0, self._p.sqrt()
         for _ in range(draws):
             signs = torch.empty_like(root).bernoulli_(0.5, generator=generator) * 2 - 1
-            # One position with another has mean zero: their signs are independent.
+            # The signs of two positions are independent, so that their products have mean zero.
             drawn = root * signs - self._p * (root * signs).sum(1, keepdim=True)
             slopes = torch.autograd.grad(self._logits, [*self.weights.values()], drawn, retain_graph=True)
             total += sum(float(slope.double().square().sum()) for slope in slopes)
@@ -114,13 +119,13 @@ class Products:
     def _ordered(self, direction: Direction) -> list[Tensor]:
         return [direction[name].to(weight) for name, weight in self.weights.items()]
 
-    def _named(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.weights, (part.detach() for part in parts), strict=True))
+    def _named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.weights, (tensor.detach() for tensor in tensors), strict=True))
 
 
-def inner(one: Direction, two: Direction) -> float:
+def inner(first: Direction, second: Direction) -> float:
     """Return the inner product of two directions."""
-    return sum(float((one[name].double() * two[name].double()).sum()) for name in one)
+    return sum(float((first[name].double() * second[name].double()).sum()) for name in first)
 
 
 def top_curvature(
@@ -142,14 +147,14 @@ def top_curvature(
     value = 0.0
     for _ in range(steps):
         norm = max(inner(vector, vector) ** 0.5, torch.finfo(torch.float64).tiny)
-        vector = {name: part / norm for name, part in vector.items()}
+        vector = {name: tensor / norm for name, tensor in vector.items()}
         image = products.ggn(vector)
         before, value = value, inner(vector, image)
         if abs(value - before) <= tolerance * value:
             break
         vector = image
     norm = max(inner(vector, vector) ** 0.5, torch.finfo(torch.float64).tiny)
-    return value, {name: part / norm for name, part in vector.items()}
+    return value, {name: tensor / norm for name, tensor in vector.items()}
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,10 @@ class Gathering:
     """Curvature along the sharpest direction of single examples, in averages over growing sets that hold them.
 
     Args:
-        sizes: Examples of the set, the first of which is the example itself.
-        memorized: By memorized example, the curvature along its own sharpest direction in the average over each set.
-        clean: The same of clean examples.
-        traces: Trace of the GGN of each single example, memorized and clean ones.
+        sizes: Number of examples in each set, 1 first: the example itself.
+        memorized: For each memorized example, the curvature along its sharpest direction, averaged over each set.
+        clean: The same for each clean example.
+        traces: Trace of the GGN of each example alone: of memorized examples, and of clean examples.
     """
 
     sizes: tuple[int, ...]
@@ -178,14 +183,15 @@ class Gathering:
 
     @property
     def crossing(self) -> int | None:
-        """The first size at which memorized examples, sharper alone, are flatter in the median; None if there is none.
+        """The first size at which the median of memorized examples is flatter than that of clean examples.
 
-        None, too, if they are not sharper alone.
+        None if there is no such size, or if memorized examples are not sharper alone.
         """
         memorized, clean = self.medians()
         if memorized[0] <= clean[0]:
             return None
-        return next((n for n, one, two in zip(self.sizes, memorized, clean, strict=True) if one < two), None)
+        curves = zip(self.sizes, memorized, clean, strict=True)
+        return next((size for size, memorized_value, clean_value in curves if memorized_value < clean_value), None)
 
     def plot(self) -> Any:
         """Return a figure of both kinds over the size of the set."""
@@ -222,7 +228,7 @@ def gather(
     Args:
         make: Returns the products of one example, given its index.
         memorized: Indices of memorized examples.
-        clean: Indices of clean ones.
+        clean: Indices of clean examples.
         population: Indices of examples to average with, in this order; an example is not averaged with itself.
         sizes: Sizes of the sets, rising, of which the first is 1.
 
@@ -234,23 +240,23 @@ def gather(
             f"Sizes must rise from 1, and the population must have as many examples as the last; found {list(sizes)} "
             f"and {len(population)}."
         )
-    curves: list[list[list[float]]] = [[], []]
-    traces: list[list[float]] = [[], []]
-    tops = []
-    for kind, indices in enumerate((memorized, clean)):
-        for index in indices:
-            own = make(index)
-            value, vector = top_curvature(own)
-            tops.append((kind, index, value, vector))
-            traces[kind].append(own.trace())
-    others: list[list[float]] = [[] for _ in tops]
+    examples = [*memorized, *clean]
+    directions, traces = [], []
+    values: list[list[float]] = []  # along the sharpest direction of each example: of itself, then of the population
+    for index in examples:
+        products = make(index)
+        value, direction = top_curvature(products)
+        directions.append(direction)
+        traces.append(products.trace())
+        values.append([value])
     for index in population:
         products = make(index)
-        for found, (_, own_index, _, vector) in zip(others, tops, strict=True):
-            if index != own_index and len(found) < sizes[-1] - 1:
-                found.append(float(products.quadratics(vector).mean()))
-    for found, (kind, _, value, _) in zip(others, tops, strict=True):
-        sums = torch.tensor([value, *found], dtype=torch.float64).cumsum(0)
-        curves[kind].append([float(sums[size - 1]) / size for size in sizes])
-    memorized_curves, clean_curves = (tuple(map(tuple, kind)) for kind in curves)
-    return Gathering(tuple(sizes), memorized_curves, clean_curves, (tuple(traces[0]), tuple(traces[1])))
+        for example, direction, averaged in zip(examples, directions, values, strict=True):
+            if index != example and len(averaged) < sizes[-1]:
+                averaged.append(float(products.quadratics(direction).mean()))
+    sums = [torch.tensor(averaged, dtype=torch.float64).cumsum(0) for averaged in values]
+    curves = [tuple(float(total[size - 1]) / size for size in sizes) for total in sums]
+    count = len(memorized)
+    return Gathering(
+        tuple(sizes), tuple(curves[:count]), tuple(curves[count:]), (tuple(traces[:count]), tuple(traces[count:]))
+    )

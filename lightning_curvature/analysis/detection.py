@@ -1,8 +1,11 @@
-"""Telling memorized examples from others without labels, from one forward pass.
+r"""Telling memorized examples from others without labels, from one forward pass.
 
-The score of an example is the share of its activation energy in the flat half of the eigenbasis of ``A``, the second
-moment of a layer's inputs over a population: memorized examples use directions that few others use. Source of the
-idea: github.com/smarter/memorization_kfac, notes.
+Memorized examples use directions that few others use. The score of an example is therefore the share of its activation
+energy in the flat half of the eigenbasis of ``A``, the second moment of a layer's inputs over a population. With
+:math:`v_j` the eigenvectors of ``A`` and :math:`a_t` the inputs at the positions of the example it is
+:math:`\sum_t \sum_{j \, flat} (v_j^\top a_t)^2 / \sum_t \lVert a_t \rVert^2`.
+
+Source of the idea: github.com/smarter/memorization_kfac, notes.
 """
 
 from collections.abc import Mapping
@@ -28,9 +31,9 @@ class Detection:
     """How well scores tell memorized examples from others.
 
     Args:
-        auroc: Area under the ROC curve by score; 0.5 is chance.
-        memorized: Scores of the memorized examples by score, ``[n]``.
-        other: Scores of the others.
+        auroc: By name of a score, the area under the ROC curve; 0.5 is chance.
+        memorized: By name of a score, the scores of memorized examples.
+        other: The same scores of other examples.
     """
 
     auroc: Mapping[str, float]
@@ -71,27 +74,34 @@ def flat_shares(A: Tensor | LayerFactors, inputs: Tensor, flat: float = FLAT) ->
         flat: Share of the eigenvectors that counts as flat.
 
     Returns:
-        Shares in [0, 1], higher where an example looks more memorized, float64 ``[examples]``.
+        Shares in [0, 1], higher where an example looks more memorized, float64 ``[examples]``, on the device of
+        ``inputs``; 0 for an example of zeros alone.
 
     Raises:
         ValueError: If a shape does not fit, ``flat`` leaves no direction on one of the sides, or A is zero or not
             finite.
     """
     vectors = A.basis.U_A if isinstance(A, LayerFactors) else decompose(A, "Factor A")[0]
-    return _share(vectors, inputs, flat)
+    return _energy_shares(vectors, inputs, flat)
 
 
 def random_shares(inputs: Tensor, flat: float = FLAT, seed: int = 0) -> Tensor:
-    """Return the same share for random orthonormal directions, a control; arguments as :func:`flat_shares`."""
-    return _share(random_orthogonal(inputs.shape[2], torch.Generator().manual_seed(seed)), inputs, flat)
+    """Return what :func:`flat_shares` returns, for random orthonormal directions: a control.
+
+    Args:
+        inputs: Inputs of a layer, ``[examples, positions, d_in]``.
+        flat: Share of the directions that counts as flat.
+        seed: Seed of the directions.
+    """
+    return _energy_shares(random_orthogonal(inputs.shape[2], torch.Generator().manual_seed(seed)), inputs, flat)
 
 
-def _share(vectors: Tensor, inputs: Tensor, flat: float) -> Tensor:
-    rows = check_activations(inputs, len(vectors), "flat_shares").to(vectors)
+def _energy_shares(vectors: Tensor, inputs: Tensor, flat: float) -> Tensor:
+    rows = check_activations(inputs, len(vectors), "flat_shares")
     count = round(flat * len(vectors))
     if not 0 < count < len(vectors):
         raise ValueError(f"flat={flat} takes {count} of {len(vectors)} directions; use a share between 0 and 1.")
-    energy = (rows @ vectors[:, -count:]).square().sum((1, 2))
+    energy = (rows @ vectors[:, -count:].to(rows)).square().sum((1, 2))
     shares: Tensor = energy / rows.square().sum((1, 2)).clamp(min=torch.finfo(rows.dtype).tiny)
     return shares
 
@@ -117,32 +127,32 @@ def layer_scores(factors: Mapping[str, LayerFactors], inputs: Mapping[str, Tenso
     return scores | {f"activation norm, {name}": activation_norms(rows) for name, rows in inputs.items()}
 
 
-def auroc(memorized: Tensor, other: Tensor) -> float:
-    """Return the probability that a memorized example has a higher score than another one, ties counted by half.
+def auroc(memorized: Tensor, others: Tensor) -> float:
+    """Return the probability that a memorized example has a higher score than another, ties counted by half.
 
     >>> auroc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0]))
     0.875
     """
-    scores = torch.cat([memorized, other]).double()
-    target = torch.cat([torch.ones(len(memorized)), torch.zeros(len(other))]).long()
+    scores = torch.cat([memorized, others]).double()
+    target = torch.cat([torch.ones(len(memorized)), torch.zeros(len(others))]).long()
     # torchmetrics would squeeze scores outside [0, 1] through a sigmoid, which ties large ones: ranks keep the order.
     ranks = torch.unique(scores, return_inverse=True)[1].double()
     return float(binary_auroc(ranks / max(float(ranks.max()), 1.0), target))
 
 
-def detect(memorized: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Detection:
+def detect(memorized: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Detection:
     """Compare scores: for each, how well it tells memorized examples from others.
 
     Args:
         memorized: By name of a score, the scores of memorized examples, ``[n]``, higher where they look memorized.
-        other: The same scores of others, ``[m]``.
+        others: The same scores of other examples, ``[m]``.
 
     Raises:
         ValueError: If the two have different scores.
     """
-    if list(memorized) != list(other):
-        raise ValueError(f"The same scores are needed for both, found {list(memorized)} and {list(other)}.")
+    if list(memorized) != list(others):
+        raise ValueError(f"The same scores are needed for both, found {list(memorized)} and {list(others)}.")
     return Detection(
-        {name: auroc(memorized[name], other[name]) for name in memorized},
-        *({name: tuple(scores.tolist()) for name, scores in kind.items()} for kind in (memorized, other)),
+        {name: auroc(memorized[name], others[name]) for name in memorized},
+        *({name: tuple(scores.tolist()) for name, scores in kind.items()} for kind in (memorized, others)),
     )

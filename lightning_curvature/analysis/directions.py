@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.analysis.inputs import check_activations
-from lightning_curvature.analysis.style import KINDS, SHARP
+from lightning_curvature.analysis.style import MEMORIZED, SHARP
 from lightning_curvature.factors.kronecker import LayerFactors
 
 
@@ -18,11 +18,11 @@ class DirectionUse:
 
     Args:
         layer: Name of the layer.
-        flat: Whether these are its flattest directions; else its sharpest.
+        flat: Whether these are the flattest directions of the layer, or its sharpest.
         directions: Places in the eigenbasis of ``A``, sharpest first.
         top: For each direction, the examples that use it most, the strongest use first.
         precision: Share of memorized examples among them, for each direction.
-        chance: Share of memorized examples among all.
+        chance: Share of memorized examples among all of them.
     """
 
     layer: str
@@ -34,7 +34,7 @@ class DirectionUse:
 
     @property
     def mean_precision(self) -> float:
-        """Mean over the directions."""
+        """Mean of the precision over the directions."""
         return sum(self.precision) / len(self.precision)
 
     def plot(self) -> Any:
@@ -60,9 +60,9 @@ def direction_use(
         factors: Its factors.
         inputs: Its inputs, ``[examples, positions, d_in]``.
         memorized: Whether each example is memorized.
-        flat: Look at the directions of lowest eigenvalue of ``A``; else at those of highest.
+        flat: Whether to look at the directions of lowest eigenvalue of ``A``, or of highest.
         count: Directions to look at, at most ``d_in``.
-        examples: Examples to keep of each.
+        examples: Examples to keep for each direction.
 
     Raises:
         ValueError: If a shape does not fit, or there are fewer examples than are asked for.
@@ -87,7 +87,7 @@ def direction_use(
 
 
 def draw_precision(uses: Sequence[DirectionUse]) -> Any:
-    """Draw the share of memorized ones among the examples that use each direction most.
+    """Draw which share of the examples that use each direction most is memorized.
 
     Args:
         uses: As :func:`direction_use` returns them, of sharp and of flat directions.
@@ -96,15 +96,15 @@ def draw_precision(uses: Sequence[DirectionUse]) -> Any:
 
     figure = Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = figure.subplots()
-    for one in uses:
-        color, label = (KINDS[0], "flattest") if one.flat else (SHARP, "sharpest")
+    for use in uses:
+        color, label = (MEMORIZED, "flattest") if use.flat else (SHARP, "sharpest")
         axes.plot(
-            range(1, len(one.precision) + 1),
-            sorted(one.precision, reverse=True),
+            range(1, len(use.precision) + 1),
+            sorted(use.precision, reverse=True),
             "o-",
             color=color,
             markersize=4,
-            label=f"{label} directions, mean {one.mean_precision:.2f}",
+            label=f"{label} directions, mean {use.mean_precision:.2f}",
         )
     axes.axhline(uses[0].chance, color="black", linewidth=0.8, linestyle=":", label=f"chance {uses[0].chance:.2f}")
     axes.set(

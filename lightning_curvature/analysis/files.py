@@ -1,4 +1,4 @@
-"""The analyses of a run, in one JSON file."""
+"""The analyses of a run, in a JSON file."""
 
 import dataclasses
 import json
@@ -17,11 +17,11 @@ FILE = "analysis.json"
 
 @dataclasses.dataclass(frozen=True)
 class Analyses:
-    """What was found out about a run.
+    """The analyses of a run.
 
     Args:
         bands: How memorized and clean examples use the bands of each layer.
-        detection: How well scores tell memorized examples, by what from.
+        detection: How well scores tell memorized examples from others, by the name of the others.
         directions: Which examples use the sharpest and the flattest directions of a layer.
         windows: Texts of the examples that ``directions`` names, by index; empty for images.
     """
@@ -46,22 +46,23 @@ class Analyses:
         """
         path = Path(folder) / FILE
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             return cls(
-                tuple(BandComparison(**_tuples(one)) for one in found["bands"]),
+                tuple(BandComparison(**_tuples(fields)) for fields in content["bands"]),
                 {
-                    name: Detection(**{key: _tuples(part) for key, part in one.items()})
-                    for name, one in found["detection"].items()
+                    name: Detection(**{key: _tuples(scores) for key, scores in fields.items()})
+                    for name, fields in content["detection"].items()
                 },
-                tuple(DirectionUse(**_tuples(one)) for one in found["directions"]),
-                {int(index): text for index, text in found["windows"].items()},
+                tuple(DirectionUse(**_tuples(fields)) for fields in content["directions"]),
+                {int(index): text for index, text in content["windows"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not the analyses of a run ({error!r}). Run the demo again.") from error
 
 
-def _tuples(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _tuple(value) for key, value in found.items()}
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass: JSON has lists where it has tuples."""
+    return {key: _tuple(value) for key, value in fields.items()}
 
 
 def _tuple(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What layers read, example by example."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +9,20 @@ from torch import Tensor, nn
 from lightning_curvature._checks import did_you_mean, listing
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
-from lightning_curvature.layers.kinds import is_matmul
+from lightning_curvature.layers.kinds import input_rows, is_matmul
 from lightning_curvature.layers.modules import evaluating
-from lightning_curvature.recording.taps import layer_inputs
+from lightning_curvature.recording.inputs import layer_inputs
+
+Batch = TypeVar("Batch")
+
+POSITIONS: Mapping[str, slice | None] = {"all": None, "first": slice(0, 1)}
+"""Which positions of an example count: all, or the first alone, such as the class token of a ViT."""
 
 
 def layer_activations(
     module: nn.Module,
-    batches: Iterable[Any],
-    run: Callable[[Any], Any],
+    batches: Iterable[Batch],
+    run: Callable[[Batch], Any],
     layers: Sequence[str],
     positions: slice | None = None,
 ) -> dict[str, Tensor]:
@@ -44,28 +49,53 @@ def layer_activations(
             raise ValueError(f"There is no layer {name!r}.{did_you_mean(name, modules)}")
         if not is_matmul(modules[name]):
             raise ValueError(f"Layer {name!r} is a {type(modules[name]).__name__}; only linear layers can be analysed.")
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    chosen = {name: modules[name] for name in layers}
+    activations: dict[str, list[Tensor]] = {name: [] for name in layers}
     with evaluating(module):
         for batch in batches:
-            with layer_inputs({name: modules[name] for name in layers}) as inputs:
-                run(batch)
-            for name, calls in inputs.items():
-                if len(calls) != 1:
-                    raise RuntimeError(f"Layer {name!r} ran {len(calls)} times in one forward pass, expected once.")
-                rows = calls[0].float().cpu()
-                rows = rows[:, None] if rows.dim() == 2 else rows.flatten(1, -2)
-                found[name].append(rows if positions is None else rows[:, positions].clone())
-    if not all(found.values()):
+            for name, inputs in read_inputs(chosen, batch, run, positions).items():
+                activations[name].append(inputs.to("cpu", torch.float32, copy=True))
+    if not all(activations.values()):
         raise ValueError(f"There are no examples to read the inputs of {listing(layers)} from.")
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(tensors) for name, tensors in activations.items()}
+
+
+def read_inputs(
+    layers: Mapping[str, nn.Module], batch: Batch, run: Callable[[Batch], Any], positions: slice | None = None
+) -> dict[str, Tensor]:
+    """Return what layers read in one forward pass, without gradients.
+
+    Args:
+        layers: The layers, by name.
+        batch: The data.
+        run: Runs the network on it; the first dimension of what the layers read is the examples.
+        positions: Positions to keep; None for all.
+
+    Returns:
+        By layer, ``[examples, positions, d_in]``, in the dtype and on the device of the input. The positions of a
+        convolution are its patches; a layer that reads ``[n, d_in]`` has one position.
+
+    Raises:
+        RuntimeError: If a layer does not run exactly once, or its input was changed in place.
+    """
+    rows = {}
+    with layer_inputs(layers) as calls:
+        run(batch)
+    for name, inputs in calls.items():
+        if len(inputs) != 1:
+            raise RuntimeError(f"Layer {name!r} ran {len(inputs)} times in one forward pass, expected once.")
+        flat, examples = input_rows(layers[name], inputs[0]), len(inputs[0])
+        by_example = flat.reshape(examples, len(flat) // max(examples, 1), flat.shape[1])
+        rows[name] = by_example if positions is None else by_example[:, positions]
+    return rows
 
 
 def chosen_layer(factors: KroneckerFactors, layer: str | None, module: nn.Module) -> tuple[str, LayerFactors]:
-    """Return a module's own name of a layer that a factor file names, and its factors.
+    """Return the name that a module gives to a layer of a factor file, and the factors of the layer.
 
     Args:
         factors: Factors, whose names may differ from the module's by a prefix.
-        layer: Name of the layer among them; None for the last one.
+        layer: Name of the layer among them; None for the last layer.
         module: The module.
 
     Raises:
@@ -77,7 +107,15 @@ def chosen_layer(factors: KroneckerFactors, layer: str | None, module: nn.Module
 
 
 def check_layer(factors: KroneckerFactors, layer: str | None) -> str:
-    """Return the name of a layer among some factors; None for the last one. Errors as :func:`chosen_layer`."""
+    """Return the name of the layer that a user means.
+
+    Args:
+        factors: The factors.
+        layer: Name of a layer among them; None for the last layer.
+
+    Raises:
+        ValueError: If there is no such layer, or no layer at all.
+    """
     if not factors:
         raise ValueError("The factors hold no layer at all. Collect them again.")
     chosen = list(factors)[-1] if layer is None else layer

@@ -1,4 +1,4 @@
-"""Whether layers can be judged one by one: the loss of several edits together against the sum of each alone."""
+"""Whether layers can be judged one by one: what edits cost together, against the sum of what each costs alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +27,13 @@ class Interplay:
 
     def excess(self, measure: str) -> float:
         """Return the change of all edits together minus the sum of the changes of each alone."""
-        summed = sum(own[measure] - self.before[measure] for own in self.alone.values())
-        return self.together[measure] - self.before[measure] - summed
+        return self.together[measure] - self.before[measure] - sum(self._changes(measure).values())
 
     def plot(self, measure: str) -> Any:
         """Return a figure of one measure: each alone, their sum, and all together."""
         from matplotlib.figure import Figure
 
-        changes = {name: own[measure] - self.before[measure] for name, own in self.alone.items()}
+        changes = self._changes(measure)
         together = self.together[measure] - self.before[measure]
         names = [*changes, "sum of these", "together"]
         figure = Figure(figsize=(7.0, 0.9 + 0.34 * len(names)), layout="constrained")
@@ -44,6 +43,10 @@ class Interplay:
         axes.invert_yaxis()
         axes.set(xlabel=f"change of {measure}")
         return figure
+
+    def _changes(self, measure: str) -> dict[str, float]:
+        """Return what the edit of each group alone changes, by group."""
+        return {group: measures[measure] - self.before[measure] for group, measures in self.alone.items()}
 
 
 def interplay(
@@ -64,7 +67,7 @@ def interplay(
             interact).
 
     Raises:
-        ValueError: If a group is empty, has a layer without factors, or shares one with another.
+        ValueError: If a group is empty, has a layer without factors, or has a layer of another group.
     """
     names = [name for group in groups.values() for name in group]
     missing = [name for name in names if name not in factors]

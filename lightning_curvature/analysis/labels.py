@@ -1,6 +1,6 @@
 """Labelled examples, such as images, in the order of how memorized they look to a classifier."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,10 +9,9 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_curvature._checks import check_option
 from lightning_curvature.analysis.detection import flat_shares
-from lightning_curvature.analysis.inputs import layer_activations
+from lightning_curvature.analysis.inputs import POSITIONS, layer_activations
 from lightning_curvature.factors.kronecker import LayerFactors
-
-POSITIONS: Mapping[str, slice | None] = {"all": None, "first": slice(0, 1)}
+from lightning_curvature.metrics.functional.margins import logit_margins
 
 
 def label_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -25,9 +24,8 @@ def label_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     Returns:
         ``loss``, in nats, and ``negative margin``: the largest other logit minus the label's.
     """
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return {"loss": logits.logsumexp(1) - own, "negative margin": others.amax(1) - own}
+    loss = logits.logsumexp(1) - logits.gather(1, labels[:, None]).squeeze(1)
+    return {"loss": loss, "negative margin": 0.0 - logit_margins(logits, labels)}  # of a draw 0.0, not -0.0
 
 
 def rank_labelled(
@@ -57,7 +55,7 @@ def rank_labelled(
         ValueError: If the data, or what the module returns, are no such thing.
     """
     check_option(positions, POSITIONS, "positions")
-    found: dict[str, list[Tensor]] = {}
+    batches: dict[str, list[Tensor]] = {}
     for inputs, labels in _labelled(loader, batch_size):
         rows, logits = _read(module, inputs, layer, POSITIONS[positions])
         if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
@@ -67,13 +65,12 @@ def rank_labelled(
             )
         scores = {"score": flat_shares(factors, rows), **label_scores(logits, labels)}
         for name, values in (scores | {"label": labels, "predicted": logits.argmax(1)}).items():
-            found.setdefault(name, []).append(values)
-    columns = {name: torch.cat(parts) for name, parts in found.items()}
+            batches.setdefault(name, []).append(values)
+    columns = {name: torch.cat(values) for name, values in batches.items()}
     order = columns["score"].argsort(descending=True, stable=True)
-    columns = {"rank": torch.arange(1, len(order) + 1), "index": order} | {
-        name: values[order] for name, values in columns.items()
-    }
-    return [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+    ranked = {"rank": list(range(1, len(order) + 1)), "index": order.tolist()}
+    ranked |= {name: values[order].tolist() for name, values in columns.items()}
+    return [dict(zip(ranked, row, strict=True)) for row in zip(*ranked.values(), strict=True)]
 
 
 def _read(module: nn.Module, inputs: Tensor, layer: str, positions: slice | None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_curvature.analysis.bands import BANDS
@@ -44,11 +43,8 @@ class CurvatureOrder:
             end: Where it ends.
         """
         chosen = [index for index, place in enumerate(self.place) if start <= place <= end]
-        one, two = (
-            torch.tensor(values, dtype=torch.float64)[chosen]
-            for values in (self.predicted[score], getattr(self, measured))
-        )
-        return float(spearman_corrcoef(one, two))
+        columns = self.predicted[score], getattr(self, measured)
+        return float(spearman_corrcoef(*(torch.tensor(values, dtype=torch.float64)[chosen] for values in columns)))
 
     def by_band(self, score: str, measured: str = "ggn") -> dict[str, float]:
         """Return the correlation over the whole spectrum and in each band, the sharpest first."""
@@ -109,23 +105,20 @@ def curvature_order(
         score: score_coefficients(score, torch.ones(factors.shape, dtype=torch.float64, device="cpu"), factors)
         for score in ("kfac", *scores)
     }
-    ordered = tables["kfac"].flatten().argsort(descending=True)
+    pairs = tables["kfac"].flatten().argsort(descending=True)
     generator = torch.Generator().manual_seed(seed)
     places = (
         (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float32, device="cpu"))
         / count
-        * len(ordered)
+        * len(pairs)
     ).long()
-    zeros = {name: torch.zeros_like(other) for name, other in products.weights.items() if name != layer}
+    sampled = pairs[places]
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in products.weights.items() if name != layer}
     ggn, hessian = [], []
-    for flat in ordered[places].tolist():
-        i, j = divmod(flat, factors.shape[1])
+    for pair in sampled.tolist():
+        i, j = divmod(pair, factors.shape[1])
         direction = zeros | {layer: torch.outer(basis.U_G[:, i], basis.U_A[:, j]).to(weight)}
         ggn.append(float(products.quadratics(direction).mean()))
         hessian.append(inner(direction, products.hessian(direction)))
-    predicted = {score: _at(tables[score], ordered[places]) for score in scores}
-    return CurvatureOrder(layer, tuple((places / len(ordered)).tolist()), tuple(ggn), tuple(hessian), predicted)
-
-
-def _at(table: Tensor, places: Tensor) -> tuple[float, ...]:
-    return tuple(table.flatten()[places].tolist())
+    predicted = {score: tuple(tables[score].flatten()[sampled].tolist()) for score in scores}
+    return CurvatureOrder(layer, tuple((places / len(pairs)).tolist()), tuple(ggn), tuple(hessian), predicted)

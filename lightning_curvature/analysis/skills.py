@@ -26,10 +26,10 @@ class SkillRetention:
     """Skills of a model under edits of growing strength.
 
     Args:
-        energies: Share kept by each edit, falling; the first is 1, the unedited model.
-        perplexity: Perplexity of ordinary text under each, in multiples of that of the unedited model.
-        accuracy: Accuracy in each skill under each, by skill.
-        chance: Accuracy of a guess, by skill.
+        energies: Energy of each edit, falling; the first is 1, the unedited model.
+        perplexity: Perplexity of ordinary text under each edit, in multiples of that of the unedited model.
+        accuracy: By skill, the accuracy under each edit.
+        chance: By skill, the accuracy of a guess.
     """
 
     energies: tuple[float, ...]
@@ -38,12 +38,14 @@ class SkillRetention:
     chance: Mapping[str, float]
 
     def retained(self, skill: str) -> tuple[float, ...]:
-        """Return the share of a skill that each edit leaves: 1 as before, 0 at chance (below it, negative)."""
+        """Return the share of a skill that each edit leaves: 1 as before, 0 at chance, negative below chance."""
         before, chance = self.accuracy[skill][0], self.chance[skill]
         return tuple((accuracy - chance) / (before - chance) for accuracy in self.accuracy[skill])
 
     def at_perplexity(self, multiple: float) -> dict[str, float]:
-        """Return the retained share of each skill where edits first cost a given perplexity, between two of them.
+        """Return the retained share of each skill where edits first cost a given perplexity.
+
+        The value is interpolated between the two edits around that perplexity, linearly in its logarithm.
 
         Args:
             multiple: Perplexity, in multiples of that of the unedited model; more than 1.
@@ -57,9 +59,9 @@ class SkillRetention:
                 f"The edits cost perplexity x 1 to x {np.exp(costs[-1]):.3f}, not x {multiple}. Measure lower energies."
             )
         upper = int(np.searchsorted(costs, np.log(multiple)))
-        share = (np.log(multiple) - costs[upper - 1]) / (costs[upper] - costs[upper - 1])
-        found = {skill: self.retained(skill) for skill in self.accuracy}
-        return {name: float(v[upper - 1] + share * (v[upper] - v[upper - 1])) for name, v in found.items()}
+        fraction = (np.log(multiple) - costs[upper - 1]) / (costs[upper] - costs[upper - 1])
+        retained = {skill: self.retained(skill) for skill in self.accuracy}
+        return {skill: float(v[upper - 1] + fraction * (v[upper] - v[upper - 1])) for skill, v in retained.items()}
 
     def plot(self) -> Any:
         """Return a figure of the retained share of each skill, against energy and against perplexity."""
@@ -96,23 +98,23 @@ def skill_retention(
     Args:
         module: The model.
         factors: Factors of the layers to edit.
-        editor: How to edit them; its own energy does not matter.
+        editor: How to edit them; ``energies`` take the place of its energy.
         energies: Shares to keep, in (0, 1].
         measure: Returns the accuracy in each skill and the ``"perplexity"`` of the model as it is.
         chance: Accuracy of a guess, by skill.
 
     Raises:
-        ValueError: If ``measure`` and ``chance`` do not name the same skills, or the model lacks one from the start:
-            what is left of nothing cannot be said.
+        ValueError: If ``measure`` and ``chance`` do not name the same skills, or the unedited model is no better than
+            a guess in a skill, so that there is nothing to retain.
     """
 
     def checked() -> Mapping[str, float]:
-        found = measure()
-        if {*found} != {*chance, PERPLEXITY}:
-            odd = sorted({*found} ^ {*chance, PERPLEXITY})
-            hint = "".join(did_you_mean(name, {*found, *chance, PERPLEXITY} - {name}) for name in odd[:1])
+        measures = measure()
+        if {*measures} != {*chance, PERPLEXITY}:
+            odd = sorted({*measures} ^ {*chance, PERPLEXITY})
+            hint = "".join(did_you_mean(name, {*measures, *chance, PERPLEXITY} - {name}) for name in odd[:1])
             raise ValueError(f"`measure` must return {PERPLEXITY!r} and each skill of `chance`; odd: {odd}.{hint}")
-        return found
+        return measures
 
     falling = sorted({float(energy) for energy in energies} - {1.0}, reverse=True)
     rows = sweep(module, factors, checked, {"edit": editor}, falling)
@@ -130,26 +132,26 @@ def skill_retention(
     )
 
 
-def rank_correlation(one: Sequence[float], two: Sequence[float], controls: Sequence[Sequence[float]] = ()) -> float:
+def rank_correlation(x: Sequence[float], y: Sequence[float], controls: Sequence[Sequence[float]] = ()) -> float:
     """Return Spearman's rank correlation of two quantities, without what controls explain of both.
 
-    The partial correlation of ranks: those of ``one`` and ``two`` are regressed on those of the controls, and what is
-    left of them is correlated.
+    This is the partial correlation of ranks: the ranks of ``x`` and ``y`` are regressed on the ranks of the controls,
+    and the residuals are correlated.
 
     Args:
-        one: A value of each example.
-        two: Another one.
+        x: The first quantity, a value of each example.
+        y: The second quantity, likewise.
         controls: More values of each example, one sequence for each control.
 
     Raises:
         ValueError: If the sequences differ in length, or there are too few examples for as many controls.
 
     Example:
-        >>> one, two, size = [2, 1, 4, 3, 6, 5], [1, 3, 2, 5, 4, 6], [1, 2, 3, 4, 5, 6]
-        >>> round(rank_correlation(one, two), 3), round(rank_correlation(one, two, [size]), 3)
+        >>> x, y, size = [2, 1, 4, 3, 6, 5], [1, 3, 2, 5, 4, 6], [1, 2, 3, 4, 5, 6]
+        >>> round(rank_correlation(x, y), 3), round(rank_correlation(x, y, [size]), 3)
         (0.486, -0.955)
     """
-    values = [np.asarray(v, dtype=np.float64) for v in (one, two, *controls)]
+    values = [np.asarray(v, dtype=np.float64) for v in (x, y, *controls)]
     if len({len(v) for v in values}) > 1 or len(values[0]) < len(values) + 1:
         raise ValueError(
             f"A rank correlation with {len(controls)} controls needs more than {len(controls) + 2} examples, with a "
@@ -164,5 +166,5 @@ def rank_correlation(one: Sequence[float], two: Sequence[float], controls: Seque
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return ranks; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    found: NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[inverse]
-    return found
+    ranks: NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[inverse]
+    return ranks

@@ -1,5 +1,7 @@
-"""Colours of the figures of the analyses."""
+"""Colours of all figures: each is named once here, and a figure says what it stands for."""
 
-MEMORIZED, CLEAN, SHARP = "#c0392b", "#7f8c8d", "#2471a3"
+RED, ORANGE, GREEN, BLUE, GREY, PALE = "#c0392b", "#d68910", "#1e8449", "#2471a3", "#7f8c8d", "#d5dbe1"
+
+MEMORIZED, CLEAN, SHARP = RED, GREY, BLUE
 KINDS = (MEMORIZED, CLEAN)
 """Of memorized examples, and of others."""

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_curvature.editing.base import DEFAULT_ENERGY, Projection
+from lightning_curvature.editing.base import DEFAULT_ENERGY
+from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.basis import CurvatureBasis, project_weight
 from lightning_curvature.factors.kronecker import LayerFactors

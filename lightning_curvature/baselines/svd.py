@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_curvature.editing.base import Projection
+from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.kronecker import LayerFactors
 

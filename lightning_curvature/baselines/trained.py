@@ -24,8 +24,8 @@ from torch.func import functional_call
 
 from lightning_curvature._checks import check_count
 from lightning_curvature.editing.base import Editor
+from lightning_curvature.editing.projection import relative_change
 from lightning_curvature.editing.report import EditReport, LayerEdit
-from lightning_curvature.editing.weight_editor import relative_change
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import find_layer
 from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, tied_names

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from lightning_curvature.checkpoints.archive import ArchiveFile
+from lightning_curvature.checkpoints.empty_model import model_class
 from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
 from lightning_curvature.checkpoints.loading import load_weights
 
@@ -27,7 +28,7 @@ def to_folder(checkpoint: ArchiveFile, template: str | os.PathLike[str], out: Pa
             model's weights.
     """
     config = transformers.AutoConfig.from_pretrained(template, trust_remote_code=False)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    kind = model_class(config)
     if kind is None:
         raise ValueError(
             f"{template}/config.json names the architectures {config.architectures}, none of transformers'."

@@ -1,4 +1,8 @@
-"""Deltas: the difference of the bits of an edited checkpoint and its original, to take the edit back or to make it."""
+"""Deltas: files with the differing bits of an edited checkpoint and its original, to take the edit back or to make it.
+
+A delta holds, for each edited tensor, the exclusive or of the old and the new bits. The same operation turns either
+tensor into the other one. Hashes tell whether a checkpoint is the original, or the edited one.
+"""
 
 import json
 import os
@@ -13,10 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.facts import check_facts
-from lightning_curvature.checkpoints.huggingface import AS_IT_IS, CARD
+from lightning_curvature.checkpoints.model_card import AS_IT_IS, CARD
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.checkpoints.opening import Checkpoint, checkpoint_hashes, open_checkpoint
+from lightning_curvature.checkpoints.opening import open_checkpoint
 from lightning_curvature.checkpoints.safetensors import SafetensorsFile, check_header, join_files
 from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.storage.hashes import tensor_hash, values_hash
@@ -28,16 +33,22 @@ from lightning_curvature.storage.tree import COPY_AGAIN, is_text, parse_json
 DELTA = "lightning_curvature.delta"
 """Metadata entry of a delta file, JSON."""
 _VERSION = 1
-_OLD = "old"
+_OLD = "old"  # file that holds the delta that is replaced
 
 
 class DeltaRecord(AbstractContextManager["DeltaRecord"]):
-    """Collects a delta in files, one tensor in memory at a time; it is taken back unless ``keep`` is set.
+    """Collects a delta, with one tensor in memory at a time.
+
+    The delta is written before the edited checkpoint is. A delta without its edited checkpoint is no use: when the
+    context ends, the file is removed again, unless ``keep`` was set.
 
     Args:
         path: File to write.
         checkpoint: The original.
         hashes: Hashes of all tensors of the original.
+
+    Attributes:
+        keep: Whether the file stays when the context ends.
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint, hashes: Mapping[str, str]) -> None:
@@ -49,13 +60,13 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
         self.written = self.keep = False
 
     def add(self, name: str, old: Tensor, new: Tensor) -> None:
-        """Take the difference of the bits of one tensor."""
+        """Add the difference of the bits of an original and an edited tensor."""
         save_file({"delta": _bits(old) ^ _bits(new)}, Path(self.scratch.name, str(len(self.names))))
         self.names.append(name)
         self.edited[name] = tensor_hash(new)
 
     def write(self, facts: Mapping[str, Any]) -> None:
-        """Write the file.
+        """Write the file, atomically.
 
         Args:
             facts: What the edited copy says about itself.
@@ -76,7 +87,7 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
         self.written = True
 
     def __exit__(self, *exception: object) -> None:
-        """Remove what is not needed; a delta that was replaced comes back."""
+        """Remove a delta that is not kept, and put back the file that it replaced."""
         if self.written and not self.keep:
             old = Path(self.scratch.name, _OLD)
             if old.exists():
@@ -95,7 +106,7 @@ def apply_delta(
     overwrite: bool = False,
     allow_globals: Sequence[str] = (),
 ) -> None:
-    """Write the original of an edited checkpoint (``revert``), or the edited one of an original.
+    """Write the original of an edited checkpoint (``revert``), or the edited copy of an original.
 
     Every changed tensor is verified by its hash, before and after.
 
@@ -115,48 +126,69 @@ def apply_delta(
     header, file = open_delta(delta)
     checkpoint = open_weights(source, allow_globals)
     check_name(target, checkpoint.format)
-    here, there = ("edited", "original") if revert else ("original", "edited")
     layers = [name.removesuffix(".weight") for name in header["tensors"]]
     try:
         names = match_layers(layers, checkpoint.shapes(), checkpoint.module_names)
     except ValueError as error:
         raise ValueError(f"{source} has other tensors than the checkpoint that {delta} belongs to. {error}") from error
     checkpoint.check_ties(names.values())
-    hashes = checkpoint_hashes(checkpoint)
+    _check_source(checkpoint.hashes(), names, header, source, delta, revert)
+    after = "original" if revert else "edited"
+    with Scratch(Path(target)) as scratch:
+        edits = {}
+        for layer, name in names.items():
+            new = _flipped(checkpoint.read(name), file.read(f"{layer}.weight"))
+            if new is None or tensor_hash(new) != header["tensors"][f"{layer}.weight"][after]:
+                raise ValueError(f"{delta} is damaged: {layer!r} does not become the {after} tensor. {COPY_AGAIN}")
+            edits[name] = scratch.keep(new)
+        if revert:
+            checkpoint.copy(target, edits, header["before"], header["headers"])
+        else:
+            checkpoint.copy(target, edits, header["edit"])
+
+
+def _check_source(
+    hashes: Mapping[str, str],
+    names: Mapping[str, str],
+    header: Mapping[str, Any],
+    source: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    revert: bool,
+) -> None:
+    """Raise ``ValueError`` if a checkpoint is not the one that a delta changes, also in tensors that it leaves alone.
+
+    Args:
+        hashes: Hashes of all tensors of the checkpoint.
+        names: The tensor of each layer of the delta.
+        header: The header of the delta.
+        source: The checkpoint, for errors.
+        delta: The delta, for errors.
+        revert: Whether the checkpoint must be the edited one, rather than the original.
+    """
+    before, after = ("edited", "original") if revert else ("original", "edited")
+    tensors = header["tensors"]
     for layer, name in names.items():
-        expected = header["tensors"][f"{layer}.weight"]
-        if hashes[name] != expected[here]:
+        if hashes[name] != tensors[f"{layer}.weight"][before]:
             raise ValueError(
-                f"{name!r} in {source} is not the {here} tensor that {delta} belongs to. "
+                f"{name!r} in {source} is not the {before} tensor that {delta} belongs to. "
                 f"{'Is it the checkpoint before the edit, or edited again?' if revert else 'Is it another model?'}"
             )
-    replaced = {expected[here]: expected[there] for expected in header["tensors"].values()}
-    after = {name: replaced.get(value, value) for name, value in hashes.items()}
-    if values_hash(after) != header["values"][there]:
+    replaced = {tensor[before]: tensor[after] for tensor in tensors.values()}
+    expected = {name: replaced.get(value, value) for name, value in hashes.items()}
+    if values_hash(expected) != header["values"][after]:
         raise ValueError(
-            f"{source} differs from the {here} checkpoint that {delta} belongs to, also in tensors that the edit "
+            f"{source} differs from the {before} checkpoint that {delta} belongs to, also in tensors that the edit "
             "left alone: it was changed or edited again since. "
             + ("Take back the later edit first." if revert else "Is it another model?")
         )
 
-    facts = header["before"] if revert else header["edit"]
-    headers = header["headers"] if revert else None
-    with Scratch(Path(target)) as scratch:
-        flipped = {}
-        for layer, name in names.items():
-            new = _flipped(checkpoint.read(name), file.read(f"{layer}.weight"))
-            if new is None or tensor_hash(new) != header["tensors"][f"{layer}.weight"][there]:
-                raise ValueError(f"{delta} is damaged: {layer!r} does not become the {there} tensor. {COPY_AGAIN}")
-            flipped[name] = scratch.keep(new)
-        checkpoint.copy(target, flipped, facts, headers)
 
-
-def _flipped(old: Tensor, difference: Tensor) -> Tensor | None:
-    """Return a tensor with some of its bits flipped; None if the difference is one of another tensor."""
-    bits = _bits(old)
+def _flipped(tensor: Tensor, difference: Tensor) -> Tensor | None:
+    """Return a tensor with some of its bits flipped; None if the difference belongs to a tensor of another size."""
+    bits = _bits(tensor)
     if difference.shape != bits.shape or difference.dtype != bits.dtype:
         return None
-    return (bits ^ difference).view(old.dtype).view(old.shape)
+    return (bits ^ difference).view(tensor.dtype).view(tensor.shape)
 
 
 def open_weights(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> Checkpoint:
@@ -179,7 +211,7 @@ def open_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Safetensor
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is none; what else it is, where that can be told.
+        ValueError: If it is no delta; says what it is instead, where that can be told.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file. A delta is written by edit with --save-delta.")
@@ -202,9 +234,9 @@ def read_header(file: SafetensorsFile) -> dict[str, Any]:
     if DELTA not in file.metadata:
         raise ValueError(f"{file.path} is no delta; it is written by edit with --save-delta.")
     header = parse_json(file.metadata[DELTA], f"{file.path}: the metadata entry {DELTA!r}")
-    if header.get("version") != _VERSION:
-        found = header.get("version")
-        raise ValueError(f"{file.path}: delta version {found!r:.60}, this package reads {_VERSION}. Update it.")
+    version = header.get("version")
+    if version != _VERSION:
+        raise ValueError(f"{file.path}: delta version {version!r:.60}, this package reads {_VERSION}. Update it.")
     try:
         _check_header(header, set(file.shapes()))
     except ValueError as error:
@@ -213,6 +245,7 @@ def read_header(file: SafetensorsFile) -> dict[str, Any]:
 
 
 def _check_header(header: Mapping[str, Any], names: set[str]) -> None:
+    """Raise ``ValueError`` if a header lacks what :func:`apply_delta` reads; ``names`` are the tensors of the delta."""
     tensors, headers = header.get("tensors"), header.get("headers")
     if not isinstance(tensors, dict) or tensors.keys() != names or not all(n.endswith(".weight") for n in names):
         raise ValueError(f"its header is about other tensors than it holds. {COPY_AGAIN}")
@@ -235,4 +268,5 @@ def _check_header(header: Mapping[str, Any], names: set[str]) -> None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, uint8, one-dimensional."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

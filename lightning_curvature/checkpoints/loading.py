@@ -29,8 +29,8 @@ def load_weights(
         ValueError: If the file does not hold exactly this model's weights.
     """
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
-    own = set(model.state_dict())
-    # Of two tied names a file may hold either one; the prefix is what stands before a name that it must hold.
+    expected = set(model.state_dict())
+    # Of two tied names a file may hold either. The prefix is told by a name that is not tied, which it must hold.
     anchor = next(key for key in model.state_dict() if key not in {*ties, *ties.values()})
     prefixes = sorted(key.removesuffix(anchor) for key in weights if key == anchor or key.endswith(f".{anchor}"))
     if not prefixes:
@@ -40,9 +40,9 @@ def load_weights(
         )
     fits = {}
     for prefix in prefixes:
-        found = {key.removeprefix(prefix) for key in weights if key.startswith(prefix)}
-        complete = found | {a for pair in ties.items() for a, b in (pair, pair[::-1]) if b in found}
-        fits[prefix] = (sorted(own - complete), sorted(found - own))
+        names = {key.removeprefix(prefix) for key in weights if key.startswith(prefix)}
+        with_ties = names | {tied for pair in ties.items() for tied, name in (pair, pair[::-1]) if name in names}
+        fits[prefix] = (sorted(expected - with_ties), sorted(names - expected))
     fitting = [prefix for prefix, (missing, unexpected) in fits.items() if not missing and not unexpected]
     if len(fitting) > 1:
         raise ValueError(
@@ -64,7 +64,7 @@ def load_weights(
 
 
 def read_weights(path: Path, allow_globals: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Return the tensors of a state dict, or of the one in a Lightning checkpoint; they stay on the disk until used.
+    """Return the tensors of a state dict, or of a Lightning checkpoint; they stay on the disk until they are used.
 
     Args:
         path: File.

@@ -30,31 +30,22 @@ def match_layers(
     Args:
         layers: Module names of a factor file, without ``.weight``.
         tensors: Tensor names of a checkpoint.
-        renamed: Returns tensors by the name that a library gives them when it loads them; asked if the names in the
-            checkpoint do not fit.
+        renamed: Returns the tensors by the names that a library gives them when it loads them. It is called if the
+            names in the checkpoint do not fit.
 
     Raises:
         ValueError: If a layer has no weight, or several may be meant; lists all of them with the closest names.
     """
-    layers, tensors = list(layers), list(tensors)
-    try:
-        return _match(layers, tensors)
-    except LookupError as error:
-        found: Mapping[str, str] = error.args[0]
+    layers, tensors = list(dict.fromkeys(layers)), list(tensors)
+    matches = _best_matches(layers, tensors)
+    if len(matches) == len(layers):
+        return matches
     loaded = renamed()
-    try:
-        return {layer: loaded[name] for layer, name in _match(layers, list(loaded)).items()}
-    except LookupError as error:
-        found = max(found, error.args[0], key=len)
-    lost = [layer for layer in layers if layer not in found]
-    options = [*tensors, *loaded]
-    lines = []
-    for layer in lost:
-        packed = [
-            name for name in tensors if name.endswith((f"{plain(layer)}.qweight", f"{plain(layer)}.weight_packed"))
-        ]
-        reason = f" Its weight is packed (quantized): {packed[0]!r}." if packed else ""
-        lines.append(f"  {layer!r}.{reason or did_you_mean(f'{plain(layer)}.weight', options)}")
+    loaded_matches = _best_matches(layers, list(loaded))
+    if len(loaded_matches) == len(layers):
+        return {layer: loaded[name] for layer, name in loaded_matches.items()}
+    matched = max(matches, loaded_matches, key=len)
+    lines = [_missing(layer, tensors, loaded) for layer in layers if layer not in matched]
     raise ValueError(
         "\n".join(
             [
@@ -66,42 +57,66 @@ def match_layers(
     )
 
 
-def _match(layers: list[str], tensors: list[str]) -> dict[str, str]:
-    """Match names behind one common prefix; raise ``LookupError`` with the best incomplete match."""
-    there = set(tensors)
-    if all(f"{layer}.weight" in there for layer in layers):
+def _missing(layer: str, tensors: list[str], loaded: Iterable[str]) -> str:
+    """Return a line that says of a layer without a weight what may be meant."""
+    weight = plain(layer)
+    packed = [name for name in tensors if name.endswith((f"{weight}.qweight", f"{weight}.weight_packed"))]
+    if packed:
+        return f"  {layer!r}. Its weight is packed (quantized): {packed[0]!r}."
+    return f"  {layer!r}.{did_you_mean(f'{weight}.weight', [*tensors, *loaded])}"
+
+
+def _best_matches(layers: list[str], tensors: list[str]) -> dict[str, str]:
+    """Return the weight of each layer, or of as many as can be matched behind one common prefix.
+
+    Raises:
+        ValueError: If all layers can be matched, but in several ways, or several layers with one weight.
+    """
+    names = set(tensors)
+    if all(f"{layer}.weight" in names for layer in layers):
         return {layer: f"{layer}.weight" for layer in layers}
+    by_prefixes = _matches_by_prefixes(layers, tensors)
+    complete = {prefixes: matches for prefixes, matches in by_prefixes.items() if len(matches) == len(layers)}
+    for matches in complete.values():
+        if len(set(matches.values())) < len(layers):
+            raise ValueError(f"Several of the layers {listing(layers, 4)} would be one tensor of the checkpoint.")
+    if ("", "") in complete:
+        return complete["", ""]
+    if len(complete) > 1:
+        options = ", ".join(repr(next(iter(matches.values()))) for matches in complete.values())
+        raise ValueError(
+            f"Layer {layers[0]!r} may be any of {options}: the checkpoint holds several models with such layers. Save "
+            "the one that is meant on its own."
+        )
+    return max(by_prefixes.values(), key=len, default={})
+
+
+def _matches_by_prefixes(layers: list[str], tensors: list[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Return which weights layers have if a prefix is cut off their names, and another one is put before them.
+
+    Returns:
+        By the prefix to cut off and the one to put there, one of which is empty: the weight of each layer that has one.
+
+    Raises:
+        ValueError: If a layer may have several weights with one pair of prefixes.
+    """
     weights: dict[str, list[str]] = {}
     for name in tensors:
         if name.endswith(".weight"):
             weights.setdefault(plain(name.removesuffix(".weight")), []).append(name)
-    found: dict[tuple[str, str], dict[str, str]] = {}  # by the prefix to cut off a layer, and the one to put before it
+    matches: dict[tuple[str, str], dict[str, str]] = {}
     for layer in layers:
-        own = plain(layer)
+        module = plain(layer)
         for weight, names in weights.items():
-            if weight == own or weight.endswith(f".{own}"):
-                prefixes = ("", weight.removesuffix(own))
-            elif own.endswith(f".{weight}"):
-                prefixes = (own.removesuffix(weight), "")
+            if weight == module or weight.endswith(f".{module}"):
+                prefixes = ("", weight.removesuffix(module))
+            elif module.endswith(f".{weight}"):
+                prefixes = (module.removesuffix(weight), "")
             else:
                 continue
             if any(part.isdigit() for prefix in prefixes for part in prefix.split(".")):
                 continue  # it leads to another block, or to a part of another layer
             if len(names) > 1:
                 raise ValueError(f"Layer {layer!r} may be any of {', '.join(map(repr, names))}.")
-            found.setdefault(prefixes, {})[layer] = names[0]
-    complete = {prefix: matches for prefix, matches in found.items() if len(matches) == len(layers)}
-    for matches in complete.values():
-        if len(set(matches.values())) < len(layers):
-            raise ValueError(f"Several of the layers {listing(layers, 4)} would be one tensor of the checkpoint.")
-    if ("", "") in complete:
-        return complete["", ""]
-    if len(complete) == 1:
-        return next(iter(complete.values()))
-    if complete:
-        options = ", ".join(repr(next(iter(matches.values()))) for matches in complete.values())
-        raise ValueError(
-            f"Layer {layers[0]!r} may be any of {options}: the checkpoint holds several models with such layers. Save "
-            "the one that is meant on its own."
-        )
-    raise LookupError(max(found.values(), key=len, default={}))
+            matches.setdefault(prefixes, {})[layer] = names[0]
+    return matches

@@ -2,17 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lightning_curvature.checkpoints.archive import ArchiveFile
+from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
 from lightning_curvature.checkpoints.safetensors import SafetensorsFile
 from lightning_curvature.storage.outputs import ARCHIVES, SAFETENSORS, ending
 from lightning_curvature.storage.sniff import looks_like_safetensors
-
-Checkpoint = ArchiveFile | HuggingFaceFolder | SafetensorsFile
-_READERS = 8
 
 
 def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> Checkpoint:
@@ -34,10 +31,3 @@ def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] =
     if ending(path) == SAFETENSORS or (ending(path) not in ARCHIVES and looks_like_safetensors(path)):
         return SafetensorsFile(path)
     return ArchiveFile(path, allow_globals)
-
-
-def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return :func:`tensor_hash` of each tensor of a checkpoint; tensors pass through memory in chunks."""
-    names = sorted(checkpoint.shapes())
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _READERS)) as threads:  # hashing lets other threads run
-        return dict(zip(names, threads.map(checkpoint.hash, names), strict=True))

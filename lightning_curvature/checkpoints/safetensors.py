@@ -11,14 +11,14 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_curvature.checkpoints.base import Edits, check_same
+from lightning_curvature.checkpoints.base import Checkpoint, Edits, check_same
 from lightning_curvature.checkpoints.facts import METADATA_ENTRY, check_facts
 from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.storage.hashes import as_bytes, tensor_hash
@@ -26,10 +26,8 @@ from lightning_curvature.storage.outputs import Format
 from lightning_curvature.storage.sniff import sniff
 from lightning_curvature.storage.tree import COPY_AGAIN, is_text, parse_json
 
-_CHUNK = 2**22
+_CHUNK = 2**22  # bytes
 _METADATA = "__metadata__"
-
-
 _DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -51,16 +49,24 @@ _DTYPES = {
 }
 
 
-class SafetensorsFile:
+class SafetensorsFile(Checkpoint):
     """A safetensors file that is read tensor by tensor.
 
     Args:
         path: File.
 
+    Attributes:
+        raw_header: The JSON header as it stands in the file.
+        header: Dtype, shape and byte range of every tensor by name.
+        metadata: The file's string metadata.
+        start: Where the bytes of the tensors begin.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a complete safetensors file.
     """
+
+    format: ClassVar[Format] = "safetensors"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -75,35 +81,28 @@ class SafetensorsFile:
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             self.raw_header = file.read(length)
-        header = parse_json(self.raw_header, f"{path}: its header")
-        self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
-        self.header = header
+        self.header = parse_json(self.raw_header, f"{path}: its header")
+        self.metadata: dict[str, str] = self.header.pop(_METADATA, None) or {}
         self.start = 8 + length
 
-    format: Format = "safetensors"
+    @property
+    def provenance(self) -> dict[str, Any] | None:
+        """What an earlier edit wrote about itself, or None."""
+        if METADATA_ENTRY not in self.metadata:
+            return None
+        return _read_facts(self.metadata[METADATA_ENTRY], f"{self.path}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor."""
         return {name: tuple(entry["shape"]) for name, entry in self.header.items()}
-
-    def module_names(self) -> dict[str, str]:
-        """Return nothing: no library renames these tensors when it loads them."""
-        return {}
 
     def num_bytes(self, name: str) -> int:
         """Return the bytes of a tensor."""
         begin, end = self.header[name]["data_offsets"]
         return int(end) - int(begin)
 
-    def check_ties(self, names: Iterable[str]) -> None:
-        """Do nothing: tensors of these files share no memory."""
-
-    def read(self, name: str) -> Tensor:
-        """Return a copy of one tensor."""
-        return self._mapped(name).clone()
-
     def hash(self, name: str) -> str:
-        """Return what :func:`tensor_hash` does of one tensor, which passes through memory in chunks."""
+        """Return the hash of a tensor, which passes through memory in chunks."""
         entry = self.header[name]
         if entry["dtype"] not in _DTYPES:
             return tensor_hash(self.read(name))
@@ -115,21 +114,18 @@ class SafetensorsFile:
                 left -= len(chunk)
         return f"torch.{_DTYPES[entry['dtype']]} {entry['shape']} {digest.hexdigest()}"
 
+    def read(self, name: str) -> Tensor:
+        """Return a copy of a tensor."""
+        return self._mapped(name).clone()
+
     def _mapped(self, name: str) -> Tensor:
-        """Return one tensor, which stays on the disk until its entries are used."""
+        """Return a tensor, which stays on the disk until its entries are used."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
                 return tensor
         except (SafetensorError, AttributeError) as error:  # of a dtype that this torch does not have
             raise ValueError(f"{self.path}: {name!r} cannot be read ({error}). Save it with another dtype.") from error
-
-    @property
-    def provenance(self) -> dict[str, Any] | None:
-        """What an earlier edit wrote, or None."""
-        if METADATA_ENTRY not in self.metadata:
-            return None
-        return _read_facts(self.metadata[METADATA_ENTRY], f"{self.path}")
 
     def headers(self) -> dict[str, str]:
         """Return the header as it stands in the file, which a copy needs to be byte-identical to the original."""
@@ -142,14 +138,10 @@ class SafetensorsFile:
         provenance: Mapping[str, Any] | None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Write a copy with some tensors replaced, atomically.
+        """Write a copy with some tensors replaced, as the base class says.
 
-        Args:
-            target: File to write.
-            edits: New tensors, of the shape and dtype of the old ones.
-            provenance: What to write into the metadata; None takes such an entry out.
-            headers: What :meth:`headers` of the original returned: the header to write as it is, if it describes the
-                same tensors at the same places.
+        The provenance is an entry of the metadata. A recorded header is written as it is, if it describes the same
+        tensors at the same places.
         """
         metadata = {key: value for key, value in self.metadata.items() if key != METADATA_ENTRY}
         if provenance is not None:
@@ -186,9 +178,10 @@ def join_files(parts: Mapping[str, Path], target: Path, metadata: Mapping[str, s
     """
     files, header, offset = {name: SafetensorsFile(path) for name, path in parts.items()}, dict[str, Any](), 0
     for name, file in files.items():
-        ((own, entry),) = file.header.items()
-        header[name] = {**entry, "data_offsets": [offset, offset + file.num_bytes(own)]}
-        offset += file.num_bytes(own)
+        ((name_there, entry),) = file.header.items()
+        end = offset + file.num_bytes(name_there)
+        header[name] = {**entry, "data_offsets": [offset, end]}
+        offset = end
     with target.open("wb") as out:
         _write_header(out, _packed({_METADATA: dict(metadata), **header}))
         for file in files.values():
@@ -198,6 +191,7 @@ def join_files(parts: Mapping[str, Path], target: Path, metadata: Mapping[str, s
 
 
 def _packed(header: Mapping[str, Any]) -> bytes:
+    """Return a header as JSON, filled up so that the tensors begin at a multiple of eight bytes."""
     text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
 
@@ -216,5 +210,6 @@ def check_header(text: str, what: str) -> None:
 
 
 def _read_facts(text: str, what: str) -> dict[str, Any]:
+    """Return what the metadata of the file ``what`` say about its edit."""
     what = f"{what}: the metadata entry {METADATA_ENTRY!r}"
     return check_facts(parse_json(text, what), what)

@@ -1,4 +1,4 @@
-"""The command line ``lightning-curvature``."""
+"""The command line ``lightning-curvature``: its parser, its commands, and LightningCLI with example configurations."""
 
 from lightning_curvature.cli.parser import main
 

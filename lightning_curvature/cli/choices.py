@@ -1,4 +1,4 @@
-"""Words that options of several commands take; the parser lists them in help, and refuses others."""
+"""Words that options of several commands take; the parser lists them in its help, and refuses other words."""
 
 from typing import Literal
 
@@ -9,6 +9,5 @@ AccumulateOn = Literal["auto", "model", "cpu"]
 Half = Literal["tuning", "validation"]
 Score = Literal["kfac", "ekfac", "coupled", "activations", "saliency"]
 
-
 LIGHTNING = ("fit", "validate", "test")
-"""Subcommands that are LightningCLI's."""
+"""Commands that LightningCLI runs."""

@@ -12,7 +12,7 @@ from lightning_curvature.cli.choices import LIGHTNING
 
 
 class CurvatureCLI(LightningCLI):
-    """LightningCLI whose model and data are named in the configuration, with the subcommands that collect."""
+    """LightningCLI with the subcommands that collect; the configuration names the model and the data."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -21,7 +21,7 @@ class CurvatureCLI(LightningCLI):
 
 
 class _Instances(CurvatureCLI):
-    """Makes what a configuration of ``fit`` names, and runs nothing."""
+    """Makes what a configuration of ``fit`` names, but does not fit."""
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer."""
@@ -41,7 +41,8 @@ def run(args: list[str]) -> None:
 def instances(config: str) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """Return the model and the data that a configuration of ``fit`` names, as :func:`run` would make them.
 
-    Its trainer is made, too, for the machine that this is: the run may have been on another one.
+    LightningCLI makes the trainer, too. Its accelerator, devices and strategy are those of this machine, since the
+    configuration may come from another machine.
 
     Args:
         config: Path of the YAML file, also one that LightningCLI has saved, or the name of an example.
@@ -52,7 +53,7 @@ def instances(config: str) -> tuple[pl.LightningModule, pl.LightningDataModule]:
 
 
 def _make(kind: type[CurvatureCLI], args: list[str]) -> CurvatureCLI:
-    # The command line is given as an argument because the name of an example may stand in it.
+    # LightningCLI warns when its command line is an argument, which it is here since names of examples are replaced.
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
     return kind(
         pl.LightningModule,

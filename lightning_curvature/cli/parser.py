@@ -5,7 +5,6 @@ Exit codes: 0, 2 where the command line is wrong, 1 where the command fails, 130
 
 import argparse
 import dataclasses
-import inspect
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
@@ -20,30 +20,39 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 from lightning_curvature._checks import check_option
 from lightning_curvature.cli.choices import LIGHTNING
-from lightning_curvature.cli.commands import analysis, checkpoints, demos, models
+from lightning_curvature.cli.commands import demos
+from lightning_curvature.cli.commands.collect import collect
+from lightning_curvature.cli.commands.deltas import apply, revert
+from lightning_curvature.cli.commands.detect import detect
+from lightning_curvature.cli.commands.edit import edit
+from lightning_curvature.cli.commands.evaluate import evaluate
+from lightning_curvature.cli.commands.mine import mine
 from lightning_curvature.cli.commands.output import Output
+from lightning_curvature.cli.commands.show import inspect, report
+from lightning_curvature.cli.commands.sweep import sweep
 
 COMMANDS: dict[str, Callable[..., Output]] = {
     "demo digits": demos.digits,
     "demo text": demos.text,
-    "collect": models.collect,
-    "edit": checkpoints.edit,
-    "revert": checkpoints.revert,
-    "apply": checkpoints.apply,
-    "inspect": checkpoints.inspect,
-    "mine": models.mine,
-    "evaluate": models.evaluate,
-    "sweep": models.sweep,
-    "report": analysis.report,
-    "detect": analysis.detect,
+    "collect": collect,
+    "edit": edit,
+    "revert": revert,
+    "apply": apply,
+    "inspect": inspect,
+    "mine": mine,
+    "evaluate": evaluate,
+    "sweep": sweep,
+    "report": report,
+    "detect": detect,
 }
 POSITIONAL = ("path",)
+"""Parameters that are positional arguments; the others are options."""
 DEVICES = {"device": ("auto", "cpu", "cuda", "cuda:N")}
-"""Words of options that take others, too."""
+"""Words that the help shows for options that take other words, too."""
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of descriptions and examples; says defaults and choices, not types of Python."""
+    """Keeps the lines of descriptions and examples, and shows defaults and choices instead of Python types."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         fact = "required" if action.required else f"default: {action.default}"
@@ -52,7 +61,7 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
 
 
 def make_parser() -> ArgumentParser:
-    """Return the parser of all commands but LightningCLI's."""
+    """Return the parser of all commands but those of LightningCLI."""
     set_parsing_settings(add_print_completion_argument=True)
     parser = ArgumentParser(
         prog="lightning-curvature",
@@ -67,14 +76,17 @@ def make_parser() -> ArgumentParser:
     kinds = demo.add_subcommands(dest="demo")
     for name, function in COMMANDS.items():
         words = name.split()
-        owner = kinds if words[0] == "demo" else subcommands
+        group = kinds if words[0] == "demo" else subcommands
         doc = parse(function.__doc__ or "")
-        owner.add_subcommand(words[-1], _command_parser(function), help=doc.short_description)
+        group.add_subcommand(words[-1], _command_parser(function), help=doc.short_description)
     return parser
 
 
 def _command_parser(function: Callable[..., Output]) -> ArgumentParser:
-    """Return the parser of a command: long options with hyphens, flags, lists, help and example from its docstring."""
+    """Return the parser of a command.
+
+    Its options are the parameters of the function, with hyphens; their help, and the example, are in the docstring.
+    """
     doc = parse(function.__doc__ or "")
     (example,) = doc.examples
     parser = ArgumentParser(
@@ -84,79 +96,88 @@ def _command_parser(function: Callable[..., Output]) -> ArgumentParser:
     )
     hints = get_type_hints(function)
     texts = {parameter.arg_name: parameter.description for parameter in doc.params}
-    for name, parameter in inspect.signature(function).parameters.items():
-        required = parameter.default is inspect.Parameter.empty
+    for name, parameter in signature(function).parameters.items():
         option = name if name in POSITIONAL else f"--{name.replace('_', '-')}"
-        options: dict[str, Any] = {"help": texts[name]}
-        if words := choices(hints[name]) or DEVICES.get(name):
-            options["metavar"] = f"{{{','.join(words)}}}"
-        if hints[name] is bool:
-            options |= {"action": "store_true"}
-        elif kind := _item(hints[name]):
-            options |= {"type": kind, "nargs": "+", "action": "extend"}
-            options["metavar"] = (options["metavar"], "...") if words else name.upper()
-        else:
-            options["type"] = str | None if words else hints[name]
-            if not required:
-                options["default"] = parameter.default
-            elif name not in POSITIONAL:
-                options["required"] = True
-        parser.add_argument(option, **options)
+        parser.add_argument(option, help=texts[name], **_argument(parameter, hints[name]))
     parser.add_argument("--json", action="store_true", help="Print JSON, for programs.")
     parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
     return parser
 
 
+def _argument(parameter: Parameter, hint: Any) -> dict[str, Any]:
+    """Return the arguments of ``add_argument`` for a parameter of a command, apart from its name and its help."""
+    if hint is bool:
+        return {"action": "store_true"}
+    words = choices(hint) or DEVICES.get(parameter.name, ())
+    shown = f"{{{','.join(words)}}}"
+    if item := _item(hint):
+        metavar = (shown, "...") if words else parameter.name.upper()
+        return {"type": item, "nargs": "+", "action": "extend", "metavar": metavar}
+    argument: dict[str, Any] = {"type": str | None, "metavar": shown} if words else {"type": hint}
+    if parameter.default is not Parameter.empty:
+        argument["default"] = parameter.default
+    elif parameter.name not in POSITIONAL:
+        argument["required"] = True
+    return argument
+
+
 def choices(hint: Any) -> tuple[str, ...]:
-    """Return the words that a type hint allows, or nothing if it allows more than some words."""
+    """Return the words that a type hint lists, or an empty tuple if it lists none."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     return next((words for part in get_args(hint) if (words := choices(part))), ())
 
 
 def _item(hint: Any) -> type | None:
-    """Return the type of the items of an optional list, or None if the hint is none of that."""
+    """Return the type of the items of a list that a type hint allows, or None if it allows no list."""
     lists = [part for part in get_args(hint) if get_origin(part) is list]
     (item,) = get_args(lists[0]) if lists else (None,)
     return str if get_origin(item) is Literal else item
 
 
 def _run(args: list[str]) -> None:
+    """Run the command that a command line names, and print what it returns."""
     if args and args[0] in LIGHTNING:
         from lightning_curvature.cli.lightning import run
 
         run([argument for argument in args if argument != "--debug"])
         return
     parser = make_parser()
-    given = parser.instantiate_classes(parser.parse_args(args))
-    name, options = given.command, given[given.command]
-    if name == "demo":
-        name, options = f"demo {options.demo}", options[options.demo]
-    values = {key: _words(value) for key, value in vars(options).items() if key not in ("json", "debug")}
-    function = COMMANDS[name]
-    hints = get_type_hints(function)
-    for key, value in values.items():
-        if words := choices(hints[key]):
-            for word in value if isinstance(value, list) else [] if value is None else [value]:
-                check_option(word, words, key)
+    parsed = parser.instantiate_classes(parser.parse_args(args))
+    command, options = parsed.command, parsed[parsed.command]
+    if command == "demo":
+        command, options = f"demo {options.demo}", options[options.demo]
+    values = {name: _flat(value) for name, value in vars(options).items() if name not in ("json", "debug")}
+    function = COMMANDS[command]
+    for name, hint in get_type_hints(function).items():
+        if words := choices(hint):
+            _check_words(name, values[name], words)
     output = function(**values)
     sys.stdout.write(json.dumps(output.data, indent=2, default=_jsonable) if options.json else output.text)
     sys.stdout.write("\n")
 
 
-def _words(value: Any) -> Any:
-    """Return a list of words, of which some may be JSON lists, as one list; anything else as it is."""
+def _flat(value: Any) -> Any:
+    """Return a list in which each JSON list of words is replaced by its words; return any other value unchanged."""
     if not isinstance(value, list):
         return value
-    return [word for given in value for word in (json.loads(given) if str(given).startswith('["') else [given])]
+    return [word for item in value for word in (json.loads(item) if str(item).startswith('["') else [item])]
+
+
+def _check_words(name: str, value: Any, words: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` if the value of an option, or an item of its list, is not among some words."""
+    given = value if isinstance(value, list) else [] if value is None else [value]
+    for word in given:
+        check_option(word, words, name)
 
 
 def _jsonable(value: Any) -> Any:
+    """Return a value that JSON does not know as one that it knows."""
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def _sentence(error: Exception) -> str:
-    """Return what an error says, for people."""
+    """Return the message of an error, as the command line prints it."""
     if isinstance(error, OSError) and error.errno is not None:
         reason = error.strerror or os.strerror(error.errno)
         return f"{reason}: {error.filename}" if error.filename is not None else f"{reason}."
@@ -165,7 +186,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _interrupted(args: list[str]) -> str:
-    """Return what a command says that was interrupted."""
+    """Return what is printed when a command is interrupted."""
     goes_on = {
         "collect": "The same command goes on from OUT.partial, where it last saved",
         "sweep": "The same command goes on with the edits that are not in sweep.csv yet",
@@ -183,7 +204,7 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     formatwarning = warnings.formatwarning
     try:
-        warnings.formatwarning = lambda message, *_: f"Warning: {message}\n"  # where it comes from helps nobody here
+        warnings.formatwarning = lambda message, *_: f"Warning: {message}\n"  # no file and line of the source
         _run(args)
     except KeyboardInterrupt:
         if "--debug" in args:

@@ -1,12 +1,12 @@
-"""Accumulation: from the inputs and gradients of a batch to running sums, of one process or spread over several."""
+"""Accumulation: from the inputs and gradients of a batch to the running sums of one process, of its own data."""
 
 import warnings
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lightning_curvature.collect.moments import SecondMoment, full_precision
+from lightning_curvature.collect.moments import full_precision
 from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.collect.sums import LayerKind, LayerSums
 from lightning_curvature.collect.tied_inputs import state_of, sums_from, sums_over, tie_again, tied_by_all, tied_inputs
@@ -14,63 +14,51 @@ from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.kronecker import LayerFactors
 from lightning_curvature.recording.rows import BatchGradients, CallRows, read_batch, same_inputs
 
+NewSums = Callable[[str, LayerKind, torch.device], LayerSums]
+"""Returns empty sums of a layer, given its name, its kind, and the device on which they live."""
+Home = Callable[[torch.device], torch.device]
+"""Returns where the sums of the layers on a device live."""
+
 
 class Accumulator:
-    """Running sums of the chosen layers.
+    """Running sums of the chosen layers, of the data of this process.
 
-    With ``owners`` the sums are spread over the processes: each keeps those of its own layers, of the data of all, and
-    the batches of all processes are added up as they come.
+    Args:
+        new_sums: Makes the sums of a layer.
+        home: Tells where they live.
+        positions: Which positions count.
+        ranks: The processes of the run.
 
     Attributes:
         num_seen: Batches that this process has taken, whether they could be used or not.
         num_batches: Those that were used.
         num_skipped: Those that were not, because they held NaN or infinite values.
-
-    Args:
-        new_sums: Returns empty sums of a layer, given its name, its kind, and the device on which they live.
-        home: Where the sums of a layer on a device live.
-        positions: Which positions count.
-        ranks: The processes of the run.
-        owners: Which process keeps the sums of a layer, by name; None if each keeps those of its own data.
+        owners: Which process keeps the sums of a layer, by name; None: each process keeps those of its own data.
     """
 
-    def __init__(
-        self,
-        new_sums: Callable[[str, LayerKind, torch.device], LayerSums],
-        home: Callable[[torch.device], torch.device],
-        positions: str,
-        ranks: Ranks,
-        owners: Mapping[str, int] | None,
-    ) -> None:
-        self._sums: dict[str, LayerSums] = {}
-        self.num_seen = self.num_batches = self.num_skipped = 0
+    owners: Mapping[str, int] | None = None
+
+    def __init__(self, new_sums: NewSums, home: Home, positions: str, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.owners = owners
+        self.num_seen = self.num_batches = self.num_skipped = 0
         self._new_sums, self._home = new_sums, home
         self._positions = positions
-        self._totals: dict[str, int] = {}
+        self._sums: dict[str, LayerSums] = {}
         self._side = SideStreams()
-        self._tied: set[tuple[str, ...]] = set()  # groups that share, and nothing with others
+        self._known_groups: set[tuple[str, ...]] = set()  # layers whose inputs are tied, to one another and no others
 
     @property
     def sums(self) -> Mapping[str, LayerSums]:
-        """The sums of this process, by layer."""
+        """The sums that this process keeps, by layer."""
         self._side.wait()
         return self._sums
-
-    @property
-    def _exchanging(self) -> list[torch.device]:
-        """Where batches of other processes are added: beside the main stream, also by one that has none of its own."""
-        return [] if self.owners is None else [self.ranks.device]
 
     @property
     def num_positions(self) -> dict[str, int]:
         """Positions of each layer since the last reset, over all processes.
 
-        Where each process keeps the sums of its own data, it knows only those, and takes the others' for as many.
+        This process knows only its own, and takes the others' for as many.
         """
-        if self.owners is not None:
-            return dict(self._totals)
         return {name: sums.inputs.count * self.ranks.num_data for name, sums in self._sums.items()}
 
     def take(self) -> dict[str, LayerFactors]:
@@ -81,59 +69,51 @@ class Accumulator:
 
     def reset(self) -> None:
         """Start to sum anew."""
-        self._sums, self._totals, self._tied = {}, {}, set()
+        self._sums, self._known_groups = {}, set()
 
     @torch.no_grad()
     def add(self, batch: BatchGradients | None, kinds: Mapping[str, LayerKind]) -> None:
-        """Add a batch; None for a batch that cannot be used. A collective where the sums are spread.
+        """Add a batch. A collective where the sums are spread.
 
         Args:
-            batch: The batch.
+            batch: The batch; None for one that gave nothing.
             kinds: What each layer is.
         """
         tensors = [] if batch is None else batch.tensors
         with self._side.beside(tensors, self._exchanging), full_precision({tensor.device.type for tensor in tensors}):
-            read = None if batch is None else read_batch(batch, self._positions)
-            self.num_seen += batch is not None
-            self.num_batches += read is not None
-            if batch is not None and read is None:
-                self._warn_of_skipped()
-            groups = same_inputs(read or [])
-            if self.owners is None:
-                if not self.ranks.is_counted:
-                    return
-                self._tie_inputs(groups, kinds)
-                for group in groups:
-                    self._add_group(group, self._sums)
-                return
-            groups = [part for group in groups for part in self._by_owner(group)]
-            first = {name: next(iter(group)) for group in groups for name in group}
-            of_first = {next(iter(group)): group for group in groups}
-            made: dict[str, LayerSums] = {}
+            rows = None
+            if batch is not None:
+                rows = read_batch(batch, self._positions)
+                self.num_seen += 1
+                self._count(was_used=rows is not None)
+            self._add_groups(same_inputs(rows or []), kinds)
 
-            def of_batch(name: str) -> LayerSums:
-                if name not in made:
-                    group = of_first[first[name]]
-                    made.update({name: self._new_sums(name, kinds[name], self.ranks.device) for name in group})
-                    for other in group:
-                        made[other].tie_inputs(made[name].inputs)
-                    if self.ranks.is_counted:  # one that does not count takes part, and adds nothing
-                        self._add_group(group, made)
-                return made.pop(name)
+    @property
+    def _exchanging(self) -> list[torch.device]:
+        """Devices on which batches of other processes are added, also by one that has none of its own."""
+        return []
 
-            self._exchange({name: kinds[name] for name in first}, of_batch, first)
+    def _add_groups(self, groups: Sequence[Mapping[str, Sequence[CallRows]]], kinds: Mapping[str, LayerKind]) -> None:
+        """Add the calls of a batch, in groups of layers that read the same inputs."""
+        if self.ranks.is_counted:
+            self._make_sums(groups, kinds)
+            for group in groups:
+                self._add_group(group, self._sums)
 
-    def _by_owner(self, group: Mapping[str, list[CallRows]]) -> list[dict[str, list[CallRows]]]:
-        """Cut a group of layers that read the same inputs into those of one owner each."""
-        owners, parts = self.owners or {}, dict[int, dict[str, list[CallRows]]]()
-        for name, calls in group.items():
-            parts.setdefault(owners[name], {})[name] = calls
-        return list(parts.values())
+    def _count(self, was_used: bool) -> None:
+        self.num_batches += was_used
+        self.num_skipped += not was_used
+        if not was_used and self.num_skipped == 1:
+            warnings.warn(
+                "A batch with NaN or infinite activations or gradients was left out of the K-FAC factors; further "
+                "ones are counted (batches_skipped) without a warning.",
+                stacklevel=2,
+            )
 
-    def _tie_inputs(self, groups: Sequence[Mapping[str, list[CallRows]]], kinds: Mapping[str, LayerKind]) -> None:
-        """Let layers that read the same now share the inputs' moment, as long as they did in every batch before."""
+    def _make_sums(self, groups: Sequence[Mapping[str, Sequence[CallRows]]], kinds: Mapping[str, LayerKind]) -> None:
+        """Make the sums of new layers; the inputs of a group are tied, as long as they were tied in every batch."""
         names = {tuple(group) for group in groups}
-        if names <= self._tied:
+        if names <= self._known_groups:
             return
         for group in groups:
             device = self._home(next(iter(group.values()))[0].inputs.device)
@@ -143,19 +123,22 @@ class Accumulator:
                 self._sums[name].tie_inputs(self._sums[new[0]].inputs)
             for name in group:
                 self._sums[name].move(device)  # those of a resumed run come from a file
-            self._part(group)
-        self._tied |= names
+            self._untie(group)
+        self._known_groups |= names
 
-    def _part(self, group: Collection[str]) -> None:
-        """Let layers that read the same now go their own ways from those that they shared with, and that do not."""
-        together: dict[str, list[str]] = {}
-        for name, first in tied_inputs(self._sums).items():
-            together.setdefault(first, []).append(name)
-        for names in together.values():
-            here = [name for name in names if name in group]
-            if 0 < len(here) < len(names):
-                inputs = self._sums[here[0]].inputs.copy()
-                for name in here:
+    def _untie(self, group: Collection[str]) -> None:
+        """Give the layers of a group a moment of their own, if it is tied to layers outside the group.
+
+        In the batches so far all of them read the same inputs, so each side goes on with a copy of that moment.
+        """
+        tied: dict[str, list[str]] = {}
+        for name, first_name in tied_inputs(self._sums).items():
+            tied.setdefault(first_name, []).append(name)
+        for names in tied.values():
+            inside = [name for name in names if name in group]
+            if 0 < len(inside) < len(names):
+                inputs = self._sums[inside[0]].inputs.copy()
+                for name in inside:
                     self._sums[name].tie_inputs(inputs)
 
     def _add_group(self, group: Mapping[str, Sequence[CallRows]], sums: Mapping[str, LayerSums]) -> None:
@@ -163,63 +146,14 @@ class Accumulator:
         first = tied_inputs({name: sums[name] for name in group})
         for calls in zip(*group.values(), strict=True):
             inputs = calls[0].input_rows()
-            for own in calls:
-                name = own.call.name
+            for rows in calls:
+                name = rows.call.name
                 if first[name] == name:
                     sums[name].add_inputs(inputs)
-                sums[name].add_gradients(inputs, own.gradient_rows(), own.scale, own.num_seen)
+                sums[name].add_gradients(inputs, rows.gradient_rows(), rows.scale, rows.num_seen)
 
     def drain(self) -> None:
-        """Take part in what the others still add, until all are done. A collective where the sums are spread."""
-        nothing: dict[str, LayerSums] = {}
-        with self._side.beside([], self._exchanging):
-            while self.owners is not None and self._exchange({}, nothing.__getitem__, None):
-                pass
-
-    def _exchange(
-        self, kinds: Mapping[str, LayerKind], get: Callable[[str], LayerSums], tied: Mapping[str, str] | None
-    ) -> bool:
-        """Add one batch of every process to the sums of the owners; tell whether anyone had one to add.
-
-        Args:
-            kinds: Layers of the batch of this process.
-            get: Returns the sums of one of these.
-            tied: For each of these the first one with the same inputs, as :func:`.tied_inputs` tells; None if this
-                process is done.
-        """
-        owners = self.owners or {}
-        if all(self.ranks.gather(tied is None)):
-            return False
-        groups = tied_by_all(self.ranks, tied or {})
-        own: dict[Hashable, list[str]] = {}
-        for name in groups:
-            if owners[name] == self.ranks.rank:
-                own.setdefault(groups[name], []).append(name)
-        new = {name for name in groups if name not in self._sums}
-        for group in own.values():
-            self._part([name for name in group if name not in new])
-        merged_inputs: list[SecondMoment] = []
-        for name, merged in sums_over(self.ranks, kinds, get, owners.__getitem__, groups, self._new_sums):
-            self._totals[name] = self._totals.get(name, 0) + merged.inputs.count
-            if owners[name] != self.ranks.rank:
-                continue
-            if name in new:
-                self._sums[name] = self._new_sums(name, merged.kind, self._home(self.ranks.device))
-                known = [other for other in own[groups[name]] if other in new and other in self._sums]
-                self._sums[name].tie_inputs(self._sums[known[0]].inputs)
-            sums = self._sums[name]
-            sums.merge_(merged, with_inputs=not any(sums.inputs is known for known in merged_inputs))
-            merged_inputs.append(sums.inputs)
-        return True
-
-    def _warn_of_skipped(self) -> None:
-        self.num_skipped += 1
-        if self.num_skipped == 1:
-            warnings.warn(
-                "A batch with NaN or infinite activations or gradients was left out of the K-FAC factors; further "
-                "ones are counted (batches_skipped) without a warning.",
-                stacklevel=2,
-            )
+        """Take part in what other processes still add, until all are done; here there is nothing to do."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an interrupted run needs to go on, of all processes together: tensors and primitives.
@@ -242,38 +176,11 @@ class Accumulator:
         """Go on where :meth:`state_dict` was taken, with as many processes as there are now."""
         self.num_seen = state["num_seen"]
         self.num_batches, self.num_skipped = map(self.ranks.part, (state["num_batches"], state["num_skipped"]))
-        found = sums_from(state, self._new_sums)
-        self._tied = set()
-        if self.owners is None:
-            parts = {name: sums.part(self.ranks) for name, sums in found.items()}
-            tie_again(parts, tied_inputs(found))
-            self._sums = parts if self.ranks.is_counted else {}
-        else:
-            self._totals = {name: sums.inputs.count for name, sums in found.items()}
-            self._sums = {name: sums for name, sums in found.items() if self.owners[name] == self.ranks.rank}
+        self._known_groups = set()
+        self._go_on_with(sums_from(state, self._new_sums))
 
-
-def owners_of(kinds: Mapping[str, LayerKind], ranks: Ranks) -> dict[str, int]:
-    """Spread layers over processes, so that the one with the most to keep keeps as little as possible.
-
-    Layers of one module with inputs of one width (gate and up; query, key and value) can share the inputs' moment if
-    they are together. They are, unless that makes the largest part larger.
-
-    >>> mlp = {"mlp.gate": LayerKind(2, 8, False), "mlp.up": LayerKind(2, 8, False), "mlp.down": LayerKind(8, 2, False)}
-    >>> owners_of(mlp, Ranks())
-    {'mlp.gate': 0, 'mlp.up': 0, 'mlp.down': 0}
-    """
-    together: dict[tuple[str, int], list[str]] = {}
-    for name, kind in kinds.items():
-        together.setdefault((name.rpartition(".")[0], kind.d_in), []).append(name)
-    choices = []
-    for groups in ([*together.values()], [[name] for name in kinds]):
-        sizes = {
-            group[0]: float(kinds[group[0]].d_in ** 2 + sum(kinds[name].d_out ** 2 for name in group))
-            for group in groups
-        }
-        owners = ranks.owners(sizes)
-        load = [sum(size for name, size in sizes.items() if owners[name] == rank) for rank in range(ranks.size)]
-        choices.append((max(load), {name: owners[group[0]] for group in groups for name in group}))
-    _, best = min(choices, key=lambda choice: choice[0])
-    return {name: best[name] for name in kinds}
+    def _go_on_with(self, sums: Mapping[str, LayerSums]) -> None:
+        """Keep this process's part of the sums of all."""
+        parts = {name: layer.part(self.ranks) for name, layer in sums.items()}
+        tie_again(parts, tied_inputs(sums))
+        self._sums = parts if self.ranks.is_counted else {}

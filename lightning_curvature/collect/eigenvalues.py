@@ -21,6 +21,7 @@ from lightning_curvature.collect.tied_inputs import sums_over
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
 from lightning_curvature.factors.sharded import ShardedFactors
+from lightning_curvature.recording.options import CollectorOptions
 
 Batch = TypeVar("Batch")
 
@@ -101,13 +102,17 @@ class EigenvalueSums(LayerSums):
 
 
 class _EigenvalueCollector(Collector):
-    def __init__(self, module: nn.Module, factors: KroneckerFactors, **options: Any) -> None:
+    """Collects the corrected eigenvalues of the layers of some factors."""
+
+    def __init__(
+        self, module: nn.Module, factors: KroneckerFactors, options: CollectorOptions, ranks: Ranks | None, shard: bool
+    ) -> None:
         if factors.owners is not None:
             raise ValueError(
                 "Each process measures along the directions of all layers, and these factors are spread over several. "
                 "Load them from their file on each process (KroneckerFactors.load); shard=True spreads the sums."
             )
-        super().__init__(module, list(factors), **options)
+        super().__init__(module, options, ranks=ranks, shard=shard)
         self.source = factors
         self.provenance |= factors.provenance
 
@@ -116,14 +121,14 @@ class _EigenvalueCollector(Collector):
 
     def finish(self) -> KroneckerFactors:
         """Return the factors with the eigenvalues that all processes measured, and drop the sums. A collective."""
-        ranks, owners, counts = self.ranks, self.accumulator.owners, self.source.counts()
+        ranks, owners, counts = self.ranks, self.owners, self.source.counts()
         if ranks.size == 1:
             return super().finish()
         if owners is not None:
             return ShardedFactors(self.accumulator.take(), counts, owners, ranks, self._facts)
         kinds = {name: sums.kind for name, sums in self.sums.items()}
         merged = dict(sums_over(ranks, kinds, self.sums.__getitem__, new=self._new_sums))
-        self.accumulator.reset()
+        self.reset()
         return KroneckerFactors({name: merged[name].factors() for name in counts if name in merged}, self._facts)
 
 
@@ -131,7 +136,10 @@ def correct_eigenvalues(
     module: nn.Module,
     factors: KroneckerFactors,
     batches: Iterable[Batch],
-    step: Callable[[Batch], Tensor],
+    step: Callable[[Batch], Any],
+    *,
+    ranks: Ranks | None = None,
+    shard: bool = False,
     **options: Any,
 ) -> KroneckerFactors:
     """Return factors with measured eigenvalues, for ``CurvatureEditor(score="ekfac")``.
@@ -141,12 +149,13 @@ def correct_eigenvalues(
         factors: Its factors.
         batches: Data, those of the factors.
         step: Computes the loss of a batch.
-        **options: Arguments of :class:`lightning_curvature.collect.collector.Collector` but ``layers``. Of several
-            processes (``ranks``) each gives data of its own; with ``shard`` each keeps the eigenvalues of its own
-            layers.
+        ranks: The processes, where several collect, each from data of its own.
+        shard: With several processes, let each keep the eigenvalues of some layers alone.
+        **options: Arguments of :class:`~lightning_curvature.recording.options.CollectorOptions` but ``layers``.
 
     Raises:
         ValueError: If the factors are spread over several processes.
         RuntimeError: If no batch could be used.
     """
-    return run_collector(_EigenvalueCollector(module, factors, **options), batches, step)
+    settings = CollectorOptions(layers=list(factors), **options)
+    return run_collector(_EigenvalueCollector(module, factors, settings, ranks, shard), batches, step)

@@ -8,14 +8,22 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.collect.collector import Collector
+from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.recording.objectives import frozen_layers
+from lightning_curvature.recording.options import CollectorOptions
 
 Batch = TypeVar("Batch")
 
 
 def collect(
-    module: nn.Module, batches: Iterable[Batch], step: Callable[[Batch], Any], **options: Any
+    module: nn.Module,
+    batches: Iterable[Batch],
+    step: Callable[[Batch], Any],
+    *,
+    ranks: Ranks | None = None,
+    shard: bool = False,
+    **options: Any,
 ) -> KroneckerFactors:
     """Collect factors of a frozen model in one pass over data, the setting of arXiv:2510.24256.
 
@@ -24,7 +32,9 @@ def collect(
         batches: Data.
         step: Computes the loss of a batch, as a training step would; it may also return a dict, or a model output of
             transformers, that holds it as ``loss``.
-        **options: Arguments of :class:`lightning_curvature.collect.collector.Collector`.
+        ranks: The processes, where several collect, each from data of its own.
+        shard: With several processes, let each keep the factors of some layers alone.
+        **options: Arguments of :class:`~lightning_curvature.recording.options.CollectorOptions`.
 
     Returns:
         The factors, by layer name.
@@ -32,28 +42,33 @@ def collect(
     Raises:
         RuntimeError: If no batch could be used.
     """
-    return run_collector(Collector(module, **options), batches, step)
+    return run_collector(Collector(module, CollectorOptions(**options), ranks=ranks, shard=shard), batches, step)
 
 
 def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable[[Batch], Any]) -> KroneckerFactors:
     """Run a collector over data; arguments and errors as :func:`collect`. A collective with several processes."""
     for batch in batches:
-        with collector.step(batch), torch.enable_grad():
-            collector.backward(loss_of(step(batch)))
+        collect_batch(collector, batch, step)
     check_collected(collector)
     factors = collector.finish()
     check_positions(factors)
     return factors
 
 
+def collect_batch(collector: Collector, batch: Batch, step: Callable[[Batch], Any]) -> None:
+    """Collect from one batch of a frozen model; arguments and errors as :func:`collect`."""
+    with collector.step(batch) as recording, torch.enable_grad():
+        recording.backward(loss_of(step(batch)))
+
+
 def check_collected(collector: Collector) -> None:
     """Raise ``RuntimeError`` if a pass over data collected nothing, or nothing of some chosen layers. A collective."""
-    accumulator, ranks = collector.accumulator, collector.ranks
-    accumulator.drain()  # where sums are spread, others may have more batches
-    nothing = not any(ranks.gather(bool(accumulator.num_positions)))
-    if nothing and (collector.chosen is None or any(ranks.gather(accumulator.num_skipped))):
+    ranks = collector.ranks
+    collector.drain()  # where sums are spread, others may have more batches
+    nothing = not any(ranks.gather(bool(collector.num_positions)))
+    if nothing and (collector.chosen is None or any(ranks.gather(collector.num_skipped))):
         raise RuntimeError("No batch was collected: the data were empty, or every batch held NaN or infinite values.")
-    check_silent(collector.silent, collector.frozen)
+    check_silent(collector.silent, collector.network.frozen)
 
 
 def loss_of(output: Any) -> Tensor:

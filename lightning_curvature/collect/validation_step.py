@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -43,23 +43,16 @@ class CollectedStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the step once, with gradients enabled."""
-        kept = graphs(self.module)
+        kept, batch = graphs(self.module), args[0] if args else kwargs.get("batch")
         try:
-            for collector in self.collectors:
-                with collector.guarded():
-                    collector.open(args[0] if args else kwargs.get("batch"))
-            with torch.enable_grad():
-                with _Detaching():
-                    output = self.step(*args, **kwargs)
-                for collector in self.collectors:
-                    with collector.guarded():
-                        collector.backward(_objective(output))
-            for collector in reversed(self.collectors):
-                with collector.guarded():
-                    collector.close()
+            with ExitStack() as stack:
+                recordings = [stack.enter_context(collector.step(batch)) for collector in self.collectors]
+                with torch.enable_grad():
+                    with _Detaching():
+                        output = self.step(*args, **kwargs)
+                    for recording in recordings:
+                        recording.backward(_objective(output))
         finally:
-            for collector in reversed(self.collectors):
-                collector.abort()
             drop_graphs(self.module, kept)
         return _Graphs([]).detached(output)
 

@@ -31,6 +31,9 @@ class WindowedFactors:
             times its larger dimension and at least ``MIN_WINDOW``.
         settings: What must be the same in a run that goes on with these factors: primitives.
         every: Collect one window in so many; see :meth:`is_due`.
+
+    Attributes:
+        complete: Factors of the latest complete window, of the sums of this process.
     """
 
     def __init__(self, collector: Collector, window: int | None, settings: Mapping[str, Any], every: int = 1) -> None:
@@ -38,7 +41,7 @@ class WindowedFactors:
         self.window = window
         self.every = every
         self.settings = dict(settings)
-        self._complete = KroneckerFactors()
+        self.complete = KroneckerFactors()
         self._known = KroneckerFactors()
         self._starts = 0
         self._known_at = (0, 0)
@@ -62,7 +65,7 @@ class WindowedFactors:
     @property
     def silent(self) -> list[str]:
         """Chosen layers that ran on no process, neither in this window nor in the latest complete one. A collective."""
-        seen = set().union(*self.ranks.gather(set(self._complete) | set(self.collector.accumulator.num_positions)))
+        seen = set().union(*self.ranks.gather(set(self.complete) | set(self.collector.num_positions)))
         return [name for name in self.collector.chosen or [] if name not in seen]
 
     def synchronise(self) -> KroneckerFactors:
@@ -71,9 +74,9 @@ class WindowedFactors:
         Raises:
             RuntimeError: If the processes chose different layers.
         """
-        now = (self._starts, self.collector.accumulator.num_batches)
+        now = (self._starts, self.collector.num_batches)
         if any(self.ranks.gather(now != self._known_at)):
-            self._known = self._sharded() if self.collector.shards else self._merged()
+            self._known = self._sharded() if self.collector.is_sharded else self._merged()
         self._known_at = now
         return self._known
 
@@ -90,7 +93,7 @@ class WindowedFactors:
         return chosen
 
     def _merged(self) -> KroneckerFactors:
-        own, chosen = self._complete or self.collector.factors(), self._chosen()
+        own, chosen = self.complete or self.collector.factors(), self._chosen()
         if self.ranks.size == 1:
             return own
         kinds = {name: self.collector.kinds[name] for name in own}
@@ -100,8 +103,8 @@ class WindowedFactors:
         return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))
 
     def _sharded(self) -> KroneckerFactors:
-        own, chosen = self._complete or self.collector.factors(), self._chosen()
-        owners = self.collector.accumulator.owners or {}
+        own, chosen = self.complete or self.collector.factors(), self._chosen()
+        owners = self.collector.owners or {}
         counts = dict[str, int]()
         for told in self.ranks.gather(own.counts()):
             counts |= told
@@ -138,19 +141,17 @@ class WindowedFactors:
         return True
 
     def end_step(self, step: int) -> None:
-        """End a training step, and the window if it is full."""
-        self.collector.close()
-        positions = self.collector.accumulator.num_positions
+        """End the window if it is full, after a training step that was collected.
+
+        Args:
+            step: Number of the optimizer step.
+        """
+        positions = self.collector.num_positions
         if positions and all(count >= self._length(name) for name, count in positions.items()):
             self.collector.provenance["step"] = step
             steps = self._batch + 1 - (self._batch if self._began is None else self._began)
             self._pause, self._began = (self._batch + 1 + (self.every - 1) * steps, steps), None
             self.start(complete=True)
-
-    def end_interrupted(self, step: int) -> None:
-        """End a step after which the run failed; where others wait for what this process adds, it is dropped."""
-        if self.collector.holds_batch and not self.collector.shards:
-            self.end_step(step)
 
     def _length(self, name: str) -> int:
         kind = self.collector.kinds[name]
@@ -159,13 +160,13 @@ class WindowedFactors:
     def start(self, complete: bool) -> None:
         """Start a new window; the one that ends here is ``complete``, or is dropped."""
         if complete:
-            self._complete = self.collector.factors()
-        self.collector.accumulator.reset()
+            self.complete = self.collector.factors()
+        self.collector.reset()
         self._starts += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells that a factor file belongs to a checkpoint: primitives; empty before the first batch."""
-        batches = self.collector.accumulator.num_seen
+        batches = self.collector.num_seen
         return {"settings": self.settings, "batches": batches} if batches else {}
 
     def snapshot(self) -> tuple[KroneckerFactors, dict[str, Any]] | None:
@@ -179,8 +180,8 @@ class WindowedFactors:
         state = {
             "collector": self.collector.state_dict(),
             "provenance": self.collector.provenance,
-            "complete": any(self.ranks.gather(bool(self._complete))),
-            "batches": self.collector.accumulator.num_seen,
+            "complete": any(self.ranks.gather(bool(self.complete))),
+            "batches": self.collector.num_seen,
             "began": self._began,
             "pause": list(self._pause),
         }
@@ -202,7 +203,7 @@ class WindowedFactors:
         self.collector.provenance = saved["provenance"]
         self._began, self._pause = saved["began"], (saved["pause"][0], saved["pause"][1])
         if saved["complete"]:
-            self._complete = self._part(factors)
+            self.complete = self._part(factors)
         self._starts += 1
         return None
 
@@ -224,7 +225,7 @@ class WindowedFactors:
 
     def _part(self, factors: KroneckerFactors) -> KroneckerFactors:
         """Return what of the factors of all processes is this one's."""
-        owners, part = self.collector.accumulator.owners, self.ranks.part
+        owners, part = self.collector.owners, self.ranks.part
         if owners is not None:
             own = {name: layer for name, layer in factors.items() if owners[name] == self.ranks.rank}
         elif self.ranks.is_counted:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 
+from lightning_curvature.baselines.methods import CONTROL_LABELS
 from lightning_curvature.demos.analyses import analyse_images
 from lightning_curvature.demos.files import versions, write_edited, write_json
 from lightning_curvature.demos.label_noise import (
@@ -155,10 +156,7 @@ def summary(report: Mapping[str, Any]) -> str:
         "before": report["before"],
         f"after, default energy {default['energy']:g}": default,
         "after (edited.ckpt)": {"energy": report["settings"]["energy"], **report["after"]},
-        "control: activations only (G = I)": methods["activations"],
-        "control: SVD truncation": methods["svd"],
-        "control: random basis": methods["random"],
-        "rival: BalancedSubnet": methods["bsn"],
+        **{label: methods[method] for method, label in CONTROL_LABELS.items()},
     }
     counts = report["counts"]
     return (

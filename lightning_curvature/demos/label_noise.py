@@ -1,7 +1,6 @@
 """What an edit does to noised labels: evaluation, energy curves, and the comparison with controls."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,21 +9,14 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_curvature.baselines import BalancedSubnet, RandomBasisEditor, SVDEditor
+from lightning_curvature.baselines import BalancedSubnet
+from lightning_curvature.baselines.methods import METHODS
 from lightning_curvature.demos.noise import NoisyLabels
-from lightning_curvature.editing.curvature import CurvatureEditor
-from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import evaluating
 from lightning_curvature.metrics.functional import noisy_label_accuracy
 
 METRICS = ("memorized", "recovered", "clean_train", "val_accuracy")
-METHODS: dict[str, Callable[..., WeightEditor]] = {
-    "kfac": CurvatureEditor,
-    "activations": partial(CurvatureEditor, score="activations"),
-    "svd": SVDEditor,
-    "random": RandomBasisEditor,
-}
 ENERGIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.87, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.999)
 MEMORIZED_LIMIT = 0.2
 """Each method gets the energy of highest validation accuracy among those that leave at most this share memorized."""

@@ -4,37 +4,26 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
 
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_curvature._checks import check_energy, did_you_mean, listing
-from lightning_curvature.editing.report import EditReport, LayerEdit
-from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.editing.report import EditReport
+from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import layer_weights, write_weights
 
 DEFAULT_ENERGY = 0.85
 """Share of the curvature mass that is kept unless the user says otherwise; docs/decisions.md shows the evidence."""
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A new weight matrix, and what of the old one it keeps."""
-
-    weight: Tensor
-    kept: int
-    energy_kept: float
-
-
 class Editor(ABC):
-    """Changes weights of the layers of some factors; methods differ in what they need to know for it.
+    """Changes the weights of layers that some factors describe.
 
     Args:
-        energy: Share to keep, in (0, 1]; or a dict of fnmatch patterns on layer names to shares, of which the first
-            that matches counts and layers without a match stay as they are.
+        energy: Share to keep, in (0, 1]; or a dict of fnmatch patterns on layer names to shares. The first pattern
+            that matches a layer counts, and layers without a match stay as they are.
         layers: fnmatch patterns on layer names; None for all layers of the factors.
 
     Raises:
@@ -45,20 +34,20 @@ class Editor(ABC):
     method: str
 
     def __init__(self, energy: float | Mapping[str, float] = DEFAULT_ENERGY, layers: list[str] | None = None) -> None:
-        self.energy = _checked(energy)
+        self.energy = _check_energies(energy)
         if layers is not None and (isinstance(layers, str) or not all(isinstance(entry, str) for entry in layers)):
             raise TypeError(f"layers must be a list of name patterns or None, found {layers!r}.")
         self.layers = None if layers is None else list(layers)
 
     def at(self, energy: float | Mapping[str, float]) -> Self:
         """Return the same editor at another energy."""
-        other = copy.copy(self)
-        other.energy = _checked(energy)
-        return other
+        editor = copy.copy(self)
+        editor.energy = _check_energies(energy)
+        return editor
 
     @abstractmethod
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
-        """Return new weights by layer, and what was done; nothing is written.
+        """Return new weights by layer, and a report; the module stays as it is.
 
         Raises:
             ValueError: As :meth:`edit`.
@@ -68,8 +57,8 @@ class Editor(ABC):
         """Edit the weights of a module in place.
 
         Raises:
-            ValueError: If the factors do not fit the module, which names the layer, both shapes and the remedy; or if
-                two of the layers share a weight. Nothing is edited then.
+            ValueError: If the factors do not fit the module (the message names the layer, both shapes and the remedy),
+                or the weights of two layers are tied. Nothing is edited then.
         """
         new, report = self.edited_weights(module, factors)
         write_weights(layer_weights(module, new), new)
@@ -111,32 +100,15 @@ class Editor(ABC):
             return dict.fromkeys(names, self.energy)
         energies = {}
         for name in names:
-            matching = [energy for pattern, energy in self.energy.items() if fnmatchcase(name, pattern)]
-            if matching:
-                energies[name] = matching[0]
+            energy = next((energy for pattern, energy in self.energy.items() if fnmatchcase(name, pattern)), None)
+            if energy is not None:
+                energies[name] = energy
         if not energies:
             raise ValueError(f"energy={self.energy!r} and layers={self.layers!r} have no layer in common.")
         return energies
 
 
-def _checked(energy: float | Mapping[str, float]) -> float | dict[str, float]:
+def _check_energies(energy: float | Mapping[str, float]) -> float | dict[str, float]:
     if isinstance(energy, Mapping):
         return {pattern: check_energy(value, f"energy[{pattern!r}]") for pattern, value in energy.items()}
     return check_energy(energy)
-
-
-class LayerEditor(Protocol):
-    """What the edit of a saved checkpoint asks of an editor; :class:`WeightEditor` documents each of these."""
-
-    method: str
-
-    def energies(self, factors: KroneckerFactors) -> dict[str, float]:
-        """Return the energy of each layer to edit."""
-
-    def edit_weight(
-        self, name: str, weight: Any, factors: LayerFactors, energy: float, transposed: bool
-    ) -> tuple[Tensor, LayerEdit]:
-        """Return a new weight, and what was done to it."""
-
-    def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
-        """Return what an edited checkpoint says about itself."""

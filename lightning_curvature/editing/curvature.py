@@ -1,4 +1,4 @@
-"""The edit: which part of a weight stays."""
+"""The edit of this package: the high-curvature part of a weight stays."""
 
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
@@ -8,7 +8,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_curvature._checks import check_option
-from lightning_curvature.editing.base import DEFAULT_ENERGY, Projection
+from lightning_curvature.editing.base import DEFAULT_ENERGY
+from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.scores import SCORES, score_coefficients
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.basis import (
@@ -32,17 +33,17 @@ class CurvatureEditor(WeightEditor):
     Source: arXiv:2510.24256, sections 3 and 5.
 
     Args:
-        energy: Kept share of the curvature mass, in (0, 1]; or a dict of fnmatch patterns on layer names to shares, of
-            which the first that matches counts and layers without a match stay as they are. 1.0 changes nothing.
+        energy: Kept share of the curvature mass, in (0, 1]; 1.0 changes nothing. Or a dict of fnmatch patterns on layer
+            names to shares: the first pattern that matches a layer counts, and layers without a match stay as they are.
         layers: fnmatch patterns on layer names; None for all layers of the factors.
-        score: What a direction is worth, see :mod:`~lightning_curvature.editing.scores`.
-        soft: Shrink coefficients smoothly, by ``s / (s + t)``, instead of keeping some and dropping others; ``t`` is
-            such that the share ``energy`` of the scores is kept.
-        skip_faulty: Leave a layer that cannot be edited as it is, with a warning, and edit the others: NaN in its
-            weight or its factors, or factors of zero. Files are not edited in part: there such a layer is an error.
-        min_positions: Positions that each factor of a layer must rest on, or the layer is left as it is, with a
-            warning; None for as many as its live inputs and outputs, see
-            :meth:`lightning_curvature.LayerFactors.too_few_positions`; 0 edits whatever the factors rest on.
+        score: How directions are ranked, see :mod:`~lightning_curvature.editing.scores`.
+        soft: Shrink coefficients of the score ``s`` smoothly, by ``s / (s + t)``, instead of keeping some and dropping
+            others; ``t`` is such that the share ``energy`` of the scores is kept.
+        skip_faulty: Skip a layer that cannot be edited, with a warning, and edit the others: NaN in its weight or its
+            factors, or factors of zero. Not for files, where such a layer is always an error.
+        min_positions: Positions that each factor of a layer must rest on; a layer with fewer is skipped, with a
+            warning. None for as many as the layer's live inputs and outputs, see
+            :meth:`lightning_curvature.LayerFactors.too_few_positions`; 0 to skip no layer.
 
     Raises:
         TypeError: As :class:`lightning_curvature.editing.base.Editor`.
@@ -80,13 +81,17 @@ class CurvatureEditor(WeightEditor):
         self.score = check_option(score, SCORES, "score")
         self.soft = soft
         self.method = f"{score}, soft" if soft else score
-        self._known: WeakKeyDictionary[LayerFactors, tuple[Tensor, Tensor]] | None = None
+        self._known: WeakKeyDictionary[LayerFactors, tuple[Tensor, Tensor]] | None = None  # weights, coefficients
 
     def at(self, energy: float | Mapping[str, float]) -> Self:
-        """Return the same editor at another energy; it and those made from it compute coefficients of weights once."""
-        other = super().at(energy)
-        other._known = WeakKeyDictionary() if self._known is None else self._known
-        return other
+        """Return the same editor at another energy.
+
+        The new editor keeps the coefficients of each weight, and hands them on to editors that are made from it: a
+        search over energies computes them once.
+        """
+        editor = super().at(energy)
+        editor._known = WeakKeyDictionary() if self._known is None else self._known
+        return editor
 
     def check_positions(self, factors: LayerFactors) -> None:
         """Raise ``TooFewPositionsError`` if the factors rest on too few positions."""
@@ -101,28 +106,37 @@ class CurvatureEditor(WeightEditor):
             raise TooFewPositionsError(reason)
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        """Return the part of a weight in its directions of highest score."""
+        """Return the part of a weight in the directions of highest score."""
         basis, device = factors.basis, weight.device
         weight = weight.to(basis.U_A.device)
-        known = self._coefficients(weight, factors)
+        known = self._known_coefficients(weight, factors)
         if self.score in ("kfac", "activations") and not self.soft:
             lam = basis.lam if self.score == "kfac" else torch.ones_like(basis.lam)
             staircase = select_staircase(lam, basis.mu, energy)
             edited = project_weight(weight, basis, staircase.columns, known)
             return Projection(edited.to(device), staircase.kept, staircase.energy_kept)
         C = coefficients(weight, basis) if known is None else known
-        keep, kept = (shrink if self.soft else select_largest)(score_coefficients(self.score, C, factors), energy)
+        select = shrink if self.soft else select_largest
+        keep, energy_kept = select(score_coefficients(self.score, C, factors), energy)
         edited = project_weight(weight, basis, keep.to(basis.U_A.dtype), C).to(device)
-        return Projection(edited, keep.numel() if self.soft else int(keep.sum()), kept)
+        return Projection(edited, keep.numel() if self.soft else int(keep.sum()), energy_kept)
 
-    def _coefficients(self, weight: Tensor, factors: LayerFactors) -> Tensor | None:
-        """Return all coefficients of a weight if several energies share them, None if there is only one."""
+    def _known_coefficients(self, weight: Tensor, factors: LayerFactors) -> Tensor | None:
+        """Return the coefficients of a weight if they are kept for other energies, see :meth:`at`; None if not.
+
+        They are kept with the weight that they are of, on the device of the original factors, since the copy of the
+        factors on a GPU is dropped after each edit.
+        """
         if self._known is None:
             return None
         home = factors.original.A.device
-        here = weight.to(home)
-        old, C = self._known.get(factors.original, (None, None))
-        if old is None or C is None or not (old.dtype == here.dtype and torch.equal(old, here)):
+        at_home = weight.to(home)
+        known_weight, C = self._known.get(factors.original, (None, None))
+        if C is None or not _is_equal(known_weight, at_home):
             C = coefficients(weight, factors.basis)
             self._known[factors.original] = (weight.to(home, copy=True), C.to(home))
         return C.to(weight.device)
+
+
+def _is_equal(known: Tensor | None, weight: Tensor) -> bool:
+    return known is not None and known.dtype == weight.dtype and torch.equal(known, weight)

@@ -1,38 +1,57 @@
-"""The layers of a checkpoint to edit, one after the other: each one's factors are read once."""
+"""The layers of a checkpoint to edit, one after the other: the factors of each layer are read once."""
 
 import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_curvature._checks import listing
+from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.checkpoints.opening import Checkpoint
-from lightning_curvature.editing.base import LayerEditor
+from lightning_curvature.editing.origin import edited_layers, refuse_other_weights
 from lightning_curvature.editing.report import EditReport, LayerEdit
 from lightning_curvature.factors.basis import TooFewPositionsError
 from lightning_curvature.factors.fingerprints import Fingerprint, difference
 from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors, digest_of
 from lightning_curvature.memory import edit_bytes, size
 
-_NOTHING = (
+_NOTHING_CHANGES = (
     "The edit would change nothing: every weight, rounded to its dtype, stays what it is. Choose a smaller energy, "
     "or allow more (--perplexity)."
 )
 
 
-class OneByOne(KroneckerFactors):
-    """Factors of one layer after the other, each of which is read once: its digest and its shape are taken then.
+class LayerEditor(Protocol):
+    """What the edit of a saved checkpoint needs of an editor.
+
+    :class:`lightning_curvature.editing.weight_editor.WeightEditor`, which imports this module, documents the methods.
+    """
+
+    method: str
+
+    def energies(self, factors: KroneckerFactors) -> dict[str, float]:
+        """Return the energy of each layer to edit."""
+
+    def edit_weight(
+        self, name: str, weight: Any, factors: LayerFactors, energy: float, transposed: bool
+    ) -> tuple[Tensor, LayerEdit]:
+        """Return a new weight, and the report of its edit."""
+
+    def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
+        """Return what an edited checkpoint says about itself."""
+
+
+class StreamedFactors(KroneckerFactors):
+    """Factors that are read one layer at a time; a layer's digest and shape are noted when it is read.
 
     Args:
         factors: The factors.
-        device: Where a layer's are moved to be edited.
+        device: Device on which the layers are edited.
 
     Attributes:
         shapes: Shape ``(d_out, d_in)`` of the weight of each layer that was read.
@@ -45,27 +64,27 @@ class OneByOne(KroneckerFactors):
         self.device = device
         self.shapes: dict[str, tuple[int, int]] = {}
         self._digests: dict[str, str] = {}
-        self._A: tuple[Tensor, Tensor] | None = None
+        self._last_A: tuple[Tensor, Tensor] | None = None  # as it was read, and on the device
 
     def __getitem__(self, name: str) -> LayerFactors:
-        found = super().__getitem__(name)
-        self.shapes[name] = found.shape
+        factors = super().__getitem__(name)
+        self.shapes[name] = factors.shape
         if name not in self._digests:
-            self._digests[name] = found.digest()
-        return found
+            self._digests[name] = factors.digest()
+        return factors
 
-    def __call__(self, name: str) -> LayerFactors:
-        """Return the factors of a layer, as tensors of their own: what is worked out from them goes with these.
+    def on_device(self, name: str) -> LayerFactors:
+        """Return the factors of a layer on the device, as new tensors: an eigenbasis is freed with its tensors.
 
-        An eigenbasis goes with its layer, or with the last in a row that share A.
+        Tied inputs in a row get the same ``A``, which is decomposed once.
         """
-        found = self[name]
-        if self._A is None or self._A[0] is not found.A:
-            self._A = found.A, found.A.detach().to(self.device)
-        here: dict[str, Any] = {
-            key: tensor.detach().to(self.device) for key, tensor in found.tensors.items() if key != "A"
+        factors = self[name]
+        if self._last_A is None or self._last_A[0] is not factors.A:
+            self._last_A = factors.A, factors.A.detach().to(self.device)
+        moved: dict[str, Any] = {
+            key: tensor.detach().to(self.device) for key, tensor in factors.tensors.items() if key != "A"
         }
-        return dataclasses.replace(found, A=self._A[1], **here)
+        return dataclasses.replace(factors, A=self._last_A[1], **moved)
 
     def counts(self) -> dict[str, int]:
         """Return the positions behind the inputs' factor of each layer."""
@@ -76,121 +95,120 @@ class OneByOne(KroneckerFactors):
         return self._factors.fingerprints()
 
     def digest(self) -> str:
-        """Return what the factors' own method does; layers that were not edited are read here."""
+        """Return the digest of the factors; layers that were not edited are read for it."""
         for name in self:
             if name not in self._digests:
                 self[name]
         return digest_of({name: self._digests[name] for name in self})
 
 
-def refuse_others(far: Mapping[str, float], count: int, source: str | os.PathLike[str], force: bool) -> None:
-    """Raise ``ValueError`` since layers have other weights than their factors were collected on; if forced, warn.
+class EditedTensor(NamedTuple):
+    """A tensor of a checkpoint before and after the edit."""
 
-    Args:
-        far: How far each of them is, see :func:`lightning_curvature.factors.fingerprints.difference`.
-        count: How many layers were compared.
-        source: The checkpoint.
-        force: Whether to go on.
-    """
-    furthest = max(far.values())
-    how = f"the furthest is {furthest:.2g} of its norm away, by a sample of its entries" if furthest else "few entries"
-    found = (
-        f"{len(far)} of {count} layers of {source} have other weights than those that the factors were collected on: "
-        f"{listing(far, 3)}; {how}."
-    )
-    if not force:
-        raise ValueError(
-            f"{found} Were they collected on another model? If this is a fine-tune of the model that they were "
-            "collected on, and you mean to use these factors, add --force (force=True)."
-        )
-    warnings.warn(found, stacklevel=4)
+    name: str
+    old: Tensor
+    new: Tensor
 
 
 class FileLayers:
-    """The layers of a checkpoint to edit.
+    """The layers of a checkpoint to edit: go through :meth:`edits`, then call :meth:`finish`.
 
     Args:
-        editor: Edits them.
-        checkpoint: Holds their weights.
-        factors: Their factors.
+        editor: Edits the weights.
+        checkpoint: Holds the weights.
+        factors: The factors.
         before: What the checkpoint says of an earlier edit.
 
     Attributes:
-        names: By layer, the tensor of its weight.
+        names: Name of the weight of each layer in the checkpoint.
+
+    Raises:
+        ValueError: If a layer finds no tensor, or an edit would change a tied tensor.
     """
 
     def __init__(
-        self, editor: LayerEditor, checkpoint: Checkpoint, factors: OneByOne, before: Mapping[str, Any] | None
+        self, editor: LayerEditor, checkpoint: Checkpoint, factors: StreamedFactors, before: Mapping[str, Any] | None
     ) -> None:
-        self.editor, self.checkpoint, self.factors = editor, checkpoint, factors
+        self.editor, self.checkpoint, self.factors, self.before = editor, checkpoint, factors, before
         self.energies = editor.energies(factors)
         self.names = match_layers(self.energies, checkpoint.shapes(), checkpoint.module_names)
-        self._edited = self._edited_before(before)
+        self._edited_before = self._tensors_edited_before()
+        self._edits: dict[str, LayerEdit] = {}
+        self._skipped: dict[str, str] = {}
         checkpoint.check_ties(self.names.values())
 
-    def check_origin(self, source: str | os.PathLike[str], hashes: Mapping[str, str], force: bool) -> None:
-        """Raise ``ValueError`` if the factors were collected on other weights, unless forced, which warns.
+    def _tensors_edited_before(self) -> set[str]:
+        """Return the names of the tensors that earlier edits changed."""
+        layers = edited_layers(self.before)
+        try:
+            return set(match_layers(layers, self.checkpoint.shapes(), self.checkpoint.module_names).values())
+        except ValueError:  # this file no longer holds some of the layers
+            return {f"{layer}.weight" for layer in layers}
 
-        Layers that were edited already differ, and are passed over: that was told.
+    def check_origin(self, source: str | os.PathLike[str], hashes: Mapping[str, str], force: bool) -> None:
+        """Raise ``ValueError`` if the factors were collected on other weights; if forced, warn.
+
+        Layers that were edited before are passed over: they differ, and the user was told of the earlier edit.
 
         Args:
             source: The checkpoint, for errors.
             hashes: Hashes of the tensors.
-            force: Whether to go on.
+            force: Warn instead.
         """
-        recorded, far = self.factors.fingerprints(), {}
-        asked = [layer for layer in self.energies if layer in recorded and self.names[layer] not in self._edited]
-        for layer in asked:
+        recorded, distances = self.factors.fingerprints(), {}
+        compared = [
+            layer for layer in self.energies if layer in recorded and self.names[layer] not in self._edited_before
+        ]
+        for layer in compared:
             name = self.names[layer]
             distance = difference(recorded[layer], hashes[name], functools.partial(self.checkpoint.read, name))
             if distance is not None:
-                far[layer] = distance
-        if far:
-            refuse_others(far, len(asked), source, force)
+                distances[layer] = distance
+        if distances:
+            refuse_other_weights(distances, len(compared), source, force)
 
-    def _edited_before(self, before: Mapping[str, Any] | None) -> set[str]:
-        """Return the tensors that earlier edits changed."""
-        layers: dict[str, None] = {}
-        while isinstance(before, Mapping):
-            layers |= dict.fromkeys(before.get("layers", {}))
-            before = before.get("before")
-        try:
-            return set(match_layers(layers, self.checkpoint.shapes(), self.checkpoint.module_names).values())
-        except ValueError:  # some of them are in this file no more
-            return {f"{layer}.weight" for layer in layers}
+    def edits(self) -> Iterator[EditedTensor]:
+        """Edit one layer after the other; a layer whose factors rest on too few positions is skipped.
 
-    def edit(self, keep: Callable[[str, Tensor, Tensor], None]) -> EditReport:
-        """Edit one layer after the other.
+        No tensor is kept here: a caller that drops each one has no more than one layer in memory.
 
-        Args:
-            keep: Takes the name of a tensor, the old and the new one.
+        Raises:
+            ValueError: If a layer cannot be edited.
+            RuntimeError: If a layer does not fit on the GPU.
         """
-        reports: dict[str, LayerEdit] = {}
-        skipped: dict[str, str] = {}
         for layer in tqdm(self.energies, unit="layer", desc="Editing", disable=None):
-            name = self.names[layer]
-            old = self.checkpoint.read(name)
             try:
-                new, report = self._edit(layer, old)
+                edited = self._edit(layer)
             except TooFewPositionsError as error:
-                skipped[layer] = str(error)
+                self._skipped[layer] = str(error)
                 continue
-            reports[layer] = dataclasses.replace(report, tensor=name)
-            keep(name, old, new)
-        if not reports:
-            raise ValueError(f"No layer can be edited: {next(iter(skipped.values()))}")
-        if not any(report.changed for report in reports.values()):
-            raise ValueError(_NOTHING)
-        for reason in skipped.values():
-            warnings.warn(f"Left as it is: {reason}", stacklevel=3)
-        return EditReport(reports, self.editor.method, self.factors.provenance, skipped)
+            yield edited
+            del edited
 
-    def _edit(self, layer: str, weight: Tensor) -> tuple[Tensor, LayerEdit]:
+    def _edit(self, layer: str) -> EditedTensor:
+        name = self.names[layer]
+        old = self.checkpoint.read(name)
         try:
-            factors = self.factors(layer)
-            return self.editor.edit_weight(layer, weight, factors, self.energies[layer], factors.transposed)
+            factors = self.factors.on_device(layer)
+            new, edit = self.editor.edit_weight(layer, old, factors, self.energies[layer], factors.transposed)
         except torch.cuda.OutOfMemoryError as error:
             raise RuntimeError(
                 f"Layer {layer!r}: editing it takes about {size(edit_bytes(*self.factors.shapes[layer]))}, more than "
                 "the GPU has left. Edit on the CPU (device='cpu', --device cpu), or free the GPU."
             ) from error
+        self._edits[layer] = dataclasses.replace(edit, tensor=name)
+        return EditedTensor(name, old, new)
+
+    def finish(self) -> EditReport:
+        """Return the report, after the last edit; warn of the layers that were skipped.
+
+        Raises:
+            ValueError: If no layer could be edited, or no weight changed.
+        """
+        if not self._edits:
+            raise ValueError(f"No layer can be edited: {next(iter(self._skipped.values()))}")
+        if not any(edit.changed for edit in self._edits.values()):
+            raise ValueError(_NOTHING_CHANGES)
+        for reason in self._skipped.values():
+            warnings.warn(f"Left as it is: {reason}", stacklevel=3)
+        return EditReport(self._edits, self.editor.method, self.factors.provenance, self._skipped)

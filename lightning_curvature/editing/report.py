@@ -1,4 +1,4 @@
-"""What an edit did."""
+"""The report of an edit."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -15,8 +15,8 @@ class LayerEdit:
     """What an edit did to one layer.
 
     Args:
-        energy: Asked share of the method's mass.
-        energy_kept: Reached share.
+        energy: Share of the method's mass to keep, as it was asked for.
+        energy_kept: Share that was kept.
         kept: Kept coefficients.
         total: All coefficients, ``d_out * d_in``.
         relative_change: ``||W' - W|| / ||W||`` (Frobenius).
@@ -26,7 +26,7 @@ class LayerEdit:
         dropped: Share of the positions seen that did not count.
         num_gradients: Positions behind the factor of the outputs.
         needed: Positions that the factors should rest on, the larger side of the weight; 0 if no factor is read.
-        also: Names of the other tensors that share the weight, and are edited with it.
+        also: Names of the tensors that are tied to the weight, and edited with it.
     """
 
     energy: float
@@ -56,7 +56,7 @@ class EditReport:
         layers: By module name.
         method: Name of the editing method.
         provenance: Where the factors come from.
-        skipped: Layers that were left as they are although they were meant, and why.
+        skipped: Why a layer was not edited although it was asked for, by layer.
     """
 
     layers: Mapping[str, LayerEdit]
@@ -65,7 +65,11 @@ class EditReport:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def with_tied(self, names: Mapping[str, Iterable[str]]) -> "EditReport":
-        """Return the report with the names of the tensors that share each layer's weight, its own one aside."""
+        """Return the report with the names of the tensors that are tied to each layer's weight.
+
+        Args:
+            names: All names of the tensor of each layer's weight; the weight's own name may be among them.
+        """
         layers = {
             layer: dataclasses.replace(edit, also=tuple(name for name in names[layer] if name != edit.tensor))
             for layer, edit in self.layers.items()
@@ -106,7 +110,7 @@ class EditReport:
         return "\n".join([title, table, *self._remarks()])
 
     def _remarks(self) -> list[str]:
-        """Return what the numbers of the table do not say, in words."""
+        """Return sentences on what the table does not show."""
         few = [
             f"{name!r} ({edit.positions} of {edit.needed})"
             for name, edit in self.layers.items()

@@ -1,4 +1,4 @@
-r"""Scores: what a coefficient of the weight in the curvature basis is worth. Coefficients are kept in falling order.
+r"""Scores of the coefficients of a weight in the curvature basis; an edit keeps the coefficients of highest score.
 
 ================  =============================================================  ======================================
 score             of the pair (i, j)                                             needs
@@ -62,5 +62,5 @@ def score_coefficients(score: str, coefficients: Tensor, factors: LayerFactors) 
 
 
 def _diagonal(basis: Tensor, moment: Tensor) -> Tensor:
-    """Return the diagonal of a moment in a basis, none negative."""
+    """Return the diagonal of a moment in a basis, up to a power of two, without negative entries."""
     return (basis * (moderate(moment.to(basis))[0] @ basis)).sum(0).clamp(min=0)

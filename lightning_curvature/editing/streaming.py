@@ -1,29 +1,25 @@
-"""Edits of saved checkpoints, as a stream of tensors."""
+"""Edits of saved checkpoints, one tensor in memory at a time."""
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.archive import ArchiveFile
+from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.deltas import DeltaRecord, open_weights
-from lightning_curvature.checkpoints.names import plain
-from lightning_curvature.checkpoints.opening import Checkpoint, checkpoint_hashes, open_checkpoint
-from lightning_curvature.editing.base import LayerEditor
-from lightning_curvature.editing.file_layers import FileLayers, OneByOne, refuse_others
+from lightning_curvature.editing.file_layers import FileLayers, LayerEditor, StreamedFactors
 from lightning_curvature.editing.report import EditReport
-from lightning_curvature.factors.fingerprints import difference
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.memory import edit_bytes, size
-from lightning_curvature.storage.hashes import content_hash, tensor_hash
-from lightning_curvature.storage.outputs import NOTE, check_name, check_outputs, check_safetensors_name
+from lightning_curvature.storage.hashes import content_hash
+from lightning_curvature.storage.outputs import check_name, check_outputs, check_safetensors_name
 from lightning_curvature.storage.scratch import Scratch
 
 _Path = str | os.PathLike[str]
@@ -53,7 +49,7 @@ class EditPlan:
 
 
 def matches(report: EditReport) -> str:
-    """Return which tensor each layer was matched with, as text."""
+    """Return a line for each layer with the tensor that it was matched with."""
     return "\n".join(["Tensors:", *(f"  {layer} -> {edit.tensor}" for layer, edit in report.layers.items())])
 
 
@@ -96,41 +92,63 @@ def edit_checkpoint(
             name is one of another format, or the factors were collected on other weights.
         RuntimeError: If a layer does not fit on the GPU.
     """
-    own = OneByOne(factors, edit_device(device))
+    streamed = StreamedFactors(factors, edit_device(device))
     checkpoint = open_to_edit(source, target, overwrite, delta, allow_globals, to_hf)
     _warn_if_edited(checkpoint)
     with ExitStack() as stack:
         scratch = stack.enter_context(Scratch(Path(target)))
-        before = checkpoint.provenance
-        if to_hf is None:
-            layers = FileLayers(editor, checkpoint, own, before)  # what finds no tensor is told before all is hashed
-            hashes = checkpoint_hashes(checkpoint)
-            unedited = content_hash(hashes)
-        else:
-            from lightning_curvature.checkpoints.conversion import to_folder  # those who need it import transformers
-
-            unedited = content_hash(checkpoint_hashes(checkpoint))
-            checkpoint = to_folder(_archive(checkpoint), to_hf, scratch.path / "model")
-            layers, hashes = FileLayers(editor, checkpoint, own, before), checkpoint_hashes(checkpoint)
+        layers, hashes, source_hash = _match_and_hash(editor, checkpoint, streamed, to_hf, scratch.path / "model")
         layers.check_origin(source, hashes, force)
-        record = None if delta is None else stack.enter_context(DeltaRecord(Path(delta), checkpoint, hashes))
-        new: dict[str, Callable[[], Tensor]] = {}
-
-        def keep(name: str, old: Tensor, edited: Tensor) -> None:
-            new[name] = scratch.keep(edited)
-            if record is not None:
-                record.add(name, old, edited)
-
-        report = layers.edit(keep)
-        facts = editor.facts(own, unedited, report)
-        if before is not None:
-            facts["before"] = before
+        record = None if delta is None else stack.enter_context(DeltaRecord(Path(delta), layers.checkpoint, hashes))
+        new = _edit_into(scratch, layers, record)
+        report = layers.finish()
+        facts = editor.facts(streamed, source_hash, report)
+        if layers.before is not None:
+            facts["before"] = layers.before
         if record is not None:
             record.write(facts)  # before the target appears: there is never an edited copy without its delta
-        checkpoint.copy(target, new, facts)
+        layers.checkpoint.copy(target, new, facts)
         if record is not None:
             record.keep = True
     return report
+
+
+def _match_and_hash(
+    editor: LayerEditor, checkpoint: Checkpoint, factors: StreamedFactors, to_hf: _Path | None, folder: Path
+) -> tuple[FileLayers, dict[str, str], str]:
+    """Match the layers with the tensors of a checkpoint, or of a folder that is made from it, and hash the tensors.
+
+    Args:
+        editor: As in :func:`edit_checkpoint`.
+        checkpoint: The source.
+        factors: The factors.
+        to_hf: As in :func:`edit_checkpoint`.
+        folder: Where a Hugging Face folder is made.
+
+    Returns:
+        The layers, the hashes of the tensors that they are among, and the hash of the source.
+    """
+    before = checkpoint.provenance
+    if to_hf is None:
+        layers = FileLayers(editor, checkpoint, factors, before)  # first, since hashing a large checkpoint takes long
+        hashes = checkpoint.hashes()
+        return layers, hashes, content_hash(hashes)
+    from lightning_curvature.checkpoints.conversion import to_folder  # imports transformers
+
+    source_hash = content_hash(checkpoint.hashes())
+    converted = to_folder(_archive(checkpoint), to_hf, folder)
+    return FileLayers(editor, converted, factors, before), converted.hashes(), source_hash
+
+
+def _edit_into(scratch: Scratch, layers: FileLayers, record: DeltaRecord | None) -> dict[str, Callable[[], Tensor]]:
+    """Edit all layers; return what reads each new tensor from the scratch folder, by name."""
+    readers = {}
+    for name, old, new in layers.edits():
+        readers[name] = scratch.keep(new)
+        if record is not None:
+            record.add(name, old, new)
+        del old, new  # before the next layer is read
+    return readers
 
 
 def plan_edit(
@@ -142,14 +160,16 @@ def plan_edit(
     force: bool = False,
 ) -> EditPlan:
     """Work out what :func:`edit_checkpoint` would do; writes nothing."""
-    own = OneByOne(factors, edit_device(device))
+    streamed = StreamedFactors(factors, edit_device(device))
     checkpoint = open_weights(source, allow_globals)
     _warn_if_edited(checkpoint)
-    layers = FileLayers(editor, checkpoint, own, checkpoint.provenance)
+    layers = FileLayers(editor, checkpoint, streamed, checkpoint.provenance)
     layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force)
-    report = layers.edit(lambda *_: None)
+    for edited in layers.edits():
+        del edited  # before the next layer is read
+    report = layers.finish()
     total = sum(checkpoint.num_bytes(name) for name in checkpoint.shapes())
-    return EditPlan(report, 2 * total, total, max(edit_bytes(*own.shapes[layer]) for layer in report.layers))
+    return EditPlan(report, 2 * total, total, max(edit_bytes(*streamed.shapes[layer]) for layer in report.layers))
 
 
 def open_to_edit(
@@ -200,80 +220,21 @@ def _warn_if_edited(checkpoint: Checkpoint) -> None:
 def check_origin(
     editor: LayerEditor, source: _Path, factors: KroneckerFactors, allow_globals: Sequence[str] = ()
 ) -> None:
-    """Raise ``ValueError`` if an edit would be refused since the factors were collected on other weights.
+    """Raise ``ValueError`` if an edit would be refused because the factors were collected on other weights.
 
-    Whether they fit the model at all is told by those who load it.
+    Factors that do not fit the checkpoint at all are passed over: loading the model raises an error of its own.
     """
     editor.energies(factors)
     checkpoint = open_weights(source, allow_globals)
     try:
-        layers = FileLayers(editor, checkpoint, OneByOne(factors, torch.device("cpu")), checkpoint.provenance)
+        layers = FileLayers(editor, checkpoint, StreamedFactors(factors, torch.device("cpu")), checkpoint.provenance)
     except ValueError:
         return
     layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force=False)
 
 
-def check_loaded(
-    module: nn.Module,
-    names: Mapping[str, str],
-    factors: KroneckerFactors,
-    source: _Path,
-    *,
-    force: bool = False,
-    allow_globals: Sequence[str] = (),
-) -> None:
-    """Raise ``ValueError`` if factors were collected on other weights than a module has; if forced, warn.
-
-    Of layers that an edit of this package changed, there is a warning alone.
-
-    Args:
-        module: The network.
-        names: The module's own name of each layer to compare.
-        factors: The factors.
-        source: Where the module's weights come from, a file or a folder.
-        force: Whether to go on.
-        allow_globals: Classes that a file of ``torch.save`` may hold.
-    """
-    recorded, far = factors.fingerprints(), dict[str, float]()
-    asked = [layer for layer in names if layer in recorded]
-    for layer in asked:
-        weight = module.get_parameter(f"{names[layer]}.weight").detach()
-        distance = difference(recorded[layer], tensor_hash(weight), weight.clone)
-        if distance is not None:
-            far[layer] = distance
-    if not far:
-        return
-    edited = _edited_layers(source, far, allow_globals)
-    if edited:
-        warnings.warn(
-            f"{source} is an edited copy: the factors describe its layers {listing(edited, 3)} as they were before.",
-            stacklevel=3,
-        )
-    if others := {layer: distance for layer, distance in far.items() if layer not in edited}:
-        refuse_others(others, len(asked), source, force)
-
-
-def _edited_layers(source: _Path, layers: Collection[str], allow_globals: Sequence[str]) -> list[str]:
-    """Return those of some layers that earlier edits of a checkpoint changed."""
-    if Path(source).is_dir() and not (Path(source) / NOTE).is_file():
-        return []  # edits leave a note in a folder, whatever format its weights have
-    before: Any = open_checkpoint(source, allow_globals).provenance
-    edited: set[str] = set()
-    while isinstance(before, Mapping):
-        edited |= {plain(layer) for layer in before.get("layers", {})}
-        before = before.get("before")
-    own = {layer: plain(layer) for layer in layers}
-    return [
-        layer
-        for layer in layers
-        if any(
-            own[layer] == name or own[layer].endswith(f".{name}") or name.endswith(f".{own[layer]}") for name in edited
-        )
-    ]
-
-
 def edit_device(device: str | torch.device) -> torch.device:
-    """Return the device that is meant; ``"auto"`` is the GPU if there is one, and the CPU otherwise.
+    """Return a device by its name; ``"auto"`` is the GPU if there is one, and the CPU otherwise.
 
     Raises:
         ValueError: If there is no such device, or it has no float64.
@@ -281,8 +242,8 @@ def edit_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.zeros(1, dtype=torch.float64, device=found).cpu()
+        named = torch.device(device)
+        torch.zeros(1, dtype=torch.float64, device=named).cpu()
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:  # each build of torch has its own
         raise ValueError(f"device={str(device)!r} cannot edit, which takes float64; use auto, cpu or cuda.") from error
-    return found
+    return named

@@ -14,15 +14,16 @@ from lightning_curvature._checks import did_you_mean
 from lightning_curvature._version import __version__
 from lightning_curvature.distributed import Ranks, spread_like, whole
 from lightning_curvature.editing import streaming
-from lightning_curvature.editing.base import Editor, Projection
+from lightning_curvature.editing.base import Editor
+from lightning_curvature.editing.projection import Projection, project_on_free_device, relative_change
 from lightning_curvature.editing.report import EditReport, LayerEdit
+from lightning_curvature.editing.stored_weight import weight_matrix
 from lightning_curvature.factors.basis import FaultyLayerError, TooFewPositionsError
 from lightning_curvature.factors.decomposition import moderate, scaled
 from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
-from lightning_curvature.layers.kinds import as_matrix, from_matrix, is_conv1d
+from lightning_curvature.layers.kinds import from_matrix, is_conv1d
 from lightning_curvature.layers.modules import find_layer, layer_weights
 from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, tied_names, with_replaced
-from lightning_curvature.memory import place_edit
 
 
 class WeightEditor(Editor):
@@ -35,27 +36,28 @@ class WeightEditor(Editor):
     """Whether an energy of 1 leaves a weight as it is."""
 
     ranks = Ranks()
-    """The processes that share the work. With several, every method that edits is a collective."""
+    """The processes that edit together. With several, every method that edits is a collective."""
 
     skip_faulty = False
     """Whether a layer that cannot be edited (NaN, zero factors) is left as it is, with a warning."""
 
     reads_factors = True
-    """Whether an edit depends on the spectra of the factors, and not on which layers they are of alone."""
+    """Whether an edit depends on the spectra of the factors; if not, they only say which layers to edit."""
 
     @abstractmethod
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the edited ``[d_out, d_in]`` weight; ``energy`` is below 1."""
 
     def check_positions(self, factors: LayerFactors) -> None:
-        """Raise ``TooFewPositionsError`` if the factors rest on too few positions for this edit; here, none do."""
+        """Raise ``TooFewPositionsError`` if the factors rest on too few positions for this edit; by default never."""
 
     def edit_state_dict(
         self, state_dict: Mapping[str, Tensor], factors: KroneckerFactors
     ) -> tuple[dict[str, Tensor], EditReport]:
-        """Return a state dict with edited weights; the input stays as it is, untouched tensors are shared.
+        """Return a state dict with edited weights; the input stays as it is.
 
-        Keys that share memory with an edited weight (tied weights) get the edited tensor too.
+        Tensors that are not edited are the same objects in both. Keys that are tied to an edited weight get the edited
+        tensor too.
 
         Raises:
             ValueError: As :meth:`edit`.
@@ -84,16 +86,18 @@ class WeightEditor(Editor):
         Args:
             factors: The factors.
             source: Hash of the unedited weights, see :func:`lightning_curvature.storage.hashes.content_hash`.
-            report: What was done, if it is known: which layers were left as they are, and how far the others moved.
+            report: Report of the edit, if it was made: it adds how far each layer moved, and which were skipped.
         """
         positions = factors.counts()
         layers: dict[str, dict[str, Any]] = {
             name: {"energy": energy, "positions": positions[name]} for name, energy in self.energies(factors).items()
         }
+        skipped = {}
         if report is not None:
             layers = {
                 name: {**layers[name], "relative_change": edit.relative_change} for name, edit in report.layers.items()
             }
+            skipped = {"skipped": dict(report.skipped)} if report.skipped else {}
         return {
             "method": self.method,
             "package": f"lightning_curvature {__version__}",
@@ -101,11 +105,11 @@ class WeightEditor(Editor):
             "factors": factors.digest(),
             "provenance": factors.provenance,
             "layers": layers,
-            **({"skipped": dict(report.skipped)} if report is not None and report.skipped else {}),
+            **skipped,
         }
 
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
-        """Return new weights by layer, and what was done, computed from the factors alone."""
+        """Return new weights by layer, and a report, computed from the factors alone."""
         transposed = {name: is_conv1d(find_layer(module, name)) for name in self.energies(factors)}
         weights = layer_weights(module, transposed)
         new, report = self.edit_layers(weights, factors, transposed)
@@ -114,22 +118,22 @@ class WeightEditor(Editor):
     def edit_layers(
         self, weights: Mapping[str, Tensor], factors: KroneckerFactors, transposed: Mapping[str, bool] | None = None
     ) -> tuple[dict[str, Tensor], EditReport]:
-        """Return new weights by layer, laid out as the old ones are, and what was done.
+        """Return new weights by layer, laid out as the old ones are, and a report.
 
-        Several processes share the work: each edits some layers, and all get all of them. A layer whose factors rest on
-        too few positions stays as it is, with a warning.
+        With several processes each one edits a part of the layers, and every process gets all new weights. A layer
+        whose factors rest on too few positions stays as it is, with a warning.
 
         Args:
-            weights: Stored weights by layer; what is spread over processes is gathered, one layer at a time.
+            weights: Stored weights by layer. Sharded weights are gathered, one layer at a time.
             factors: The factors.
             transposed: Whether a weight is stored as ``[d_in, d_out]``; by default as the factors say.
 
         Raises:
-            ValueError: As :meth:`edit_weight`, for the first such layer, on all processes; or if two of the layers
-                share a weight, or none is left to be edited.
+            ValueError: As :meth:`edit_weight`, for the first such layer, on all processes; or if the weights of two
+                layers are tied, or no layer can be edited.
         """
         energies = self.energies(factors)
-        # What is spread over processes may share memory on some of them alone.
+        # Shards of two weights may share memory on some processes alone, so all processes compare what they hold.
         for tie in self.ranks.gather(find_tie({name: weights[name] for name in energies})):
             check_tie(tie)
         owners = factors.owners or self.ranks.owners({name: float(weights[name].numel()) for name in energies})
@@ -137,26 +141,27 @@ class WeightEditor(Editor):
         for name, energy in energies.items():
             weight = whole(weights[name].detach())
             if owners[name] == self.ranks.rank:
-                stored = factors[name].transposed if transposed is None else transposed[name]
-                work[name] = functools.partial(self.edit_weight, name, weight, factors[name], energy, stored)
-        new, reports, skipped = {}, {}, {}
+                is_transposed = factors[name].transposed if transposed is None else transposed[name]
+                work[name] = functools.partial(self.edit_weight, name, weight, factors[name], energy, is_transposed)
+        new, edits, skipped = {}, {}, {}
         for name, result in self.ranks.spread(energies, work, owners).items():
             if isinstance(result, TooFewPositionsError) or (isinstance(result, FaultyLayerError) and self.skip_faulty):
                 skipped[name] = str(result)
             elif isinstance(result, ValueError):
                 raise result
             else:
-                new[name], reports[name] = spread_like(result[0], weights[name]), result[1]
+                weight, edits[name] = result
+                new[name] = spread_like(weight, weights[name])
         if skipped and not new:
             raise FaultyLayerError(f"No layer can be edited: {next(iter(skipped.values()))}")
         for reason in skipped.values():
             warnings.warn(f"Left as it is: {reason}", stacklevel=2)
-        return new, EditReport(reports, self.method, factors.provenance, skipped)
+        return new, EditReport(edits, self.method, factors.provenance, skipped)
 
     def edit_weight(
         self, name: str, weight: Any, factors: LayerFactors, energy: float, transposed: bool
     ) -> tuple[Tensor, LayerEdit]:
-        """Return a new weight, in the layout and dtype of the stored one, and what was done to it.
+        """Return a new weight, in the layout and dtype of the stored one, and the report of its edit.
 
         Args:
             name: Layer, for errors.
@@ -167,48 +172,26 @@ class WeightEditor(Editor):
 
         Raises:
             ValueError: If the factors are for a weight of another shape.
-            FaultyLayerError: A ``ValueError``; if the weight or the factors are such that no edit makes sense.
+            FaultyLayerError: A ``ValueError``; if the weight is no matrix of finite numbers, the factors hold NaN or
+                only zeros, or the edited weight is too large for its dtype.
             TooFewPositionsError: A ``FaultyLayerError``; if the factors rest on too few positions.
         """
         stored = weight.detach()
-        if not stored.is_floating_point() or stored.dtype.itemsize < 2:
-            raise ValueError(
-                f"Layer {name!r}: its weight is packed or quantized ({stored.dtype}, {list(stored.shape)}), and its "
-                "entries cannot be edited. Edit the model in full precision, and quantize it afterwards."
-            )
-        if stored.device.type == "meta":
-            raise ValueError(f"Layer {name!r}: its weight is on the meta device and has no entries. Load it first.")
-        if stored.dim() < 2 or not bool(torch.isfinite(stored).all()):
-            what = (
-                "holds NaN or infinite values"
-                if stored.dim() > 1
-                else f"is no matrix, it has the shape {list(stored.shape)}"
-            )
-            raise FaultyLayerError(f"Layer {name!r}: its weight {what}.")
-        matrix = as_matrix(stored, transposed)
-        if tuple(matrix.shape) != factors.shape:
-            raise ValueError(
-                f"Layer {name!r}: factors are for a {list(factors.shape)} weight, the module has "
-                f"{list(matrix.shape)}. Were they collected on another model?"
-            )
+        matrix = weight_matrix(name, stored, factors.shape, transposed)
         if energy == 1.0 and self.keeps_at_full_energy:
-            result, exponent = Projection(matrix, matrix.numel(), 1.0), 0
+            projection, exponent = Projection(matrix, matrix.numel(), 1.0), 0
         else:
             matrix, exponent = moderate(matrix)
-            try:
-                result = self._projected(name, matrix, factors, energy)
-            except ValueError as error:
-                kind = type(error) if isinstance(error, FaultyLayerError) else ValueError
-                raise kind(f"Layer {name!r}: {error}") from error
-        new = from_matrix(scaled(result.weight, -exponent), stored, transposed)
+            projection = self._checked_projection(name, matrix, factors, energy)
+        new = from_matrix(scaled(projection.weight, -exponent), stored, transposed)
         if not bool(torch.isfinite(new).all()):
             raise FaultyLayerError(f"Layer {name!r}: its edited weight is too large for {stored.dtype}.")
         edit = LayerEdit(
             energy=energy,
-            energy_kept=result.energy_kept,
-            kept=result.kept,
+            energy_kept=projection.energy_kept,
+            kept=projection.kept,
             total=matrix.numel(),
-            relative_change=relative_change(result.weight, matrix),
+            relative_change=relative_change(projection.weight, matrix),
             changed=int((new != stored).sum()),
             tensor=f"{name}.weight",
             num_inputs=factors.num_inputs,
@@ -218,23 +201,15 @@ class WeightEditor(Editor):
         )
         return new, edit
 
-    def _projected(self, name: str, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        """Project on the GPU if there is room, and where the factors are if there turns out to be too little."""
-        place = place_edit(matrix.device, factors.A.device, factors.shape)
-        if place != factors.A.device:
-            try:
-                return self._checked_projection(matrix, factors.to(place), energy)
-            except torch.cuda.OutOfMemoryError:
-                warnings.warn(f"Layer {name!r} does not fit on {place}, so it is edited on the CPU.", stacklevel=2)
-        return self._checked_projection(matrix, factors, energy)  # not in the handler, whose error holds what was tried
+    def _checked_projection(self, name: str, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Project a matrix; an error of this editor's checks and of its projection names the layer."""
 
-    def _checked_projection(self, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        self.check_positions(factors)
-        return self.project(matrix, factors, energy)
+        def project(matrix: Tensor, factors: LayerFactors) -> Projection:
+            self.check_positions(factors)
+            return self.project(matrix, factors, energy)
 
-
-def relative_change(new: Tensor, old: Tensor) -> float:
-    """Return ``||new - old|| / ||old||`` (Frobenius); 0 for zeros that stay."""
-    old, exponent = moderate(old.double())
-    change = torch.linalg.vector_norm(scaled(new.double(), exponent) - old)
-    return float((change / torch.linalg.vector_norm(old)).nan_to_num())
+        try:
+            return project_on_free_device(name, matrix, factors, project)
+        except ValueError as error:
+            kind = type(error) if isinstance(error, FaultyLayerError) else ValueError
+            raise kind(f"Layer {name!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""Eigendecomposition of a factor, whatever it holds: dead inputs, few positions, numbers of every size."""
+"""Eigendecomposition of a factor, also of one with dead inputs, of few positions, or of very large or small numbers."""
 
 import math
 from collections.abc import Callable
@@ -21,8 +21,8 @@ class TooFewPositionsError(FaultyLayerError):
 def decompose(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """Return eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, eigenvalues descending.
 
-    Rows and columns of zeros, as dead inputs leave them, are no matter for a solver: their directions are unit vectors
-    of the eigenvalue zero, and the last ones. What a solver gives up on is tried in other ways.
+    Rows and columns of zeros, as dead inputs leave them, are not given to a solver: their directions are unit vectors
+    of the eigenvalue zero, and come last. If a solver fails, others are tried.
 
     Args:
         factor: ``[d, d]``, any floating dtype; decomposed in float64 on its device, or on the CPU if that fails.
@@ -63,9 +63,9 @@ def decompose(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 def moderate(values: Tensor) -> tuple[Tensor, int]:
-    """Return numbers times a power of two, and its exponent, so that their squares and products are numbers, too.
+    """Return numbers times a power of two, and its exponent, so that their squares and products do not overflow.
 
-    Ordinary numbers stay as they are, and have the exponent 0.
+    Numbers of ordinary size stay as they are, with the exponent 0.
 
     >>> moderate(torch.tensor([3e-300, 1.5], dtype=torch.float64))[1]
     0
@@ -80,7 +80,7 @@ def moderate(values: Tensor) -> tuple[Tensor, int]:
 
 
 def scaled(values: Tensor, exponent: int) -> Tensor:
-    """Return numbers times two to the power of ``exponent``, itself no number of float64 where it is below -1074."""
+    """Return numbers times ``2**exponent``, in two steps, since ``2**exponent`` may be too small for a float64."""
     half = exponent // 2
     return values * 2.0**half * 2.0 ** (exponent - half) if exponent else values
 
@@ -112,7 +112,7 @@ def _solve(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 def _eigh_of_reflection(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose ``H M H`` with a reflection ``H``: the same eigenvalues, without zeros and blocks to stumble over."""
+    """Decompose ``H M H`` with a reflection ``H``: the same eigenvalues, but none of the zeros that solvers fail on."""
     normal = _random_vector(len(matrix))
     normal /= torch.linalg.vector_norm(normal)
     reflected = _symmetric(matrix)
@@ -124,14 +124,14 @@ def _eigh_of_reflection(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose by singular vectors, which are the eigenvectors where no eigenvalue is below zero."""
+    """Decompose by singular vectors; they are the eigenvectors if no eigenvalue is below zero."""
     left, values, right = torch.linalg.svd(_symmetric(matrix))
     values, order = (values * (left * right.mT).sum(0)).sort()
     return values, left[:, order]
 
 
 def _orthonormal(vectors: Tensor) -> bool:
-    """Tell whether the columns of a square matrix are orthonormal, by a random vector that is turned and turned back.
+    """Tell whether the columns of a square matrix are orthonormal: they must turn a random vector, and turn it back.
 
     Solvers have returned NaN without an error, and vectors of close eigenvalues with an angle of 1e-11.
     """

@@ -14,43 +14,56 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_curvature.factors.fingerprints import check_fingerprint
+from lightning_curvature.factors.fingerprints import is_fingerprint
 from lightning_curvature.factors.layer import COUNTS, ERRORS, OPTIONAL, LayerFactors
 from lightning_curvature.storage.archive import check_tensors, read_archive
 from lightning_curvature.storage.outputs import FACTORS
 from lightning_curvature.storage.sniff import sniff
 from lightning_curvature.storage.tree import parse_json, put_together
 
-SHARES = "shares_A_with"
+TIED_TO = "shares_A_with"
+"""Entry of a layer in the header: the layer under whose name the A of both is written."""
 VERSIONS = (1, 2)
-"""Of files: those whose layers have each an A of their own, and those in which layers share one."""
-_FIELDS = {*COUNTS, "transposed", *ERRORS, "weight", SHARES}
+"""Of files without tied inputs, and of files with them."""
+_FIELDS = {*COUNTS, "transposed", *ERRORS, "weight", TIED_TO}
 _MAKE = "Factors of a model are made by lightning-curvature collect."
 _FOLDER = "it is a folder"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FactorFile(Mapping[str, LayerFactors]):
-    """The layers of a factor file."""
+    """The layers of a factor file; each access reads one anew.
+
+    Args:
+        path: File.
+
+    Attributes:
+        layers: What the header says of each layer: counts, errors, the weight, and the layer with the same A.
+        provenance: As in :class:`~.kronecker.KroneckerFactors`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a complete factor file of a version that this package reads.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
         with _opened(path) as file:
             header = _read_header(file)
-            self.tensors = set(file.keys())
+            self._tensors = set(file.keys())
             self.layers: dict[str, dict[str, Any]] = header["layers"]
             self.provenance: dict[str, Any] = header["provenance"]
-        # As long as a shared A is in use, the other layers get the same tensor.
-        self.inputs: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        # As long as an A is in use, the layers that are tied to it get the same tensor.
+        self._inputs: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     def __getitem__(self, name: str) -> LayerFactors:
         numbers = dict(self.layers[name])
-        owner = numbers.pop(SHARES, name)
+        first = numbers.pop(TIED_TO, name)
         with _opened(self.path) as file:
-            kinds = [kind for kind in ("G", *OPTIONAL) if f"{name}.{kind}" in self.tensors]
+            kinds = [kind for kind in ("G", *OPTIONAL) if f"{name}.{kind}" in self._tensors]
             tensors = {kind: file.get_tensor(f"{name}.{kind}") for kind in kinds}
-            A = self.inputs.get(owner)
-            self.inputs[owner] = tensors["A"] = file.get_tensor(f"{owner}.A") if A is None else A
+            A = self._inputs.get(first)
+            self._inputs[first] = tensors["A"] = file.get_tensor(f"{first}.A") if A is None else A
             return _layer_factors(f"layer {name!r}", tensors, numbers)
 
     def __iter__(self) -> Iterator[str]:
@@ -62,7 +75,7 @@ class FactorFile(Mapping[str, LayerFactors]):
     def tied_inputs(self) -> dict[str, str]:
         """Return, for each layer, the first one that has the same A; itself if there is none."""
         first: dict[str, str] = {}
-        return {name: first.setdefault(numbers.get(SHARES, name), name) for name, numbers in self.layers.items()}
+        return {name: first.setdefault(numbers.get(TIED_TO, name), name) for name, numbers in self.layers.items()}
 
 
 @contextmanager
@@ -90,8 +103,8 @@ def _check_kind(path: str | os.PathLike[str]) -> None:
     holds = "it holds weights, not factors"
     if Path(path).is_dir():
         model = any(Path(path).glob("*.safetensors")) and (Path(path) / "config.json").exists()
-        found, remedy = (f"it is a folder of a model: {holds}", _MAKE) if model else (_FOLDER, "Name the file in it.")
-        raise ValueError(f"{path}: not a complete factor file ({found}). {remedy}")
+        kind, remedy = (f"it is a folder of a model: {holds}", _MAKE) if model else (_FOLDER, "Name the file in it.")
+        raise ValueError(f"{path}: not a complete factor file ({kind}). {remedy}")
     if zipfile.is_zipfile(path):
         raise ValueError(
             f"{path}: not a complete factor file (it is a file of torch.save: {holds}). {_MAKE} Factors of the code of "
@@ -117,17 +130,17 @@ def _read_header(file: Any) -> dict[str, Any]:
         if not isinstance(counts, dict) or not {*COUNTS[:2]} <= counts.keys() <= _FIELDS:
             raise ValueError(f"layer {name!r} must have {', '.join(COUNTS)} and transposed")
         for key, value in counts.items():
-            if key == SHARES:
+            if key == TIED_TO:
                 fits = isinstance(value, str) and value in layers
             elif key == "weight":
-                fits = check_fingerprint(value)
+                fits = is_fingerprint(value)
             elif key in ERRORS:
                 fits = type(value) in (int, float) and 0 <= value < float("inf")
             else:  # up to 2**53 a count is exact in float64, in which factors are merged
                 fits = isinstance(value, bool) if key == "transposed" else type(value) is int and 0 <= value <= 2**53
             if not fits:
                 raise ValueError(f"layer {name!r} cannot have {key} {value!r:.60}")
-    needed = {f"{counts.get(SHARES, name)}.A" for name, counts in layers.items()} | {f"{name}.G" for name in layers}
+    needed = {f"{counts.get(TIED_TO, name)}.A" for name, counts in layers.items()} | {f"{name}.G" for name in layers}
     missing = needed - set(file.keys())
     if missing:
         raise ValueError(f"it lacks the tensor {min(missing)!r}")
@@ -152,8 +165,8 @@ def read_paper_factors(path: str | os.PathLike[str], names: str) -> dict[str, La
     layers = {}
     content = content if isinstance(content, dict) else {"": content}
     for key, entry in content.items():
-        found = re.fullmatch(r"blk(\d+)\.(\w+)", str(key))
-        if found is None or not isinstance(entry, dict) or not {"A", "G", "n_tokens"} <= entry.keys():
+        match = re.fullmatch(r"blk(\d+)\.(\w+)", str(key))
+        if match is None or not isinstance(entry, dict) or not {"A", "G", "n_tokens"} <= entry.keys():
             raise ValueError(f"{path}: expected entries 'blk23.gate' with A, G and n_tokens, found {str(key)!r:.60}.")
         tensors = {kind: entry[kind] for kind in "AG"}
         tokens = entry["n_tokens"]
@@ -162,7 +175,7 @@ def read_paper_factors(path: str | os.PathLike[str], names: str) -> dict[str, La
         if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not 0 <= tokens <= 2**53:
             raise ValueError(f"{path}: n_tokens of {key!r} must be a number of positions, found {type(tokens)}.")
         counts = dict.fromkeys(COUNTS[:2], int(tokens))
-        layers[names.format(block=found[1], projection=found[2])] = _layer_factors(f"{path}: {key!r}", tensors, counts)
+        layers[names.format(block=match[1], projection=match[2])] = _layer_factors(f"{path}: {key!r}", tensors, counts)
     if not layers or len(layers) < len(content):
         raise ValueError(
             f"{path}: {len(content)} entries become {len(layers)} layers by names={names!r}. Use both places, for "

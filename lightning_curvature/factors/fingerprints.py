@@ -1,4 +1,7 @@
-"""Which weights factors were collected on: a hash of each, and a few of its entries, which tell how far others are."""
+"""Which weights factors were collected on: a hash of each weight, and a few of its entries.
+
+The hash tells whether a weight is the same, the entries tell how far another one is from it.
+"""
 
 import math
 import re
@@ -30,26 +33,26 @@ def fingerprint(weight: Any) -> Fingerprint | None:
     return {"hash": tensor_hash(weight), "sample": sample.tolist()} if finite else None
 
 
-def difference(recorded: Fingerprint, found: str, read: Callable[[], Tensor]) -> float | None:
-    """Return how far a weight is from the one of a fingerprint, relative to its norm, by the sample.
+def difference(recorded: Fingerprint, present: str, read: Callable[[], Tensor]) -> float | None:
+    """Return how far a weight is from the recorded one, relative to its norm, by the sample.
 
     Args:
-        recorded: The fingerprint.
-        found: ``tensor_hash`` of the weight.
-        read: Returns the weight; called if the hashes differ.
+        recorded: The fingerprint of the weight that the factors were collected on.
+        present: ``tensor_hash`` of the weight to compare with it.
+        read: Returns the weight to compare; called if the hashes differ.
 
     Returns:
         None if the two are the same, or differ by what rounding to another dtype does, or cannot be compared (another
         shape, packed entries); 0 if they differ outside of the sample alone.
     """
-    if recorded["hash"] == found:
+    if recorded["hash"] == present:
         return None
-    (dtype, shape), (other, other_shape) = (_kind(text) for text in (recorded["hash"], found))
-    if shape != other_shape or dtype is None or other is None:
+    (dtype, shape), (present_dtype, present_shape) = (_kind(text) for text in (recorded["hash"], present))
+    if shape != present_shape or dtype is None or present_dtype is None:
         return None
     old, new = torch.tensor(recorded["sample"], dtype=torch.float64, device="cpu"), _sample(read())
-    if dtype != other:
-        limits = [torch.finfo(dtype), torch.finfo(other)]
+    if dtype != present_dtype:
+        limits = [torch.finfo(dtype), torch.finfo(present_dtype)]
         eps, least = max(limit.eps for limit in limits), max(limit.eps * limit.tiny for limit in limits)
         if bool(((new - old).abs() <= eps * old.abs() + least).all()):
             return None
@@ -57,7 +60,7 @@ def difference(recorded: Fingerprint, found: str, read: Callable[[], Tensor]) ->
     return change / norm if norm else math.inf if change else 0.0
 
 
-def check_fingerprint(value: Any) -> bool:
+def is_fingerprint(value: Any) -> bool:
     """Tell whether what was read from a file is a fingerprint."""
     if not isinstance(value, dict) or value.keys() != {"hash", "sample"} or not isinstance(value["sample"], list):
         return False
@@ -71,7 +74,7 @@ def check_fingerprint(value: Any) -> bool:
 
 
 def _kind(text: str) -> tuple[torch.dtype | None, str]:
-    """Return the dtype, None if it is none of plain floating numbers, and the shape from the hash of a tensor."""
+    """Return dtype and shape from the hash of a tensor; None for a dtype that is not one of plain floating numbers."""
     name, _, rest = text.partition(" ")
     dtype = getattr(torch, name.removeprefix("torch."), None)
     plain = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
@@ -79,6 +82,7 @@ def _kind(text: str) -> tuple[torch.dtype | None, str]:
 
 
 def _sample(weight: Tensor) -> Tensor:
+    """Return entries of a weight at even distances, float64 on the CPU."""
     count = min(_SAMPLE, weight.numel())
     index = torch.arange(count, device=weight.device) * weight.numel() // max(count, 1)
     places = torch.unravel_index(index, weight.shape)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_curvature._checks import did_you_mean
-from lightning_curvature.factors.files import SHARES, VERSIONS, FactorFile, read_paper_factors
+from lightning_curvature.factors.files import TIED_TO, VERSIONS, FactorFile, read_paper_factors
 from lightning_curvature.factors.fingerprints import Fingerprint
 from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.storage.atomic import replacing
@@ -84,13 +84,14 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         return {name: layer.weight for name, layer in self.items() if layer.weight is not None}
 
     def tied_inputs(self) -> dict[str, str]:
-        """Return, for each layer, the first one that has the same A, since both read the same; itself if none does.
+        """Return, for each layer, the first layer with the same A, since both read the same tensor.
 
-        An opened file tells from its header, for each access makes a new tensor; others by which tensors are the same.
+        A layer that has its A alone, or is the first with it, is returned for itself. The header of an opened file
+        tells (:meth:`open`), without reading a tensor. In memory, the A of tied layers is one tensor.
         """
         if isinstance(self._layers, FactorFile):
             return self._layers.tied_inputs()
-        layers, first = dict(self.items()), dict[int, str]()  # the tensors live as long as their ids are compared
+        layers, first = dict(self.items()), dict[int, str]()  # keeps the tensors alive while their ids are compared
         return {name: first.setdefault(id(layer.A), name) for name, layer in layers.items()}
 
     def gathered(self) -> "KroneckerFactors":
@@ -112,33 +113,39 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         if set(self) != set(other):
             raise ValueError(f"Cannot merge factors of other layers: only in one are {sorted(set(self) ^ set(other))}.")
         merged, means = {}, dict[tuple[str | int, ...], Tensor]()
-        tied, tied_two = self.tied_inputs(), other.tied_inputs()
-        for name, one in self.items():
-            two = other[name]
-            if one.shape != two.shape or one.transposed != two.transposed:
-                raise ValueError(f"Layer {name!r}: cannot merge factors of a {one.shape} and a {two.shape} weight.")
-            shared = (tied[name], one.num_inputs, tied_two[name], two.num_inputs)
-            if shared not in means:
-                means[shared] = _weighted_mean(one.A, one.num_inputs, two.A, two.num_inputs)
+        tied, tied_in_other = self.tied_inputs(), other.tied_inputs()
+        for name, first in self.items():
+            second = other[name]
+            if first.shape != second.shape or first.transposed != second.transposed:
+                raise ValueError(
+                    f"Layer {name!r}: cannot merge factors of a {first.shape} and a {second.shape} weight."
+                )
+            pair = (tied[name], first.num_inputs, tied_in_other[name], second.num_inputs)
+            if pair not in means:
+                means[pair] = _weighted_mean(first.A, first.num_inputs, second.A, second.num_inputs)
             merged[name] = LayerFactors(
-                A=means[shared],
-                G=_weighted_mean(one.G, one.num_gradients, two.G, two.num_gradients),
-                num_inputs=one.num_inputs + two.num_inputs,
-                num_gradients=one.num_gradients + two.num_gradients,
-                num_seen=one.num_seen + two.num_seen,
-                transposed=one.transposed,
-                A_coupled=_merged_mean(one.A_coupled, one.num_inputs, two.A_coupled, two.num_inputs),
-                G_coupled=_merged_mean(one.G_coupled, one.num_inputs, two.G_coupled, two.num_inputs),
-                A_error=_merged_error(one.A, one.num_inputs, one.A_error, two.A, two.num_inputs, two.A_error),
-                G_error=_merged_error(one.G, one.num_gradients, one.G_error, two.G, two.num_gradients, two.G_error),
-                weight=one.weight if one.weight == two.weight else None,
+                A=means[pair],
+                G=_weighted_mean(first.G, first.num_gradients, second.G, second.num_gradients),
+                num_inputs=first.num_inputs + second.num_inputs,
+                num_gradients=first.num_gradients + second.num_gradients,
+                num_seen=first.num_seen + second.num_seen,
+                transposed=first.transposed,
+                A_coupled=_merged_mean(first.A_coupled, first.num_inputs, second.A_coupled, second.num_inputs),
+                G_coupled=_merged_mean(first.G_coupled, first.num_inputs, second.G_coupled, second.num_inputs),
+                A_error=_merged_error(
+                    first.A, first.num_inputs, first.A_error, second.A, second.num_inputs, second.A_error
+                ),
+                G_error=_merged_error(
+                    first.G, first.num_gradients, first.G_error, second.G, second.num_gradients, second.G_error
+                ),
+                weight=first.weight if first.weight == second.weight else None,
             )
         return KroneckerFactors(merged, self.provenance)
 
     def save(self, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None) -> None:
         """Write one safetensors file, atomically: tensors ``<layer>.A`` and ``<layer>.G``, the rest as JSON.
 
-        Where layers share A (the same tensor), it is written once, under the first one's name.
+        The A of layers with tied inputs is written once, under the name of the first of them.
 
         Args:
             path: File.
@@ -155,7 +162,7 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         for name, layer in self.items():
             layers[name] = layer.facts
             if tied[name] != name:
-                layers[name][SHARES] = tied[name]
+                layers[name][TIED_TO] = tied[name]
             for factor, tensor in layer.tensors.items():
                 if factor != "A" or tied[name] == name:
                     tensors[f"{name}.{factor}"] = tensor.cpu().contiguous().clone()
@@ -209,23 +216,27 @@ def digest_of(layers: Mapping[str, str]) -> str:
     return hashlib.sha256("\0".join(f"{name}\0{digest}" for name, digest in layers.items()).encode()).hexdigest()
 
 
-def _merged_mean(one: Tensor | None, count_one: int, two: Tensor | None, count_two: int) -> Tensor | None:
-    return None if one is None or two is None else _weighted_mean(one, count_one, two, count_two)
+def _weighted_mean(first: Tensor, count: int, second: Tensor, second_count: int) -> Tensor:
+    """Return the mean of two moments of some counts, in the wider one of their dtypes."""
+    mean = _weighted_sum(first, count, second, second_count) / max(count + second_count, 1)
+    return mean.to(torch.promote_types(first.dtype, second.dtype))
+
+
+def _merged_mean(first: Tensor | None, count: int, second: Tensor | None, second_count: int) -> Tensor | None:
+    return None if first is None or second is None else _weighted_mean(first, count, second, second_count)
 
 
 def _merged_error(
-    one: Tensor, count_one: int, error_one: float | None, two: Tensor, count_two: int, error_two: float | None
+    first: Tensor, count: int, error: float | None, second: Tensor, second_count: int, second_error: float | None
 ) -> float | None:
-    """Return the relative error of a weighted mean of two independent ones."""
-    if error_one is None or error_two is None:
+    """Return the relative error of the weighted mean of two independent moments; None if one of theirs is not known."""
+    if error is None or second_error is None:
         return None
-    norm_one, norm_two = (float(torch.linalg.matrix_norm(tensor.double())) for tensor in (one, two))
-    both = one.double() * count_one + two.to(one.device).double() * count_two
-    error = math.hypot(count_one * error_one * norm_one, count_two * error_two * norm_two)
-    return error / max(float(torch.linalg.matrix_norm(both)), math.ulp(0.0))
+    norm, second_norm = (float(torch.linalg.matrix_norm(moment.double())) for moment in (first, second))
+    total = float(torch.linalg.matrix_norm(_weighted_sum(first, count, second, second_count)))
+    return math.hypot(count * error * norm, second_count * second_error * second_norm) / max(total, math.ulp(0.0))
 
 
-def _weighted_mean(one: Tensor, count_one: int, two: Tensor, count_two: int) -> Tensor:
-    total = max(count_one + count_two, 1)
-    mean = (one.double() * count_one + two.to(one.device).double() * count_two) / total
-    return mean.to(torch.promote_types(one.dtype, two.dtype))
+def _weighted_sum(first: Tensor, count: int, second: Tensor, second_count: int) -> Tensor:
+    """Return ``count * first + second_count * second``, float64, on the device of the first."""
+    return first.double() * count + second.to(first.device).double() * second_count

@@ -1,7 +1,6 @@
 """K-FAC factors of one layer."""
 
 import dataclasses
-import functools
 import hashlib
 from typing import Any
 
@@ -9,16 +8,17 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.factors.basis import CurvatureBasis
-from lightning_curvature.factors.basis_cache import Original, known_basis, known_values
+from lightning_curvature.factors.basis_cache import BASES
 from lightning_curvature.factors.decomposition import moderate
 from lightning_curvature.factors.fingerprints import Fingerprint
 
 OPTIONAL = ("A_coupled", "G_coupled", "eigenvalues", "margins")
+"""Tensors of :class:`LayerFactors` that may be missing."""
 COUNTS = ("num_inputs", "num_gradients", "num_seen")
 ERRORS = ("A_error", "G_error")
-"""Fields of :class:`LayerFactors` that may be missing."""
+"""Numbers of :class:`LayerFactors` that may be missing."""
 _REST = 1e-3
-"""Share of the trace beyond as many eigenvalues as there are positions that still counts as rounding."""
+"""Largest part of the trace, beyond as many eigenvalues as there are positions, that counts as rounding."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +43,9 @@ class LayerFactors:
         weight: Which weight they were collected on, see :mod:`lightning_curvature.factors.fingerprints`; None if it is
             not known, or moved meanwhile.
 
+    Attributes:
+        copied_from: The factors that these are a copy of on another device, see :meth:`to`; None if they are no copy.
+
     Raises:
         ValueError: If a factor is not a square floating matrix, an optional one does not have its shape, or a count is
             negative.
@@ -61,6 +64,7 @@ class LayerFactors:
     A_error: float | None = None
     G_error: float | None = None
     weight: Fingerprint | None = None
+    copied_from: "LayerFactors | None" = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, factor in (("A", self.A), ("G", self.G)):
@@ -91,12 +95,12 @@ class LayerFactors:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that are there, by name."""
-        found = {name: getattr(self, name) for name in ("A", "G", *OPTIONAL)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        tensors = {name: getattr(self, name) for name in ("A", "G", *OPTIONAL)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @property
     def numbers(self) -> dict[str, int]:
-        """Everything but tensors and errors, by name."""
+        """The counts, and whether the weight is transposed, by name."""
         return {name: getattr(self, name) for name in (*COUNTS, "transposed")}
 
     @property
@@ -120,32 +124,27 @@ class LayerFactors:
     @property
     def basis(self) -> CurvatureBasis:
         """The curvature basis; each factor is decomposed once, and its eigenvectors are kept as long as it is."""
-        return known_basis(self.A, self.G) if self.original is self else self._basis_of_copy
-
-    @functools.cached_property
-    def _basis_of_copy(self) -> CurvatureBasis:
-        return known_basis(self.A, self.G, vars(self)["_copied"])
+        return BASES.basis(self.A, self.G)
 
     def too_few_positions(self) -> str | None:
         """Return a sentence that says that a factor rests on too few positions for its rank; None if none does.
 
-        The moment of n positions has n directions at most. Where it has fewer than there are live inputs (outputs), it
-        says nothing about the others, which an edit would remove whatever they are for. Dead inputs, whose diagonal is
-        zero, and factors of more directions than their count, such as those made by hand, are no matter. Only a factor
-        of fewer positions than live inputs is decomposed.
+        A moment of n positions has rank n at most. Where n is less than the number of live inputs (outputs), the moment
+        says nothing about the other directions, and an edit would remove them. Dead inputs, whose diagonal is zero, do
+        not count. Neither do factors of a higher rank than their count allows, such as those made by hand. Only a
+        factor of fewer positions than live inputs is decomposed.
 
         Raises:
             FaultyLayerError: If a factor that is decomposed cannot be.
         """
-        of_A, of_G = vars(self).get("_copied", (None, None))
-        for name, side, factor, count, of in (
-            ("A", "inputs", self.A, self.num_inputs, of_A),
-            ("G", "outputs", self.G, self.num_gradients, of_G),
+        for name, side, factor, count in (
+            ("A", "inputs", self.A, self.num_inputs),
+            ("G", "outputs", self.G, self.num_gradients),
         ):
             live = int(factor.diagonal().count_nonzero())
             if count >= live:
                 continue
-            values = moderate(known_values(factor, f"Factor {name}", of))[0]
+            values = moderate(BASES.eigenvalues(factor, f"Factor {name}"))[0]
             if float(values[count:].sum()) <= _REST * float(values.sum()):
                 return (
                     f"Factor {name} rests on {count} positions, too few for its {live} live {side}: of the other "
@@ -156,9 +155,8 @@ class LayerFactors:
 
     @property
     def original(self) -> "LayerFactors":
-        """What these are a copy of on another device, see :meth:`to`; themselves if they are none."""
-        original: LayerFactors = vars(self).get("_original", self)
-        return original
+        """The factors that these are a copy of on another device; themselves if they are no copy."""
+        return self if self.copied_from is None else self.copied_from
 
     def to(self, device: torch.device) -> "LayerFactors":
         """Return a copy on another device, or these if they are there.
@@ -167,9 +165,11 @@ class LayerFactors:
         """
         if device == self.A.device:
             return self
-        if self.original is not self:
-            return self.original.to(device)
+        if self.copied_from is not None:
+            return self.copied_from.to(device)
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         copy = dataclasses.replace(self, **moved)
-        vars(copy).update(_original=self, _copied=(Original.now(self.A), Original.now(self.G)))
+        object.__setattr__(copy, "copied_from", self)
+        BASES.add_copy(copy.A, self.A)
+        BASES.add_copy(copy.G, self.G)
         return copy

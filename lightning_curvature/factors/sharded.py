@@ -10,10 +10,10 @@ from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
 
 
 class ShardedFactors(KroneckerFactors):
-    """Factors of which each process holds some layers; it has the names of all, and reads its own alone.
+    """Factors of which each process holds its part of the layers. It has the names of all, and the factors of its part.
 
     Args:
-        own: Layers of this process.
+        part: Factors of the layers that this process holds.
         counts: Positions behind the inputs' factor of every layer, in the order of the layers.
         owners: Which process holds a layer.
         ranks: The processes.
@@ -22,13 +22,13 @@ class ShardedFactors(KroneckerFactors):
 
     def __init__(
         self,
-        own: Mapping[str, LayerFactors],
+        part: Mapping[str, LayerFactors],
         counts: Mapping[str, int],
         owners: Mapping[str, int],
         ranks: Ranks,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(own, provenance)
+        super().__init__(part, provenance)
         self.owners: Mapping[str, int] = dict(owners)
         self.ranks = ranks
         self._counts = dict(counts)
@@ -59,17 +59,18 @@ class ShardedFactors(KroneckerFactors):
 
     def digest(self) -> str:
         """Return the digest that the same factors have on one process. A collective."""
-        told: dict[str, str] = {}
-        for part in self.ranks.gather({name: layer.digest() for name, layer in self._layers.items()}):
-            told |= part
-        return digest_of({name: told[name] for name in self})
+        return digest_of(self._of_all({name: layer.digest() for name, layer in self._layers.items()}))
 
     def tied_inputs(self) -> dict[str, str]:
-        """Return, for each layer, the first one of its process that has the same A. A collective."""
-        told: dict[str, str] = {}
-        for part in self.ranks.gather(KroneckerFactors(self._layers).tied_inputs()):
-            told |= part
-        return {name: told[name] for name in self}
+        """Return, for each layer, the first layer of its process with the same A. A collective."""
+        return self._of_all(KroneckerFactors(self._layers).tied_inputs())
+
+    def _of_all(self, texts: Mapping[str, str]) -> dict[str, str]:
+        """Return a text for every layer, given those for the layers of this process. A collective."""
+        gathered: dict[str, str] = {}
+        for part in self.ranks.gather(texts):
+            gathered |= part
+        return {name: gathered[name] for name in self}
 
     def gathered(self) -> KroneckerFactors:
         """Return all factors on the first process, on the CPU; what the others get is empty. A collective."""
@@ -77,15 +78,15 @@ class ShardedFactors(KroneckerFactors):
         for name in self:
             owner = self.owners[name]
             layer = self._layers.get(name)
-            own, told = dict[str, Tensor](), None
+            to_send, facts = dict[str, Tensor](), None
             if layer is not None:
-                own, told = layer.tensors, layer.facts
-                own = {key: tensor for key, tensor in own.items() if key != "A" or tied[name] == name}
-            keys, numbers = self.ranks.gather((list(own), told))[owner]
-            tensors = {key: self.ranks.send(own.get(key), owner) for key in keys}
-            if self.ranks.rank == 0 and numbers is not None:
-                on_cpu: dict[str, Any] = {key: tensor.cpu() for key, tensor in tensors.items()}
+                facts = layer.facts
+                to_send = {kind: tensor for kind, tensor in layer.tensors.items() if kind != "A" or tied[name] == name}
+            kinds, owner_facts = self.ranks.gather((list(to_send), facts))[owner]
+            tensors = {kind: self.ranks.send(to_send.get(kind), owner) for kind in kinds}
+            if self.ranks.rank == 0 and owner_facts is not None:
+                on_cpu: dict[str, Any] = {kind: tensor.cpu() for kind, tensor in tensors.items()}
                 if tied[name] != name:
                     on_cpu["A"] = gathered[tied[name]].A
-                gathered[name] = LayerFactors(**(on_cpu | numbers))
+                gathered[name] = LayerFactors(**(on_cpu | owner_facts))
         return KroneckerFactors(gathered, self.provenance)

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.distributed import spread_like, whole
+from lightning_curvature.recording.calls import LayerCall
 from lightning_curvature.recording.losses import SoftmaxLoss
-from lightning_curvature.recording.taps import LayerCall
 
 FISHER_KINDS = ("sketched", "sampled", "exact", "empirical")
 EXACT_LIMIT = 4096

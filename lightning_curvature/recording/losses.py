@@ -167,3 +167,11 @@ def every_position(logits: Tensor, class_dim: int) -> Tensor:
 def shapes_of(losses: Sequence[SoftmaxLoss]) -> list[list[int]]:
     """Return the shapes of the logits of some losses, for messages."""
     return [list(loss.logits.shape) for loss in losses]
+
+
+SUPPORTED_LOSSES = (
+    "The curvature is defined here for F.cross_entropy, nn.CrossEntropyLoss, and F.nll_loss after log_softmax; a model "
+    "that hides it (a fused or compiled loss, a hand-written focal or margin loss over a softmax) names the submodule "
+    "or method that returns its logits: logits='...', and class_dim= if the classes are not the last of three or more "
+    "dimensions."
+)

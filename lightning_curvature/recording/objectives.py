@@ -9,27 +9,15 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curvature._checks import listing
 from lightning_curvature.distributed import whole
+from lightning_curvature.recording.calls import LayerCall
 from lightning_curvature.recording.graph import (
-    SoftmaxUse,
     ancestors,
-    between,
-    hides_its_operations,
     node_of,
     origin_of,
-    path_below,
     reached,
-    reaches,
-    softmax_uses,
 )
-from lightning_curvature.recording.losses import OtherLoss, SoftmaxLoss, shapes_of
-from lightning_curvature.recording.taps import LayerCall, Taps
-
-_KNOWN = (
-    "The curvature is defined here for F.cross_entropy, nn.CrossEntropyLoss, and F.nll_loss after log_softmax; a model "
-    "that hides it (a fused or compiled loss, a hand-written focal or margin loss over a softmax) names the submodule "
-    "or method that returns its logits: logits='...', and class_dim= if the classes are not the last of three or more "
-    "dimensions."
-)
+from lightning_curvature.recording.losses import SUPPORTED_LOSSES, SoftmaxLoss, shapes_of
+from lightning_curvature.recording.taps import Taps
 
 
 class NothingToCollectError(RuntimeError):
@@ -55,22 +43,6 @@ def losses_that_reach(taps: Taps, objective: Tensor | None) -> list[SoftmaxLoss]
         return list(taps.losses)
     met = reached(objective.grad_fn, {loss.node for loss in taps.losses})
     return [loss for loss in taps.losses if loss.node in met]
-
-
-def seen_below(taps: Taps, named: Sequence[SoftmaxLoss], objective: Tensor | None) -> list[SoftmaxLoss]:
-    """Return the known softmax losses that a backward pass goes through, and that named logits go into.
-
-    Args:
-        taps: What the step recorded.
-        named: What the submodule or method that the user named returned.
-        objective: What is backpropagated, or None.
-    """
-    losses = list(taps.seen)
-    if objective is not None:
-        met = reached(objective.grad_fn, {loss.node for loss in losses})
-        losses = [loss for loss in losses if loss.node in met]
-    goals = {loss.node for loss in named}
-    return [loss for loss in losses if reached(node_of(loss.logits), goals)]
 
 
 def without_ignored(loss: SoftmaxLoss, objective: Tensor | None) -> SoftmaxLoss:
@@ -105,7 +77,31 @@ def why_no_loss(taps: Taps, logits: str | None) -> str:
     seen = f" It computes {listing(names)}." if names else ""
     if taps.without_gradients:
         seen += " It computes a cross-entropy without gradients: take torch.no_grad() or detach() away from it."
-    return f"No softmax cross-entropy reaches the training loss.{seen} {_KNOWN}"
+    return f"No softmax cross-entropy reaches the training loss.{seen} {SUPPORTED_LOSSES}"
+
+
+def why_no_gradients(chosen: Collection[str], calls: Sequence[LayerCall], transformed: Collection[str]) -> str | None:
+    """Return why a backward pass through a softmax loss gives chosen layers no gradients; None if none of them ran.
+
+    Args:
+        chosen: Chosen layers, or those that may be.
+        calls: Calls of layers in the step.
+        transformed: Layers that ran inside a ``torch.func`` transform.
+    """
+    ran = {call.name for call in calls} & set(chosen)
+    frozen = {call.name for call in calls if call.edge is None} & set(chosen)
+    inside = set(transformed) & set(chosen)
+    if frozen:
+        return frozen_layers(frozen)
+    if inside and not ran:
+        return (
+            f"Layers {listing(sorted(inside))} run inside a torch.func transform (vmap, grad, jvp), whose tensors have "
+            "no place in the autograd graph. Collect from a step without it: a plain forward pass and "
+            "loss.backward(), or over the trained model (lightning_curvature.collect.collect)."
+        )
+    if ran:
+        return f"A softmax loss was backpropagated that does not depend on the chosen layers {listing(sorted(chosen))}."
+    return None
 
 
 def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], named: bool = False) -> list[SoftmaxLoss]:
@@ -202,176 +198,7 @@ def check_log_probabilities(loss: SoftmaxLoss) -> None:
 # Logits that the user named ------------------------------------------------------------------------------------------
 
 
-def find_class_dim(loss: SoftmaxLoss, name: str, class_dim: int | None, taps: Taps, objective: Tensor | None) -> int:
-    """Return the dimension of the classes of logits that the user named, and whose softmax is written out by hand.
-
-    Args:
-        loss: The named logits.
-        name: What they were named by.
-        class_dim: What the user said, or None.
-        taps: What the step recorded.
-        objective: What is backpropagated, or None.
-
-    Raises:
-        RuntimeError: If no softmax is applied to them as they are, it cannot be told which dimension holds the classes,
-            or there is one class only.
-    """
-    shape = tuple(loss.logits.shape)
-    goal = loss.node
-    path = [] if objective is None else between(objective.grad_fn, goal)
-    uses = softmax_uses(path)
-    if not uses and not hides_its_operations(path):
-        _check_no_other_loss(name, goal, taps.other_losses, bool(path))
-    below = [origin for use in uses for origin in [path_below(use.node, goal)]]
-    changed = sorted({operation for operations, _ in below for operation in operations})
-    if changed:
-        raise RuntimeError(
-            f"logits={name!r}: between what it returned and the softmax of the loss there is more than views "
-            f"({', '.join(changed)}), so it returns no logits. Name the submodule or method that returns what goes "
-            "into the softmax."
-        )
-    dim = _told_dim(shape, uses, any(reordered for _, reordered in below), name, class_dim)
-    if shape[dim] < 2:
-        raise RuntimeError(
-            f"logits={name!r} returned {list(shape)}: one class only, whose softmax is always 1. A binary or squared "
-            "loss has no softmax; its curvature is not collected."
-        )
-    return dim
-
-
-def _told_dim(
-    shape: tuple[int, ...], uses: Sequence[SoftmaxUse], reordered: bool, name: str, class_dim: int | None
-) -> int:
-    """Return the dimension of the classes, by what the user said and the softmaxes that were seen."""
-    fits = set(range(len(shape)))
-    for use in uses:
-        fits &= {dim for dim, size in enumerate(shape) if size == use.classes}
-        if not reordered and use.shape == shape:
-            fits &= {use.dim}
-    last = len(shape) - 1
-    if class_dim is not None:
-        dim = class_dim + len(shape) if class_dim < 0 else class_dim
-        if not 0 <= dim < len(shape):
-            raise RuntimeError(
-                f"class_dim={class_dim}: logits={name!r} returned {list(shape)}, without that dimension."
-            )
-        if dim not in fits:
-            classes = sorted({use.classes for use in uses})
-            raise RuntimeError(
-                f"class_dim={class_dim}: logits={name!r} returned {list(shape)}, and the softmax of the loss has "
-                f"{classes} classes, in another dimension."
-            )
-        return dim
-    if len(fits) == 1:
-        return fits.pop()
-    if uses and not reordered and last in fits and all(use.dim == len(use.shape) - 1 for use in uses):
-        return last
-    if not uses and len(shape) <= 2:
-        return last
-    raise RuntimeError(
-        f"logits={name!r} returned {list(shape)}, and which dimension holds the classes cannot be told from the loss. "
-        "Say it: class_dim=1 for [batch, classes, ...], class_dim=-1 for [batch, ..., classes]."
-    )
-
-
-def _check_no_other_loss(name: str, goal: Node, others: Sequence[OtherLoss], known: bool) -> None:
-    """Raise if logits go into a loss that is no softmax loss, as far as that can be told."""
-    direct = sorted({other.name for other in others if reaches(other.input.grad_fn, {goal})})
-    if direct:
-        raise RuntimeError(
-            f"logits={name!r} goes into {listing(direct)}, and into no softmax: it is no softmax loss, so its "
-            f"curvature is another one than would be collected. {_KNOWN}"
-        )
-    if known:
-        raise RuntimeError(
-            f"logits={name!r} goes into no softmax on its way to the training loss (a binary, squared or margin "
-            f"loss?), so its curvature is another one than would be collected. {_KNOWN}"
-        )
-
-
 # What empirical needs ------------------------------------------------------------------------------------------------
-
-
-def empirical_unit(losses: Sequence[SoftmaxLoss]) -> Tensor:
-    """Return the factor, float64, that makes gradients of the training's backward those of the plain summed loss.
-
-    The factor that arrived at the loss (gradient accumulation, loss scaling, a user's own weight) and the reduction's
-    denominator are divided out.
-
-    Raises:
-        RuntimeError: If the loss reached the backward pass with a weight of its own for each position, or chunks of it
-            with different ones.
-    """
-    units = [_unit(loss) for loss in losses]
-    if len(units) > 1:
-        first = units[0]
-        if not all(torch.allclose(unit, first.to(unit.device), rtol=1e-4, atol=0) for unit in units):
-            raise RuntimeError(_WEIGHED)
-    return units[0]
-
-
-_WEIGHED = (
-    "fisher='empirical': the training weighs its loss positions differently, so gradients of the plain loss cannot be "
-    "told from them. Use fisher='sketched', which does not depend on the training loss."
-)
-
-
-def _unit(loss: SoftmaxLoss) -> Tensor:
-    parts: list[tuple[Tensor, Tensor]] = []
-    for part in (loss, *loss.twins):
-        factor, denominator = part.factor, part.denominator
-        if factor is None or denominator is None:
-            raise RuntimeError(
-                "The training's backward never reached the loss; fisher='empirical' has nothing to read."
-            )
-        if not (part is loss or torch.equal(part.counted, loss.counted)):
-            raise RuntimeError(_WEIGHED)
-        parts.append((_uniform(whole(factor)), whole(denominator).double()))
-    if len(parts) == 1:
-        factor, denominator = parts[0]
-        return denominator / factor
-    rates = [factor / denominator for factor, denominator in parts]
-    return 1.0 / sum(rates[1:], rates[0])
-
-
-def _uniform(arrived: Tensor) -> Tensor:
-    """Return the one factor, float64, that arrived at all positions of a loss."""
-    if arrived.numel() == 1:  # nothing to compare, so that an accelerator is not waited for
-        return torch.where(arrived == 0, 1, arrived).double().reshape(())
-    factors = arrived[arrived != 0]  # with reduction="none" a weight of zero leaves a position out
-    factor = factors[0] if factors.numel() else arrived.new_ones(())
-    if bool((factors != factor).any()):
-        raise RuntimeError(_WEIGHED)
-    return factor.double()
-
-
-def check_single_path(losses: Sequence[SoftmaxLoss], goals: set[Node], objective: Tensor | None) -> None:
-    """Raise if the training loss reaches the layers on another path than through the softmax loss."""
-    if any(loss.output is None for loss in losses) or objective is None:
-        raise RuntimeError("fisher='empirical' reads the training's own loss; it cannot be used with logits='...'.")
-    barriers = {part.node for loss in losses for part in (loss, *loss.twins)}
-    stack, seen = [objective.grad_fn], set(barriers)
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node in goals:
-            raise RuntimeError(
-                "fisher='empirical': the training loss reaches the layers on other paths than through the "
-                "cross-entropy (a regularizer, an auxiliary loss), so their gradients are mixed. Use fisher='sketched' "
-                "or 'sampled'."
-            )
-        seen.add(node)
-        stack.extend(parent for parent, _ in node.next_functions)
-
-
-def check_unreached(goals: set[Node], objective: Tensor) -> None:
-    """Raise if another backward pass of the same step would reach the layers too."""
-    if reaches(objective.grad_fn, goals):
-        raise RuntimeError(
-            "fisher='empirical': a second backward pass through the same forward pass reaches the layers, and its "
-            "gradients would mix with the first's. Use fisher='sketched' or 'sampled'."
-        )
 
 
 def check_reentrant(losses: Sequence[SoftmaxLoss], taps: Taps, called: Collection[str]) -> None:

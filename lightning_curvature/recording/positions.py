@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature._checks import check_option
-from lightning_curvature.recording.taps import LayerCall
+from lightning_curvature.recording.calls import LayerCall
 
 POSITIONS = ("contributing", "all", "first")
 

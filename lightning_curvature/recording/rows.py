@@ -3,8 +3,7 @@
 An accelerator is waited for once for the whole batch, in :func:`read_batch`.
 """
 
-import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_curvature.distributed import whole
 from lightning_curvature.layers.kinds import gradient_rows, input_rows, is_matmul, num_rows
+from lightning_curvature.recording.calls import LayerCall
+from lightning_curvature.recording.one_read import OneRead
 from lightning_curvature.recording.positions import counted_positions
-from lightning_curvature.recording.taps import LayerCall
 
 
 @dataclass
@@ -103,90 +103,121 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
     Raises:
         RuntimeError: If a layer's input was overwritten, or positions cannot be told.
     """
-    rows, sums, samples = [], dict[Any, Tensor](), dict[Any, tuple[Tensor, int]]()
+    rows = [_rows_of(call, gradients) for call, gradients in zip(batch.calls, batch.gradients, strict=True)]
+    totals, not_zero = _look_at(rows, positions)
+    _choose_positions(rows, not_zero, batch, positions)
+    device = rows[0].inputs.device
+    read = OneRead()
+    is_finite = read.ask(torch.isfinite(torch.stack([total.to(device) for total in totals])))
+    units = {id(scale): read.ask_float(scale) for scale in batch.scales if isinstance(scale, Tensor)}
+    masked = [call_rows for call_rows in rows if call_rows.counted is not None]
+    groups = _of_one_length([(call_rows, call_rows.counted) for call_rows in masked if call_rows.counted is not None])
+    answers = []
+    for group in groups:
+        masks = torch.stack([counted for _, counted in group])
+        weights = _weights(masks.shape[1], masks.device)
+        answers.append((group, read.ask(masks.sum(1)), read.ask((masks * weights).sum(1))))
+    read.run(device)
+    if not all(is_finite.values):
+        return None
+    for call_rows, scale in zip(rows, batch.scales, strict=True):
+        call_rows.scale = units[id(scale)].as_float() if isinstance(scale, Tensor) else scale
+    for group, counts, fingerprints in answers:
+        for (call_rows, _), count, fingerprint in zip(group, counts.values, fingerprints.values, strict=True):
+            call_rows.num_counted, call_rows.fingerprint = count, fingerprint
+    _index_rows(masked)
+    return rows
+
+
+def _rows_of(call: LayerCall, gradients: Sequence[Tensor]) -> CallRows:
+    """Return the rows of a call, all of which count so far."""
+    call.check_input()
+    inputs = whole(call.inputs)
+    count = num_rows(call.module, inputs, call.output_shape)
+    rows = CallRows(call, inputs, [whole(gradient) for gradient in gradients], key=_reading(call))
+    rows.num_seen = rows.num_counted = count
+    return rows
+
+
+def _look_at(rows: Sequence[CallRows], positions: str) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+    """Look through all values of a batch once.
+
+    Returns:
+        Scalars that are NaN or infinite if a value is. And where the gradients are not zero, bool ``[n]`` of each
+        backward pass, by the ``id`` of the rows; of those for which that tells which positions count.
+    """
+    totals = [_sum(call_rows.inputs) for call_rows in _one_of_each(rows)]
     extremes: list[tuple[CallRows, Tensor]] = []
-    for index, call in enumerate(batch.calls):
-        call.check_input()
-        inputs = whole(call.inputs)
-        gradients = [whole(gradient) for gradient in batch.gradients[index]]
-        own = CallRows(call, inputs, gradients, key=_reading(call))
-        own.num_seen = own.num_counted = num_rows(call.module, inputs, call.output_shape)
-        if own.key not in sums:
-            sums[own.key] = _sum(inputs)
-        for number, gradient in enumerate(gradients):
-            if positions == "contributing" and is_matmul(call.module):
-                extremes.append((own, _extreme(gradient_rows(call.module, gradient))))
-            else:
-                sums[index, number] = _sum(gradient)
-        rows.append(own)
+    for call_rows in rows:
+        module = call_rows.call.module
+        if positions == "contributing" and is_matmul(module):
+            extremes += [(call_rows, _extreme(gradient_rows(module, gradient))) for gradient in call_rows.gradients]
+        else:
+            totals += map(_sum, call_rows.gradients)
     not_zero: dict[int, list[Tensor]] = {}
-    for parts in _of_one_length(extremes).values():
-        stacked = torch.stack([extreme for _, extreme in parts])
-        sums[id(parts)] = _sum(stacked)
-        for (own, _), flags in zip(parts, (stacked != 0).unbind(), strict=True):
-            not_zero.setdefault(id(own), []).append(flags)
-    for own in rows:
-        own.counted = counted_positions(positions, own.call, not_zero.get(id(own), []), own.num_seen, batch.mask)
+    for group in _of_one_length(extremes):
+        stacked = torch.stack([extreme for _, extreme in group])
+        totals.append(_sum(stacked))
+        for (call_rows, _), flags in zip(group, (stacked != 0).unbind(), strict=True):
+            not_zero.setdefault(id(call_rows), []).append(flags)
+    return totals, not_zero
+
+
+def _one_of_each(rows: Sequence[CallRows]) -> list[CallRows]:
+    """Return the rows whose inputs no earlier ones have read in the same way."""
+    first: dict[tuple[Any, ...], CallRows] = {}
+    for call_rows in rows:
+        first.setdefault(call_rows.key, call_rows)
+    return list(first.values())
+
+
+def _choose_positions(
+    rows: Sequence[CallRows], not_zero: Mapping[int, Sequence[Tensor]], batch: BatchGradients, positions: str
+) -> None:
+    """Set which positions of each call count: by the rule, and by chance where only a share of them is used."""
+    samples = dict[Any, tuple[Tensor, int]]()
+    for call_rows in rows:
+        flags = not_zero.get(id(call_rows), [])
+        counted = counted_positions(positions, call_rows.call, flags, call_rows.num_seen, batch.mask)
         if batch.share < 1.0:
-            which = (own.num_seen, own.inputs.device)
+            which = (call_rows.num_seen, call_rows.inputs.device)
             if which not in samples:
                 samples[which] = _sample(*which, batch)
-            sample, own.num_seen = samples[which]
-            own.counted = sample if own.counted is None else own.counted & sample
-    masks = _of_one_length([(own, own.counted) for own in rows if own.counted is not None])
-    device = rows[0].inputs.device
-    asked = [torch.isfinite(torch.stack([total.to(device) for total in sums.values()])).to(torch.int64)]
-    units = {id(scale): scale for scale in batch.scales if isinstance(scale, Tensor)}  # which the batch keeps alive
-    asked += [unit.reshape(1).view(torch.int64) for unit in units.values()]  # their bits
-    for parts in masks.values():
-        stacked = torch.stack([counted for _, counted in parts])
-        asked += [stacked.sum(1), (stacked * _weights(stacked.shape[1], stacked.device)).sum(1)]
-    # The only wait for an accelerator: everything that is to be known of the batch is read at once.
-    answers = iter(torch.cat([numbers.to(device) for numbers in asked]).tolist())
-    finite = [next(answers) for _ in sums]
-    if not all(finite):
-        return None
-    known = {key: struct.unpack("d", struct.pack("q", next(answers)))[0] for key in units}
-    for own, scale in zip(rows, batch.scales, strict=True):
-        own.scale = known[id(scale)] if isinstance(scale, Tensor) else scale
-    for parts in masks.values():
-        for name in ("num_counted", "fingerprint"):
-            for own, _ in parts:
-                setattr(own, name, next(answers))
-    _index_rows([own for own in rows if own.counted is not None])
-    return rows
+            sample, call_rows.num_seen = samples[which]
+            counted = sample if counted is None else counted & sample
+        call_rows.counted = counted
 
 
 def _index_rows(rows: Sequence[CallRows]) -> None:
     """Make the indices of the positions that count; where they are the same ones, once."""
     made: dict[tuple[Any, ...], Tensor] = {}
-    for own in rows:
-        count, counted = own.num_counted, own.counted
-        own.key += (count, own.fingerprint)
+    for call_rows in rows:
+        count, counted = call_rows.num_counted, call_rows.counted
+        call_rows.key += (count, call_rows.fingerprint)
         if counted is not None and count < len(counted):
-            which = (counted.device, len(counted), count, own.fingerprint)
+            which = (counted.device, len(counted), count, call_rows.fingerprint)
             if which not in made:
                 # Their number is known, so that nothing has to be read from the device, as a mask for an index would.
                 made[which] = counted.byte().argsort(descending=True, stable=True)[:count]
-            own.index = made[which]
+            call_rows.index = made[which]
 
 
-def _of_one_length(items: Sequence[tuple[CallRows, Tensor]]) -> dict[Any, list[tuple[CallRows, Tensor]]]:
+def _of_one_length(items: Sequence[tuple[CallRows, Tensor]]) -> list[list[tuple[CallRows, Tensor]]]:
     """Return tensors ``[n]``, and whose they are, in groups of one device and one length: they are read together."""
     groups: dict[Any, list[tuple[CallRows, Tensor]]] = {}
     for item in items:
         groups.setdefault((item[1].device, len(item[1])), []).append(item)
-    return groups
+    return list(groups.values())
 
 
 def same_inputs(rows: Sequence[CallRows]) -> list[dict[str, list[CallRows]]]:
     """Return the rows by layer, in groups of layers that read the same positions of the same tensors."""
     by_layer: dict[str, list[CallRows]] = {}
-    for own in rows:
-        by_layer.setdefault(own.call.name, []).append(own)
+    for call_rows in rows:
+        by_layer.setdefault(call_rows.call.name, []).append(call_rows)
     groups: dict[tuple[Any, ...], dict[str, list[CallRows]]] = {}
     for name, calls in by_layer.items():
-        groups.setdefault(tuple(own.key for own in calls), {})[name] = calls
+        groups.setdefault(tuple(call_rows.key for call_rows in calls), {})[name] = calls
     return list(groups.values())
 
 

@@ -14,17 +14,16 @@ again there.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from lightning_curvature._checks import did_you_mean
 from lightning_curvature.distributed import whole
+from lightning_curvature.recording.calls import LayerCall, version_of
 from lightning_curvature.recording.compiled import uncompiled
 from lightning_curvature.recording.forwards import check_forward, rows_agree
 from lightning_curvature.recording.losses import (
@@ -35,49 +34,7 @@ from lightning_curvature.recording.losses import (
     every_position,
     read_loss,
 )
-
-_OVERWRITTEN = (
-    "Layer {!r}: its input was changed in place after the layer read it, so it can no longer be measured. Replace the "
-    "in-place operation (x += y becomes x = x + y)."
-)
-
-
-@dataclass(eq=False)
-class LayerCall:
-    """One call of a watched layer.
-
-    Args:
-        name: Module name of the layer.
-        module: The layer.
-        inputs: What it read, detached.
-        version: Version counter of the input at the time of the call.
-        edge: Its output in the autograd graph; None if the output needs no gradient.
-        output_shape: Shape of its output.
-        output_dtype: Dtype of its output.
-        nested: Whether it read rows of several lengths (a nested tensor), which are there one after the other.
-        arrived: Gradients of the training loss that arrived at the output (only if the tap watches them).
-    """
-
-    name: str
-    module: nn.Module
-    inputs: Tensor
-    version: int
-    edge: GradientEdge | None
-    output_shape: torch.Size
-    output_dtype: torch.dtype
-    nested: bool = False
-    arrived: list[Tensor] = field(default_factory=list)
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """The gradient that the training's backward sent to the output, or None."""
-        return sum(self.arrived[1:], self.arrived[0]) if self.arrived else None
-
-    def check_input(self) -> None:
-        """Raise if the input was overwritten after the layer read it."""
-        if _version(self.inputs) != self.version:
-            raise RuntimeError(_OVERWRITTEN.format(self.name))
-
+from lightning_curvature.recording.named_logits import logits_seen
 
 _LOSSES = frozenset([*SOFTMAX_LOSSES, *OTHER_LOSSES])
 _passes: list[object] = []  # tokens of the recorders whose own backward pass is running
@@ -145,7 +102,7 @@ class Taps:
                 handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             if self._logits is not None:
-                self._tap_named_logits(self._logits, stack)
+                stack.enter_context(logits_seen(self._root, self._logits, self.see_named_logits))
             stack.enter_context(uncompiled(self._token))
             stack.enter_context(_FunctionTap(self))
             self._stack = stack.pop_all()
@@ -216,7 +173,7 @@ class Taps:
             self.transformed.add(name)
             return
         _check_tensors(name, inputs, output)
-        nested, version = inputs.is_nested, _version(inputs)
+        nested, version = inputs.is_nested, version_of(inputs)
         rows = whole(inputs.detach()) if nested else inputs.detach()
         shape = torch.Size([len(rows), output.size(-1)]) if output.is_nested else output.shape
         if not rows_agree(module, rows, shape):
@@ -237,7 +194,7 @@ class Taps:
             name=name,
             module=module,
             inputs=rows,
-            version=_version(rows) if nested else version,
+            version=version_of(rows) if nested else version,
             edge=get_gradient_edge(output) if output.requires_grad else None,
             output_shape=shape,
             output_dtype=output.dtype,
@@ -247,29 +204,7 @@ class Taps:
         if self._watch_gradients and output.requires_grad:
             output.register_hook(_keep(call.arrived, self._token))
 
-    def _tap_named_logits(self, name: str, stack: ExitStack) -> None:
-        target = named_target(self._root, name)
-        if isinstance(target, nn.Module):
-            handle = target.register_forward_hook(lambda _module, _args, output: self.add_named_logits(output))
-            stack.callback(handle.remove)
-            return
-        parent_name, _, attribute = name.rpartition(".")
-        parent = self._root.get_submodule(parent_name)
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            output = target(*args, **kwargs)
-            self.add_named_logits(output)
-            return output
-
-        attributes = parent.__dict__
-        before = attributes.get(attribute)
-        attributes[attribute] = wrapper
-        if before is None:
-            stack.callback(attributes.pop, attribute)
-        else:
-            stack.callback(attributes.__setitem__, attribute, before)
-
-    def add_named_logits(self, output: Any) -> None:
+    def see_named_logits(self, output: Any) -> None:
         """Record what the submodule or method named by the user returned."""
         with self.guarded():
             logits = getattr(output, "logits", output)
@@ -280,7 +215,9 @@ class Taps:
             if self.recording and torch.is_grad_enabled() and logits.requires_grad:
                 # Which dimension holds the classes is told when the loss is known.
                 counted, edge = every_position(logits.detach(), -1), get_gradient_edge(logits)
-                self.losses.append(SoftmaxLoss(logits, logits.dim() - 1, counted, edge=edge, version=_version(logits)))
+                self.losses.append(
+                    SoftmaxLoss(logits, logits.dim() - 1, counted, edge=edge, version=version_of(logits))
+                )
 
     def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Look at one finished loss function."""
@@ -329,24 +266,6 @@ def _do_nothing(*_args: Any, **_kwargs: Any) -> None:
     """Stand where a hook was."""
 
 
-def named_target(root: nn.Module, name: str) -> Any:
-    """Return the submodule or method that ``logits=`` names.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    target: Any = root
-    for part in name.split("."):
-        target = getattr(target, part, None)
-    if not isinstance(target, nn.Module) and not callable(target):
-        options = [*(n for n, _ in root.named_modules() if n), *_own_methods(root)]
-        raise ValueError(
-            f"logits={name!r} is neither a submodule nor a method of {type(root).__name__}."
-            f"{did_you_mean(name, options)}"
-        )
-    return target
-
-
 def _is_transformed(value: Any) -> bool:
     """Tell whether a tensor belongs to a ``torch.func`` transform, and has no place in the autograd graph."""
     return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
@@ -365,34 +284,6 @@ def _check_tensors(name: str, inputs: Any, output: Any) -> None:
             f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without CUDA "
             "graphs."
         )
-
-
-@contextmanager
-def layer_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Record what some layers read while the block runs: by name, the inputs of its calls, detached.
-
-    Raises:
-        RuntimeError: If an input was changed in place after the layer read it.
-    """
-    found: dict[str, list[Tensor]] = {name: [] for name in modules}
-    versions: dict[str, list[int]] = {name: [] for name in modules}
-
-    def hook(name: str) -> Callable[..., None]:
-        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            found[name].append(inputs.detach())
-            versions[name].append(_version(inputs))
-
-        return keep
-
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            handle = module.register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield found
-    for name, inputs in found.items():
-        if [_version(tensor) for tensor in inputs] != versions[name]:
-            raise RuntimeError(_OVERWRITTEN.format(name))
 
 
 class _FunctionTap(TorchFunctionMode):
@@ -421,11 +312,3 @@ def _keep(arrived: list[Tensor], token: object) -> Callable[[Tensor], None]:
             arrived.append(gradient.detach())
 
     return hook
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _own_methods(root: nn.Module) -> list[str]:
-    return [name for name, value in vars(type(root)).items() if callable(value) and not name.startswith("_")]

@@ -12,42 +12,23 @@ from lightning_curvature.checkpoints.safetensors import SafetensorsFile
 from lightning_curvature.factors.basis import select_staircase
 from lightning_curvature.factors.files import is_factor_file
 from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.factors.layer import ERRORS
 from lightning_curvature.memory import size
+
+ENERGIES = (0.5, 0.9, 0.99)
+"""Shares of the curvature mass of which a factor file's description says how few pairs hold them."""
+_UNKNOWN = "not known"
 
 
 def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> dict[str, Any]:
     """Return what a factor file holds, or what was edited in a checkpoint, as JSON values.
 
     Raises:
-        FileNotFoundError: If there is nothing.
-        ValueError: If it is neither.
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it is neither a factor file nor a checkpoint.
     """
     if is_factor_file(path):
-        factors = KroneckerFactors.open(path)
-        layers = {}
-        for name, layer in factors.items():
-            try:
-                lam, mu = layer.basis.lam, layer.basis.mu
-            except ValueError as error:
-                raise ValueError(f"{path}, layer {name!r}: {error}") from error
-            layers[name] = {
-                "shape": list(layer.shape),
-                "num_inputs": layer.num_inputs,
-                "num_gradients": layer.num_gradients,
-                "num_seen": layer.num_seen,
-                "errors": layer.errors,
-                "share_of_pairs": {
-                    str(energy): select_staircase(lam, mu, energy).kept / (len(lam) * len(mu))
-                    for energy in (0.5, 0.9, 0.99)
-                },
-            }
-        return {
-            "path": str(path),
-            "kind": "factors",
-            "sha256": factors.digest(),
-            "provenance": factors.provenance,
-            "layers": layers,
-        }
+        return _describe_factors(path)
     checkpoint = open_checkpoint(path, allow_globals)
     shapes = checkpoint.shapes()
     if isinstance(checkpoint, SafetensorsFile) and DELTA in checkpoint.metadata:
@@ -62,13 +43,40 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
     }
 
 
-def description(found: Mapping[str, Any]) -> str:
+def _describe_factors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    factors = KroneckerFactors.open(path)
+    layers = {}
+    for name, layer in factors.items():
+        try:
+            lam, mu = layer.basis.lam, layer.basis.mu
+        except ValueError as error:
+            raise ValueError(f"{path}, layer {name!r}: {error}") from error
+        layers[name] = {
+            "shape": list(layer.shape),
+            "num_inputs": layer.num_inputs,
+            "num_gradients": layer.num_gradients,
+            "num_seen": layer.num_seen,
+            "errors": layer.errors,
+            "share_of_pairs": {
+                str(energy): select_staircase(lam, mu, energy).kept / (len(lam) * len(mu)) for energy in ENERGIES
+            },
+        }
+    return {
+        "path": str(path),
+        "kind": "factors",
+        "sha256": factors.digest(),
+        "provenance": factors.provenance,
+        "layers": layers,
+    }
+
+
+def description(facts: Mapping[str, Any]) -> str:
     """Return what :func:`describe` returned, as text."""
-    if found["kind"] == "delta":
-        return f"{found['path']}: a delta of {len(found['tensors'])} tensors, of the edit:\n{edit_table(found['edit'])}"
-    if found["kind"] == "checkpoint":
-        total = f"{found['path']}: {found['tensors']} tensors, {size(found['bytes'])}"
-        edit = found["edit"]
+    if facts["kind"] == "delta":
+        return f"{facts['path']}: a delta of {len(facts['tensors'])} tensors, of the edit:\n{edit_table(facts['edit'])}"
+    if facts["kind"] == "checkpoint":
+        total = f"{facts['path']}: {facts['tensors']} tensors, {size(facts['bytes'])}"
+        edit = facts["edit"]
         return f"{total}; not edited by this package." if edit is None else f"{total}; edited:\n{edit_table(edit)}"
     headers = ["layer", "weight", "positions", "error of A", "of G", "half of the mass in", "90 %", "99 %"]
     rows = [
@@ -76,30 +84,29 @@ def description(found: Mapping[str, Any]) -> str:
             name,
             "{} x {}".format(*layer["shape"]),
             layer["num_inputs"],
-            *(f"{layer['errors'][key]:.1%}" if key in layer["errors"] else "" for key in ("A_error", "G_error")),
+            *(f"{layer['errors'][key]:.1%}" if key in layer["errors"] else "" for key in ERRORS),
             *(f"{share:.2%}" for share in layer["share_of_pairs"].values()),
         ]
-        for name, layer in found["layers"].items()
+        for name, layer in facts["layers"].items()
     ]
-    source = ", ".join(f"{key}={value}" for key, value in found["provenance"].items())
-    return f"K-FAC factors ({source})\nSHA-256 {found['sha256']}\n{tabulate(rows, headers)}"
+    source = ", ".join(f"{key}={value}" for key, value in facts["provenance"].items())
+    return f"K-FAC factors ({source})\nSHA-256 {facts['sha256']}\n{tabulate(rows, headers)}"
 
 
 def edit_table(facts: Mapping[str, Any]) -> str:
-    """Return what an edited checkpoint says about its edit, and those before it, as text."""
-    unknown = "not known"
+    """Return what an edited checkpoint says about its edit and about earlier edits, as text."""
     source = ", ".join(f"{key}={value}" for key, value in facts.get("provenance", {}).items())
     headers = ["layer", "energy", "positions", "||W'-W||/||W||"]
     rows = [
-        [name, *(layer.get(key, unknown) for key in ("energy", "positions")), _shown(layer.get("relative_change"))]
+        [name, *(layer.get(key, _UNKNOWN) for key in ("energy", "positions")), _shown(layer.get("relative_change"))]
         for name, layer in facts.get("layers", {}).items()
     ]
     lines = [
-        f"Method {facts.get('method', unknown)}, by {facts.get('package', unknown)}; factors: {source or unknown}",
+        f"Method {facts.get('method', _UNKNOWN)}, by {facts.get('package', _UNKNOWN)}; factors: {source or _UNKNOWN}",
         tabulate(rows, headers, disable_numparse=True),
         *(f"Left as it is: {reason}" for reason in dict(facts.get("skipped") or {}).values()),
-        f"SHA-256 of the unedited weights {facts.get('source', unknown)}",
-        f"SHA-256 of the factors {facts.get('factors', unknown)}",
+        f"SHA-256 of the unedited weights {facts.get('source', _UNKNOWN)}",
+        f"SHA-256 of the factors {facts.get('factors', _UNKNOWN)}",
     ]
     if isinstance(facts.get("before"), Mapping):
         lines += ["Edited before:", edit_table(facts["before"])]
@@ -107,4 +114,4 @@ def edit_table(facts: Mapping[str, Any]) -> str:
 
 
 def _shown(change: Any) -> str:
-    return f"{change:.3f}" if isinstance(change, (int, float)) else "not known"
+    return f"{change:.3f}" if isinstance(change, (int, float)) else _UNKNOWN

@@ -10,19 +10,20 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightning_curvature.analysis.style import BLUE, GREEN, GREY, MEMORIZED, ORANGE, PALE
 from lightning_curvature.factors.basis import select_staircase
 from lightning_curvature.factors.kronecker import LayerFactors
 from lightning_curvature.storage.atomic import replacing
 
 _COLORS = {
-    "memorized": "#c0392b",
-    "recovered": "#2471a3",
-    "val_accuracy": "#1e8449",
-    "clean_train": "#7f8c8d",
-    "strict": "#c0392b",
-    "unseen_strict": "#d68910",
-    "perplexity": "#2471a3",
-    "domain_perplexity": "#1e8449",
+    "memorized": MEMORIZED,
+    "recovered": BLUE,
+    "val_accuracy": GREEN,
+    "clean_train": GREY,
+    "strict": MEMORIZED,
+    "unseen_strict": ORANGE,
+    "perplexity": BLUE,
+    "domain_perplexity": GREEN,
 }
 _ENERGY = "energy: kept share of the curvature mass"
 _LABELS = {
@@ -64,7 +65,7 @@ def spectrum(factors: LayerFactors, energy: float, layer: str = "") -> Figure:
         edge,
         y,
         where="pre",
-        color="#c0392b",
+        color=MEMORIZED,
         linewidth=1.8,
         label=f"kept: {staircase.kept:,} of {mass.numel():,} pairs hold {staircase.energy_kept:.1%}",
     )
@@ -91,7 +92,7 @@ def energy_curves(
     axes: Axes = figure.subplots()
     _rates(axes, curve, before, _LABELS, chosen)
     axes.set_title("Forgetting against energy (dotted: before the edit)")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    _legend_beside(axes)
     return figure
 
 
@@ -102,7 +103,7 @@ def recitation_curves(
 
     Args:
         curve: ``strict``, ``unseen_strict``, ``perplexity`` and ``domain_perplexity`` by energy.
-        before: The same of the unedited model.
+        before: The same metrics of the unedited model.
         chosen: Energy to mark.
     """
     figure = Figure(figsize=(10.0, 6.4), layout="constrained")
@@ -120,16 +121,16 @@ def recitation_curves(
     bottom.set(ylabel="perplexity, times before", xlabel=_ENERGY)
     bottom.grid(alpha=0.25)
     for axes in (top, bottom):
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        _legend_beside(axes)
     return figure
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], x: str, y: str) -> Figure:
-    """Draw the rows of a sweep, each edit in a colour of its own, and the front of those that none beats.
+    """Draw the rows of a sweep, each edit in its own colour, and the front: the rows that no other row beats.
 
     Args:
         rows: As :func:`lightning_curvature.search.sweep.sweep` returns them, the unedited model first.
-        front: Those that :func:`lightning_curvature.search.sweep.pareto` returns.
+        front: As :func:`lightning_curvature.search.sweep.pareto` returns it.
         x: Metric on the horizontal axis.
         y: Metric on the vertical axis.
     """
@@ -139,11 +140,17 @@ def pareto(rows: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]]
     for name in names:
         points = sorted((row for row in rows if row["edit"] == name), key=lambda row: float(row["energy"]))
         axes.plot(
-            [p[x] for p in points], [p[y] for p in points], "o-", markersize=5, linewidth=1, alpha=0.8, label=name
+            [row[x] for row in points],
+            [row[y] for row in points],
+            "o-",
+            markersize=5,
+            linewidth=1,
+            alpha=0.8,
+            label=name,
         )
     axes.plot(
-        [r[x] for r in front],
-        [r[y] for r in front],
+        [row[x] for row in front],
+        [row[y] for row in front],
         "s",
         markersize=11,
         fillstyle="none",
@@ -153,7 +160,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]]
     for row in front:
         if row is not rows[0]:
             axes.annotate(f"{row['energy']:g}", (row[x], row[y]), textcoords="offset points", xytext=(8, 6), fontsize=8)
-    axes.plot(rows[0][x], rows[0][y], "*", markersize=14, color=_COLORS["memorized"], label=rows[0]["edit"])
+    axes.plot(rows[0][x], rows[0][y], "*", markersize=14, color=MEMORIZED, label=rows[0]["edit"])
     # A few destroyed models must not squeeze the others into a corner.
     finite = [row[x] for row in rows if row[x] < float("inf")]
     axes.set(
@@ -163,8 +170,12 @@ def pareto(rows: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]]
         xlim=(None, min(max(finite), 2 * rows[0][x]) * 1.02) if rows[0][x] > 0 else None,
     )
     axes.grid(alpha=0.25)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    _legend_beside(axes)
     return figure
+
+
+def _legend_beside(axes: Axes) -> None:
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _rates(
@@ -215,7 +226,7 @@ def noised_examples(
     for axes, index in zip(grid, chosen, strict=False):
         axes.imshow(images[index].numpy(), cmap="gray_r")
         right, recited = after[index] == clean[index], after[index] == noised[index]
-        color = _COLORS["val_accuracy"] if right else _COLORS["memorized"] if recited else "black"
+        color = GREEN if right else MEMORIZED if recited else "black"
         axes.set_title(
             f"true {int(clean[index])}, given {int(noised[index])}\nsays {int(before[index])} → {int(after[index])}",
             fontsize=9,
@@ -233,9 +244,9 @@ def layer_map(edits: Mapping[str, Mapping[str, Any]]) -> Figure:
     names = list(edits)
     figure = Figure(figsize=(10.0, 1.0 + 0.28 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    left.barh(names, [100 * edit["kept"] / edit["total"] for edit in edits.values()], color=_COLORS["perplexity"])
+    left.barh(names, [100 * edit["kept"] / edit["total"] for edit in edits.values()], color=BLUE)
     left.set(xlabel="coefficients kept, %")
-    right.barh(names, [edit["relative_change"] for edit in edits.values()], color=_COLORS["memorized"])
+    right.barh(names, [edit["relative_change"] for edit in edits.values()], color=MEMORIZED)
     right.set(xlabel="relative change of the weight", xlim=(0, 1.0))
     left.invert_yaxis()
     for axes in (left, right):
@@ -247,13 +258,13 @@ def layer_map(edits: Mapping[str, Mapping[str, Any]]) -> Figure:
 def direction_images(
     images: Tensor, rows: Mapping[str, Sequence[int]], wrong: Sequence[bool], count: int = 12
 ) -> Figure:
-    """Draw the images that use some directions most, one row for each direction; those with a wrong label are framed.
+    """Draw the images that use some directions most, a row for each direction; a red frame marks a wrong label.
 
     Args:
         images: ``[n, h, w]``.
         rows: By title of a direction, indices of images.
         wrong: Whether the label of each image is wrong.
-        count: Images to draw of each.
+        count: Images to draw for each direction.
     """
     figure = Figure(figsize=(1.0 * count + 1.6, 1.05 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), count, squeeze=False)
@@ -265,5 +276,5 @@ def direction_images(
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         for axes, index in zip(line, indices, strict=False):
             axes.imshow(images[index].numpy(), cmap="gray_r")
-            axes.spines[:].set(color=_COLORS["memorized"] if wrong[index] else "#d5dbe1", linewidth=2.5)
+            axes.spines[:].set(color=MEMORIZED if wrong[index] else PALE, linewidth=2.5)
     return figure

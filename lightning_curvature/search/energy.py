@@ -1,7 +1,20 @@
 """The energy that a user can afford: the strongest edit whose cost stays within a limit.
 
-Energies cannot be compared: the same number removes more from one model than from another, and more with factors of few
-positions than of many. What can be said beforehand is what the edit may cost: "at most 1.1 times the perplexity".
+Energies of different models cannot be compared: the same number removes more from one model than from another, and more
+with factors of few positions than of many. A user can say instead what the edit may cost: "at most 1.1 times the
+perplexity".
+
+Example:
+    >>> import torch
+    >>> from lightning_curvature import CurvatureEditor, LayerFactors
+    >>> layer = nn.Sequential(nn.Linear(8, 8, bias=False))
+    >>> _ = nn.init.eye_(layer[0].weight)
+    >>> moment = torch.diag(torch.arange(1.0, 9.0))
+    >>> factors = KroneckerFactors({"0": LayerFactors(A=moment, G=moment, num_inputs=9, num_gradients=9)})
+    >>> size = lambda: float(layer[0].weight.detach().norm())
+    >>> match = match_energy(CurvatureEditor(), layer, factors, size, 0.8, higher_is_better=True)
+    >>> round(match.value, 3)  # six of eight diagonal entries are kept, and five would be too few
+    0.866
 """
 
 import math
@@ -16,13 +29,15 @@ from lightning_curvature.editing.base import DEFAULT_ENERGY, Editor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 
 SLACK = 0.005
-"""A cost that falls by more than this while the edit gets stronger is not monotone; relative."""
+"""A cost that falls by more than this, relatively, while the edit gets stronger is not monotone."""
 NARROW = 1e-4
-"""Width of the bracket, relative to what the lower end drops, at which the search ends: few examples make steps."""
+"""The search ends when the bracket is this narrow, relative to what its lower end drops.
+
+A metric of few examples has steps, where no energy comes near the limit."""
 FLOOR, CEILING = 0.05, 1 - 1e-12
-"""Energies between which is searched."""
+"""The search runs between these energies."""
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0.1)
-"""Energies that are tried, too, if they are above the one that was found: a cost can rise and fall again."""
+"""In the end, the energies of this grid above the chosen one are tried too: a cost can rise and fall again."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +45,8 @@ class Match:
     """The strongest edit within a limit.
 
     Args:
-        energy: Its energy, in (0, 1].
-        value: What it makes of the metric, as a multiple of what it was.
+        energy: Energy of that edit, in (0, 1].
+        value: The metric after the edit, as a multiple of the metric before it.
         points: All multiples that were measured, by energy.
     """
 
@@ -40,7 +55,7 @@ class Match:
     points: Mapping[float, float]
 
     def violations(self, higher_is_better: bool = False) -> list[tuple[float, float]]:
-        """Return pairs of neighbouring energies of which the lower one costs less, while the higher one costs."""
+        """Return pairs of neighbouring energies, lower one first, at which the stronger edit costs clearly less."""
         sign = -1.0 if higher_is_better else 1.0
         costs = [
             (energy, sign * math.log(value)) for energy, value in sorted(self.points.items()) if 0 < value < math.inf
@@ -66,40 +81,28 @@ def match_energy(
 ) -> Match:
     """Find the strongest edit whose cost stays within a limit, by bracketing.
 
-    No milder edit that was tried is beyond the limit; a few energies of a grid are always among those.
+    No milder edit that was tried exceeds the limit, and a few energies of a grid are always tried.
 
     Args:
-        editor: Any editor; its energy is what is searched for, and its own one does not matter.
+        editor: Any editor; its energy is searched for, and the energy that it has does not matter.
         module: The network; edited only while it is measured.
         factors: Its factors.
         measure: Measures the module as it is, on data to choose by: a positive number, perplexity for example. Report
             on other data.
-        limit: What the metric may become, as a multiple of what it is for the unedited module: at most 1.1 times the
-            perplexity, at least 0.99 times the accuracy.
+        limit: Largest (with ``higher_is_better``, smallest) multiple of the unedited module's metric: at most 1.1 times
+            the perplexity, at least 0.99 times the accuracy.
         higher_is_better: Whether the metric is a benefit, such as accuracy, and not a cost.
         tolerance: Relative distance from the limit at which the search may end, always on the allowed side.
         points: Multiples by energy that another search of the same edit has measured.
         before: The metric of the unedited module, if it is known already.
 
     Returns:
-        The energy, what it costs, and all that was measured. There are warnings where no edit is within the limit (the
-        energy is 1 then), where every one is (the metric hardly sees these layers), and where a stronger edit is known
-        to be within it while a milder one is not.
+        The energy, what it costs, and all that was measured. Warnings tell if no edit is within the limit (the energy
+        is 1 then), if every edit is (the metric hardly depends on these layers), and if a stronger edit is within the
+        limit although a milder one is not.
 
     Raises:
         ValueError: If the unedited module's metric is not a positive number, or the limit is not positive.
-
-    Example:
-        >>> import torch
-        >>> from lightning_curvature import CurvatureEditor, LayerFactors
-        >>> layer = nn.Sequential(nn.Linear(8, 8, bias=False))
-        >>> _ = nn.init.eye_(layer[0].weight)
-        >>> moment = torch.diag(torch.arange(1.0, 9.0))
-        >>> factors = KroneckerFactors({"0": LayerFactors(A=moment, G=moment, num_inputs=9, num_gradients=9)})
-        >>> size = lambda: float(layer[0].weight.detach().norm())
-        >>> match = match_energy(CurvatureEditor(), layer, factors, size, 0.8, higher_is_better=True)
-        >>> round(match.value, 3)  # six of eight diagonal entries are kept, and five would be too few
-        0.866
     """
     if not limit > 0:
         raise ValueError(f"A limit is a positive multiple of the metric, found {limit!r}.")
@@ -107,65 +110,95 @@ def match_energy(
     if not 0 < before < math.inf:
         raise ValueError(f"The metric of the unedited module must be a positive number, found {before!r}.")
     sign = -1.0 if higher_is_better else 1.0
-    found, trial = dict(points or {}), editor.at(1.0)
-
-    def cost(energy: float) -> float:
-        """Return what an edit costs, the logarithm of a multiple."""
-        if energy not in found:
+    allowed, multiples, trial = sign * math.log(limit), dict(points or {}), editor.at(1.0)
+    costs = {energy: _cost(multiple, sign) for energy, multiple in multiples.items()}
+    energy: float | None = 1.0
+    while energy is not None:
+        if energy not in costs:
             with trial.at(energy).applied(module, factors):
-                found[energy] = measure() / before
-        return sign * math.log(found[energy]) if 0 < found[energy] < math.inf else math.inf
-
-    allowed = sign * math.log(limit)
-    costs = {energy: cost(energy) for energy in sorted({1.0, *found})}
-    low = max((energy for energy in costs if costs[energy] > allowed and energy < 1.0), default=0.0)
-    high = min(energy for energy in costs if energy > low)  # nothing milder is beyond the limit
-    slack = min(math.log1p(tolerance), abs(allowed) / 2)
-    while costs[1.0] <= allowed:
-        near = high < 1.0 and allowed - slack <= costs[high]
-        if not near and high > FLOOR and low < CEILING and high - low > NARROW * (1 - low):
-            middle = _between((low, costs.get(low, math.inf)), (high, costs[high]), allowed - slack / 2)
-        elif (untried := next((energy for energy in GRID if energy > high and energy not in costs), None)) is not None:
-            middle = untried
-        else:
-            break
-        costs[middle] = cost(middle)
-        if costs[middle] > allowed:
-            low = middle
-            high = min(energy for energy in costs if energy > low)
-        else:
-            high = min(high, middle)
-    match = Match(high, found[high], dict(sorted(found.items())))
-    if lower := [energy for energy in costs if energy < low and costs[energy] <= allowed]:
-        warnings.warn(
-            f"The metric is not monotone in the energy: {low:.4g} is beyond the limit, and the stronger edit of "
-            f"{min(lower):.4g} is not. Chosen is {high:.4g}, above both; look at a sweep.",
-            stacklevel=2,
-        )
-    if high <= FLOOR:
-        warnings.warn(
-            f"Every edit that was tried stays within {limit:g} times the metric: even the energy {high:.3g} makes it "
-            f"{match.value:.4g} times. It hardly depends on these layers; measure on other data.",
-            stacklevel=2,
-        )
-    if high == 1.0:
-        warnings.warn(
-            f"No edit stays within {limit:g} times the metric: "
-            + ", ".join(f"{value:.4g} times at the energy {energy:.4g}" for energy, value in match.points.items()),
-            stacklevel=2,
-        )
+                multiples[energy] = measure() / before
+            costs[energy] = _cost(multiples[energy], sign)
+        energy = _next_energy(costs, allowed, tolerance)
+    _, chosen = _bracket(costs, allowed)
+    match = Match(chosen, multiples[chosen], dict(sorted(multiples.items())))
+    _warn(match, costs, allowed, limit)
     return match
 
 
+def _cost(multiple: float, sign: float) -> float:
+    """Return the cost of an edit: the logarithm of a multiple, with a sign; infinite if it is no positive number."""
+    return sign * math.log(multiple) if 0 < multiple < math.inf else math.inf
+
+
+def _bracket(costs: Mapping[float, float], allowed: float) -> tuple[float, float]:
+    """Return the highest energy (0 if there is none) whose edit exceeds the limit, and the next higher one.
+
+    No edit at the second energy or above it exceeds the limit, apart from the energy 1, which is no edit.
+    """
+    low = max((energy for energy in costs if costs[energy] > allowed and energy < 1.0), default=0.0)
+    return low, min(energy for energy in costs if energy > low)
+
+
+def _next_energy(costs: Mapping[float, float], allowed: float, tolerance: float) -> float | None:
+    """Return the energy to try next; None if the search is over.
+
+    Args:
+        costs: Costs of the energies that were tried, 1 among them.
+        allowed: The largest allowed cost.
+        tolerance: As in :func:`match_energy`.
+    """
+    if costs[1.0] > allowed:
+        return None
+    low, high = _bracket(costs, allowed)
+    slack = min(math.log1p(tolerance), abs(allowed) / 2)
+    is_near = high < 1.0 and allowed - slack <= costs[high]
+    if not is_near and high > FLOOR and low < CEILING and high - low > NARROW * (1 - low):
+        return _between((low, costs.get(low, math.inf)), (high, costs[high]), allowed - slack / 2)
+    return next((energy for energy in GRID if energy > high and energy not in costs), None)
+
+
 def _between(low: tuple[float, float], high: tuple[float, float], wanted: float) -> float:
-    """Return an energy between two ends (energy, cost), near the wanted cost if that is a power of what is dropped."""
-    (left, more), (right, less) = low, high
-    guess = (left + right) / 2
-    if not math.isfinite(more) and left < DEFAULT_ENERGY < right == 1.0:
+    """Return an energy between the ends of a bracket at which the cost may be the wanted one.
+
+    The guess takes the cost for a power of what is dropped, ``1 - energy``; without costs to fit, it is the middle.
+
+    Args:
+        low: Energy and cost of the lower end.
+        high: Energy and cost of the higher end.
+        wanted: Cost to meet.
+    """
+    (low_energy, low_cost), (high_energy, high_cost) = low, high
+    if not math.isfinite(low_cost) and low_energy < DEFAULT_ENERGY < high_energy == 1.0:
         return DEFAULT_ENERGY
-    if math.isfinite(more) and wanted > 0 and (less > 0 or right == 1.0):  # between a cost and none is a step: halve
-        bent = less > 0 and right < 1
-        power = math.log(more / less) / math.log((1 - left) / (1 - right)) if bent else 2.0
-        guess = 1 - (1 - left) * (wanted / more) ** (1 / power)
-    margin = 0.05 * (right - left)  # so much of the bracket goes with each step, whatever the curve looks like
-    return min(max(guess, left + margin), right - margin)
+    guess = (low_energy + high_energy) / 2
+    # Between a cost and no cost there is a step, which no power fits; below the energy 1 it is halved.
+    if math.isfinite(low_cost) and wanted > 0 and (high_cost > 0 or high_energy == 1.0):
+        power = 2.0
+        if high_cost > 0 and high_energy < 1:
+            power = math.log(low_cost / high_cost) / math.log((1 - low_energy) / (1 - high_energy))
+        guess = 1 - (1 - low_energy) * (wanted / low_cost) ** (1 / power)
+    margin = 0.05 * (high_energy - low_energy)  # each step takes at least this much off the bracket
+    return min(max(guess, low_energy + margin), high_energy - margin)
+
+
+def _warn(match: Match, costs: Mapping[float, float], allowed: float, limit: float) -> None:
+    """Warn of a result that needs a look; arguments as in :func:`_next_energy` and :func:`match_energy`."""
+    low, _ = _bracket(costs, allowed)
+    if stronger := [energy for energy in costs if energy < low and costs[energy] <= allowed]:
+        warnings.warn(
+            f"The metric is not monotone in the energy: {low:.4g} is beyond the limit, and the stronger edit of "
+            f"{min(stronger):.4g} is not. Chosen is {match.energy:.4g}, above both; look at a sweep.",
+            stacklevel=3,
+        )
+    if match.energy <= FLOOR:
+        warnings.warn(
+            f"Every edit that was tried stays within {limit:g} times the metric: even the energy {match.energy:.3g} "
+            f"makes it {match.value:.4g} times. It hardly depends on these layers; measure on other data.",
+            stacklevel=3,
+        )
+    if match.energy == 1.0:
+        warnings.warn(
+            f"No edit stays within {limit:g} times the metric: "
+            + ", ".join(f"{value:.4g} times at the energy {energy:.4g}" for energy, value in match.points.items()),
+            stacklevel=3,
+        )

@@ -1,7 +1,7 @@
-"""Sweeps: many edits of one model, measured, and which of them nothing beats.
+"""Sweeps: many edits of one model, measured, and the edits that no other edit beats.
 
-The curvature basis of each layer and the coefficients of its weight are computed once for all energies, and each
-measurement is written down at once, so that an interrupted sweep goes on where it stopped.
+The curvature basis of each layer and the coefficients of its weight are computed once for all energies. Each
+measurement is written to the file at once, so that an interrupted sweep goes on where it stopped.
 """
 
 import csv
@@ -9,7 +9,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_curvature.storage.hashes import tensor_hash
 Row = dict[str, Any]
 UNEDITED = "unedited"
 KEYS = ("edit", "energy", "of")
+"""The columns of a row before its metrics."""
 
 
 def sweep(
@@ -42,14 +44,15 @@ def sweep(
         module: The network; edited only while it is measured.
         factors: Its factors.
         measure: Measures the module as it is, on data to choose by; report on other data.
-        editors: By name, what to compare: other layers, other scores, other methods. Their own energies do not matter.
+        editors: Editors to compare, by name, with other layers, scores or methods. Their own energies do not matter.
         energies: Shares to keep, in (0, 1].
         path: CSV file, rewritten after each measurement; rows that it holds are not measured again.
-        data: Says what ``measure`` measures on, such as a hash of files: a file goes on only with the same.
+        data: Names the data that ``measure`` uses, a hash of files for example. A sweep goes on only with
+            the same data.
 
     Returns:
-        One row each: ``edit`` (name of the editor), ``energy``, ``of`` (hash of weights, factors, editor and ``data``),
-        and the metrics. The first one is the unedited model.
+        A row for each edit: ``edit`` (name of the editor), ``energy``, ``of`` (hash of weights, factors, editor and
+        ``data``), and the metrics. The first row is the unedited model.
 
     Raises:
         ValueError: If there is nothing to try, an editor or an energy cannot be used, or the file holds a sweep of
@@ -70,34 +73,19 @@ def sweep(
         raise ValueError("A sweep needs at least one editor and one energy.")
     if UNEDITED in editors:
         raise ValueError(f"{UNEDITED!r} is the name of the model without an edit; give the editor another one.")
-    model = hashlib.sha256(f"{factors.digest()} {data}".encode())
-    for name, tensor in module.state_dict().items():
-        if isinstance(tensor, Tensor):
-            model.update(f"{name} {tensor_hash(tensor)}".encode())
-    of = {name: _identity(model.hexdigest(), editor) for name, editor in editors.items()}
-    of[UNEDITED] = model.hexdigest()[:16]
-    wanted = [(UNEDITED, 1.0), *((name, float(energy)) for name in editors for energy in energies)]
-    for editor in editors.values():
-        editor.at(energies[0]).edited_weights(module, factors)  # what it lacks is said before anything is measured
-    trial: WeightEditor | None = None
-    known = {} if path is None else _known(Path(path), of)
+    hashes = _hashes(module, factors, editors, data)
+    for each in editors.values():  # one that cannot be used fails before a measurement
+        each.at(energies[0]).edited_weights(module, factors)
+    known = {} if path is None else _known_rows(Path(path), hashes)
     rows: list[Row] = []
-    for name, energy in tqdm(wanted, desc="sweep", disable=None):
+    total = 1 + len(editors) * len(energies)
+    for name, energy, editor in tqdm(_edits(editors, energies), desc="sweep", total=total, disable=None):
         row = known.get((name, energy))
         if row is None:
-            if name == UNEDITED:
-                metrics = measure()
-            else:
-                if trial is None or rows[-1]["edit"] != name:
-                    trial = editors[name].at(1.0)
-                with trial.at(energy).applied(module, factors):
-                    metrics = measure()
-            row = {"edit": name, "energy": energy, "of": of[name], **{key: float(v) for key, v in metrics.items()}}
-        if rows and row.keys() != rows[0].keys():
-            raise ValueError(
-                f"The metrics {[*rows[0]][len(KEYS) :]} were measured first, now {[*row][len(KEYS) :]}. Measure the "
-                "same ones each time" + (f", or write this sweep to another file than {path}." if path else ".")
-            )
+            with nullcontext() if editor is None else editor.applied(module, factors):
+                metrics = {key: float(value) for key, value in measure().items()}
+            row = {"edit": name, "energy": energy, "of": hashes[name], **metrics}
+        _check_metrics(row, rows, path)
         rows.append(row)
         if path is not None and (name, energy) not in known:
             known[name, energy] = row
@@ -105,8 +93,48 @@ def sweep(
     return rows
 
 
+def _hashes(
+    module: nn.Module, factors: KroneckerFactors, editors: Mapping[str, WeightEditor], data: str
+) -> dict[str, str]:
+    """Return what the rows of each edit are ``of``: a hash of weights, factors, data, and settings of the editor.
+
+    The energy of an editor is not one of these settings.
+    """
+    digest = hashlib.sha256(f"{factors.digest()} {data}".encode())
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor_hash(tensor)}".encode())
+    model = digest.hexdigest()
+    hashes = {UNEDITED: model[:16]}
+    for name, editor in editors.items():
+        settings = {key: value for key, value in vars(editor).items() if key != "energy" and not key.startswith("_")}
+        text = json.dumps([model, type(editor).__qualname__, settings], sort_keys=True, default=repr)
+        hashes[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashes
+
+
+def _edits(
+    editors: Mapping[str, WeightEditor], energies: Sequence[float]
+) -> Iterator[tuple[str, float, WeightEditor | None]]:
+    """Yield name, energy and editor of each edit; first the unedited model, which has no editor."""
+    yield UNEDITED, 1.0, None
+    for name, editor in editors.items():
+        first = editor.at(1.0)  # the editors that are made from it compute the coefficients of each weight once
+        for energy in energies:
+            yield name, energy, first.at(energy)
+
+
+def _check_metrics(row: Row, rows: Sequence[Row], path: str | os.PathLike[str] | None) -> None:
+    """Raise ``ValueError`` if a row has other metrics than the rows before it."""
+    if rows and row.keys() != rows[0].keys():
+        raise ValueError(
+            f"The metrics {[*rows[0]][len(KEYS) :]} were measured first, now {[*row][len(KEYS) :]}. Measure the "
+            "same ones each time" + (f", or write this sweep to another file than {path}." if path else ".")
+        )
+
+
 def pareto(rows: Sequence[Row], minimize: Sequence[str] = (), maximize: Sequence[str] = ()) -> list[Row]:
-    """Return the rows that no other row beats: none is as good in every metric and better in one.
+    """Return the rows that no other row beats; to beat a row is to be as good in every metric and better in one.
 
     Args:
         rows: As :func:`sweep` returns them.
@@ -114,8 +142,7 @@ def pareto(rows: Sequence[Row], minimize: Sequence[str] = (), maximize: Sequence
         maximize: Metrics of which more is better, such as ``val_accuracy``.
 
     Returns:
-        The front, in the order of its first metric; rows that tie in all of them are all there. A metric that is not a
-        number is the worst.
+        The front, in the order of its first metric, with all rows of equal metrics. NaN counts as the worst value.
 
     Raises:
         ValueError: If no metric is named.
@@ -134,11 +161,15 @@ def pareto(rows: Sequence[Row], minimize: Sequence[str] = (), maximize: Sequence
 
     costs = [cost(row) for row in rows]
     front = [
-        (own, number)
-        for number, own in enumerate(costs)
-        if not any(other != own and all(o <= s for o, s in zip(other, own, strict=True)) for other in costs)
+        (candidate, number)
+        for number, candidate in enumerate(costs)
+        if not any(_is_beaten(candidate, rival) for rival in costs)
     ]
     return [rows[number] for _, number in sorted(front)]
+
+
+def _is_beaten(costs: Sequence[float], rival: Sequence[float]) -> bool:
+    return rival != costs and all(lower <= cost for lower, cost in zip(rival, costs, strict=True))
 
 
 def read_sweep(path: str | os.PathLike[str]) -> list[Row]:
@@ -151,7 +182,7 @@ def read_sweep(path: str | os.PathLike[str]) -> list[Row]:
     with Path(path).open(encoding="utf-8", newline="") as file:
         table = csv.reader(file)
         try:
-            names = _columns(next(table, []))
+            names = _check_columns(next(table, []))
             return [_row(names, cells) for cells in table if cells]
         except (csv.Error, ValueError) as error:  # also bytes that are no UTF-8
             raise ValueError(
@@ -159,7 +190,7 @@ def read_sweep(path: str | os.PathLike[str]) -> list[Row]:
             ) from error
 
 
-def _columns(names: list[str]) -> list[str]:
+def _check_columns(names: list[str]) -> list[str]:
     if not {*KEYS} <= {*names} or len({*names}) < len(names):
         raise ValueError(f"the columns must be {', '.join(KEYS)} and different metrics, found {names!r:.80}")
     return names
@@ -173,20 +204,17 @@ def _row(names: Sequence[str], cells: Sequence[str]) -> Row:
     return row
 
 
-def _identity(model: str, editor: WeightEditor) -> str:
-    """Return a hash of a model and the settings of an editor other than its energy."""
-    settings = {key: value for key, value in vars(editor).items() if key != "energy" and not key.startswith("_")}
-    text = json.dumps([model, type(editor).__qualname__, settings], sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _known_rows(path: Path, hashes: Mapping[str, str]) -> dict[tuple[str, float], Row]:
+    """Return the rows of a file by name of the edit and energy; none if there is no file.
 
-
-def _known(path: Path, of: Mapping[str, str]) -> dict[tuple[str, float], Row]:
-    """Return the rows of a file by editor and energy."""
+    Raises:
+        ValueError: If a row is of something else than ``hashes`` say, or the file cannot be read.
+    """
     if not path.exists():
         return {}
     rows = read_sweep(path)
     for row in rows:
-        if row["edit"] in of and row["of"] != of[row["edit"]]:
+        if row["edit"] in hashes and row["of"] != hashes[row["edit"]]:
             raise ValueError(
                 f"{path} holds a sweep of other weights, factors, data or settings (edit {row['edit']!r}). Write this "
                 "one to another file, or delete that one."

@@ -16,9 +16,8 @@ from torch import Tensor
 from lightning_curvature.storage.sniff import looks_like_safetensors, sniff
 from lightning_curvature.storage.tree import COPY_AGAIN, is_text
 
-_BROKEN = "{}: not a file of torch.save, or a broken one ({}: {})."
-
-
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>")
+"""Where the errors of torch name the class that a file needs."""
 _HARMFUL = re.compile(
     r"(os|posix|nt|sys|subprocess|shutil|io|runpy|socket|pty)\..*|builtins\.(eval|exec|open|getattr|compile|__import__)"
 )
@@ -33,20 +32,10 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
             know: an object of a class can do anything.
 
     Raises:
+        OSError: If there is no such file, or it may not be read.
         ValueError: If the file needs another class, or is no such file.
     """
-    allowed = []
-    for name in allow_globals:
-        module, _, attribute = name.rpartition(".")
-        if not module:
-            raise ValueError(
-                f"allow_globals: {name!r} is no full name of a class. Give it with its module, such as "
-                "'argparse.Namespace' (--allow-global argparse.Namespace)."
-            )
-        try:
-            allowed.append(getattr(importlib.import_module(module), attribute))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"allow_globals: there is no class {name!r} ({error}).") from error
+    allowed = [_class(name) for name in allow_globals]
     try:
         with torch.serialization.safe_globals(allowed):
             return _load(path)
@@ -55,36 +44,69 @@ def read_archive(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()
     except Exception as error:  # a damaged pickle ends in errors of every kind
         if told := sniff(path):
             raise ValueError(f"{path}: not a file of torch.save, but {told[0]}. {told[1]}") from error
-        found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error))
-        if found is None or not isinstance(error, pickle.UnpicklingError):
-            # torch wraps its reason in advice to load the file unsafely, which would not help and is not given here.
-            reason = str(error).partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
-            reason = " ".join((reason or str(error)).split())[:300] or "it ends too early"
-            remedy = (
-                "It is a safetensors file: name it NAME.safetensors." if looks_like_safetensors(path) else COPY_AGAIN
-            )
-            raise ValueError(f"{_BROKEN.format(path, type(error).__name__, reason)} {remedy}") from error
-        globals_ = {found[1] or found[2]}
-        with suppress(Exception):  # of a file that cannot be read to its end, the first one is named
-            globals_ |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        needed = sorted(globals_ - set(allow_globals))
-        harmful = [name for name in needed if _HARMFUL.fullmatch(name)]
-        if harmful:
-            raise ValueError(
-                f"{path} calls {', '.join(harmful)} when it is unpickled, which no checkpoint needs. Nothing was "
-                "loaded. Do not trust this file."
-            ) from error
+        match = _REFUSED.search(str(error))
+        if match is None or not isinstance(error, pickle.UnpicklingError):
+            raise _broken(path, error) from error
+        raise _needs_classes(path, match[1] or match[2], allow_globals) from error
+
+
+def _class(name: str) -> Any:
+    """Return the class of a name that a user allowed."""
+    module, _, attribute = name.rpartition(".")
+    if not module:
         raise ValueError(
-            f"{path} holds objects of {', '.join(needed)}, and unpickling them could run any code. Nothing was loaded. "
-            f"If you trust the file, add --allow-global {' '.join(needed)} (allow_globals={needed!r})."
-        ) from error
+            f"allow_globals: {name!r} is no full name of a class. Give it with its module, such as "
+            "'argparse.Namespace' (--allow-global argparse.Namespace)."
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"allow_globals: there is no class {name!r} ({error}).") from error
+
+
+def _load(path: str | os.PathLike[str]) -> Any:
+    # The format of torch before 1.6 is no archive, and cannot stay on the disk.
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise zipfile.BadZipFile("its entries are compressed, which torch.save does not do")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    """Return the error for a file that cannot be read, whatever classes it may hold."""
+    # torch wraps its reason in advice to load the file unsafely, which would not help and is not given here.
+    reason = str(error).partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+    reason = " ".join((reason or str(error)).split())[:300] or "it ends too early"
+    remedy = "It is a safetensors file: name it NAME.safetensors." if looks_like_safetensors(path) else COPY_AGAIN
+    return ValueError(f"{path}: not a file of torch.save, or a broken one ({type(error).__name__}: {reason}). {remedy}")
+
+
+def _needs_classes(path: str | os.PathLike[str], first: str, allowed: Sequence[str]) -> ValueError:
+    """Return the error for a file that needs classes that are not allowed; ``first`` is the first of them."""
+    names = {first}
+    with suppress(Exception):  # of a file that cannot be read to its end, the first one is named
+        names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    needed = sorted(names - set(allowed))
+    if harmful := [name for name in needed if _HARMFUL.fullmatch(name)]:
+        return ValueError(
+            f"{path} calls {', '.join(harmful)} when it is unpickled, which no checkpoint needs. Nothing was "
+            "loaded. Do not trust this file."
+        )
+    return ValueError(
+        f"{path} holds objects of {', '.join(needed)}, and unpickling them could run any code. Nothing was loaded. "
+        f"If you trust the file, add --allow-global {' '.join(needed)} (allow_globals={needed!r})."
+    )
 
 
 def check_tensors(tensors: Mapping[Any, Any], path: str | os.PathLike[str]) -> None:
-    """Raise ``ValueError`` if one of the tensors of a file is not one of plain numbers that lie in it, with a name.
+    """Raise ``ValueError`` if a value that was read from a file is no plain tensor, or one that the file cannot hold.
+
+    A plain tensor is a dense one of numbers on the CPU, and its name is text.
 
     Args:
-        tensors: By name; what is no tensor is refused, too.
+        tensors: What was read, by name.
         path: The file.
     """
     size = Path(path).stat().st_size
@@ -101,13 +123,3 @@ def check_tensors(tensors: Mapping[Any, Any], path: str | os.PathLike[str]) -> N
             raise ValueError(
                 f"{path}: {name!r} has {value.nbytes} bytes, more than the file. Is it expanded? Clone it."
             )
-
-
-def _load(path: str | os.PathLike[str]) -> Any:
-    # The format of torch before 1.6 is no archive, and cannot stay on the disk.
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise zipfile.BadZipFile("its entries are compressed, which torch.save does not do")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

@@ -52,11 +52,11 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put a folder in the place of another one; both lie on one file system.
+    """Put a new folder in the place of an old one, on the same file system.
 
     Where the system can exchange two names in one step (Linux), there is always a complete folder at ``target``, and
-    the old one is left at ``new``; elsewhere the old one is moved away first, and put back if the new one cannot take
-    its place.
+    the old folder is left at ``new``. Elsewhere the old folder is moved away first. It is put back if the new one
+    cannot take its place.
     """
     if not target.exists():
         new.rename(target)
@@ -75,14 +75,14 @@ def replace_folder(new: Path, target: Path) -> None:
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of a folder to make beside the target; on success it is synced and put in the target's place.
 
-    If the body raises, what it made is removed and the target is as it was.
+    If the body raises, what it made is removed, and the target is as it was.
 
     >>> target = Path(tempfile.mkdtemp(), "notes")
     >>> with replacing_folder(target) as new:
     ...     new.mkdir()
-    ...     _ = (new / "one").write_text("done")
+    ...     _ = (new / "note.txt").write_text("done")
     >>> [path.name for path in target.iterdir()]
-    ['one']
+    ['note.txt']
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,8 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _exchange(one: Path, two: Path) -> bool:
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; tell whether the system could."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0

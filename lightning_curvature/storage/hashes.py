@@ -19,22 +19,22 @@ def as_bytes(tensor: Tensor) -> memoryview:
 def tensor_hash(tensor: Tensor) -> str:
     """Return dtype, shape and SHA-256 of a tensor as one text."""
     digest = hashlib.sha256()
-    for piece in _pieces(tensor.detach()):
+    for piece in _pieces(tensor.detach()):  # a copy of a whole transposed tensor would take as much memory again
         digest.update(as_bytes(piece))
     return f"{tensor.dtype} {list(tensor.shape)} {digest.hexdigest()}"
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the parts of a tensor in their order; each is contiguous, or small."""
+    """Yield the pieces of a tensor in row-major order; each is contiguous, or small."""
     if tensor.is_contiguous() or tensor.nbytes <= _CHUNK:
         yield tensor
     else:
-        for part in tensor:
-            yield from _pieces(part)
+        for row in tensor:
+            yield from _pieces(row)
 
 
 def tensor_hashes(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, str]:
-    """Return dtype, shape and SHA-256 of each tensor as one text, with one tensor per core in memory.
+    """Return :func:`tensor_hash` of each tensor, with one tensor per core in memory.
 
     Args:
         names: Names of the tensors.
@@ -48,11 +48,11 @@ def tensor_hashes(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[s
 def content_hash(hashes: Mapping[str, str]) -> str:
     """Return a SHA-256 over names, dtypes, shapes and bytes of tensors, given their :func:`tensor_hashes`.
 
-    It does not depend on the file's name, format or layout, which the hash of a file of ``torch.save`` does.
+    It depends on the tensors alone. The hash of a file depends on its format and layout, too.
     """
     return hashlib.sha256("\0".join(f"{name}\0{hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
 
 
 def values_hash(hashes: Mapping[str, str]) -> str:
-    """Return a SHA-256 over the different tensors, whatever they are called and however often they are tied."""
+    """Return a SHA-256 over tensors without their names, given their hashes; tensors with the same hash count once."""
     return hashlib.sha256("\0".join(sorted(set(hashes.values()))).encode()).hexdigest()

@@ -27,7 +27,7 @@ def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> It
     """
     check_file(path, "JSON lines")
     required = list(required)
-    found = False
+    is_empty = True
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(BOM_UTF8) if number == 1 else line
@@ -42,9 +42,9 @@ def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> It
             missing = [field for field in required if field not in record]
             if missing:
                 raise ValueError(f"{path}, line {number}: lacks {missing}; it has {sorted(record)}.")
-            found = True
+            is_empty = False
             yield number, record
-    if not found:
+    if is_empty:
         raise ValueError(f"{path}: the file is empty; expected one JSON object per line.")
 
 

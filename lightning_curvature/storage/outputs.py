@@ -38,7 +38,7 @@ def ending(path: str | os.PathLike[str]) -> str:
 def check_name(output: str | os.PathLike[str], format_: Format) -> None:
     """Raise if a checkpoint of some format cannot be written under a name, since readers tell formats by names.
 
-    A name that tells none, such as ``edited``, is one for any.
+    A name without a known ending, such as ``edited``, is allowed for every format.
 
     Args:
         output: File or folder to write.
@@ -46,8 +46,8 @@ def check_name(output: str | os.PathLike[str], format_: Format) -> None:
 
     Raises:
         ValueError: If the name is one of another format.
-        FileExistsError: If there is a file where a folder is written, or a folder where a file is; or a folder that is
-            neither empty nor a model's, which would be removed as a whole.
+        FileExistsError: If there is a file where a folder is to be written, or a folder where a file is to be written,
+            or a folder that holds other things than a model: it would be replaced as a whole.
     """
     end = ending(output)
     fits = {
@@ -100,30 +100,30 @@ def check_outputs(
 
     Args:
         outputs: Files and folders to write.
-        inputs: Files and folders that are read; what a folder holds as a link is read, too.
+        inputs: Files and folders that are read. The targets of the links in a folder are read, too.
         overwrite: Whether outputs may exist.
     """
     inputs = [*inputs, *(link for path in inputs for link in _links(Path(path)))]
     resolved = [Path(path).resolve() for path in outputs]
     for output, path in zip(outputs, resolved, strict=True):
-        for other in inputs:
-            own = Path(other).resolve()
-            if path == own:
+        for source in inputs:
+            source_path = Path(source).resolve()
+            if path == source_path:
                 raise FileExistsError(
                     f"{output} is the source itself, or another file that is read. Write to another path; the original "
                     "is what you can go back to."
                 )
-            if path.is_relative_to(own) or own.is_relative_to(path):
-                raise FileExistsError(f"{output} and {other} lie one inside the other. Write to another path.")
+            if path.is_relative_to(source_path) or source_path.is_relative_to(path):
+                raise FileExistsError(f"{output} and {source} lie one inside the other. Write to another path.")
         if resolved.count(path) > 1:
             raise FileExistsError(f"{output} is named twice among the files to write.")
-        if any(path != other and path.is_relative_to(other) for other in resolved):
+        if any(path != folder and path.is_relative_to(folder) for folder in resolved):
             raise FileExistsError(f"{output} lies inside of a folder that is written as a whole. Put it beside that.")
         if path.exists() and not overwrite:
             raise FileExistsError(f"{output} exists. Choose another path, or --overwrite it.")
-        above = next(parent for parent in path.parents if parent.exists())
-        if not above.is_dir():
-            raise FileExistsError(f"{output} cannot be written: {above} is a file, not a folder.")
+        nearest = next(parent for parent in path.parents if parent.exists())
+        if not nearest.is_dir():
+            raise FileExistsError(f"{output} cannot be written: {nearest} is a file, not a folder.")
 
 
 def _links(folder: Path) -> list[Path]:

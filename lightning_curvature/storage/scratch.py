@@ -11,10 +11,10 @@ from typing_extensions import Self
 
 
 class Scratch:
-    """A folder beside a target in which tensors lie until it is written, so that one at a time is in memory.
+    """A folder for tensors that wait on the disk until the target is written: one at a time is in memory.
 
     Args:
-        target: File or folder that will be written.
+        target: File or folder that will be written. The scratch folder lies beside it.
     """
 
     def __init__(self, target: Path) -> None:
@@ -24,7 +24,7 @@ class Scratch:
         self._count = 0
 
     def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Keep a tensor; return what reads it, which leaves it on the disk until its entries are used."""
+        """Write a tensor to the folder; return a function that reads it, which maps it until its entries are used."""
         path = self.path / f"{self._count}.safetensors"
         self._count += 1
         save_file({"tensor": tensor.detach().cpu().contiguous()}, path)

@@ -1,4 +1,4 @@
-"""What a file is that cannot be read as what its name says, told by its first bytes."""
+"""The kind of a file that is not what its name says, told by its first bytes."""
 
 import os
 import zipfile
@@ -14,11 +14,11 @@ _MAGIC = {
     b"GGUF": ("a GGUF file", "Save the model with save_pretrained, which writes safetensors."),
     b"\x89HDF": ("an HDF5 file", "Save the model with save_pretrained, which writes safetensors."),
 }
-_AGAIN = "Copy or download the file again."
+_DOWNLOAD_AGAIN = "Copy or download the file again."
 
 
 def sniff(path: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """Return what a file is that is no checkpoint, and what to do; None if that cannot be told.
+    """Return the kind of a file that is no checkpoint, and what to do with it; None if the kind cannot be told.
 
     >>> import tempfile
     >>> page = Path(tempfile.mkdtemp(), "model.pt")
@@ -32,21 +32,20 @@ def sniff(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     with Path(path).open("rb") as file:
         start = file.read(_START)
     if not start:
-        return "an empty file", _AGAIN
+        return "an empty file", _DOWNLOAD_AGAIN
     for magic, told in _MAGIC.items():
         if start.startswith(magic):
             return told
     if start.startswith(b"PK"):
         try:
-            return None if zipfile.is_zipfile(path) else ("an archive that was cut off", _AGAIN)
-        except zipfile.BadZipFile:  # damaged in another way, which its reader tells
+            return None if zipfile.is_zipfile(path) else ("an archive that was cut off", _DOWNLOAD_AGAIN)
+        except zipfile.BadZipFile:  # damaged in another way, as its reader will tell
             return None
     try:
         text = start.decode("utf-8-sig").strip().lower()
     except UnicodeDecodeError as error:
-        if (
-            len(start) < _START or error.start < _START - 3
-        ):  # a character that the end of what was read cuts in two is none of others
+        # A character of up to four bytes may be cut in two where reading ended. Elsewhere the bytes are no text.
+        if len(start) < _START or error.start < _START - 3:
             return None
         text = start[: error.start].decode("utf-8-sig").strip().lower()
     if not all(character.isprintable() or character.isspace() for character in text):

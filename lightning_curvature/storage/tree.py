@@ -1,6 +1,6 @@
 """Nested dicts of tensors and primitives, taken apart into named tensors and JSON, which safetensors files hold.
 
-What is read from JSON is checked here: a file may be damaged, or another one.
+JSON that is read is checked here, since a file may be damaged, or be no file of this package.
 """
 
 import json
@@ -25,7 +25,7 @@ def take_apart(tree: Any, tensors: dict[str, Tensor], name: str) -> Any:
 
     Args:
         tree: Dicts with string keys, of tensors, None, numbers, strings, and lists of these three.
-        tensors: Receives the tensors.
+        tensors: Receives copies of the tensors, on the CPU.
         name: Prefix of their names.
     """
     if isinstance(tree, Tensor):
@@ -37,7 +37,7 @@ def take_apart(tree: Any, tensors: dict[str, Tensor], name: str) -> Any:
 
 
 def put_together(tree: Any, read: Callable[[str], Tensor]) -> Any:
-    """Undo :func:`take_apart`; ``read`` returns a tensor by its name."""
+    """Undo :func:`take_apart`: return a tree with its tensors; ``read`` returns a tensor by its name."""
     if isinstance(tree, dict):
         return {key: put_together(value, read) for key, value in tree.items()}
     if isinstance(tree, str) and tree.startswith(_TENSOR):
@@ -50,18 +50,18 @@ def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
 
     Args:
         text: JSON; bytes are UTF-8.
-        what: The file and what of it this is, for errors.
+        what: The file, and the part of it that the text is, for errors.
 
     Raises:
-        ValueError: If it is no JSON object, whatever else it is.
+        ValueError: If the text is no JSON object.
     """
     try:
-        found = json.loads(text.decode() if isinstance(text, bytes) else text)
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
         raise ValueError(f"{what} is not JSON ({error}). {COPY_AGAIN}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{what} must be a JSON object, found {type(found).__name__}. {COPY_AGAIN}")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be a JSON object, found {type(value).__name__}. {COPY_AGAIN}")
+    return value
 
 
 def is_text(value: Any) -> bool:

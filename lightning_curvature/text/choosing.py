@@ -12,21 +12,22 @@ from torch import Tensor
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editing import bulk
 from lightning_curvature.editing.curvature import CurvatureEditor
-from lightning_curvature.editing.streaming import check_loaded
+from lightning_curvature.editing.origin import check_loaded
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.search.energy import FLOOR
 from lightning_curvature.search.sweep import Row, sweep
-from lightning_curvature.text.evaluation import perplexity, strict_rate, window_nll
+from lightning_curvature.text.evaluation import WINDOW, perplexity, strict_rate, window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
 from lightning_curvature.text.saved import SavedModel
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences
 from lightning_curvature.text.suffixes import suffix_batches, suffix_margins
 
 ENERGIES = (0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.96, 0.98, 0.99)
-WINDOW = 128
-"""Tokens of a window, where the model takes as many."""
-_FREE = 0.001
+"""Energies that a sweep tries."""
 LIMITS = (1.02, 1.05, 1.10, 1.20)
+"""Multiples of the perplexity within which a sweep names its best edit."""
+_FREE = 0.001
+"""The smallest relative rise of the perplexity that counts as the cost of an edit."""
 
 
 class Chooser:
@@ -61,12 +62,12 @@ class Chooser:
 
     @functools.cached_property
     def model(self) -> Any:
-        """The model; it is loaded when it is needed."""
+        """The model, loaded at the first use."""
         return self.saved.load()
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
-        """The model's own name of each layer, by that in the factor file."""
+        """The name that the model gives to each layer, by its name in the factor file."""
         return {
             layer: name.removesuffix(".weight")
             for layer, name in match_layers(self.given, self.model.state_dict()).items()
@@ -74,37 +75,42 @@ class Chooser:
 
     @functools.cached_property
     def factors(self) -> KroneckerFactors:
-        """The factors by the model's own names."""
-        own = {self.names[layer]: self.given[layer] for layer in self.given}
-        return KroneckerFactors(own, self.given.provenance)
+        """The factors by the names that the model gives to its layers."""
+        return KroneckerFactors({self.names[layer]: self.given[layer] for layer in self.given}, self.given.provenance)
 
     def check_data(
         self, forget: Path | None, half: str | None, corpus: Path | None, tokens: int, context: int | None
     ) -> None:
-        """Read the data that are named, before the model is loaded; raise ``ValueError`` if it cannot take them."""
+        """Check the named data before the model is loaded; raise ``ValueError`` if the model cannot read them."""
         if forget is not None:
             self._sequences(forget, half)
         if corpus is not None:
             self._windows(corpus, tokens, context)
 
     def add_margins(self, forget: Path, half: str | None) -> KroneckerFactors:
-        """Return the factors, by their own names, with the gradient of margins of the sequences of a file."""
+        """Return the factors, by their names in the factor file, with the gradient of the margins of some sequences.
+
+        Args:
+            forget: JSON lines with sequences.
+            half: Use the ``"tuning"`` or the ``"validation"`` half of them; None for all.
+        """
         asked = self._sequences(forget, half)
         batches = suffix_batches(self.model, asked)
         self.factors = bulk.add_margins(
             self.model, self.factors, batches, lambda batch: suffix_margins(self.model, batch)
         )
         provenance = {**self.factors.provenance, "forget": {"file": forget.name, "half": half, "sequences": len(asked)}}
-        return KroneckerFactors({own: self.factors[name] for own, name in self.names.items()}, provenance)
+        return KroneckerFactors({layer: self.factors[name] for layer, name in self.names.items()}, provenance)
 
     def find(
         self, editor: CurvatureEditor, limit: float, corpus: Path, tokens: int, context: int | None
     ) -> dict[str, Any]:
-        """Find the strongest edit within a perplexity on every other window, and measure it on the other ones.
+        """Find the strongest edit within a perplexity on every second window, and measure it on the others.
 
         Returns:
-            ``energy``; ``perplexity``, as a multiple, on the windows that it was chosen on; ``held_out`` and the bounds
-            ``low`` and ``high`` of its 95 % interval on the others; and all this as ``text``.
+            ``energy``; ``perplexity``, as a multiple of what it was, on the windows that the energy was chosen on;
+            ``held_out``, the multiple on the other windows, with the bounds ``low`` and ``high`` of its 95 % interval;
+            and all this as ``text``.
 
         Raises:
             ValueError: If the limit is not above 1, the corpus is too short, or no edit is within the limit.
@@ -200,11 +206,10 @@ class Chooser:
         return [{**row, "times": row["perplexity"] / rows[0]["perplexity"]} for row in rows]
 
     def _renamed(self, editor: CurvatureEditor) -> CurvatureEditor:
-        """Return an editor that chooses its layers by the model's own names."""
-        own = KroneckerFactors({layer: self.factors[name] for layer, name in self.names.items()})
-        layers = [self.names[layer] for layer in editor.energies(own)]
+        """Return an editor whose layers go by the names that the model gives them."""
+        by_file_name = KroneckerFactors({layer: self.factors[name] for layer, name in self.names.items()})
         renamed = editor.at(1.0)
-        renamed.layers = layers
+        renamed.layers = [self.names[layer] for layer in editor.energies(by_file_name)]
         return renamed
 
     def _nll(self, windows: Tensor) -> Tensor:
@@ -220,8 +225,17 @@ class Chooser:
 
 
 def best_within(rows: Sequence[Row], limits: Sequence[float] = LIMITS) -> list[Row]:
-    """Return, for each multiple of the perplexity, as ``limit``, the row within it that recites, then costs least."""
-    within = {limit: [row for row in rows if row["times"] <= limit] for limit in limits}
-    return [
-        {"limit": limit, **min(some, key=lambda row: (row["strict"], row["times"]))} for limit, some in within.items()
-    ]
+    """Return, for each limit of the perplexity, the row that recites least within it; of equals, the cheapest.
+
+    Args:
+        rows: As :meth:`Chooser.sweep` returns them; the unedited model, whose ``times`` is 1, is among them.
+        limits: Multiples of the perplexity of the unedited model.
+
+    Returns:
+        The rows, each with its ``limit``.
+    """
+    best = []
+    for limit in limits:
+        within = [row for row in rows if row["times"] <= limit]
+        best.append({"limit": limit, **min(within, key=lambda row: (row["strict"], row["times"]))})
+    return best

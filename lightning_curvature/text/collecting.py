@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.passes import check_collected, check_positions
+from lightning_curvature.collect.passes import check_collected, check_positions, collect_batch
 from lightning_curvature.collect.tied_inputs import STATE_VERSION
 from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.recording.positions import POSITIONS
 from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.text.corpus import token_windows
@@ -61,8 +62,8 @@ def collect_text(
         batch_size: Windows per forward pass.
         passes: Groups of layers, each with a pass of its own, where the factors of all do not fit into memory at once.
         save_every: Batches between two saves of the progress.
-        **options: Arguments of :class:`lightning_curvature.collect.collector.Collector`: layers, fisher, draws,
-            positions, seed, accumulate_on.
+        **options: Arguments of :class:`~lightning_curvature.recording.options.CollectorOptions`: layers, fisher,
+            draws, positions, seed, accumulate_on.
 
     Returns:
         The factors.
@@ -90,7 +91,7 @@ def collect_text(
     device = next(model.parameters()).device
     pieces = [Path(f"{partial}.{index}") for index in range(passes)]
     for index in range(state["pass"], passes):
-        collector = Collector(model, group=(index, passes), **options)
+        collector = Collector(model, CollectorOptions(**options), group=(index, passes))
         if state["collector"] is not None:
             collector.load_state_dict(state["collector"])
         windows = token_windows(corpus, tokenizer, context, tokens)
@@ -122,8 +123,7 @@ def collect_text(
 
 
 def _step(model: Any, collector: Collector, batch: Tensor, num_leading: int) -> None:
-    with collector.step(), torch.enable_grad():
-        collector.backward(next_token_loss(model, batch, num_leading))
+    collect_batch(collector, batch, lambda windows: next_token_loss(model, windows, num_leading))
 
 
 def _batches(windows: Iterator[list[int]], size: int, device: torch.device) -> Iterator[Tensor]:

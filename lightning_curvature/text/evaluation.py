@@ -18,6 +18,9 @@ from lightning_curvature.metrics import (
 from lightning_curvature.text.decoding import context_length, continuations
 from lightning_curvature.text.sequences import PromptedSequence
 
+WINDOW = 128
+"""Tokens of a window for perplexity, where the model takes as many."""
+
 
 def evaluate_sequences(
     model: nn.Module, sequences: Sequence[PromptedSequence], batch_size: int = 32
@@ -30,8 +33,8 @@ def evaluate_sequences(
         batch_size: Sequences per forward pass.
 
     Returns:
-        ``strict``, ``loose``, ``edit_distance`` of the greedy continuation, ``extraction_strength``, and ``min_k`` (log
-        probability, nats per token).
+        ``strict``, ``loose`` and ``edit_distance`` of the greedy continuations; ``extraction_strength`` and ``min_k``
+        (log-probability, nats per token) of teacher-forced passes.
     """
     strict, loose, distance = StrictMemorization(), LooseMemorization(), NormalizedEditDistance()
     strength, min_k = ExtractionStrength(), MinKProbability()
@@ -51,7 +54,7 @@ def evaluate_sequences(
 
 
 def strict_rate(model: nn.Module, sequences: Sequence[PromptedSequence], batch_size: int = 32) -> float:
-    """Return the share of sequences that a model recites exactly: one forward pass, almost no generation."""
+    """Return the fraction of sequences that a model recites exactly: one forward pass, almost no generation."""
     strict = StrictMemorization()
     for said in continuations(model, sequences, batch_size, strict_only=True):
         strict.update(said.greedy.cpu(), said.target.cpu())
@@ -70,7 +73,7 @@ def recited(
         model: A transformers causal LM in eval mode.
         sequences: Prefixes and true suffixes.
         batch_size: Sequences per forward pass.
-        done: Called with the number of sequences of each batch when it is done.
+        done: Called after each batch with its number of sequences.
     """
     places: list[int] = []
     for said in continuations(model, sequences, batch_size, strict_only=True):
@@ -83,14 +86,14 @@ def recited(
 def next_token_logits(
     model: nn.Module, windows: Tensor, batch_size: int = 16, num_leading: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits ``[n, T - 1, V]`` and next tokens ``[n, T - 1]`` of windows ``[N, T]``, int64.
+    """Yield, batch by batch, logits ``[n, T - 1, V]`` and the tokens ``[n, T - 1]``, int64, that they predict.
 
     Args:
         model: A transformers causal LM in eval mode.
-        windows: Text.
+        windows: Text, int64 ``[N, T]``.
         batch_size: Windows per forward pass.
-        num_leading: Tokens in front of each window that are no text: they are not predicted, and ``T - num_leading``
-            tokens are.
+        num_leading: Tokens in front of each window that are no text, and are not predicted: ``T - num_leading`` tokens
+            are, or ``T - 1`` if there are none.
 
     Raises:
         ValueError: If a window is longer than the model's context.
@@ -102,8 +105,8 @@ def next_token_logits(
         )
     device = next(model.parameters()).device
     start = max(num_leading - 1, 0)
-    for part in torch.split(windows, batch_size):
-        ids = part.to(device)
+    for batch in torch.split(windows, batch_size):
+        ids = batch.to(device)
         with torch.no_grad():
             yield model(input_ids=ids[:, :-1], use_cache=False).logits[:, start:], ids[:, 1 + start :]
 
@@ -124,11 +127,11 @@ def window_nll(model: nn.Module, windows: Tensor, batch_size: int = 16, num_lead
 
     Arguments as :func:`next_token_logits`.
     """
-    found = [
+    batches = [
         F.cross_entropy(logits.transpose(1, 2).float(), target, reduction="none").double().mean(1).cpu()
         for logits, target in next_token_logits(model, windows, batch_size, num_leading)
     ]
-    return torch.cat(found)
+    return torch.cat(batches)
 
 
 class Baseline:

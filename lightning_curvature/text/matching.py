@@ -12,6 +12,7 @@ from lightning_curvature.search.energy import Match, match_energy
 from lightning_curvature.text.evaluation import perplexity
 
 RESAMPLES = 2000
+"""Samples of the bootstrap."""
 
 
 def match_perplexity(
@@ -20,26 +21,30 @@ def match_perplexity(
     editor: Editor,
     windows: Tensor,
     limit: float,
-    owner: nn.Module | None = None,
+    module: nn.Module | None = None,
     num_leading: int = 0,
 ) -> Match:
     """Find the strongest edit that raises the perplexity at most to ``limit`` times what it was.
 
     Args:
         model: A transformers causal LM in eval mode.
-        factors: Factors, by names relative to ``owner``.
-        editor: Its energy is searched for.
-        windows: Text to choose by, int64 ``[N, T]``; report on another.
+        factors: Factors, by names relative to ``module``.
+        editor: The editor whose energy is searched for.
+        windows: Text to choose by, int64 ``[N, T]``; report results on other text.
         limit: Allowed perplexity, as a multiple of the unedited model's.
-        owner: Module that ``factors`` belong to; by default the model.
+        module: The module whose layers ``factors`` name, such as a LightningModule that holds the model; by default the
+            model.
         num_leading: Tokens in front of each window that are no text.
+
+    Returns:
+        The strongest edit: its energy, the multiple that it reaches, and all multiples that were measured, by energy.
     """
     measure = functools.partial(perplexity, model, windows, num_leading=num_leading)
-    return match_energy(editor, owner or model, factors, measure, limit)
+    return match_energy(editor, module or model, factors, measure, limit)
 
 
 class Ratio(NamedTuple):
-    """The perplexity as a multiple of what it was, and the bounds of its 95 % interval over other text of the kind."""
+    """The perplexity as a multiple of what it was, with the bounds of its 95 % interval over text of the same kind."""
 
     value: float
     low: float
@@ -47,11 +52,12 @@ class Ratio(NamedTuple):
 
 
 def perplexity_ratio(before: Tensor, after: Tensor, seed: int = 0) -> Ratio:
-    """Compare two models on the same windows: a paired bootstrap over windows.
+    """Compare a model before and after an edit on the same windows, by a paired bootstrap over windows.
 
     Args:
-        before: Nats per token of each window, ``[N]``, see :func:`lightning_curvature.text.evaluation.window_nll`.
-        after: The same of the other model.
+        before: Nats per token of each window before the edit, ``[N]``, as
+            :func:`lightning_curvature.text.evaluation.window_nll` returns them.
+        after: Nats per token of the same windows under the edited model, ``[N]``.
         seed: Seed of the bootstrap; the global random state is not touched.
 
     Example:

@@ -1,8 +1,8 @@
-"""Loading a saved Hugging Face causal LM and its tokenizer, with errors that say what does not fit."""
+"""Loading a saved Hugging Face causal LM and its tokenizer; errors say what does not fit."""
 
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,16 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.loading import load_weights, read_weights
 from lightning_curvature.factors.files import is_factor_file
-from lightning_curvature.text.decoding import context_length
+from lightning_curvature.text.decoding import context_length, vocabulary_size
 
-_ANOTHER = "Name the folder of a causal language model, one whose layers see what came before alone."
+_REMEDY = "Name the folder of a causal language model, one whose layers see what came before alone."
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -63,18 +62,23 @@ def read_config(folder: str | os.PathLike[str]) -> Any:
         ) from error
     causal = _names(MODEL_FOR_CAUSAL_LM_MAPPING, config)
     named = list(config.architectures or [])
-    # What transformers has no class for is someone's own subclass: its weights tell.
+    # A name that transformers does not know is a class of the user: its weights show whether it fits.
     known = [name for name in named if isinstance(getattr(transformers, name, None), type)]
     fitting = {*causal, *_names(MODEL_MAPPING, config)}
     if not causal or (known and not any(name in fitting or name.endswith("LMHeadModel") for name in known)):
         raise ValueError(
-            f"{folder} holds no causal language model but a {', '.join(named) or config.model_type}. {_ANOTHER}"
+            f"{folder} holds no causal language model but a {', '.join(named) or config.model_type}. {_REMEDY}"
         )
     return config
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """Raise if there is nothing at a path, or if it holds factors instead of weights."""
+    """Check what lies at the path of a checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is nothing, or a folder without a configuration.
+        ValueError: If it holds factors instead of weights, or the configuration is not that of a causal LM.
+    """
     path = Path(checkpoint)
     if path.is_dir():
         read_config(path)
@@ -96,13 +100,14 @@ def load_model(
 
     Args:
         folder: What ``save_pretrained`` wrote.
-        checkpoint: Take the weights from here instead: a Lightning ``.ckpt`` whose module holds the model as a
+        checkpoint: Where to take the weights from instead: a Lightning ``.ckpt`` whose module holds the model as a
             submodule, a state dict (``.pt``, ``.safetensors``), or another folder.
         allow_globals: Classes that a file may hold beside tensors and primitives.
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
-        ValueError: If the folder holds no causal LM with all its weights, or the checkpoint not exactly this model's.
+        ValueError: If the folder holds no causal LM with all its weights, or the weights of the checkpoint are not
+            exactly those of this model.
     """
     model = _pretrained(folder, complete=checkpoint is None)
     if checkpoint is not None:
@@ -114,13 +119,27 @@ def load_model(
 
 
 def put_weights(model: Any, checkpoint: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> None:
-    """Put the weights of a file or a folder into a model; arguments and errors as :func:`load_model`."""
+    """Put the weights of a file or a folder into a model; other arguments and errors as :func:`load_model`."""
     check_checkpoint(checkpoint)
     if Path(checkpoint).is_dir():
         weights = _pretrained(checkpoint, complete=True, bar=False).state_dict()
     else:
         weights = read_weights(Path(checkpoint), allow_globals)
     load_weights(model, weights, checkpoint)
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Check that a model knows the tokens of a tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model's embedding has rows.
+    """
+    rows = vocabulary_size(model)
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {rows}: it belongs to another model. "
+            "Save the model's own tokenizer into its folder (tokenizer.save_pretrained)."
+        )
 
 
 def _pretrained(folder: str | os.PathLike[str], complete: bool, bar: bool = True) -> Any:
@@ -152,8 +171,8 @@ def _pretrained(folder: str | os.PathLike[str], complete: bool, bar: bool = True
 
 
 def _check_causal(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Raise ``ValueError`` if what comes later changes what a model says."""
-    length, size = min(8, context_length(model)), model.get_input_embeddings().weight.shape[0]
+    """Raise ``ValueError`` if later tokens change what a model predicts at earlier positions."""
+    length, size = min(8, context_length(model)), vocabulary_size(model)
     first = (torch.arange(length, device=next(model.parameters()).device) * 7 + 3) % size
     later = first.clone()
     later[length // 2 :] = (later[length // 2 :] + 1) % size
@@ -163,7 +182,7 @@ def _check_causal(model: Any, folder: str | os.PathLike[str]) -> None:
     if float(change) > torch.finfo(logits.dtype).eps ** 0.5 * float(logits.abs().max()):
         raise ValueError(
             f"{folder}: what its {type(model).__name__} predicts depends on the tokens that come later, as in a masked "
-            f"language model. {_ANOTHER}"
+            f"language model. {_REMEDY}"
         )
 
 
@@ -171,13 +190,13 @@ def _check_causal(model: Any, folder: str | os.PathLike[str]) -> None:
 def _bars(shown: bool) -> Iterator[None]:
     """Let transformers show its progress bars, or not."""
     logging: Any = transformers_logging
-    before = logging.is_progress_bar_enabled()
+    were_shown = logging.is_progress_bar_enabled()
     if not shown:
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        if before:
+        if were_shown:
             logging.enable_progress_bar()
 
 
@@ -190,73 +209,12 @@ def _names(mapping: Any, config: Any) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without its full stop, or the name of its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")[:200]
 
 
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Raise if a tokenizer makes ids that a model does not know.
-
-    Raises:
-        ValueError: If the tokenizer has more tokens than the model's embedding has rows.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {rows}: it belongs to another model. "
-            "Save the model's own tokenizer into its folder (tokenizer.save_pretrained)."
-        )
-
-
-def find_language_model(module: nn.Module, layers: Collection[str] = ()) -> Any:
-    """Return the transformers causal LM inside a module.
-
-    Args:
-        module: The module, or the model itself.
-        layers: Names of layers, relative to the module; of several models the one that holds one of them is meant.
-
-    Raises:
-        ValueError: If there is none, or more than one is left.
-    """
-    found = {name: submodule for name, submodule in module.named_modules() if isinstance(submodule, GenerationMixin)}
-    found = {
-        name: model
-        for name, model in found.items()
-        if not any(other != name and (not other or name.startswith(f"{other}.")) for other in found)
-    }
-    if len(found) > 1:
-        found = {
-            name: model for name, model in found.items() if any(layer.startswith(f"{name}.") for layer in layers)
-        } or found
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if found:
-        raise ValueError(
-            f"{type(module).__name__} holds several language models, {listing(found)}; only one can be probed."
-        )
-    raise ValueError(
-        f"{type(module).__name__} holds no transformers model that can generate; probes of recitation, recall and "
-        "perplexity need one as a submodule."
-    )
-
-
-def next_tokens(module: nn.Module, batch: Mapping[str, Tensor], layers: Collection[str] = ()) -> tuple[Tensor, Tensor]:
-    """Return logits ``[n, T - 1, V]`` and the tokens that follow, ``[n, T - 1]``, -100 where none counts.
-
-    Args:
-        module: Holds a transformers causal LM.
-        batch: ``input_ids`` ``[n, T]``; optionally ``labels``, ``attention_mask`` and ``position_ids``.
-        layers: As in :func:`find_language_model`.
-    """
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-    labels = batch.get("labels")
-    if labels is None:
-        labels = batch["input_ids"]
-        if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-    return find_language_model(module, layers)(**inputs).logits[:, :-1], labels[:, 1:]
-
-
 def _existing(folder: str | os.PathLike[str]) -> str:
+    """Return a folder as text; raise ``FileNotFoundError`` if it does not exist."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder; expected one written by save_pretrained.")
     return os.fspath(folder)

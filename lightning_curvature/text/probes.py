@@ -1,4 +1,4 @@
-"""Probes of a language model that are read from JSON lines."""
+"""Probes of a language model, read from JSON lines."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -12,9 +12,10 @@ from lightning_curvature._checks import check_option
 from lightning_curvature.storage.jsonl import read_jsonl
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
-from lightning_curvature.text.evaluation import evaluate_sequences, perplexity
+from lightning_curvature.text.evaluation import WINDOW, evaluate_sequences, perplexity
+from lightning_curvature.text.inner_model import find_language_model
 from lightning_curvature.text.leading import leading_tokens
-from lightning_curvature.text.models import find_language_model, load_tokenizer
+from lightning_curvature.text.models import load_tokenizer
 from lightning_curvature.text.recall import Question, evaluate_recall, read_questions
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences
 
@@ -25,9 +26,6 @@ METRICS = {
 }
 """What is measured, by the field that tells the kind of a file."""
 
-WINDOW = 128
-"""Tokens of a window for perplexity."""
-
 
 class JsonlProbe:
     """A file of recited sequences, questions, or text, and what to measure on it.
@@ -36,11 +34,12 @@ class JsonlProbe:
         path: JSON lines with ``prefix_ids`` and ``suffix_ids``; with ``prompt`` and ``answers`` (and optionally
             ``context``); or with ``text``.
         metrics: Names of what to measure; by default all that this kind of file allows.
-        tokenizer: A transformers tokenizer. Sequences need none, and their prefixes are taken as they stand in the file
-            then; with one they begin with the tokens that it puts in front of a text.
+        tokenizer: A transformers tokenizer. Sequences need none: their prefixes are then taken as they stand in the
+            file. With a tokenizer, prefixes begin with the tokens that it puts in front of a text.
 
     Raises:
-        ValueError: If the file is of no such kind, or a metric is not one of its kind.
+        ValueError: If the file is of none of these kinds, a metric does not belong to its kind, or a tokenizer is
+            missing.
     """
 
     def __init__(
@@ -92,11 +91,17 @@ class JsonlProbe:
 
 
 def make_probes(probes: dict[str, Any], tokenizer: Any) -> dict[str, JsonlProbe]:
-    """Return probes from paths, or dicts with ``path`` and optionally ``metrics`` and ``tokenizer`` (a folder)."""
+    """Return probes by name.
+
+    Args:
+        probes: By name, the path of a file, or a dict with ``path`` and optionally ``metrics`` and ``tokenizer`` (a
+            folder).
+        tokenizer: The tokenizer of probes that name none.
+    """
     made = {}
     for name, spec in probes.items():
         options = dict(spec) if isinstance(spec, dict) else {"path": spec}
         folder = options.pop("tokenizer", None)
-        own = tokenizer if folder is None else load_tokenizer(folder)
-        made[name] = JsonlProbe(options.pop("path"), tokenizer=own, **options)
+        chosen = tokenizer if folder is None else load_tokenizer(folder)
+        made[name] = JsonlProbe(options.pop("path"), tokenizer=chosen, **options)
     return made

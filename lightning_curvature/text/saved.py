@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_curvature._checks import check_count
-from lightning_curvature.checkpoints.huggingface import fill
+from lightning_curvature.checkpoints.empty_model import fill
 from lightning_curvature.layers.selection import choose_layers
 from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import config_length

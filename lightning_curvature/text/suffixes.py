@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_curvature.metrics.functional.margins import logit_margins
 from lightning_curvature.text.decoding import context_length, vocabulary_size
 from lightning_curvature.text.sequences import PromptedSequence, batches, check_fit
 
@@ -44,8 +45,5 @@ def suffix_nll(model: nn.Module, batch: Suffixes) -> Tensor:
 
 
 def suffix_margins(model: nn.Module, batch: Suffixes) -> Tensor:
-    """Return, for each token of the suffixes, its logit minus the largest other one, ``[n, L]``."""
-    logits, target = suffix_logits(model, batch)
-    own = logits.gather(-1, target[..., None])
-    others = logits.scatter(-1, target[..., None], float("-inf"))
-    return (own - others.amax(-1, keepdim=True)).squeeze(-1)
+    """Return, for each token of the suffixes, its logit minus the largest other logit, ``[n, L]``."""
+    return logit_margins(*suffix_logits(model, batch))

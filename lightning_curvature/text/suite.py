@@ -1,4 +1,4 @@
-"""All metrics of a saved language model on files: what ``lightning-curvature evaluate`` runs."""
+"""All metrics of a saved language model on files, for ``lightning-curvature evaluate``."""
 
 import os
 from collections.abc import Sequence
@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_curvature._checks import listing
-from lightning_curvature.storage.atomic import replacing
-from lightning_curvature.text.evaluation import Baseline, evaluate_sequences
-from lightning_curvature.text.examples import continue_texts, side_by_side
+from lightning_curvature.text.evaluation import WINDOW, Baseline, evaluate_sequences, perplexity
+from lightning_curvature.text.examples import continue_sections, write_side_by_side
 from lightning_curvature.text.models import check_vocabulary, load_model, put_weights
 from lightning_curvature.text.recall import evaluate_recall, read_questions
 from lightning_curvature.text.saved import SavedModel
@@ -19,24 +17,23 @@ from lightning_curvature.text.sequences import PromptedSequence, read_sequences
 from lightning_curvature.text.stress import positional_stress
 
 NUM_EXAMPLES = 10
-WINDOW = 128
-"""Tokens of a window, where the model takes as many."""
+"""Sequences, and ordinary prompts, whose continuations are shown."""
 
 
 class Suite:
-    """Files to measure a model on, read and checked once, and before the model is loaded.
+    """Files to measure a model on. They are read and checked once, before the model is loaded.
 
     Args:
         model: Folder of a Hugging Face causal LM and its tokenizer.
         sequences: JSON lines with ``prefix_ids`` and ``suffix_ids``.
-        half: ``"tuning"`` or ``"validation"``: use this half of the sequences alone.
+        half: Use the ``"tuning"`` or the ``"validation"`` half of the sequences; by default all.
         corpus: Text, or JSON lines with ``text``.
         recall: JSON lines with ``prompt`` and ``answers``.
-        stress: Also run the positional stress test on the sequences.
+        stress: Whether to run the positional stress test on the sequences too.
         tokens: Tokens of the corpus to read at most.
         context: Tokens of a window; by default 128, or what the model takes if that is less.
         batch_size: Sequences per forward pass.
-        checkpoint: Take the weights from here instead, a file or a folder.
+        checkpoint: File or folder to take the weights from; by default the folder of the model.
         allow_globals: Classes that a file may hold beside tensors and primitives.
 
     Raises:
@@ -69,34 +66,30 @@ class Suite:
         self.filler = [] if self.windows is None else self.windows[0, len(self.leading) :].tolist()
 
     def run(self, reference: bool = False, examples: Path | None = None) -> dict[str, dict[str, float]]:
-        """Measure the model, and with ``reference`` first with the weights in its folder instead of the checkpoint's.
+        """Measure the model, and with ``reference`` also what it was before.
 
         Args:
-            reference: Whether to.
+            reference: Measure the weights in the folder first, and the checkpoint's then.
             examples: With ``reference``, Markdown file for continuations of ten sequences and ten ordinary prompts
                 before and after.
 
         Returns:
-            Metrics by name, under ``"model"``, or under ``"before"`` and ``"after"``.
+            The metrics, by name: under ``"model"``, or with ``reference`` under ``"before"`` and ``"after"``.
         """
         if not reference or self.saved.checkpoint is None:
             return {"model": self._measure(self.saved.load(), None, self.saved.source)}
         model = load_model(self.saved.folder)
         check_vocabulary(model, self.tokenizer)
         self._check_finite(model, self.saved.folder)
-        baseline = None if self.windows is None else self._baseline(model, self.windows)
+        num_leading, sections = len(self.leading), self._examples()
+        baseline = None if self.windows is None else Baseline(model, self.windows, num_leading=num_leading)
         results = {"before": self._measure(model, baseline, self.saved.folder)}
-        before = {} if examples is None else self._continued(model)
+        before = {} if examples is None else continue_sections(model, self.tokenizer, sections)
         put_weights(model, self.saved.checkpoint, self.saved.allow_globals)  # one model in memory, loaded once
         results["after"] = self._measure(model, baseline, self.saved.checkpoint)
         if examples is not None:
-            after = self._continued(model)
-            page = side_by_side(
-                {title: (asked, before[title], after[title]) for title, asked in self._examples().items()},
-                self.tokenizer,
-            )
-            with replacing(examples) as temporary:
-                temporary.write_text(page, encoding="utf-8")
+            after = continue_sections(model, self.tokenizer, sections)
+            write_side_by_side(examples, sections, before, after, self.tokenizer)
         return results
 
     def _examples(self) -> dict[str, list[PromptedSequence]]:
@@ -111,14 +104,8 @@ class Suite:
             ]
         return sections
 
-    def _continued(self, model: Any) -> dict[str, list[str]]:
-        return {title: continue_texts(model, self.tokenizer, asked) for title, asked in self._examples().items()}
-
-    def _baseline(self, model: Any, windows: Tensor) -> Baseline:
-        return Baseline(model, windows, num_leading=len(self.leading))
-
     def _check_finite(self, model: Any, what: str | os.PathLike[str]) -> None:
-        """Raise ``ValueError`` if what a model says of a few tokens is not finite: all metrics would be nan."""
+        """Raise ``ValueError`` if the logits of a few tokens are not finite: all metrics would be nan."""
         ids = torch.arange(min(8, self.saved.context, self.saved.vocabulary), device=next(model.parameters()).device)
         with torch.no_grad():
             logits = model(input_ids=ids[None], use_cache=False).logits
@@ -132,21 +119,22 @@ class Suite:
         )
 
     def _measure(self, model: Any, baseline: Baseline | None, what: str | os.PathLike[str]) -> dict[str, float]:
+        """Return all metrics of a model; ``what`` names its weights in errors."""
         results: dict[str, float] = {}
         self._check_finite(model, what)
         if self.sequences:
             results |= evaluate_sequences(model, self.sequences, self.batch_size)
-        if self.windows is not None:
-            own = baseline or self._baseline(model, self.windows)
-            found = own.evaluate(model)
-            results |= found if baseline else {"perplexity": found["perplexity"]}
+        if baseline is not None:
+            results |= baseline.evaluate(model)
+        elif self.windows is not None:
+            results["perplexity"] = perplexity(model, self.windows, num_leading=len(self.leading))
         if self.questions:
             results |= evaluate_recall(model, self.tokenizer, self.questions, self.batch_size)
         if self.stress:
-            moved = positional_stress(
+            stressed = positional_stress(
                 model, self.sequences, filler=self.filler, batch_size=self.batch_size, leading=self.leading
             )
             results |= {
-                f"{name}_shift_{shift:+d}": value for shift, found in moved.items() for name, value in found.items()
+                f"{name}_shift_{shift:+d}": rate for shift, rates in stressed.items() for name, rate in rates.items()
             }
         return results

@@ -1,32 +1,24 @@
 """Probes: data on which a model is measured before and after the edit."""
 
 import math
-import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from tabulate import tabulate
 from torch import Tensor, nn
 
-from lightning_curvature._checks import check_option, did_you_mean, listing
+from lightning_curvature._checks import check_option
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import evaluating
-from lightning_curvature.metrics import NoisyLabelAccuracy, Perplexity
 from lightning_curvature.search.energy import Match, match_energy
-
-COSTS = ("perplexity",)
-BENEFITS = ("accuracy", "recall", "recall_open_book")
-"""Metrics of a probe that tell what an edit costs."""
+from lightning_curvature.trainer.measuring import check_batch, random_state_kept, run_probes
+from lightning_curvature.trainer.target import Target
 
 
 class Probes:
@@ -40,12 +32,16 @@ class Probes:
         self.files = dict(files)
         self._readers: dict[str, Any] = {}
 
-    def check(self) -> None:
-        """Check the files before a run starts, not after its first epoch.
+    def check(self, target: "Target | None", sources: Iterable[object]) -> None:
+        """Check the files, and that a target has a probe, before a run starts, not after its first epoch.
+
+        Args:
+            target: What the edit may cost, or None.
+            sources: The module and the datamodule, which may give dataloaders.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If a dict has no ``path``, or an entry that means nothing.
+            ValueError: If a dict has no ``path``, or an entry that means nothing; or if there is no such probe.
         """
         for name, spec in self.files.items():
             options = {"path": spec} if isinstance(spec, (str, PathLike)) else dict(spec)
@@ -55,6 +51,8 @@ class Probes:
                 raise ValueError(f"Probe {name!r} has no 'path'; found {options}.")
             if not Path(options["path"]).is_file():
                 raise FileNotFoundError(f"Probe {name!r}: there is no file {options['path']}.")
+        if target is not None:
+            target.check(self.files, any(hasattr(source, "probe_dataloader") for source in sources))
 
     def check_loaders(self, trainer: pl.Trainer, module: pl.LightningModule, target: "Target | None") -> None:
         """Check the dataloaders of the module and the datamodule, and the first batch of each, before a run starts.
@@ -189,83 +187,6 @@ def _loaders_of(source: Any) -> Any:
     return make() if callable(make) else make
 
 
-@contextmanager
-def random_state_kept(loaders: Iterable[Any]) -> Iterator[None]:
-    """Put the random state back after a ``with`` block, also if it fails: the global one, and those of dataloaders.
-
-    Args:
-        loaders: Dataloaders that may have generators of their own, which others may share.
-    """
-    owners = [part for loader in loaders for part in (loader, getattr(loader, "sampler", None))]
-    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-class Target:
-    """What an edit may cost on a probe.
-
-    Args:
-        entry: One entry, ``"{probe}/{metric}"`` and the multiple that the metric may become.
-
-    Raises:
-        TypeError: If it is no such dict.
-        ValueError: If the metric is not one that tells what an edit costs, or the multiple lies on its wrong side.
-    """
-
-    def __init__(self, entry: Mapping[str, float]) -> None:
-        if not isinstance(entry, Mapping) or len(entry) != 1:
-            raise TypeError(
-                f"target must be a dict of one entry, such as {{'clean/perplexity': 1.1}}; found {entry!r}."
-            )
-        ((self.name, limit),) = entry.items()
-        self.entry = dict(entry)
-        self.probe, _, metric = self.name.partition("/")
-        check_option(metric, (*COSTS, *BENEFITS), f"The metric of target {self.name!r}")
-        self.benefit = metric in BENEFITS
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)):
-            raise TypeError(f"target {self.name!r} must be a number, found {limit!r}.")
-        if not (0 < limit <= 1 if self.benefit else 1 < limit < math.inf):
-            side = "at most 1: the share that is kept" if self.benefit else "above 1: what it may become"
-            raise ValueError(f"target {self.name!r} must be {side}, as a multiple of what it was; found {limit!r}.")
-        self.limit = float(limit)
-
-    def check(self, files: Iterable[str], loaders: bool) -> None:
-        """Check before a run starts that there may be such a probe.
-
-        Args:
-            files: Names of the probes that are files.
-            loaders: Whether there are others, whose names are known when they are measured.
-
-        Raises:
-            ValueError: If there can be none.
-        """
-        if not loaders and self.probe not in files:
-            raise ValueError(
-                f"{self}: there is no probe {self.probe!r}. Give a file, probes={{{self.probe!r}: ...}}, or a method "
-                "probe_dataloader() of the module or the datamodule."
-            )
-
-    def unmeasured(self, measured: Iterable[str]) -> str:
-        """Return what to do where no probe has the metric."""
-        names = sorted(name for name in measured if name.startswith(f"{self.probe}/"))
-        return (
-            f"{self}: no probe measures that.{did_you_mean(self.name, names)} Give files (probes=) or a method "
-            f"probe_dataloader() of the module or datamodule; measured: {listing(names) or 'nothing'}."
-        )
-
-    def __str__(self) -> str:
-        return f"target {self.name} x {self.limit:g}"
-
-
 def _first_batch(where: str, name: str, loader: Any, module: nn.Module) -> list[str]:
     """Return what the first batch of a probe's loader allows to measure; raise if it is no such loader."""
     what = f"{where}(): the probe {name!r}"
@@ -287,80 +208,3 @@ def _first_batch(where: str, name: str, loader: Any, module: nn.Module) -> list[
             "that it returns the logits."
         )
     return ["accuracy"]
-
-
-def check_batch(name: str, batch: Any) -> None:
-    """Raise ``ValueError`` if a batch of a probe is not one that can be measured."""
-    if (
-        isinstance(batch, (list, tuple))
-        and len(batch) in (2, 3)
-        and all(isinstance(part, Tensor) for part in batch[1:])
-    ):
-        return
-    count = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
-    raise ValueError(
-        f"Probe {name!r}: a batch must be (inputs, labels), (inputs, noised, clean) or a dict with input_ids, found "
-        f"{type(batch).__name__}{count}."
-    )
-
-
-def before_after(results: Mapping[str, float]) -> str:
-    """Return results that end in ``/before`` and ``/after`` as a table."""
-    names = [name.removesuffix("/before") for name in results if name.endswith("/before")]
-    rows = [[name.partition("/")[2], results[f"{name}/before"], results[f"{name}/after"]] for name in names]
-    return tabulate(rows, ["probe", "before", "after"], floatfmt=".3f")
-
-
-def run_probes(
-    module: nn.Module,
-    probes: Mapping[str, Iterable[Any]],
-    to_device: Callable[[Any], Any] = lambda batch: batch,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    layers: Collection[str] = (),
-) -> dict[str, float]:
-    """Measure a model on each probe.
-
-    Args:
-        module: In eval mode. A classifier returns logits ``[n, k]`` (or an object with ``logits``) of a batch of
-            inputs; a language model holds a transformers causal LM.
-        probes: By name, batches ``(inputs, labels)``, or ``(inputs, noised, clean)`` where labels were noised, or
-            dicts with ``input_ids`` (and ``labels``, ``attention_mask``, ``position_ids``).
-        to_device: Moves a batch.
-        context: Entered around the forward pass of a classifier, for its precision, and around nothing else.
-        layers: Layers that are edited; they tell which language model is meant if there are several.
-
-    Returns:
-        ``{name}/accuracy`` for the first kind of batch; ``{name}/memorized`` and ``{name}/recovered``, over the noised
-        examples, and ``{name}/accuracy``, over the others, for the second; ``{name}/perplexity`` for the third.
-
-    Raises:
-        ValueError: If a batch is none of these.
-    """
-    results: dict[str, float] = {}
-    for name, batches in probes.items():
-        right = total = 0
-        noisy, perplexity = NoisyLabelAccuracy(), Perplexity()
-        for batch in batches:
-            if isinstance(batch, Mapping) and "input_ids" in batch:
-                from lightning_curvature.text.models import next_tokens  # transformers is there if it made such a batch
-
-                perplexity.update(*(part.cpu() for part in next_tokens(module, to_device(batch), layers)))
-                continue
-            check_batch(name, batch)
-            inputs, labels, *clean = to_device(batch)
-            with context():
-                output = module(inputs)
-            logits: Tensor = getattr(output, "logits", output).detach().cpu()
-            labels = labels.cpu()
-            untouched = labels == clean[0].cpu() if clean else torch.ones_like(labels, dtype=torch.bool)
-            right += int((logits.argmax(1) == labels)[untouched].sum())
-            total += int(untouched.sum())
-            if clean:
-                noisy.update(logits, labels, clean[0].cpu())
-        if int(perplexity.count):
-            results[f"{name}/perplexity"] = float(perplexity.compute())
-        if total:
-            results[f"{name}/accuracy"] = right / total
-        if int(noisy.counts[2]):
-            results |= {f"{name}/{key}": float(value) for key, value in noisy.compute().items()}
-    return results

@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +16,24 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_curvature.checkpoints.facts import ENTRY
 from lightning_curvature.distributed import Ranks
+from lightning_curvature.trainer.files import (
+    absolute,
+    apart,
+    delete,
+    factors_path,
+    is_local,
+    may_be_replaced,
+    sibling,
+    stamp_of,
+    write_file,
+)
 
 CheckpointDict = dict[str, Any]
 _EARLIER = 10_000_000  # nanoseconds by which an edited copy is older than its checkpoint, to who looks for the latest
 
 
-class Sibling(Protocol):
+class Saver(Protocol):
     """What is saved beside every checkpoint. All methods are collectives."""
 
     def edit_later(self, checkpoint: CheckpointDict) -> "Edit | None":
@@ -48,24 +57,6 @@ class Edit(Protocol):
 
     def let_go(self, file: Path) -> None:
         """Hold the factors no longer: they are read from a file when they are needed."""
-
-
-def sibling(path: str | Path, mark: str, suffix: str | None = None) -> str:
-    """Return the path of a checkpoint's sibling.
-
-    >>> sibling("runs/last.ckpt", "-edited")
-    'runs/last-edited.ckpt'
-    >>> sibling("runs/last.ckpt", "-edited-factors", ".safetensors")
-    'runs/last-edited-factors.safetensors'
-    """
-    folder, slash, name = os.fspath(path).rpartition("/")  # the path may be a URL
-    extension = Path(name).suffix
-    return f"{folder}{slash}{name.removesuffix(extension)}{mark}{extension if suffix is None else suffix}"
-
-
-def factors_path(path: str | Path, name: str) -> str:
-    """Return the path of the factors beside a checkpoint."""
-    return sibling(path, f"-{name}-factors", ".safetensors")
 
 
 @dataclass
@@ -108,7 +99,7 @@ class Siblings:
         if isinstance(strategy, ParallelStrategy):  # others run on one process, also where a process group is running
             part = strategy.distributed_sampler_kwargs
             self.ranks = Ranks.of_run(part["rank"], part["num_replicas"], strategy.root_device)
-        self.savers: dict[str, Sibling] = {}
+        self.savers: dict[str, Saver] = {}
         self.loaded: str | None = None
         self.loaded_step: int | None = None
         self.failed = self.waits = False
@@ -126,6 +117,17 @@ class Siblings:
             remove_checkpoint=self.remove_checkpoint,
         )
 
+    def watch(self, name: str, saver: Saver, in_fit: bool) -> None:
+        """Let a saver save beside every checkpoint of the run that begins.
+
+        Args:
+            name: Mark of its files.
+            saver: Says what is saved.
+            in_fit: Whether a fit begins, at whose end the saver calls :meth:`make_copies`.
+        """
+        self.savers[name] = saver
+        self.failed, self.waits = False, in_fit
+
     @classmethod
     def of(cls, strategy: Strategy) -> "Siblings":
         """Return the siblings of a strategy, new ones if it has none yet."""
@@ -141,7 +143,7 @@ class Siblings:
         begins with "last", is never an edited one. A sibling that cannot be made or written costs a warning, and never
         the checkpoint.
         """
-        path = _absolute(os.fspath(filepath))
+        path = absolute(os.fspath(filepath))
         hidden = Path(path).name.startswith(".")  # what Lightning's tuners save for a moment
         lost = self.failed and not self.ranks.all_here()
         if lost:
@@ -154,12 +156,12 @@ class Siblings:
             for name, saver in self.savers.items() if not (hidden or lost) else ():
                 with _costs_a_warning(path):
                     writer = saver.factors_writer()
-                    self.ranks.first(partial(_write, writer, factors_path(_apart(path), name)))
-                    edit, copy = saver.edit_later(checkpoint), sibling(_apart(path), f"-{name}")
+                    self.ranks.first(partial(write_file, writer, factors_path(apart(path), name)))
+                    edit, copy = saver.edit_later(checkpoint), sibling(apart(path), f"-{name}")
                     self._check_free(copy)
                     if edit is None:
                         self._remove_if_there(copy)  # of an older run
-                    elif self.waits and self._reads_back and _is_local(path):
+                    elif self.waits and self._reads_back and is_local(path):
                         self._hold_one_set(name, edit)
                         edits[name] = edit
                         self._remove_if_there(copy)
@@ -171,7 +173,7 @@ class Siblings:
             self._waiting.pop(path, None)
             if edits:
                 with _costs_a_warning(path):
-                    stamp = _stamp(path) if self.ranks.rank == 0 and Path(path).is_file() else None
+                    stamp = stamp_of(path) if self.ranks.rank == 0 and Path(path).is_file() else None
                     self._waiting[path] = _Waiting(edits, stamp)
 
     def _hold_one_set(self, name: str, edit: Edit) -> None:
@@ -185,7 +187,7 @@ class Siblings:
             if old is None or old.shares_factors(edit):
                 continue
             if self.ranks.size == 1:
-                old.let_go(Path(factors_path(_apart(path), name)))
+                old.let_go(Path(factors_path(apart(path), name)))
             else:
                 self._make_copy(path, name)
 
@@ -206,13 +208,13 @@ class Siblings:
         if not waiting.edits:
             del self._waiting[path]
         with _costs_a_warning(path):
-            copy = sibling(_apart(path), f"-{name}")
+            copy = sibling(apart(path), f"-{name}")
             self._check_free(copy)
             checkpoint = self._read_back(path, waiting.stamp)
             if checkpoint is not None and (edited := edit(checkpoint, copy)) is not None:
                 self._save(edited, copy)
                 if self.ranks.rank == 0:  # ckpt_path="last" takes the latest file
-                    before = _stamp(path)[1] - _EARLIER
+                    before = stamp_of(path)[1] - _EARLIER
                     os.utime(copy, ns=(before, before))
 
     def _read_back(self, path: str, stamp: tuple[int, int] | None) -> CheckpointDict | None:
@@ -220,7 +222,7 @@ class Siblings:
         held: list[CheckpointDict] = []
 
         def read() -> int | None:
-            if not Path(path).is_file() or _stamp(path) != stamp:
+            if not Path(path).is_file() or stamp_of(path) != stamp:
                 return None
             # The file is the one that this process wrote a moment ago, so it may hold what the run put into it.
             held.append(torch.load(path, map_location="cpu", weights_only=False, mmap=True))
@@ -234,7 +236,7 @@ class Siblings:
 
     def _check_free(self, copy: str) -> None:
         """Raise ``FileExistsError`` if the path of a copy is that of somebody's own checkpoint. A collective."""
-        if self.ranks.first(lambda: copy in self._saved or not _may_be_replaced(copy)):
+        if self.ranks.first(lambda: copy in self._saved or not may_be_replaced(copy)):
             raise FileExistsError(f"{copy} is a checkpoint of its own; give the callback another name=")
 
     def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> CheckpointDict:
@@ -249,7 +251,7 @@ class Siblings:
         """Yield the local path of the factors beside the checkpoint that was loaded last; None without them."""
         found = self.loaded or ""
         # With save_last="link" a checkpoint is a link; the factors lie beside what it points to.
-        files = [factors_path(_apart(path), name) for path in (found, os.path.realpath(found))]
+        files = [factors_path(apart(path), name) for path in (found, os.path.realpath(found))]
         file = next((file for file in files if get_filesystem(file).exists(file)), None)
         if file is None or isinstance(get_filesystem(file), LocalFileSystem):
             yield None if file is None else Path(file)
@@ -266,19 +268,19 @@ class Siblings:
         """
         there = self.ranks.rank == 0 and get_filesystem(filepath).exists(filepath)
         self._remove(filepath)
-        path = _absolute(os.fspath(filepath))
+        path = absolute(os.fspath(filepath))
         self._waiting.pop(path, None)
         self._saved.discard(path)
         if there:
             for name in self.savers:
                 with _costs_a_warning(path):
-                    copy = sibling(_apart(path), f"-{name}")
+                    copy = sibling(apart(path), f"-{name}")
                     if copy not in self._saved:
                         self._remove_if_there(copy)
-                    _delete(factors_path(_apart(path), name))
+                    delete(factors_path(apart(path), name))
 
     def _remove_if_there(self, path: str) -> None:
-        if self.ranks.rank == 0 and get_filesystem(path).exists(path) and _may_be_replaced(path):
+        if self.ranks.rank == 0 and get_filesystem(path).exists(path) and may_be_replaced(path):
             self._remove(path)
 
 
@@ -304,59 +306,3 @@ def _writes_one_file(strategy: Strategy) -> bool:
         return type(strategy.checkpoint_io) is TorchCheckpointIO
     except NotImplementedError:
         return False
-
-
-def _apart(path: str) -> str:
-    """Return the path by which the siblings of a checkpoint are named.
-
-    Lightning finds the latest checkpoint of a preempted job by the digits in the names of all files with "ckpt_" in
-    them: those of its siblings must not be among them.
-
-    >>> _apart("runs/hpc_ckpt_3.ckpt"), _apart("runs/last.ckpt")
-    ('runs/hpc-ckpt-3.ckpt', 'runs/last.ckpt')
-    """
-    folder, slash, name = path.rpartition("/")
-    return f"{folder}{slash}{name.replace('hpc_ckpt_', 'hpc-ckpt-')}"
-
-
-def _may_be_replaced(path: str) -> bool:
-    """Tell whether what is at the path of an edited copy is one: other people's files stay."""
-    if not _is_local(path) or not Path(path).is_file():
-        return True
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            return ENTRY.encode() in archive.read(pickled)
-    except (zipfile.BadZipFile, ValueError):
-        return False
-
-
-def _absolute(path: str) -> str:
-    """Return a local path as one that is right in any working directory; others as they are."""
-    return str(Path(path).absolute()) if _is_local(path) else path
-
-
-def _is_local(path: str) -> bool:
-    return isinstance(get_filesystem(path), LocalFileSystem)
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    status = Path(path).stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _write(writer: Callable[[Path], None] | None, path: str) -> None:
-    files = get_filesystem(path)
-    if writer is None:
-        _delete(path)
-    elif isinstance(files, LocalFileSystem):
-        writer(Path(path))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            writer(local := Path(folder, "factors.safetensors"))
-            files.put_file(local, path)
-
-
-def _delete(path: str) -> None:
-    if get_filesystem(path).exists(path):
-        get_filesystem(path).rm(path)

@@ -19,6 +19,49 @@ from lightning_curvature.distributed import Ranks
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
 
+def check_trainer(
+    own: Callback, kind: type[Callback], trainer: pl.Trainer, collects_in_validation: bool, in_fit: bool
+) -> bool:
+    """Refuse a Trainer in which collecting is not possible, or an edit would not belong to what is saved.
+
+    Args:
+        own: The callback that collects.
+        kind: Class of such callbacks.
+        trainer: The Trainer, before a fit or a validation.
+        collects_in_validation: Whether a fit is collected from in its validations, and not in its steps.
+        in_fit: Whether a fit begins.
+
+    Returns:
+        Whether averaged weights are saved, by a ``WeightAveraging``.
+
+    Raises:
+        MisconfigurationException: If it is such a Trainer; says what to do.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    name = getattr(own, "name", "")
+    if any(isinstance(c, kind) and c is not own and getattr(c, "name", "") == name for c in callbacks):
+        raise MisconfigurationException(
+            f"Several KFACEditCallbacks have the name {name!r}; they would write the same edited checkpoints. "
+            "Give each a name=, which becomes NAME-{name}.ckpt."
+        )
+    check_strategy(trainer.strategy)
+    return in_fit and check_callbacks(own, callbacks, collects_in_validation)
+
+
+def check_package(trainer: Any, module: Any) -> None:
+    """Refuse Trainer and module of the package ``pytorch_lightning``, whose classes are different ones.
+
+    Raises:
+        MisconfigurationException: If they are not of ``lightning``.
+    """
+    if not isinstance(trainer, pl.Trainer) or not isinstance(module, pl.LightningModule):
+        raise MisconfigurationException(
+            "KFACEditCallback works with the `lightning` package; this Trainer or LightningModule comes from "
+            "`pytorch_lightning`, whose classes are different ones. Use `import lightning as L; L.Trainer(...)` "
+            "and `class Model(L.LightningModule)`."
+        )
+
+
 def check_strategy(strategy: Strategy) -> None:
     """Refuse strategies under which layers are not what they look like from inside a module.
 

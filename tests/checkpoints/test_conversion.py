@@ -17,6 +17,7 @@ from lightning_curvature.checkpoints import opening as formats
 from lightning_curvature.checkpoints.deltas import apply_delta
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.layers.selection import choose_layers
+from lightning_curvature.storage.hashes import content_hash, tensor_hashes
 from tests.support import language, models
 
 EDITOR = CurvatureEditor(0.8)
@@ -58,7 +59,7 @@ def test_a_lightning_checkpoint_becomes_a_folder(trained, tmp_path):
     assert len(transformers.AutoTokenizer.from_pretrained(out)) == 40
     assert "Edited weights" in (out / "README.md").read_text()
     checkpoint = formats.open_checkpoint(tmp_path / "a.ckpt")
-    source = formats.content_hash(formats.tensor_hashes(checkpoint.shapes(), checkpoint.read))
+    source = content_hash(tensor_hashes(checkpoint.shapes(), checkpoint.read))
     assert formats.open_checkpoint(out).provenance["source"] == source
     trained = torch.load(tmp_path / "a.ckpt", weights_only=True)
     trained["state_dict"] = {key: 2 * value for key, value in trained["state_dict"].items()}

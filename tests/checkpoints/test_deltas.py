@@ -11,7 +11,7 @@ from lightning_curvature import CurvatureEditor
 from lightning_curvature.checkpoints import opening as formats
 from lightning_curvature.checkpoints.deltas import apply_delta
 from lightning_curvature.report.inspection import describe, description
-from tests.support.saved import EDITOR, FORMATS, content_hash, factors, hashes, source, target, weights
+from tests.support.saved import EDITOR, FORMATS, factors, hashes, saved_hash, source, target, weights
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -22,7 +22,7 @@ def test_revert_gives_the_original_back(saved_model, tmp_path, kind):
     if kind in ("ckpt", "pt"):  # their archives hold their own names
         original, reverted = (torch.load(path, weights_only=True) for path in (source(saved_model, kind), back))
         assert original.keys() == reverted.keys()
-        assert content_hash(back) == content_hash(source(saved_model, kind))
+        assert saved_hash(back) == saved_hash(source(saved_model, kind))
         assert formats.open_checkpoint(back).provenance is None
     else:
         assert hashes(back) == hashes(source(saved_model, kind))
@@ -122,7 +122,7 @@ def test_edits_are_taken_back_in_their_order(saved_model, tmp_path):
         apply_delta(second_delta.with_suffix(".pt"), first_delta, tmp_path / "x.pt", revert=True)
     apply_delta(second_delta.with_suffix(".pt"), second_delta, tmp_path / "y.pt", revert=True)
     apply_delta(tmp_path / "y.pt", first_delta, tmp_path / "z.pt", revert=True)
-    assert content_hash(tmp_path / "z.pt") == content_hash(saved_model / "model.pt")
+    assert saved_hash(tmp_path / "z.pt") == saved_hash(saved_model / "model.pt")
     facts = describe(first_delta)
     assert facts["tensors"] == ["model.layers.0.mlp.up_proj.weight"]
     assert "a delta of 1 tensors" in description(facts)

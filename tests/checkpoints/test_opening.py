@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from lightning_curvature import KroneckerFactors
+from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.loading import read_weights
 from lightning_curvature.checkpoints.opening import open_checkpoint
-from tests.support.saved import EDITOR, factors
+from lightning_curvature.storage.hashes import tensor_hashes
+from tests.support.saved import EDITOR, FORMATS, factors, source
 
 
 def test_what_is_no_checkpoint(saved_model, tmp_path):
@@ -62,3 +64,14 @@ def test_archives_that_were_cut_off(saved_model, tmp_path):
     (tmp_path / "old.pt").write_bytes((tmp_path / "old.pt").read_bytes()[:40])
     with pytest.raises(ValueError, match=r"old.pt: not a file of torch.save, or a broken one \(.+: .+\)\. Copy"):
         open_checkpoint(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_a_checkpoint(saved_model, kind):
+    found = open_checkpoint(source(saved_model, kind))
+    assert isinstance(found, Checkpoint)
+    assert found.path == source(saved_model, kind)
+    assert found.hashes() == tensor_hashes(found.shapes(), found.read)
+    assert found.provenance is None
+    assert set(found.module_names().values()) <= set(found.shapes())
+    assert found.check_ties(["model.layers.0.mlp.up_proj.weight"] if kind != "ckpt" else []) is None

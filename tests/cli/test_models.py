@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
-from lightning_curvature.editing.streaming import check_loaded
+from lightning_curvature.editing.origin import check_loaded
 from lightning_curvature.text import collecting, models
 from lightning_curvature.text.evaluation import perplexity
 from tests.support import language

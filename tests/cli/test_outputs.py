@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
-from lightning_curvature.checkpoints import huggingface
 from lightning_curvature.checkpoints import opening as formats
 from lightning_curvature.checkpoints.deltas import apply_delta
-from lightning_curvature.cli.commands.checkpoints import named_layers
+from lightning_curvature.checkpoints.empty_model import empty_model
+from lightning_curvature.cli.commands.presets import named_layers
 from lightning_curvature.cli.parser import main
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.layers.selection import PRESETS
@@ -44,7 +44,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def nothing_computed(monkeypatch):
     monkeypatch.setattr(CurvatureEditor, "edit_weight", None)
-    monkeypatch.setattr("lightning_curvature.editing.streaming.checkpoint_hashes", None)
+    monkeypatch.setattr("lightning_curvature.checkpoints.base.Checkpoint.hashes", None)
 
 
 SOURCES = {"pt": "model.pt", "ckpt": "model.ckpt", "safetensors": "model.safetensors", "folder": "folder"}
@@ -311,7 +311,7 @@ def test_presets_where_no_model_can_be_built(saved, tmp_path):
     shutil.copytree(saved / "folder", tmp_path / "own")
     config = json.loads((tmp_path / "own" / "config.json").read_text())
     (tmp_path / "own" / "config.json").write_text(json.dumps(config | {"architectures": ["MyModel"]}))
-    assert huggingface.empty_model(tmp_path / "own") is None
+    assert empty_model(tmp_path / "own") is None
     factors = KroneckerFactors.open(saved / "factors.safetensors")
     with pytest.raises(ValueError, match="presets need a model folder"):
         named_layers(["mlp"], factors, tmp_path / "own")

@@ -6,10 +6,10 @@ import pytest
 
 from lightning_curvature.cli import choices as words
 from lightning_curvature.cli.parser import COMMANDS, choices, make_parser
-from lightning_curvature.collect.collector import ACCUMULATE_ON
 from lightning_curvature.editing.scores import SCORES
 from lightning_curvature.recording import positions
 from lightning_curvature.recording.fisher import FISHER_KINDS
+from lightning_curvature.recording.options import ACCUMULATE_ON
 from lightning_curvature.text import sequences
 from tests.support.commands import arguments, replaced, run
 

@@ -1,6 +1,6 @@
 """Which process keeps the sums of a layer."""
 
-from lightning_curvature.collect.accumulator import owners_of
+from lightning_curvature.collect.sharded_accumulator import owners_of
 from lightning_curvature.collect.sums import LayerKind
 from lightning_curvature.distributed import Ranks
 

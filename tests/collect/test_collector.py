@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_curvature.collect.collector import Collector
+from lightning_curvature.recording.options import CollectorOptions
 from tests.support.steps import data, gather, network, num_hooks, same
 
 
@@ -197,25 +198,28 @@ def test_no_hook_survives_an_exception():
 
 def test_no_backward_no_gradient():
     model, (x, y) = network(), data()
-    collector = Collector(model, ["2"], fisher="empirical")
-    collector.open()
-    collector.before_backward(F.cross_entropy(model(x), y))
+    collector = Collector(model, CollectorOptions(layers=["2"], fisher="empirical"))
+    recording = collector.step()
+    recording.open()
+    recording.before_backward(F.cross_entropy(model(x), y))
     with pytest.raises(RuntimeError, match="sent no gradient to the chosen layers"):
-        collector.close()
-    collector.open()
-    collector.close()  # a step without a backward pass is not collected, and is no error
-    assert collector.accumulator.num_batches == 0
+        recording.close()
+    recording = collector.step()
+    recording.open()
+    recording.close()  # a step without a backward pass is not collected, and is no error
+    assert collector.num_batches == 0
 
 
 def test_a_second_backward_through_the_same_graph_is_refused():
     model, (x, y) = network(), data()
-    collector = Collector(model, ["2"], fisher="empirical")
-    collector.open()
+    collector = Collector(model, CollectorOptions(layers=["2"], fisher="empirical"))
+    recording = collector.step()
+    recording.open()
     logits = model(x)
     F.cross_entropy(logits, y).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a second backward pass through the same forward pass"):
         logits.square().mean().backward()
-    collector.abort()
+    recording.abort()
 
 
 def test_every_raw_backward_of_a_step_is_seen():
@@ -223,9 +227,10 @@ def test_every_raw_backward_of_a_step_is_seen():
     model, (x, y) = network(), data()
     step = lambda scale: F.cross_entropy(model(scale * x), y)  # noqa: E731
     expected = gather(model, step, [1.0, 2.0])
-    collector = Collector(model, ["2"], fisher="empirical")
-    collector.open()
+    collector = Collector(model, CollectorOptions(layers=["2"], fisher="empirical"))
+    recording = collector.step()
+    recording.open()
     step(1.0).backward()
     step(2.0).backward()
-    collector.close()
+    recording.close()
     same(collector.factors(), expected)

@@ -70,9 +70,10 @@ def test_a_saved_collection_of_eigenvalues_goes_on(shard):
 
 
 def run_collector_once(collector, batch, step):
-    collector.open(batch)
-    collector.backward(step(batch))
-    collector.close()
+    recording = collector.step(batch)
+    recording.open()
+    recording.backward(step(batch))
+    recording.close()
 
 
 def eigenvalues_of_parts(shard):

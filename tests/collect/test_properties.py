@@ -13,6 +13,7 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.sums import LayerSums
 from lightning_curvature.distributed import Ranks
+from lightning_curvature.recording.options import CollectorOptions
 
 _HOME = tempfile.TemporaryDirectory()  # removed when the tests end
 set_hypothesis_home_dir(_HOME.name)
@@ -54,11 +55,12 @@ def streams(draw):
 
 
 def collected(net, x, y, batches, fisher, coupled):
-    collector = Collector(net, ["0"], fisher=fisher, coupled=coupled, positions="all")
+    collector = Collector(net, CollectorOptions(layers=["0"], fisher=fisher, coupled=coupled, positions="all"))
     for batch in batches:
-        collector.open()
-        collector.backward(F.cross_entropy(net(x[batch]), y[batch]))
-        collector.close()
+        recording = collector.step()
+        recording.open()
+        recording.backward(F.cross_entropy(net(x[batch]), y[batch]))
+        recording.close()
     return collector.sums.get("0")
 
 

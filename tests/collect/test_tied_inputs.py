@@ -21,6 +21,7 @@ from lightning_curvature.collect.tied_inputs import (
     tied_by_all,
     tied_inputs,
 )
+from lightning_curvature.recording.options import CollectorOptions
 from tests.support import language, models
 from tests.support.gated import PROJECTIONS, Gated, add, batches, gathered, same, separately
 
@@ -65,7 +66,7 @@ def test_other_positions_are_not_shared():
 
 def test_layers_that_read_the_same_at_first_go_their_own_ways():
     model, data = Gated(), batches()
-    collector = Collector(model, PROJECTIONS, seed=3)
+    collector = Collector(model, CollectorOptions(layers=PROJECTIONS, seed=3))
     for number, batch in enumerate(data):
         model.apart = number >= 2
         add(collector, batch)
@@ -80,7 +81,7 @@ def test_layers_that_read_the_same_at_first_go_their_own_ways():
 
 def test_layers_that_first_read_apart_never_share():
     model, data = Gated(), batches()
-    collector = Collector(model, PROJECTIONS)
+    collector = Collector(model, CollectorOptions(layers=PROJECTIONS))
     for number, batch in enumerate(data):
         model.apart = number == 0
         add(collector, batch)
@@ -95,7 +96,7 @@ def test_a_layer_that_comes_later_does_not_join():
             return self.head(self.down(F.silu(self.gate(x)) * (self.up(x) if self.apart else 1.0)))
 
     model, data = Late(), batches()
-    collector = Collector(model, PROJECTIONS)
+    collector = Collector(model, CollectorOptions(layers=PROJECTIONS))
     with pytest.warns(UserWarning, match="'up' did not run in the first collected batch"):
         add(collector, data[0])
     model.apart = True
@@ -143,7 +144,7 @@ def test_shared_weights_of_a_layer_called_twice():
 
 def test_a_resumed_collection_shares_as_before():
     model, data = Gated(), batches()
-    whole, first, second = (Collector(model, PROJECTIONS) for _ in range(3))
+    whole, first, second = (Collector(model, CollectorOptions(layers=PROJECTIONS)) for _ in range(3))
     for batch in data[:2]:
         add(first, batch)
     state = first.state_dict()
@@ -163,7 +164,7 @@ def test_a_resumed_collection_shares_as_before():
 def test_a_state_is_loaded_into_a_collector_that_was_used():
     """What shared in its own batches says nothing of the sums that it goes on with."""
     model, (first, second, *_) = Gated(), batches()
-    together, used, fresh = (Collector(model, PROJECTIONS, fisher="exact") for _ in range(3))
+    together, used, fresh = (Collector(model, CollectorOptions(layers=PROJECTIONS, fisher="exact")) for _ in range(3))
     add(together, first)
     model.apart = True
     add(used, first)

@@ -8,7 +8,7 @@ import torch
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.cli.parser import main
-from lightning_curvature.demos import text
+from lightning_curvature.demos import text_evaluation, text_training
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.python_text import read_texts
 from lightning_curvature.demos.recitation import RecitedText
@@ -54,7 +54,7 @@ def test_the_text_demo_writes_what_it_says(text_run):
 
 def test_the_text_report(text_run):
     report = json.loads((text_run[0] / "report.json").read_text())
-    assert set(text.METRICS) <= set(report["before"])
+    assert set(text_evaluation.COLUMNS) <= set(report["before"])
     assert set(report["before"]) == set(report["after"])
     assert set(report["methods"]) == {"kfac", "activations", "svd", "random", "bsn"}
     assert {"seconds", "versions"} <= set(report)
@@ -102,7 +102,7 @@ def test_the_page_of_the_text_demo(text_run):
 
 def test_memorized_is_what_is_recited(text_run, caplog):
     out, _ = text_run
-    data = text.make_data(0, TextSettings(**SMALL))
+    data = text_training.make_data(0, TextSettings(**SMALL))
     model = LitCausalLM.load_from_checkpoint(out / "original.ckpt", weights_only=True).eval()
     count = round(json.loads((out / "report.json").read_text())["before"]["strict"] * len(data.half("validation")))
     assert len(recited(model.model, data.half("validation"))) == count

@@ -243,7 +243,7 @@ def test_a_layer_that_does_not_fit_on_the_gpu_is_edited_where_its_factors_are(mo
             raise torch.cuda.OutOfMemoryError
         return project(self, weight, factors, energy)
 
-    monkeypatch.setattr("lightning_curvature.editing.weight_editor.place_edit", lambda *_: torch.device("cpu:0"))
+    monkeypatch.setattr("lightning_curvature.editing.projection.place_edit", lambda *_: torch.device("cpu:0"))
     monkeypatch.setattr(CurvatureEditor, "project", small)
     with pytest.warns(UserWarning, match="Layer '(gate|up|down)' does not fit on cpu:0, so it is edited on the CPU"):
         new, _ = CurvatureEditor().edited_weights(model, collected)

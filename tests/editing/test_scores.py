@@ -12,6 +12,7 @@ from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.sums import LayerSums
 from lightning_curvature.editing.scores import SCORES, score_coefficients
 from lightning_curvature.factors.basis import coefficients, select_largest, shrink
+from lightning_curvature.recording.options import CollectorOptions
 from tests.support import models
 from tests.support.by_example import collected, network
 from tests.support.factors import random_factors
@@ -115,10 +116,11 @@ def test_coupled_sums_survive_an_interruption():
     images, labels = models.images(32).tensors
     torch.manual_seed(0)
     net = models.mlp()
-    collector = Collector(net, coupled=True)
-    collector.open()
-    collector.backward(F.cross_entropy(net(images), labels))
-    collector.close()
+    collector = Collector(net, CollectorOptions(coupled=True))
+    recording = collector.step()
+    recording.open()
+    recording.backward(F.cross_entropy(net(images), labels))
+    recording.close()
     (sums,) = collector.sums.values()
     again = LayerSums.from_state_dict(sums.state_dict()).factors()
     assert all(torch.equal(value, again.tensors[key]) for key, value in sums.factors().tensors.items())

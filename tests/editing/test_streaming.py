@@ -12,9 +12,9 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.checkpoints import opening as formats
 from lightning_curvature.checkpoints.facts import ENTRY
 from lightning_curvature.editing import streaming as files
-from lightning_curvature.editing.file_layers import OneByOne
+from lightning_curvature.editing.file_layers import StreamedFactors
 from tests.support import language
-from tests.support.saved import EDITOR, FORMATS, content_hash, factors, hashes, source, target, weights
+from tests.support.saved import EDITOR, FORMATS, factors, hashes, saved_hash, source, target, weights
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -33,7 +33,7 @@ def test_every_format_gets_the_edit_of_the_model_in_memory(saved_model, tmp_path
         assert torch.equal(value, before[name]) == (name.removesuffix(".weight") not in report.layers)
     assert not [path for path in tmp_path.iterdir() if path != out]
     again = formats.open_checkpoint(out).provenance
-    assert again["source"] == content_hash(source(saved_model, kind))
+    assert again["source"] == saved_hash(source(saved_model, kind))
     assert again["factors"] == factors(saved_model).digest()
     assert again["layers"]["model.layers.1.mlp.up_proj"]["energy"] == 0.8
     assert again["provenance"]["fisher"] == "sketched"
@@ -89,7 +89,7 @@ def test_the_device_of_an_edit(saved_model, tmp_path, monkeypatch):
     layers = factors(saved_model)
     name = next(iter(layers))
     full = dataclasses.replace(layers[name], margins=torch.zeros(layers[name].shape))
-    moved = OneByOne(KroneckerFactors({name: full}), torch.device("meta"))(name)
+    moved = StreamedFactors(KroneckerFactors({name: full}), torch.device("meta")).on_device(name)
     assert list(moved.tensors) == ["A", "G", "margins"]
     assert {tensor.device.type for tensor in moved.tensors.values()} == {"meta"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -13,7 +13,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
 from lightning_curvature.editing.bulk import BulkStepEditor
-from lightning_curvature.editing.weight_editor import relative_change
+from lightning_curvature.editing.projection import relative_change
 from lightning_curvature.factors.basis import FaultyLayerError, decompose, select_largest, select_staircase, shrink
 from tests import reference
 from tests.support.faults import failing_eigh, layer_factors

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
-from lightning_curvature.checkpoints import huggingface
-from lightning_curvature.checkpoints.facts import edited_note
+from lightning_curvature.checkpoints.facts import checkpoint_note, folder_note
 from lightning_curvature.cli.parser import main
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.editing import streaming as files
@@ -152,11 +151,11 @@ def test_editing_twice_says_so_and_needs_no_force(folder):
     with pytest.warns(UserWarning, match="is edited already"):
         CurvatureEditor(0.6).edit_checkpoint(twice, opened(folder), thrice)
     content = torch.load(thrice, weights_only=True)
-    note = edited_note(content)
+    note = checkpoint_note(content)
     assert note.startswith("This checkpoint is an edited copy (method kfac, layers '0', '2')")
     assert "NAME.ckpt of NAME-edited.ckpt" in note
-    assert edited_note(torch.load(folder / "m.ckpt", weights_only=True)) is None
-    assert edited_note({"lightning_curvature": 3}) is None
+    assert checkpoint_note(torch.load(folder / "m.ckpt", weights_only=True)) is None
+    assert checkpoint_note({"lightning_curvature": 3}) is None
 
 
 def test_factors_that_move_with_training_ask_for_nothing(tmp_path):
@@ -202,8 +201,8 @@ def test_a_language_model_and_its_neighbour(tmp_path):
     with pytest.raises(ValueError, match=r"6 of 6 layers of .*two have other weights"):
         EDITOR.edit_checkpoint(tmp_path / "two", factors, tmp_path / "b")
     assert not (tmp_path / "b").exists()
-    assert huggingface.edited_note(tmp_path / "one") is None
-    note = huggingface.edited_note(tmp_path / "a")
+    assert folder_note(tmp_path / "one") is None
+    note = folder_note(tmp_path / "a")
     assert note.startswith(f"The model in {tmp_path / 'a'} is an edited copy (method kfac, layers 'model.layers.0.mlp.")
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -95,3 +96,12 @@ def test_merged_factors_share():
     assert 0.5 < merged["gate"].A_error / both["gate"].A_error < 2
     alone = LayerFactors(A=torch.eye(2), G=torch.eye(2), num_inputs=1, num_gradients=1)
     assert KroneckerFactors({"x": alone}).merge(KroneckerFactors({"x": alone}))["x"].A_error is None
+
+
+def test_an_opened_file_tells_tied_inputs_by_its_header(tmp_path, monkeypatch):
+    factors = many_layers(3)
+    factors.save(tmp_path / "f.safetensors")
+    opened = KroneckerFactors.open(tmp_path / "f.safetensors")
+    monkeypatch.setattr(KroneckerFactors, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
+    assert opened.tied_inputs() == {name: name for name in opened} | {"last": "blocks.0.fc"}
+    assert set(opened.counts().values()) == {9}

@@ -7,18 +7,20 @@ from torch import nn
 
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.recording.objectives import NothingToCollectError
+from lightning_curvature.recording.options import CollectorOptions
 from tests.support.trunk import Net, exact_gradient_factor, factors, head, tokens
 
 
 def run(model, work, **options):
     """Collect from one step that runs its own backward passes."""
-    collector = Collector(model, **({"layers": ["fc"], "fisher": "exact"} | options))
-    collector.open()
+    collector = Collector(model, CollectorOptions(**{"layers": ["fc"], "fisher": "exact"} | options))
+    recording = collector.step()
+    recording.open()
     try:
         work()
-        collector.close()
+        recording.close()
     finally:
-        collector.abort()
+        recording.abort()
     return collector
 
 
@@ -93,10 +95,10 @@ def test_backward_passes_of_other_losses_are_passed_over(layers, order):
         F.binary_cross_entropy_with_logits(model.critic(x), torch.ones(3, 4, 1).double()).backward()
 
     work = [criticize, classify] if order == "first" else [classify, criticize]
-    collector = run(model, lambda work=work: [each() for each in work], layers=layers)
+    collector = run(model, lambda: [each() for each in work], layers=layers)
     assert collector.chosen == ["fc"]
     torch.testing.assert_close(collector.factors()["fc"].G, exact_gradient_factor(model, x, [head(model)]))
-    ((reason, count),) = collector.left_out.items()
+    ((reason, count),) = collector.network.left_out.items()
     assert count == 1
     assert "'binary_cross_entropy_with_logits'" in reason
 

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.recording import fisher
+from lightning_curvature.recording.options import CollectorOptions
 from tests import reference
 from tests.support import models
 
@@ -290,4 +291,4 @@ def test_wrong_kind_is_an_error():
     with pytest.raises(
         ValueError, match=r"fisher must be one of \['sketched'.*found 'sketch'.*Did you mean 'sketched'"
     ):
-        Collector(models.mlp(), "mlp", fisher="sketch")
+        Collector(models.mlp(), CollectorOptions(layers="mlp", fisher="sketch"))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_curvature.collect.collector import Collector
+from lightning_curvature.recording.options import CollectorOptions
 from tests.support.trunk import Net, exact_gradient_factor, factors, head, tokens
 
 
@@ -210,8 +211,8 @@ def test_named_logits_that_do_not_reach_the_loss():
 
 def test_class_dim_needs_named_logits():
     with pytest.raises(ValueError, match=r"class_dim says which dimension of named logits .* logits='...'"):
-        Collector(Net(), ["fc"], class_dim=1)
+        Collector(Net(), CollectorOptions(layers=["fc"], class_dim=1))
     with pytest.raises(TypeError, match="class_dim must be an integer or None, found 'last'"):
-        Collector(Net(), ["fc"], logits="head", class_dim="last")
+        Collector(Net(), CollectorOptions(layers=["fc"], logits="head", class_dim="last"))
     with pytest.raises(ValueError, match="logits='heads' is neither a submodule nor a method"):
-        Collector(Net(), ["fc"], logits="heads")
+        Collector(Net(), CollectorOptions(layers=["fc"], logits="heads"))

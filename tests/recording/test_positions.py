@@ -7,6 +7,7 @@ from torch import nn
 from transformers import ViTForImageClassification
 
 from lightning_curvature.collect.collector import Collector
+from lightning_curvature.recording.options import CollectorOptions
 from tests.support import models
 from tests.support.steps import data, gather, images, network, same
 
@@ -75,7 +76,7 @@ def test_classes_in_dimension_one_and_class_probabilities():
 
 def test_bad_positions():
     with pytest.raises(ValueError, match="positions must be one of"):
-        Collector(models.mlp(), "mlp", positions="last")
+        Collector(models.mlp(), CollectorOptions(layers="mlp", positions="last"))
     model, x, y = Padded(), torch.randn(5, 7, 4), torch.randint(3, (5, 7))
     step = lambda _: F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # noqa: E731
     with pytest.raises(RuntimeError, match=r"the batch has no 'mask', found \['ids'\]"):

@@ -18,6 +18,7 @@ from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.collect.sums import LayerSums
 from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.recording import fisher, taps
+from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.recording.rows import BatchGradients
 from tests.support.peak import peak_bytes
 
@@ -46,14 +47,15 @@ def step():
 
     def run(collector=None):
         if collector is not None:
-            collector.open()
+            recording = collector.step()
+            recording.open()
         loss = F.cross_entropy(model(x), y)
         if collector is not None:
-            collector.before_backward(loss)
-            collector.stop()
+            recording.before_backward(loss)
+            recording.stop_recording()
         loss.backward()
         if collector is not None:
-            collector.close()
+            recording.close()
 
     run.model = model
     return run
@@ -75,14 +77,14 @@ def checked(*layers):
 
 
 def test_a_layer_is_checked_once(step):
-    collector = Collector(step.model, NAMES, fisher="empirical")
+    collector = Collector(step.model, CollectorOptions(layers=NAMES, fisher="empirical"))
     first, second = (flops(lambda: step(collector)) for _ in range(2))
     assert first - second == checked(*(step.model.get_submodule(name) for name in NAMES)) > 0
 
 
 def collected_once(step, **options):
     """Return a collector that has checked its layers."""
-    collector = Collector(step.model, NAMES, **options)
+    collector = Collector(step.model, CollectorOptions(layers=NAMES, **options))
     step(collector)
     return collector
 
@@ -118,10 +120,11 @@ def test_nothing_that_a_hook_reads_goes_through_the_function_mode(step, monkeypa
     monkeypatch.setattr(taps._FunctionTap, "__torch_function__", lambda *given: seen.append(given[1]) or look(*given))
     counts = []
     for names in (NAMES[:1], NAMES):
-        collector = Collector(step.model, names, fisher="empirical")
-        collector.open()
+        collector = Collector(step.model, CollectorOptions(layers=names, fisher="empirical"))
+        recording = collector.step()
+        recording.open()
         step.model(torch.randn(ROWS, IN))
-        collector.abort()
+        recording.abort()
         counts.append(len(seen))
         seen.clear()
     assert counts[0] == counts[1] > 0
@@ -129,7 +132,7 @@ def test_nothing_that_a_hook_reads_goes_through_the_function_mode(step, monkeypa
 
 def test_empirical_takes_no_backward_pass_of_its_own(step, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", pytest.fail)
-    step(Collector(step.model, NAMES, fisher="empirical"))
+    step(Collector(step.model, CollectorOptions(layers=NAMES, fisher="empirical")))
 
 
 def test_a_frozen_pass_takes_no_weight_gradients(step):
@@ -160,7 +163,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_waits_once(step, kind, monkeypatch):
     """The one time is the list of numbers that the end of a batch reads, all together."""
     lists, tolist = [], torch.Tensor.tolist
-    collector = Collector(step.model, NAMES, fisher=kind, share=0.5)
+    collector = Collector(step.model, CollectorOptions(layers=NAMES, fisher=kind, share=0.5))
     step(collector)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(1) or tolist(self))
     with Waits() as waits:
@@ -179,7 +182,7 @@ def test_peak_memory_of_some_steps(step):
     plain = peak_bytes(step)
 
     def steps(kind):
-        collector = Collector(step.model, NAMES, fisher=kind)
+        collector = Collector(step.model, CollectorOptions(layers=NAMES, fisher=kind))
         for _ in range(4):
             step(collector)
 
@@ -203,7 +206,7 @@ def test_nothing_of_the_size_of_the_logits_stays_but_one(kind):
 
 def test_sums_and_factors_are_never_there_as_a_whole(step, monkeypatch):
     """The sums of a layer are gone when the factors of the next but one are made: gate and up share A."""
-    collector = Collector(step.model, NAMES, fisher="empirical")
+    collector = Collector(step.model, CollectorOptions(layers=NAMES, fisher="empirical"))
     step(collector)
     totals = [weakref.ref(moment.total) for sums in collector.sums.values() for moment in sums.moments.values()]
     alive, factors = [], LayerSums.factors
@@ -223,7 +226,9 @@ def test_sums_and_factors_are_never_there_as_a_whole(step, monkeypatch):
 
 
 def test_a_share_of_the_positions(step):
-    whole, part = (Collector(step.model, NAMES, share=share, positions="all") for share in (1.0, 0.25))
+    whole, part = (
+        Collector(step.model, CollectorOptions(layers=NAMES, share=share, positions="all")) for share in (1.0, 0.25)
+    )
     step(whole)
     step(part)
     found, want = part.factors(), whole.factors()
@@ -233,12 +238,12 @@ def test_a_share_of_the_positions(step):
     assert {count.num_inputs for count in found.values()} == {layer.num_inputs}
     assert found.provenance["share"] == 0.25
     assert "share" not in want.provenance
-    again = Collector(step.model, NAMES, share=0.25, positions="all")
+    again = Collector(step.model, CollectorOptions(layers=NAMES, share=0.25, positions="all"))
     step(again)
     assert again.factors().digest() == found.digest()  # a batch that is repeated gives the same
     A = torch.zeros(IN, IN)
     for seed in range(60):
-        one = Collector(step.model, ["1.gate"], share=0.25, positions="all", seed=seed)
+        one = Collector(step.model, CollectorOptions(layers=["1.gate"], share=0.25, positions="all", seed=seed))
         step(one)
         A += one.factors()["1.gate"].A / 60
     assert float((A - want["1.gate"].A).norm() / want["1.gate"].A.norm()) < 0.5 * float(
@@ -246,13 +251,13 @@ def test_a_share_of_the_positions(step):
     )
     for share in (0, 1.5, True, "half"):
         with pytest.raises(ValueError, match=r"share must be a number in \(0, 1\]"):
-            Collector(step.model, NAMES, share=share)
+            Collector(step.model, CollectorOptions(layers=NAMES, share=share))
 
 
 def test_every_must_be_a_count():
     with pytest.raises(ValueError, match="every must be an integer of at least 1"):
         KFACEditCallback(every=0)
-    assert WindowedFactors(Collector(network(), NAMES), None, {}).is_due(0, float("inf"))
+    assert WindowedFactors(Collector(network(), CollectorOptions(layers=NAMES)), None, {}).is_due(0, float("inf"))
 
 
 def test_what_else_is_read_or_written_beside_the_main_stream(step, monkeypatch):
@@ -262,7 +267,7 @@ def test_what_else_is_read_or_written_beside_the_main_stream(step, monkeypatch):
     told = []
     monkeypatch.setattr(SideStreams, "beside", lambda self, tensors, devices: told.append([*devices]) or nullcontext())
     for shard in (False, True):
-        collector = Collector(step.model, NAMES, shard=shard)
-        collector.accumulator.add(None, collector.kinds)
-        collector.accumulator.drain()
+        collector = Collector(step.model, CollectorOptions(layers=NAMES), shard=shard)
+        collector.add_nothing()
+        collector.drain()
     assert told == [[], [], [torch.device("cpu")], [torch.device("cpu")]]

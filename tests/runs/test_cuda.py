@@ -15,6 +15,7 @@ from lightning_curvature.collect.moments import SecondMoment
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.factors import basis_cache as bases
+from lightning_curvature.recording.options import CollectorOptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAYERS = ["0.gate", "0.up", "0.down", "1.gate", "1.up", "1.down"]
@@ -114,13 +115,14 @@ def test_products_beside_training_read_what_training_wrote(monkeypatch):
     def train():
         model = network(512, 2048).cuda()
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        collector = Collector(model, LAYERS, fisher="empirical")
+        collector = Collector(model, CollectorOptions(layers=LAYERS, fisher="empirical"))
         for x, y in data:
-            collector.open()
+            recording = collector.step()
+            recording.open()
             loss = F.cross_entropy(model(x), y)
-            collector.before_backward(loss)
+            recording.before_backward(loss)
             loss.backward()
-            collector.close()
+            recording.close()
             optimizer.step()
             optimizer.zero_grad()
             torch.full((64, 1024, 1024), 7.0, device="cuda")  # takes freed memory and overwrites it
@@ -133,14 +135,15 @@ def test_products_beside_training_read_what_training_wrote(monkeypatch):
 
 def test_a_batch_waits_once():
     model, (batch, *_) = network().cuda(), batches(device="cuda")
-    collector = Collector(model, LAYERS, fisher="empirical")
+    collector = Collector(model, CollectorOptions(layers=LAYERS, fisher="empirical"))
 
     def step():
-        collector.open()
+        recording = collector.step()
+        recording.open()
         loss = F.cross_entropy(model(batch[0]), batch[1])
-        collector.before_backward(loss)
+        recording.before_backward(loss)
         loss.backward()
-        collector.close()
+        recording.close()
 
     step()  # the first one plans
     torch.cuda.synchronize()

@@ -13,6 +13,7 @@ from lightning_curvature import CurvatureEditor, KFACEditCallback
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.distributed import Ranks
+from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.trainer.support import check_validation
 from tests.support import cells, models, processes
 from tests.support.matrix import DDP3, ONE
@@ -47,10 +48,11 @@ def batches_of(rng, indices):
 def run_over(collector, net, data, batches):
     for batch in batches:
         if batch:  # the mean over nothing is no loss
-            collector.open()
-            collector.backward(F.cross_entropy(net(data[0][batch]).float(), data[1][batch]))
-        collector.close()
-    collector.abort()
+            recording = collector.step()
+            recording.open()
+            recording.backward(F.cross_entropy(net(data[0][batch]).float(), data[1][batch]))
+        recording.close()
+    recording.abort()
 
 
 def random_splits(seeds):
@@ -61,15 +63,17 @@ def random_splits(seeds):
         rng, net, data = networks(seed)
         fisher, shard = rng.choice(["exact", "empirical"]), rng.random() < 0.5
         coupled, options = rng.random() < 0.3, {"layers": ["0", "2"], "positions": "all"}
-        whole = Collector(net, **options, fisher=fisher, coupled=coupled, ranks=alone)
+        whole = Collector(net, CollectorOptions(**options, fisher=fisher, coupled=coupled), ranks=alone)
         run_over(whole, net, data, batches_of(rng, range(len(data[1]))))
         expected = WindowedFactors(whole, None, {}).factors
 
         owner = [rng.randrange(ranks.size) for _ in data[1]]  # a process may have nothing
-        collector = Collector(net, **options, fisher=fisher, coupled=coupled, ranks=ranks, shard=shard)
+        collector = Collector(
+            net, CollectorOptions(**options, fisher=fisher, coupled=coupled), ranks=ranks, shard=shard
+        )
         own = [index for index, rank in enumerate(owner) if rank == ranks.rank]
         run_over(collector, net, data, batches_of(random.Random(ranks.rank), own))
-        collector.accumulator.drain()
+        collector.drain()
         found = WindowedFactors(collector, None, {}).synchronise()
         assert found.counts() == expected.counts(), seed
         modules = {name: net.get_submodule(name) for name in found}
@@ -142,11 +146,12 @@ def sharded_sums(shard):
     """Return how many entries of sums each process keeps, and what it says of layers of others."""
     ranks = here()
     net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))
-    collector = Collector(net, "linear", ranks=ranks, shard=shard)
+    collector = Collector(net, CollectorOptions(layers="linear"), ranks=ranks, shard=shard)
     x, y = torch.randn(8, 16), torch.randint(16, (8,))
-    collector.open()
-    collector.backward(F.cross_entropy(net(x), y))
-    collector.close()
+    recording = collector.step()
+    recording.open()
+    recording.backward(F.cross_entropy(net(x), y))
+    recording.close()
     entries = sum(m.total.numel() for sums in collector.sums.values() for m in sums.moments.values())
     collection = WindowedFactors(collector, None, {})
     factors = collection.synchronise()
@@ -180,13 +185,14 @@ def other_layers():
     """One process sees another last layer than the other one."""
     ranks = here()
     net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
-    collector = Collector(net, "last-mlp", ranks=ranks)
-    collector.open()
-    collector.backward(F.cross_entropy(net["head"](net["ab"[ranks.rank]](torch.randn(3, 4))), torch.tensor([0, 1, 1])))
-    collector.close()
+    collector = Collector(net, CollectorOptions(layers="last-mlp"), ranks=ranks)
+    recording = collector.step()
+    recording.open()
+    recording.backward(F.cross_entropy(net["head"](net["ab"[ranks.rank]](torch.randn(3, 4))), torch.tensor([0, 1, 1])))
+    recording.close()
     with pytest.raises(RuntimeError) as error:
         WindowedFactors(collector, None, {"layers": "last-mlp"}).synchronise()
-    named = Collector(net, ["a", "b"], ranks=ranks)
+    named = Collector(net, CollectorOptions(layers=["a", "b"]), ranks=ranks)
     for _ in range(2):
         named.open()
         loss = F.cross_entropy(net["head"](net["ab"[ranks.rank]](torch.randn(3, 4))), torch.tensor([0, 1, 1]))
@@ -207,13 +213,14 @@ def other_order(shard, idle):
     ranks = here()
     torch.manual_seed(0)
     net = nn.ModuleDict({"2": nn.Linear(4, 4), "10": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
-    collector = Collector(net, ["2", "10"], ranks=ranks, shard=shard)
+    collector = Collector(net, CollectorOptions(layers=["2", "10"]), ranks=ranks, shard=shard)
     for index in range(0 if idle and ranks.rank else 2):
         layer = net[["2", "10"][(ranks.rank + index) % 2]]
-        collector.open()
-        collector.backward(F.cross_entropy(net["head"](layer(torch.randn(3, 4))), torch.tensor([0, 1, 1])))
-        collector.close()
-    collector.accumulator.drain()
+        recording = collector.step()
+        recording.open()
+        recording.backward(F.cross_entropy(net["head"](layer(torch.randn(3, 4))), torch.tensor([0, 1, 1])))
+        recording.close()
+    collector.drain()
     factors = WindowedFactors(collector, None, {}).synchronise()
     editor = CurvatureEditor(0.6, min_positions=0)
     editor.ranks = ranks

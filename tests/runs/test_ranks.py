@@ -20,6 +20,7 @@ from lightning_curvature import KFACEditCallback, KroneckerFactors
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.distributed import Ranks, whole
+from lightning_curvature.recording.options import CollectorOptions
 from tests.support import cells, models, processes
 from tests.support.matrix import BOTH, DDP2, DDP3, FSDP2, ONE, TENSOR
 
@@ -151,7 +152,7 @@ def resuming(strategy, folder, own, stop, ckpt_path):
         use_distributed_sampler=False,
     )
     trainer.fit(cells.Net(parallel), ckpt_path=ckpt_path)
-    factors = callback._collection.synchronise().gathered()
+    factors = callback.run.windows.synchronise().gathered()
     return {name: (layer.A, layer.G, layer.numbers) for name, layer in factors.items()}
 
 
@@ -225,14 +226,17 @@ def vocabulary(fisher, sequence):
             plan = {"up": ColwiseParallel(output_layouts=Replicate()), "down": rows, "head": heads}
             parallelize_module(net, mesh, plan)
         x, y = torch.randn(3, 4, 6), torch.randint(5, (12,))
-        collector = Collector(net, ["up", "down"], fisher=fisher, ranks=ranks if parallel else Ranks())
-        collector.open()
+        collector = Collector(
+            net, CollectorOptions(layers=["up", "down"], fisher=fisher), ranks=ranks if parallel else Ranks()
+        )
+        recording = collector.step()
+        recording.open()
         logits = net["head"](net["down"](net["norm"](net["up"](x)).relu()))
         with loss_parallel() if parallel else contextlib.nullcontext():
             loss = F.cross_entropy(logits.flatten(0, 1), y)
-            collector.before_backward(loss)
+            recording.before_backward(loss)
             loss.backward()
-        collector.close()
+        recording.close()
         factors = WindowedFactors(collector, None, {}).synchronise()
         found.append({name: (layer.A, layer.G, layer.numbers) for name, layer in factors.items()})
     return found

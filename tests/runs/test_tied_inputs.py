@@ -6,6 +6,7 @@ from torch import distributed as dist
 
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.distributed import Ranks
+from lightning_curvature.recording.options import CollectorOptions
 from tests.support import processes
 from tests.support.gated import PROJECTIONS, Gated, add, batches, gathered
 
@@ -15,7 +16,7 @@ def on_two_processes(apart, shard):
     rank = dist.get_rank()
     ranks = Ranks.of_run(rank, 2, torch.device("cpu"))
     model, data = Gated(), batches(seed=rank)
-    collector = Collector(model, PROJECTIONS, ranks=ranks, shard=shard)
+    collector = Collector(model, CollectorOptions(layers=PROJECTIONS), ranks=ranks, shard=shard)
     for number, batch in enumerate(data):
         model.apart = apart and rank == 1 and number == 3
         add(collector, batch)
@@ -67,17 +68,17 @@ def only_some(order):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     ranks, model = Ranks.of_run(rank, 2, torch.device("cpu")), Gated()
-    collector = Collector(model, PROJECTIONS, ranks=ranks, shard=True)
+    collector = Collector(model, CollectorOptions(layers=PROJECTIONS), ranks=ranks, shard=True)
     for number, batch in enumerate(batches(seed=rank)[: 4 - rank]):
         model.apart = number in order.get(rank, ())
         add(collector, batch)
-    collector.accumulator.drain()
-    owners, own = collector.accumulator.owners, collector.sums
+    collector.drain()
+    owners, own = collector.owners, collector.sums
     shares = "up" in own and own["up"].inputs is own["gate"].inputs
     means = {name: (sums.inputs.mean(), sums.inputs.count, sums.gradients.count) for name, sums in own.items()}
     state = [collector.state_dict()]
     dist.broadcast_object_list(state)
-    again = Collector(model, PROJECTIONS, ranks=ranks, shard=True)
+    again = Collector(model, CollectorOptions(layers=PROJECTIONS), ranks=ranks, shard=True)
     again.load_state_dict(state[0])
     assert list(again.sums) == list(own)
     assert shares == ("up" in own and again.sums["up"].inputs is again.sums["gate"].inputs)

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_curvature import CurvatureEditor, KFACEditCallback
 from lightning_curvature.checkpoints.facts import ENTRY
 from lightning_curvature.search.energy import NARROW, Match, match_energy
-from lightning_curvature.trainer.probes import Target
+from lightning_curvature.trainer.target import Target
 from tests.support import models
 
 

@@ -29,9 +29,10 @@ def batches(count=4, seed=1):
 
 
 def add(collector, batch):
-    collector.open()
-    collector.backward(F.cross_entropy(collector.module(batch[0]), batch[1]))
-    collector.close()
+    recording = collector.step()
+    recording.open()
+    recording.backward(F.cross_entropy(collector.network.module(batch[0]), batch[1]))
+    recording.close()
 
 
 def gathered(model, data, **options):

@@ -12,6 +12,7 @@ from lightning_curvature.checkpoints.deltas import apply_delta
 from lightning_curvature.factors.files import is_factor_file, load_state
 from lightning_curvature.report.inspection import describe, description
 from lightning_curvature.search.sweep import KEYS, pareto, read_sweep
+from lightning_curvature.storage.hashes import tensor_hash
 from lightning_curvature.text import corpus, sequences
 from lightning_curvature.text.probes import JsonlProbe
 from lightning_curvature.text.recall import read_questions
@@ -63,7 +64,7 @@ def read_checkpoint(path):
         tensor = checkpoint.read(name)
         assert tuple(tensor.shape) == shape
         assert checkpoint.num_bytes(name) == tensor.nbytes
-        assert formats.tensor_hash(tensor)
+        assert tensor_hash(tensor)
     assert checkpoint.provenance is None or isinstance(checkpoint.provenance, dict)
     assert all(isinstance(text, str) for text in checkpoint.headers().values())
 

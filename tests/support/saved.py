@@ -9,6 +9,7 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.checkpoints import opening as formats
 from lightning_curvature.cli.parser import main
 from lightning_curvature.collect.passes import collect
+from lightning_curvature.storage.hashes import content_hash, tensor_hashes
 from tests.support import language
 
 FORMATS = ("ckpt", "pt", "safetensors", "folder", "sharded")
@@ -54,9 +55,9 @@ def weights(path):
     return {name.removeprefix("net."): checkpoint.read(name) for name in checkpoint.shapes()}
 
 
-def content_hash(path):
+def saved_hash(path):
     checkpoint = formats.open_checkpoint(path)
-    return formats.content_hash(formats.tensor_hashes(checkpoint.shapes(), checkpoint.read))
+    return content_hash(tensor_hashes(checkpoint.shapes(), checkpoint.read))
 
 
 def hashes(path):

@@ -47,7 +47,7 @@ def test_continuations_side_by_side(reciter):
     texts = examples.continue_texts(net, tokenizer, asked)
     assert texts[:2] == [language.words(s.suffix_ids) for s in asked[:2]]
     assert texts[2] != language.words(asked[2].suffix_ids)
-    page = examples.side_by_side({"Memorized": (asked, texts, ["x | y\n`z`"] * 4)}, tokenizer)
+    page = examples.side_by_side({"M": asked}, {"M": texts}, {"M": ["x | y\n`z`"] * 4}, tokenizer)
     assert page.count("before (recited)") == 2
     assert "| after | `x ¦ y ⏎ 'z'` |" in page
 

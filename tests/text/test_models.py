@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_curvature.text import models as text_models
+from lightning_curvature.text.inner_model import find_language_model
 from tests.support import language
 
 
@@ -37,10 +38,10 @@ def test_of_tied_weights_a_file_may_hold_either_one(folder, tmp_path, kept):
 def test_of_several_models_the_edited_one_is_probed():
     module = torch.nn.Module()
     module.reference, module.policy = language.model(), language.model("gpt2")
-    assert text_models.find_language_model(module, ["policy.transformer.h.1.mlp.c_proj"]) is module.policy
+    assert find_language_model(module, ["policy.transformer.h.1.mlp.c_proj"]) is module.policy
     with pytest.raises(ValueError, match="holds several language models, 'reference', 'policy'; only one"):
-        text_models.find_language_model(module)
-    assert text_models.find_language_model(module.policy) is module.policy
+        find_language_model(module)
+    assert find_language_model(module.policy) is module.policy
 
 
 def test_what_cannot_be_loaded(folder, tmp_path):
@@ -75,4 +76,4 @@ def test_what_cannot_be_loaded(folder, tmp_path):
     ):
         text_models.check_vocabulary(language.model(), language.tokenizer(50))
     with pytest.raises(ValueError, match="Linear holds no transformers model that can generate"):
-        text_models.find_language_model(torch.nn.Linear(1, 1))
+        find_language_model(torch.nn.Linear(1, 1))

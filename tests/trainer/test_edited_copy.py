@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_curvature import KFACEditCallback, KroneckerFactors
-from lightning_curvature.trainer.edited_copy import WeightWatch
+from lightning_curvature.trainer.weight_watch import WeightWatch
 from tests.support.rows import Plain, fit, loader, saved
 
 

@@ -62,7 +62,7 @@ def test_factors_of_checkpoints_that_wait_are_not_all_held(tmp_path):
 
 
 def test_what_edits_take_is_told_where_it_is_more_than_a_tenth(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("lightning_curvature.trainer.callback.edit_seconds", lambda *shape: 40.0)
+    monkeypatch.setattr("lightning_curvature.trainer.outcome.edit_seconds", lambda *shape: 40.0)
     with caplog.at_level("INFO"):
         fit(tmp_path, Plain(), KFACEditCallback(), ModelCheckpoint(tmp_path / "c", filename="x"))
     assert "edits 1 checkpoint now, at about 40 s each by the size of the layers; training took" in caplog.text
@@ -136,7 +136,7 @@ def test_a_sibling_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch)
     def stuck(path):
         raise PermissionError(f"{path} is read-only")
 
-    monkeypatch.setattr("lightning_curvature.trainer.siblings._delete", stuck)
+    monkeypatch.setattr("lightning_curvature.trainer.siblings.delete", stuck)
     saver = ModelCheckpoint(tmp_path / "c", filename="{step}", save_top_k=1, monitor="step", mode="max")
     with pytest.warns(UserWarning, match="PermissionError"):
         trainer = fit(tmp_path, Plain(), KFACEditCallback(), saver, max_epochs=2)

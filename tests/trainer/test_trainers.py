@@ -25,6 +25,7 @@ from lightning_curvature import KFACEditCallback
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.recording.compiled import check_graphed
+from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.trainer.support import check_strategy
 from tests.support import models
 
@@ -117,7 +118,7 @@ def test_pruning_is_refused(first, tmp_path):
     net = models.mlp()
     prune.l1_unstructured(net[3], "weight", amount=0.5)
     with pytest.raises(ValueError, match=r"Layer '3' .* is pruned .* prune.remove\(module, 'weight'\)"):
-        Collector(net, ["3"])
+        Collector(net, CollectorOptions(layers=["3"]))
 
 
 def test_averaging_sees_the_same_factors_in_either_order(tmp_path):
@@ -143,17 +144,18 @@ def test_a_loss_scale_is_taken_out_exactly_and_an_overflow_is_left_out(fisher):
         torch.manual_seed(0)
         net = models.mlp()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        collector = Collector(net, ["1", "3"], fisher=fisher)
+        collector = Collector(net, CollectorOptions(layers=["1", "3"], fisher=fisher))
         for step in range(3):
-            collector.open()
+            recording = collector.step()
+            recording.open()
             loss = F.cross_entropy(net(images), labels)
             if overflow and step == 1:
                 loss = loss * torch.tensor(3e38)  # with the scale it is infinite
             scaled = scaler.scale(loss)
-            collector.before_backward(scaled)
+            recording.before_backward(scaled)
             optimizer.zero_grad()
             scaled.backward()
-            collector.close()
+            recording.close()
             scaler.step(optimizer)
             scaler.update()
         return collector, collector.factors()
@@ -166,7 +168,7 @@ def test_a_loss_scale_is_taken_out_exactly_and_an_overflow_is_left_out(fisher):
     if fisher == "empirical":
         with pytest.warns(UserWarning, match="A batch with NaN or infinite activations or gradients was left out"):
             collector, left = factors(torch.amp.GradScaler("cpu", init_scale=2.0**16), overflow=True)
-        assert collector.accumulator.num_skipped == 1
+        assert collector.num_skipped == 1
         assert left["3"].num_inputs == 32
         assert left.provenance["batches_skipped"] == 1
 

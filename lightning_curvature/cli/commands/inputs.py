@@ -1,4 +1,4 @@
-"""What commands look at before they load anything: files that are read, files to write, numbers."""
+"""What commands check before they load anything: files to read, files to write, numbers."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,9 @@ def check_files(
         outputs: Files to write, by option.
         inputs: Files to read, by option.
         overwrite: Whether outputs may exist.
-        folders: Whether the outputs are folders; one that is there and empty is as good as none.
-        models: Folders or files of models that are read; whether they are there is told by those who load them. No
-            output may lie in one.
+        folders: Whether the outputs are folders; an empty folder may be written to.
+        models: Folders or files of models that are read. No output may lie in one of them. That they exist is not
+            checked: whoever loads a model does that.
     """
     for option, path in inputs.items():
         if path is None:
@@ -45,19 +45,24 @@ def check_files(
         if place.is_dir() and not os.access(place, os.W_OK):
             raise PermissionError(f"{option} {path} cannot be written: {place} is not yours to write to.")
         if path.exists() and path.is_dir() != folders:
-            found, wanted = ("a file", "a folder") if folders else ("a folder", "a file")
-            raise FileExistsError(f"{option} {path} is {found}; it names {wanted} to write.")
+            present, wanted = ("a file", "a folder") if folders else ("a folder", "a file")
+            raise FileExistsError(f"{option} {path} is {present}; it names {wanted} to write.")
         (empty if folders and path.is_dir() and not any(path.iterdir()) else written).append(path)
     read = [path for path in (*inputs.values(), *models) if path is not None]
     check_outputs(written, read, overwrite)
     check_outputs(empty, read, overwrite=True)
 
 
+def unless_folder(path: Path | None) -> Path | None:
+    """Return a path for :func:`check_files` to look for a file there, or None if a folder is there."""
+    return None if path is None or path.is_dir() else path
+
+
 def check_bases(bases: Path | None, models: Sequence[Path | None]) -> None:
     """Raise ``FileExistsError`` if the folder of eigenbases is a file, or lies in a model that is read.
 
     Args:
-        bases: The folder; None is none.
+        bases: The folder, if there is one.
         models: Folders or files of models.
     """
     if bases is None:
@@ -70,10 +75,14 @@ def check_bases(bases: Path | None, models: Sequence[Path | None]) -> None:
 
 
 def check_allowed(allow_global: list[str] | None, checkpoint: Path | None) -> list[str]:
-    """Return the classes that a checkpoint may hold; raise ``ValueError`` if it is no file that could hold any."""
+    """Return the classes that a checkpoint may hold.
+
+    Raises:
+        ValueError: If classes are given, and there is no checkpoint that could hold them.
+    """
     if allow_global and (checkpoint is None or checkpoint.is_dir() or ending(checkpoint) == SAFETENSORS):
-        found = "there is no --checkpoint" if checkpoint is None else f"{checkpoint} is none"
-        raise ValueError(f"--allow-global is for files of torch.save; {found}.")
+        reason = "there is no --checkpoint" if checkpoint is None else f"{checkpoint} is none"
+        raise ValueError(f"--allow-global is for files of torch.save; {reason}.")
     return allow_global or []
 
 
@@ -88,8 +97,8 @@ def check_unused(reason: str, **options: Any) -> None:
     """Raise ``ValueError`` if an option is given that a command would not look at.
 
     Args:
-        reason: What it needs, or what it does not go with.
-        **options: By name; None and False are not given.
+        reason: What the option needs, or what it does not go with.
+        **options: Values by name of the option; None and False mean that it is not given.
     """
     given = [
         f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None and value is not False

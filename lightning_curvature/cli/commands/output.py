@@ -1,4 +1,4 @@
-"""What every command gives back."""
+"""What every command returns."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

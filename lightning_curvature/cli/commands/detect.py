@@ -1,4 +1,4 @@
-"""Commands that show: report, detect."""
+"""The command ``detect``."""
 
 import csv
 from collections.abc import Sequence
@@ -10,32 +10,19 @@ from tabulate import tabulate
 
 from lightning_curvature.cli import configs
 from lightning_curvature.cli.choices import ImagePositions
-from lightning_curvature.cli.commands.inputs import check_allowed, check_counts, check_files, check_unused, read_factors
+from lightning_curvature.cli.commands.inputs import (
+    check_allowed,
+    check_counts,
+    check_files,
+    check_unused,
+    read_factors,
+    unless_folder,
+)
 from lightning_curvature.cli.commands.output import Output, extra
 from lightning_curvature.storage.atomic import replacing
 
 if TYPE_CHECKING:
     from lightning_curvature.factors.kronecker import KroneckerFactors
-
-
-def report(path: Path) -> Output:
-    """Write one HTML page of a run, report.html, into its folder: pictures inside, no network needed.
-
-    It is made from the other files of the folder, and made anew each time.
-
-    Example:
-        lightning-curvature report runs/text
-
-    Args:
-        path: Folder that a run wrote to: report.json, factors, edited checkpoints, analysis.json, as far as they are
-            there.
-    """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; name the one that a run wrote to.")
-    with extra("plots"):
-        from lightning_curvature.report.page import write_page
-    page = write_page(path)
-    return Output(f"Written to {page}", {"page": str(page)})
 
 
 def detect(
@@ -82,10 +69,10 @@ def detect(
         force: Use factors that were collected on other weights, such as those before a fine-tune.
         allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
     """
-    inputs = {"--factors": factors if not factors.is_dir() else None, "--sequences": sequences, "--corpus": corpus}
-    weights = None if checkpoint is None or (model is not None and checkpoint.is_dir()) else checkpoint
+    inputs = {"--factors": unless_folder(factors), "--sequences": sequences, "--corpus": corpus}
+    inputs |= {"--checkpoint": checkpoint if model is None else unless_folder(checkpoint)}
     read = [model, checkpoint, None if config is None else Path(config)]
-    check_files({"--out": out}, {**inputs, "--checkpoint": weights}, overwrite, models=read)
+    check_files({"--out": out}, inputs, overwrite, models=read)
     if config is not None and not (Path(config).is_file() or (resources.files(configs) / config).is_file()):
         raise FileNotFoundError(f"No such file: {config} (--config).")
     allowed = check_allowed(allow_global, checkpoint)
@@ -105,7 +92,7 @@ def detect(
         if corpus is None:
             check_unused("it is about the text of --corpus", tokens=tokens, context=context)
         with extra("text"):
-            from lightning_curvature.text.ranking import rank_windows
+            from lightning_curvature.text.detection import rank_windows
         rows = rank_windows(
             model,
             checkpoint,
@@ -119,13 +106,9 @@ def detect(
             force=force,
             allow_globals=allowed,
         )
-    with replacing(out) as temporary, Path(temporary).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    table = tabulate(
-        [{name: _short(value) for name, value in row.items()} for row in rows[:10]], "keys", disable_numparse=True
-    )
+    _write_csv(out, rows)
+    shown = [{name: _short(value) for name, value in row.items()} for row in rows[:10]]
+    table = tabulate(shown, "keys", disable_numparse=True)
     return Output(f"{table}\n{len(rows)} examples written to {out}", {"out": str(out), "rows": rows})
 
 
@@ -139,27 +122,34 @@ def _rank_images(
     force: bool,
     allowed: Sequence[str],
 ) -> list[dict[str, Any]]:
+    """Return the training images of a configuration, as :func:`lightning_curvature.analysis.labels.rank_labelled`."""
     import torch
 
     from lightning_curvature.analysis.inputs import check_layer, chosen_layer
     from lightning_curvature.analysis.labels import rank_labelled
     from lightning_curvature.checkpoints.loading import load_weights, read_weights
-    from lightning_curvature.cli.lightning import instances  # which imports the command line
-    from lightning_curvature.editing.streaming import check_loaded
+    from lightning_curvature.cli.lightning import instances
+    from lightning_curvature.editing.origin import check_loaded
     from lightning_curvature.factors.files import is_factor_file
 
-    check_layer(factors, layer)
+    layer = check_layer(factors, layer)
     if checkpoint.suffix == ".safetensors" and is_factor_file(checkpoint):
         raise ValueError(f"{checkpoint} holds K-FAC factors, not weights. Name the model's checkpoint.")
     module, data = instances(config)
     load_weights(module, read_weights(checkpoint, allowed), checkpoint)
     module.to("cuda" if torch.cuda.is_available() else "cpu")
-    name, own = chosen_layer(factors, layer, module)
-    names = {check_layer(factors, layer): name}
-    check_loaded(module, names, factors, checkpoint, force=force, allow_globals=allowed)
+    name, layer_factors = chosen_layer(factors, layer, module)
+    check_loaded(module, {layer: name}, factors, checkpoint, force=force, allow_globals=allowed)
     data.prepare_data()
     data.setup("fit")
-    return rank_labelled(module, data.train_dataloader(), name, own, positions, batch_size)
+    return rank_labelled(module, data.train_dataloader(), name, layer_factors, positions, batch_size)
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with replacing(path) as temporary, Path(temporary).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _short(value: float | int | str) -> str:

@@ -1,0 +1,126 @@
+"""The command ``edit``."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_curvature.cli.choices import Half, Score
+from lightning_curvature.cli.commands.edit_options import check_options, edit_on_data
+from lightning_curvature.cli.commands.inputs import check_bases
+from lightning_curvature.cli.commands.output import Output
+from lightning_curvature.cli.commands.presets import named_layers
+from lightning_curvature.storage.outputs import check_outputs
+
+if TYPE_CHECKING:
+    from lightning_curvature.editing.curvature import CurvatureEditor
+
+
+def edit(
+    checkpoint: Path,
+    factors: Path,
+    out: Path,
+    energy: float | dict[str, float] | None = None,
+    layers: list[str] | None = None,
+    score: Score = "kfac",
+    soft: bool = False,
+    min_positions: int | None = None,
+    perplexity: float | None = None,
+    corpus: Path | None = None,
+    forget: Path | None = None,
+    half: Half | None = None,
+    strength: float | None = None,
+    model: Path | None = None,
+    tokens: int | None = None,
+    context: int | None = None,
+    dry_run: bool = False,
+    save_delta: Path | None = None,
+    to_hf: Path | None = None,
+    bases: Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    force: bool = False,
+    allow_global: list[str] | None = None,
+) -> Output:
+    """Edit a saved checkpoint: a Hugging Face folder, .safetensors, Lightning .ckpt, or state dict .pt.
+
+    Example:
+        lightning-curvature edit --checkpoint MODEL --factors factors.safetensors --energy 0.6 --out EDITED
+
+    Args:
+        checkpoint: What to edit; it stays as it is.
+        factors: Factor file of its model (.safetensors).
+        out: File or folder to write, in the same format.
+        energy: Share of the curvature mass to keep, in (0, 1], or a dict of layer patterns to shares; by default 0.85.
+        layers: fnmatch patterns on the layers of the factor file, or, where there is a model folder, presets (last-mlp,
+            mlp, attention, linear); by default all of them.
+        score: What decides what is kept: kfac, activations, saliency, or, if the factors have it, ekfac, coupled.
+        soft: Shrink what has a low score instead of dropping it.
+        min_positions: Positions that the factors of a layer must rest on, or it is left as it is; by default as many as
+            its live inputs and outputs; 0 edits it whatever they rest on.
+        perplexity: Instead of an energy: find the strongest edit that raises the perplexity of --corpus to at most this
+            multiple, 1.1 for example, on one half of its windows; what it costs on the other half is printed.
+        corpus: Text file, or JSON lines with a field "text", for --perplexity.
+        forget: JSON lines with prefix_ids and suffix_ids, such as mine writes: make a bulk step against reciting them
+            before the edit.
+        half: Use the tuning or the validation half of the sequences of --forget alone.
+        strength: Length of the step of --forget, relative to each weight; by default 0.4.
+        model: Folder of the Hugging Face model whose weights the checkpoint holds, for --perplexity, --forget and
+            presets of --layers; by default the checkpoint itself.
+        tokens: Tokens of the corpus to read at most; by default 50000.
+        context: Tokens of a window of the corpus, those that the tokenizer puts in front among them; by default 128, or
+            what the model takes if that is less.
+        dry_run: Print what would be done, and write nothing.
+        save_delta: Also write a delta file, with which revert gets the original back.
+        to_hf: Write a Hugging Face folder from a .ckpt or .pt whose module holds a Hugging Face model; names a folder
+            with the model's config.json, from which the tokenizer and all other files are copied, too.
+        bases: Folder in which eigenbases are kept, so that other edits with these factors need not work them out again.
+        device: Where layers are edited, one at a time: auto (the GPU if there is one), cpu, cuda, cuda:1 ...
+        overwrite: Replace what is at out.
+        force: Edit weights that are not those that the factors were collected on, such as those of a fine-tune.
+        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+    """
+    from lightning_curvature.editing import streaming
+    from lightning_curvature.factors.basis_cache import bases_in
+    from lightning_curvature.factors.kronecker import KroneckerFactors
+
+    options = {"perplexity": perplexity, "corpus": corpus, "forget": forget, "half": half, "strength": strength}
+    options |= {"model": model, "tokens": tokens, "context": context}
+    given = {name: value for name, value in options.items() if value is not None}
+    check_options(given, checkpoint, layers, energy)
+    if dry_run and save_delta is not None:
+        raise ValueError("--dry-run writes nothing: leave --save-delta out.")
+    check_bases(bases, [checkpoint, to_hf, model])
+    allowed = allow_global or []
+    source = streaming.open_to_edit(checkpoint, out, overwrite, save_delta, allowed, to_hf)
+    if allowed and source.format != "archive":
+        raise ValueError(f"--allow-global is for files of torch.save; {checkpoint} is none.")
+    loaded = KroneckerFactors.open(factors)
+    read = [path for path in (factors, corpus, forget, bases) if path is not None]
+    check_outputs([path for path in (out, save_delta) if path is not None], read, overwrite)
+    folder = next((path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir()), None)
+    editor = _make_editor(energy, named_layers(layers, loaded, folder), score, soft, min_positions)
+    with bases_in(bases, write=not dry_run):
+        editor, loaded, target = edit_on_data(editor, checkpoint, loaded, given, allowed, force)
+        said, facts = (f"{target['text']}\n", {"target": target}) if target else ("", {})
+        if dry_run:
+            plan = streaming.plan_edit(editor, checkpoint, loaded, allowed, device, force)
+            return Output(f"{said}{plan}", {**dataclasses.asdict(plan), **facts})
+        write = partial(streaming.edit_checkpoint, overwrite=overwrite, delta=save_delta, to_hf=to_hf, device=device)
+        report = write(editor, checkpoint, loaded, out, allow_globals=allowed, force=force)
+    shown = f"{said}{report}\n{streaming.matches(report)}\nWritten to {out}"
+    return Output(shown, {"out": str(out), **dataclasses.asdict(report), **facts})
+
+
+def _make_editor(
+    energy: float | dict[str, float] | None,
+    layers: list[str] | None,
+    score: Score,
+    soft: bool,
+    min_positions: int | None,
+) -> "CurvatureEditor":
+    from lightning_curvature.editing.base import DEFAULT_ENERGY
+    from lightning_curvature.editing.curvature import CurvatureEditor
+
+    energies = DEFAULT_ENERGY if energy is None else energy
+    return CurvatureEditor(energies, layers, score, soft, min_positions=min_positions)

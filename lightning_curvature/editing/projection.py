@@ -1,0 +1,57 @@
+"""The result of an edit of one weight matrix, where it is computed, and how far it lies from the old matrix."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.factors.decomposition import moderate, scaled
+from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.memory import place_edit
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A new weight matrix, and how much of the old one it keeps.
+
+    Args:
+        weight: The new matrix, ``[d_out, d_in]``.
+        kept: Number of kept coefficients.
+        energy_kept: Kept share of the method's mass, in [0, 1].
+    """
+
+    weight: Tensor
+    kept: int
+    energy_kept: float
+
+
+def project_on_free_device(
+    name: str, matrix: Tensor, factors: LayerFactors, project: Callable[[Tensor, LayerFactors], Projection]
+) -> Projection:
+    """Project on the weight's GPU if there is room, otherwise where the factors are.
+
+    If the GPU runs out of memory all the same, a warning says so and the CPU takes over.
+
+    Args:
+        name: Layer, for the warning.
+        matrix: Weight, ``[d_out, d_in]``.
+        factors: Its factors.
+        project: Returns the projection of a matrix, given factors on the device to compute on.
+    """
+    place = place_edit(matrix.device, factors.A.device, factors.shape)
+    if place != factors.A.device:
+        try:
+            return project(matrix, factors.to(place))
+        except torch.cuda.OutOfMemoryError:
+            warnings.warn(f"Layer {name!r} does not fit on {place}, so it is edited on the CPU.", stacklevel=2)
+    # Outside of the handler: the error there keeps the tensors of the failed attempt alive.
+    return project(matrix, factors)
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """Return ``||new - old|| / ||old||`` (Frobenius); 0 if both are zeros."""
+    old, exponent = moderate(old.double())
+    change = torch.linalg.vector_norm(scaled(new.double(), exponent) - old)
+    return float((change / torch.linalg.vector_norm(old)).nan_to_num())

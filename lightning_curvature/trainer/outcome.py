@@ -1,0 +1,188 @@
+"""What a run comes to: the energy of its target, what an edit of its weights does, the probes, and what is shown."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_curvature._checks import listing
+from lightning_curvature.collect.passes import check_silent
+from lightning_curvature.collect.sums import LayerKind
+from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.editing.report import EditReport
+from lightning_curvature.factors.basis import FaultyLayerError
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.memory import edit_seconds
+from lightning_curvature.search.energy import Match
+from lightning_curvature.trainer.measuring import before_after
+from lightning_curvature.trainer.probes import Probes
+from lightning_curvature.trainer.target import Target
+
+_TENTH = 0.1  # share of the training's time above which the time of edits is told
+
+
+class Outcome:
+    """The results of a callback.
+
+    Args:
+        editor: Edits; it gets the energy that a target asks for.
+        target: What the edit may cost; None if the energy is given.
+        probes: Data on which the model is measured.
+        group: Prefix under which results of probes are logged.
+
+    Attributes:
+        report: What an edit of the live weights does.
+        match: The energy of the target, and what it costs.
+        probe_results: By ``{group}/{probe}/{metric}/before|after``.
+        copies: What was done to each edited copy, by its path.
+    """
+
+    def __init__(self, editor: CurvatureEditor, target: Target | None, probes: Probes, group: str) -> None:
+        self.report: EditReport | None = None
+        self.match: Match | None = None
+        self.probe_results: dict[str, float] = {}
+        self.copies: dict[str, EditReport] = {}
+        self._editor = editor
+        self._target = target
+        self._probes = probes
+        self._group = group
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Start the clock of a run, which has no edited copies yet."""
+        self.copies, self._started = {}, time.monotonic()
+
+    def clear(self) -> None:
+        """Forget the results of the run before, since other factors are collected."""
+        self.report, self.match, self.probe_results = None, None, {}
+
+    def take_over(self, other: "Outcome") -> None:
+        """Hold the results of another one."""
+        self.report, self.match, self.probe_results = other.report, other.match, other.probe_results
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether there is a target whose energy was not found yet."""
+        return self._target is not None and self.match is None
+
+    def search(self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors) -> None:
+        """Find the energy of the target, if there is one."""
+        if self._target is None:
+            return
+        self.match = self._probes.match(trainer, module, self._editor.at(1.0), factors, self._target)
+        if self.match is not None:
+            self._editor.energy = self.match.energy
+            rank_zero_info(f"{self._target}: energy {self.match.energy:.4g}, {self.match.value:.4f} times")
+
+    def state(self) -> dict[str, Any]:
+        """Return the energy that was found, as primitives; empty if there is none."""
+        if self._target is None or self.match is None:
+            return {}
+        return {"match": {"target": self._target.entry, "energy": self.match.energy, "value": self.match.value}}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on with the energy that :meth:`state` returned, if it is that of the same target."""
+        saved = state.get("match")
+        if saved and self._target is not None and saved["target"] == self._target.entry:
+            self.match = Match(saved["energy"], saved["value"], {saved["energy"]: saved["value"]})
+            self._editor.energy = self.match.energy
+
+    def measure(
+        self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors, may_fail: bool
+    ) -> dict[str, float]:
+        """Measure the probes before and after the edit, and return the results.
+
+        Args:
+            trainer: The Trainer.
+            module: The module; its weights are what they were afterwards.
+            factors: Its factors.
+            may_fail: Whether an error costs a warning.
+        """
+        results: dict[str, float] = {}
+        if not self.is_undecided:
+            try:
+                results = self._probes.measure(trainer, module, self._editor, factors)
+            except Exception as error:
+                if not may_fail:
+                    raise
+                rank_zero_warn(f"A probe could not be measured, and the run goes on without: {error}")
+        self.probe_results = {f"{self._group}/{name}": value for name, value in results.items()}
+        return self.probe_results
+
+    def edit_live(self, module: pl.LightningModule, factors: KroneckerFactors) -> None:
+        """Work out what an edit of the live weights does; they stay as they are."""
+        if self.is_undecided:
+            return
+        try:
+            self.report = self._editor.edited_weights(module, factors)[1]
+        except FaultyLayerError as error:
+            rank_zero_warn(f"There is no edit of the weights at the end: {error}")
+
+    def check_silent(self, silent: list[str], frozen: set[str], may_fail: bool) -> None:
+        """Tell of chosen layers that have no factors.
+
+        Args:
+            silent: Chosen layers that never ran.
+            frozen: Layers that ran, and whose outputs needed no gradient.
+            may_fail: Whether they stay as they are with a warning, and the others are edited.
+
+        Raises:
+            RuntimeError: If there are such layers, unless they may fail.
+        """
+        if not silent:
+            return
+        if not (may_fail or self._editor.skip_faulty):
+            check_silent(silent, frozen)
+        asleep = sorted(set(silent) & frozen)
+        why = f" (the outputs of {listing(asleep)} needed no gradient: frozen)" if asleep else ""
+        rank_zero_warn(f"Chosen layers {listing(silent)} never ran{why}, and stay as they are.")
+
+    def tell_time(self, num_copies: int, kinds: Mapping[str, LayerKind], factors: KroneckerFactors) -> None:
+        """Say how long the edits take that are made now, if that is more than a tenth of the training's time."""
+        on_gpu = torch.cuda.is_available()
+        seconds = sum(edit_seconds(kinds[name].d_out, kinds[name].d_in, on_gpu) for name in factors)
+        trained = time.monotonic() - self._started
+        if num_copies * seconds > _TENTH * trained:
+            rank_zero_info(
+                f"KFACEditCallback edits {num_copies} checkpoint{'s' * (num_copies > 1)} now, at about {seconds:.2g} s "
+                f"each by the size of the layers; training took {trained:.0f} s. Keep fewer checkpoints, or edit fewer "
+                "or smaller layers, if that is too long."
+            )
+
+    def show(self, nothing_written: str, factors: KroneckerFactors, path: str | None) -> None:
+        """Show what was edited in which file, and what the probes say; save the factors. A collective.
+
+        Args:
+            nothing_written: Heading of the table where no file was edited.
+            factors: The factors.
+            path: File to save them to, or None. What goes wrong there costs a warning.
+        """
+        reports = [entry for entry in self.copies.items() if not _is_gone(entry[0])]
+        if reports:
+            copy, report = reports[-1]
+            rank_zero_info(f"\n{copy}:\n{report}")
+            if len(reports) > 1:
+                earlier = listing(path for path, _ in reports[:-1])
+                rank_zero_info(f"Edited likewise, with the factors of their steps: {earlier}.")
+        elif self.report is not None:
+            rank_zero_info(f"\n{nothing_written}\n{self.report}")
+        if self.probe_results:
+            rank_zero_info(f"\n{before_after(self.probe_results)}")
+        if path is not None:
+            gathered = factors.gathered()
+            try:
+                self._editor.ranks.first(lambda: gathered.save(path))
+                rank_zero_info(f"Factors written to {path}.")
+            except (OSError, ValueError) as error:
+                rank_zero_warn(f"save_factors: the factors could not be written to {path}: {error}")
+
+
+def _is_gone(path: str) -> bool:
+    """Tell whether a local file was removed since it was written."""
+    return isinstance(get_filesystem(path), LocalFileSystem) and not Path(path).exists()

@@ -1,0 +1,166 @@
+"""What one run of a Trainer collects, and which weights that describes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.windows import WindowedFactors
+from lightning_curvature.distributed import Ranks
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.layers.modules import layer_weights
+from lightning_curvature.recording.objectives import NothingToCollectError
+from lightning_curvature.recording.step import Step
+from lightning_curvature.trainer.edited_copy import Measured, why_no_copy
+from lightning_curvature.trainer.siblings import CheckpointDict
+from lightning_curvature.trainer.support import RunLength, batches_before
+from lightning_curvature.trainer.weight_watch import WeightWatch, weight_hashes
+
+
+class CollectedRun:
+    """The windows of one run, its steps as Lightning's hooks tell of them, and the weights behind its factors.
+
+    Args:
+        collector: Collects.
+        windows: The factors of the run, by the collector.
+
+    Attributes:
+        is_fitted: Whether a fit has ended, whose factors stay.
+        is_due: Whether the training step that runs is one to collect from.
+    """
+
+    def __init__(self, collector: Collector, windows: WindowedFactors) -> None:
+        self.collector = collector
+        self.windows = windows
+        self.is_fitted = self.is_due = False
+        self._length = RunLength()
+        self._weights = WeightWatch(collector.network.weights)
+        self._step: Step | None = None
+        self._validated: dict[str, str] | None = None
+        self._validated_others = False
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is collected from."""
+        return self.collector.network.module
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return self.collector.ranks
+
+    def begin_step(self, trainer: pl.Trainer, collects: bool) -> None:
+        """Note that a training step begins.
+
+        Args:
+            trainer: The Trainer.
+            collects: Whether training steps are collected from, and not validation alone.
+        """
+        self._weights.begin_step()
+        if collects:
+            last = self._length.last_batch(trainer)
+            self.is_due = self.windows.is_due(batches_before(trainer), last)
+
+    def record(self, batch: Any) -> None:
+        """Record the training step of a batch."""
+        self.abort_step()
+        self._step = self.collector.step(batch)
+        self._step.open()
+
+    def before_backward(self, loss: Tensor, is_last: bool) -> None:
+        """Take the gradients of a backward pass of the step.
+
+        Args:
+            loss: What is backpropagated.
+            is_last: Whether the step is known to run no other, nor to look at the modules again.
+        """
+        if self._step is not None:
+            self._step.before_backward(loss)
+            if is_last:
+                self._step.stop_recording()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether a training step is being recorded."""
+        return self._step is not None and self._step.is_open
+
+    def end_step(self, step: int) -> None:
+        """Add what the training step gave, and end the window if it is full; ``step`` counts optimizer steps."""
+        try:
+            if self._step is not None and self.is_recording:
+                self._step.close()
+                self.windows.end_step(step)
+            elif self.is_due:
+                self.collector.add_nothing()
+        finally:
+            self.is_due = False
+            self._weights.end_step()
+
+    def end_interrupted_step(self, step: int) -> None:
+        """End a step after which the run failed; where others wait for what this process adds, it is dropped."""
+        if self._step is not None and self._step.holds_gradients and not self.collector.is_sharded:
+            self._step.close()
+            self.windows.end_step(step)
+
+    def abort_step(self) -> None:
+        """Drop a step that is being recorded, and every hook."""
+        if self._step is not None:
+            self._step.abort()
+
+    def end_validation(self, step: int) -> list[str]:
+        """Take the factors of a validation that ends; they are exact for the weights that it ran on. A collective.
+
+        Args:
+            step: Optimizer steps behind these weights.
+
+        Returns:
+            Chosen layers that never ran.
+
+        Raises:
+            NothingToCollectError: If nothing was collected.
+        """
+        self.collector.provenance |= {"loop": "validation", "step": step}
+        silent = self.windows.silent
+        self.windows.start(complete=True)
+        factors = self.windows.synchronise()
+        if not factors:
+            raise NothingToCollectError(no_data("validation step computed a loss"))
+        self._validated = weight_hashes(layer_weights(self.module, factors))
+        self._validated_others = self._weights.swapped()
+        return silent
+
+    def why_no_copy(self, checkpoint: CheckpointDict, factors: KroneckerFactors, averages: bool) -> str | None:
+        """Return why a checkpoint has no edited copy that is right; None if it has one. A collective.
+
+        Args:
+            checkpoint: What Lightning saves.
+            factors: The factors of the run.
+            averages: Whether a ``WeightAveraging`` saves its averages.
+        """
+        measured = Measured(
+            live=lambda: layer_weights(self.module, factors),
+            validated=self._validated,
+            step=factors.provenance.get("step"),
+            swapped=self._validated_others or self._weights.swapped(),
+            averages=averages,
+        )
+        try:
+            return why_no_copy(checkpoint, factors, measured, self.ranks)
+        except ValueError as error:
+            return str(error).rstrip(".")
+
+    def factors_writer(self) -> Callable[[Path], None] | None:
+        """Return what writes the factors and the collection's state; None if there are none yet. A collective."""
+        snapshot = self.windows.snapshot()
+        return None if snapshot is None else lambda path: snapshot[0].save(path, snapshot[1])
+
+
+def no_data(what: str) -> str:
+    """Return what is said where a run collected nothing, given what never happened in it."""
+    return (
+        f"KFACEditCallback collected no data: no {what}, or every batch held NaN or infinite values. "
+        "There is no edited checkpoint."
+    )
