@@ -85,27 +85,27 @@ def eigenvalues_of_parts(shard):
     options = {"fisher": "empirical", "positions": "all"}
     factors = collect(model, [(inputs, labels)], step, layers=["0", "2"], **options)
     parts = [slice(0, 3), slice(3, 5)] if ranks.rank == 0 else [slice(5, None)]
-    found = correct_eigenvalues(
+    corrected = correct_eigenvalues(
         model, factors, [(inputs[part], labels[part]) for part in parts], step, ranks=ranks, shard=shard, **options
     )
     refusal = ""
     if shard:
         with pytest.raises(ValueError, match="these factors are spread over several") as error:
-            correct_eigenvalues(model, found, [], step, ranks=ranks, shard=shard, **options)
+            correct_eigenvalues(model, corrected, [], step, ranks=ranks, shard=shard, **options)
         refusal = str(error.value)
-        found = found.gathered()
-    return {name: layer.eigenvalues for name, layer in found.items()}, refusal
+        corrected = corrected.gathered()
+    return {name: layer.eigenvalues for name, layer in corrected.items()}, refusal
 
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_eigenvalues_of_several_processes_are_those_of_all_data(shard):
-    (found, refusal), (others, _) = processes.run(2, eigenvalues_of_parts, shard)
+    (eigenvalues, refusal), (others, _) = processes.run(2, eigenvalues_of_parts, shard)
     model, (inputs, labels) = network(), data()
     step = lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="sum")  # noqa: E731
     factors = collect(model, [(inputs, labels)], step, layers=["0", "2"], fisher="empirical", positions="all")
     for index, name in enumerate(("0", "2")):
         expected = measured(factors[name], *rows(model, model[2 * index], inputs, labels))
-        torch.testing.assert_close(found[name], expected)
+        torch.testing.assert_close(eigenvalues[name], expected)
         if not shard:
             torch.testing.assert_close(others[name], expected)
     assert bool(refusal) == shard

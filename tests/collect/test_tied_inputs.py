@@ -29,21 +29,21 @@ from tests.support.gated import PROJECTIONS, Gated, add, batches, gathered, same
 @pytest.mark.parametrize("fisher", ["sketched", "sampled", "exact", "empirical"])
 def test_gate_and_up_share(fisher):
     model, data = Gated(), batches()
-    found = gathered(model, data, fisher=fisher)
-    assert found["gate"].A is found["up"].A
-    assert found["gate"].A is not found["down"].A
-    same(found, separately(model, data, fisher=fisher))
+    factors = gathered(model, data, fisher=fisher)
+    assert factors["gate"].A is factors["up"].A
+    assert factors["gate"].A is not factors["down"].A
+    same(factors, separately(model, data, fisher=fisher))
 
 
 def test_presets_of_language_models_share():
     net, ids = language.model(), language.tokens(4, 8)
-    found = collect(net, [ids], lambda b: net(input_ids=b, labels=b).loss, layers=["mlp", "attention"])
+    factors = collect(net, [ids], lambda b: net(input_ids=b, labels=b).loss, layers=["mlp", "attention"])
     for block in (0, 1):
         mlp, attention = f"model.layers.{block}.mlp.", f"model.layers.{block}.self_attn."
-        assert found[mlp + "gate_proj"].A is found[mlp + "up_proj"].A
-        q, k, v = (found[f"{attention}{name}_proj"].A for name in "qkv")
+        assert factors[mlp + "gate_proj"].A is factors[mlp + "up_proj"].A
+        q, k, v = (factors[f"{attention}{name}_proj"].A for name in "qkv")
         assert k is v  # also the last position is seen by its own key and value alone
-        assert (q is k) == (found[attention + "q_proj"].num_inputs == found[attention + "k_proj"].num_inputs)
+        assert (q is k) == (factors[attention + "q_proj"].num_inputs == factors[attention + "k_proj"].num_inputs)
 
 
 def test_other_positions_are_not_shared():
@@ -52,14 +52,14 @@ def test_other_positions_are_not_shared():
     model = ViTForImageClassification(models.hf_vit_config()).eval()
     x, y = models.images(6).tensors
     step = lambda _: F.cross_entropy(model(x[:, None]).logits, y)  # noqa: E731
-    found = collect(model, [None], step, layers=["attention"])
-    names = [name for name in found if name.endswith(("query", "key", "value", "q_proj", "k_proj", "v_proj"))]
+    factors = collect(model, [None], step, layers=["attention"])
+    names = [name for name in factors if name.endswith(("query", "key", "value", "q_proj", "k_proj", "v_proj"))]
     first, last = names[:3], names[-3:]
-    assert len({id(found[name].A) for name in first}) == 1
+    assert len({id(factors[name].A) for name in first}) == 1
     q, k, v = (next(name for name in last if name.split(".")[-1][0] == letter) for letter in "qkv")
-    assert found[k].A is found[v].A
-    assert found[q].A is not found[k].A
-    assert found[q].num_inputs < found[k].num_inputs
+    assert factors[k].A is factors[v].A
+    assert factors[q].A is not factors[k].A
+    assert factors[q].num_inputs < factors[k].num_inputs
     everything = collect(model, [None], step, layers=["attention"], positions="all")
     assert len({id(everything[name].A) for name in last}) == 1
 
@@ -71,12 +71,12 @@ def test_layers_that_read_the_same_at_first_go_their_own_ways():
         model.apart = number >= 2
         add(collector, batch)
         assert (collector.sums["gate"].inputs is collector.sums["up"].inputs) == (number < 2)
-    found = collector.finish()
+    factors = collector.finish()
     model.apart = False
     gate = separately(model, data, ["gate"])["gate"]
-    torch.testing.assert_close(found["gate"].A, gate.A)
+    torch.testing.assert_close(factors["gate"].A, gate.A)
     rows = torch.cat([x + 0.5 * (number >= 2) for number, (x, _) in enumerate(data)])
-    torch.testing.assert_close(found["up"].A, rows.T @ rows / len(rows))
+    torch.testing.assert_close(factors["up"].A, rows.T @ rows / len(rows))
 
 
 def test_layers_that_first_read_apart_never_share():
@@ -102,10 +102,10 @@ def test_a_layer_that_comes_later_does_not_join():
     model.apart = True
     for batch in data[1:]:
         add(collector, batch)
-    found = collector.factors()
-    assert (found["gate"].num_inputs, found["up"].num_inputs) == (24, 18)
+    factors = collector.factors()
+    assert (factors["gate"].num_inputs, factors["up"].num_inputs) == (24, 18)
     rows = torch.cat([x for x, _ in data[1:]])
-    torch.testing.assert_close(found["up"].A, rows.T @ rows / 18)
+    torch.testing.assert_close(factors["up"].A, rows.T @ rows / 18)
 
 
 def test_layers_that_read_a_tensor_in_other_ways_do_not_share():
@@ -124,10 +124,10 @@ def test_layers_that_read_a_tensor_in_other_ways_do_not_share():
     model, x, y = Mixed(), torch.randn(4, 2, 6, 6), torch.randint(3, (4,))
     names = ["one", "two", "wide", "rows"]
     step = lambda _: F.cross_entropy(model(x), y)  # noqa: E731
-    found = collect(model, [None], step, layers=names)
-    assert found["one"].A is found["two"].A
-    assert len({id(layer.A) for layer in found.values()}) == 3
-    same(found, {name: collect(model, [None], step, layers=[name])[name] for name in names})
+    factors = collect(model, [None], step, layers=names)
+    assert factors["one"].A is factors["two"].A
+    assert len({id(layer.A) for layer in factors.values()}) == 3
+    same(factors, {name: collect(model, [None], step, layers=[name])[name] for name in names})
 
 
 def test_shared_weights_of_a_layer_called_twice():
@@ -137,9 +137,9 @@ def test_shared_weights_of_a_layer_called_twice():
             return self.head(self.down(twice + F.silu(self.gate(x + 1)) * self.up(x)))
 
     model, data = Twice(), batches()
-    found = gathered(model, data)
-    assert found["gate"].A is not found["up"].A
-    same(found, separately(model, data))
+    factors = gathered(model, data)
+    assert factors["gate"].A is not factors["up"].A
+    same(factors, separately(model, data))
 
 
 def test_a_resumed_collection_shares_as_before():
@@ -155,10 +155,10 @@ def test_a_resumed_collection_shares_as_before():
         add(second, batch)
     for batch in data:
         add(whole, batch)
-    one, two = whole.factors(), second.factors()
-    assert one.digest() == two.digest()
-    assert two["gate"].A is two["up"].A
-    assert two["gate"].A_error == one["gate"].A_error > 0
+    uninterrupted, resumed = whole.factors(), second.factors()
+    assert uninterrupted.digest() == resumed.digest()
+    assert resumed["gate"].A is resumed["up"].A
+    assert resumed["gate"].A_error == uninterrupted["gate"].A_error > 0
 
 
 def test_a_state_is_loaded_into_a_collector_that_was_used():
@@ -171,9 +171,9 @@ def test_a_state_is_loaded_into_a_collector_that_was_used():
     for collector in (used, fresh):
         collector.load_state_dict(copy.deepcopy(together.state_dict()))
         add(collector, second)
-    found = used.factors()
-    assert found["gate"].A is not found["up"].A
-    same(found, fresh.factors())
+    factors = used.factors()
+    assert factors["gate"].A is not factors["up"].A
+    same(factors, fresh.factors())
 
 
 def test_the_layout_of_saved_sums_has_a_version():

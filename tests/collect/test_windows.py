@@ -91,7 +91,7 @@ def test_the_window_does_not_depend_on_the_cut_into_batches(tmp_path):
         trainer.fit(module, models.loader(models.images(192), batch_size))
         return callback.factors["net.3"]
 
-    one, two = fit(16), fit(64)
-    assert one.num_inputs == two.num_inputs == 64
-    torch.testing.assert_close(one.A, two.A)
-    torch.testing.assert_close(one.G, two.G)
+    small_batches, large_batches = fit(16), fit(64)
+    assert small_batches.num_inputs == large_batches.num_inputs == 64
+    torch.testing.assert_close(small_batches.A, large_batches.A)
+    torch.testing.assert_close(small_batches.G, large_batches.G)

@@ -177,9 +177,9 @@ def test_every_way_of_taking_positions_hands_logits_on():
     for name, way in ways.items():
         parts = lambda way=way: [part.reshape(-1, 4) for part in way(model(x))]  # noqa: E731
         step = lambda parts=parts: sum(F.cross_entropy(z, torch.zeros(len(z)).long()) for z in parts())  # noqa: E731
-        found = factors(model, step)
-        assert found.num_inputs == 12, name
-        torch.testing.assert_close(found.G, expected, rtol=1e-5, atol=1e-6, msg=name)
+        layer = factors(model, step)
+        assert layer.num_inputs == 12, name
+        torch.testing.assert_close(layer.G, expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_views_that_overlap_are_refused():

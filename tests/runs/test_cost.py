@@ -138,9 +138,11 @@ def test_empirical_takes_no_backward_pass_of_its_own(step, monkeypatch):
 def test_a_frozen_pass_takes_no_weight_gradients(step):
     model, x, y = step.model, torch.randn(ROWS, IN), torch.randint(10, (ROWS,))
     forward = flops(lambda: F.cross_entropy(model(x), y))
-    found = flops(lambda: collect(model, [0], lambda _: F.cross_entropy(model(x), y), layers=NAMES, fisher="empirical"))
+    counted = flops(
+        lambda: collect(model, [0], lambda _: F.cross_entropy(model(x), y), layers=NAMES, fisher="empirical")
+    )
     check = checked(*(model.get_submodule(name) for name in NAMES))
-    assert found == forward + 2 * ROWS * (10 * IN + IN * HIDDEN) + PRODUCTS + check
+    assert counted == forward + 2 * ROWS * (10 * IN + IN * HIDDEN) + PRODUCTS + check
 
 
 class Waits(TorchDispatchMode):
@@ -231,21 +233,21 @@ def test_a_share_of_the_positions(step):
     )
     step(whole)
     step(part)
-    found, want = part.factors(), whole.factors()
-    layer = found["1.gate"]
+    sampled, want = part.factors(), whole.factors()
+    layer = sampled["1.gate"]
     assert layer.num_inputs == layer.num_seen < 0.5 * ROWS
-    assert found["1.gate"].A is found["1.up"].A
-    assert {count.num_inputs for count in found.values()} == {layer.num_inputs}
-    assert found.provenance["share"] == 0.25
+    assert sampled["1.gate"].A is sampled["1.up"].A
+    assert {count.num_inputs for count in sampled.values()} == {layer.num_inputs}
+    assert sampled.provenance["share"] == 0.25
     assert "share" not in want.provenance
     again = Collector(step.model, CollectorOptions(layers=NAMES, share=0.25, positions="all"))
     step(again)
-    assert again.factors().digest() == found.digest()  # a batch that is repeated gives the same
+    assert again.factors().digest() == sampled.digest()  # a batch that is repeated gives the same
     A = torch.zeros(IN, IN)
     for seed in range(60):
-        one = Collector(step.model, CollectorOptions(layers=["1.gate"], share=0.25, positions="all", seed=seed))
-        step(one)
-        A += one.factors()["1.gate"].A / 60
+        collector = Collector(step.model, CollectorOptions(layers=["1.gate"], share=0.25, positions="all", seed=seed))
+        step(collector)
+        A += collector.factors()["1.gate"].A / 60
     assert float((A - want["1.gate"].A).norm() / want["1.gate"].A.norm()) < 0.5 * float(
         (layer.A - want["1.gate"].A).norm() / want["1.gate"].A.norm()
     )
