@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The factors of layer .* rest on"
 
 def failing_talk():
     ranks = here()
-    found = []
+    messages = []
 
     def broken():
         raise OSError("the disk is full")
@@ -24,14 +24,14 @@ def failing_talk():
     ):
         with pytest.raises((OSError, RuntimeError)) as error:
             call()
-        found.append(str(error.value))
+        messages.append(str(error.value))
     results = ranks.spread(
         ["a", "b"],
         {"ab"[ranks.rank]: lambda: int("x")} if ranks.rank else {"a": lambda: (torch.ones(2), "told")},
         {"a": 0, "b": 1},
     )
     return (
-        found,
+        messages,
         results["a"][0].tolist(),
         results["a"][1],
         type(results["b"]).__name__,
@@ -41,10 +41,10 @@ def failing_talk():
 
 
 def test_a_failure_on_one_process_is_raised_on_all():
-    one, two = processes.run(2, failing_talk)
-    assert one[:4] == two[:4]
-    assert one[0] == ["the disk is full"] * 3 + ["Process 0 has no tensor to send."]
-    assert one[1:4] == ([1.0, 1.0], "told", "ValueError")
-    assert (one[4], two[4]) == (4, 3)
-    assert one[5]
-    assert two[5]
+    first, second = processes.run(2, failing_talk)
+    assert first[:4] == second[:4]
+    assert first[0] == ["the disk is full"] * 3 + ["Process 0 has no tensor to send."]
+    assert first[1:4] == ([1.0, 1.0], "told", "ValueError")
+    assert (first[4], second[4]) == (4, 3)
+    assert first[5]
+    assert second[5]

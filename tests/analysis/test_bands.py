@@ -45,19 +45,26 @@ def test_strengths_are_averaged_over_positions():
 def test_memorized_over_clean():
     factors, weight = diagonal(range(20, 0, -1)), torch.ones(1, 20)
     memorized, clean = mixture([1, 2, 3, 4]), mixture([4, 4, 2, 1], seed=1)
-    found = compare_bands("fc", weight, factors, memorized, clean)
+    comparison = compare_bands("fc", weight, factors, memorized, clean)
     scale = (
         band_strengths(weight, factors, memorized)[:, 0].mean() / band_strengths(weight, factors, clean)[:, 3].mean()
     )
-    torch.testing.assert_close(torch.tensor(found.ratio).double(), scale * torch.tensor([0.25, 0.5, 1.5, 4]).double())
-    assert all(low < ratio < high for low, ratio, high in zip(found.low, found.ratio, found.high, strict=True))
-    assert all(high - low < 0.1 * ratio for low, ratio, high in zip(found.low, found.ratio, found.high, strict=True))
-    assert found.rising
-    assert found == compare_bands("fc", weight, factors, memorized, clean)
+    torch.testing.assert_close(
+        torch.tensor(comparison.ratio).double(), scale * torch.tensor([0.25, 0.5, 1.5, 4]).double()
+    )
+    assert all(
+        low < ratio < high for low, ratio, high in zip(comparison.low, comparison.ratio, comparison.high, strict=True)
+    )
+    assert all(
+        high - low < 0.1 * ratio
+        for low, ratio, high in zip(comparison.low, comparison.ratio, comparison.high, strict=True)
+    )
+    assert comparison.rising
+    assert comparison == compare_bands("fc", weight, factors, memorized, clean)
     backwards = compare_bands("fc", weight, factors, clean, memorized)
     assert not backwards.rising
-    assert all_rising([found])
-    assert not all_rising([found, backwards])
+    assert all_rising([comparison])
+    assert not all_rising([comparison, backwards])
     larger = compare_bands("fc", weight, factors, 9 * memorized, clean, normalize=True)
     smaller = compare_bands("fc", weight, factors, memorized, clean, normalize=True)
     torch.testing.assert_close(torch.tensor(larger.ratio), torch.tensor(smaller.ratio))  # norms do not explain it

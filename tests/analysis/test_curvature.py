@@ -116,23 +116,23 @@ def test_one_example_is_sharp_and_the_population_is_flat():
     def make(index):
         return Products(model, ["0"], lambda: model(rows[index : index + 1]))
 
-    found = gather(make, memorized=[0, 1], clean=[3, 4], population=[2, 3, 4, 5, 6, 0, 1], sizes=(1, 2, 4, 6))
+    curves = gather(make, memorized=[0, 1], clean=[3, 4], population=[2, 3, 4, 5, 6, 0, 1], sizes=(1, 2, 4, 6))
     # With p = 1/2 the sharpest direction of an input a is (1, -1) a^T / |a| / sqrt 2, of curvature |a|^2 / 2.
-    for curve in found.memorized:
+    for curve in curves.memorized:
         torch.testing.assert_close(torch.tensor(curve), 1.125 / torch.tensor([1.0, 2.0, 4.0, 6.0]))
     # Of the others that come first, one is memorized; the last size of clean ones meets another one.
-    for curve in found.clean:
+    for curve in curves.clean:
         torch.testing.assert_close(torch.tensor(curve), torch.tensor([0.5, 0.25, 3 / 8, 4 / 12]))
-    assert found.traces[0][0] == pytest.approx(2.25 * found.traces[1][0])  # estimates, from the same random signs
-    assert found.medians()[0][0] == pytest.approx(1.125)
-    assert found.crossing == 4
-    axes = found.plot().axes[0]
+    assert curves.traces[0][0] == pytest.approx(2.25 * curves.traces[1][0])  # estimates, from the same random signs
+    assert curves.medians()[0][0] == pytest.approx(1.125)
+    assert curves.crossing == 4
+    axes = curves.plot().axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "memorized, median of 2",
         "clean, median of 2",
         "crossing: 4",
     ]
-    assert tuple(axes.lines[2].get_ydata()) == found.medians()[0]
+    assert tuple(axes.lines[2].get_ydata()) == curves.medians()[0]
     assert gather(make, [0], [3], [4, 5, 6], sizes=(1, 2)).crossing is None  # not yet
     assert gather(make, [3], [0], [4, 5, 6], sizes=(1, 2)).crossing is None  # not sharper alone
     for sizes in ((2, 4), (1, 4, 2), (1, 50)):

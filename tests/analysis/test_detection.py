@@ -14,8 +14,8 @@ def test_share_in_the_flat_half():
     torch.testing.assert_close(flat_shares(factors, inputs), torch.tensor([0.0, 1.0, 0.9]).double())
     torch.testing.assert_close(flat_shares(factors.A, inputs), torch.tensor([0.0, 1.0, 0.9]).double())
     torch.testing.assert_close(flat_shares(factors, inputs, flat=0.3), torch.tensor([0.0, 1.0, 0.0]).double())
-    two = torch.cat([axis(0, times=2.0), axis(19)], 1)  # energy, not the mean of shares
-    torch.testing.assert_close(flat_shares(factors, two), torch.tensor([0.2]).double())
+    positions = torch.cat([axis(0, times=2.0), axis(19)], 1)  # energy, not the mean of shares
+    torch.testing.assert_close(flat_shares(factors, positions), torch.tensor([0.2]).double())
     assert flat_shares(factors, 0 * axis(0)).tolist() == [0.0]
     with pytest.raises(ValueError, match=r"flat=0.01 takes 0 of 20 directions"):
         flat_shares(factors, inputs, flat=0.01)
@@ -36,22 +36,22 @@ def test_controls():
 def test_area_under_the_curve(times):
     """Against every pair, at any scale: torchmetrics would tie scores outside [0, 1]."""
     generator = torch.Generator().manual_seed(0)
-    one, two = (torch.randint(9, (count,), generator=generator).double() for count in (30, 40))
-    one = times * (one + 2)
-    two = times * two
-    pairs = one[:, None] - two
+    positive, negative = (torch.randint(9, (count,), generator=generator).double() for count in (30, 40))
+    positive = times * (positive + 2)
+    negative = times * negative
+    pairs = positive[:, None] - negative
     expected = ((pairs > 0).double() + 0.5 * (pairs == 0)).mean()
-    assert auroc(one, two) == pytest.approx(float(expected))
-    assert auroc(two, one) == pytest.approx(1 - float(expected))
+    assert auroc(positive, negative) == pytest.approx(float(expected))
+    assert auroc(negative, positive) == pytest.approx(1 - float(expected))
     assert auroc(torch.ones(3), torch.ones(2)) == 0.5
 
 
 def test_detection_of_several_scores():
-    found = detect(
+    detection = detect(
         {"good": torch.tensor([3.0, 4.0]), "bad": torch.tensor([0.0, 0.0])},
         {"good": torch.tensor([1.0, 2.0]), "bad": torch.tensor([1.0, 1.0])},
     )
-    assert found == Detection(
+    assert detection == Detection(
         auroc={"good": 1.0, "bad": 0.0},
         memorized={"good": (3.0, 4.0), "bad": (0.0, 0.0)},
         other={"good": (1.0, 2.0), "bad": (1.0, 1.0)},

@@ -17,8 +17,8 @@ def test_every_analysis_draws_itself():
     assert axes.lines[0].get_label() == "curvature"
     torch.testing.assert_close(torch.tensor(axes.lines[0].get_ydata()).float(), torch.tensor(comparison.ratio))
     assert len(draw_bands([comparison] * 4).axes) == 1
-    found = detect({"share": torch.tensor([3.0, 4.0])}, {"share": torch.tensor([1.0, 2.0])})
-    assert found.plot().axes[0].patches[0].get_width() == 1.0
+    detection = detect({"share": torch.tensor([3.0, 4.0])}, {"share": torch.tensor([1.0, 2.0])})
+    assert detection.plot().axes[0].patches[0].get_width() == 1.0
     use = direction_use("fc", factors, torch.cat([axis(0), axis(19)]), [False, True], True, count=2, examples=1)
     assert draw_precision([use]).axes[0].lines[0].get_ydata().tolist() == sorted(use.precision, reverse=True)
     assert use.plot().axes[0].get_title().endswith("fc")

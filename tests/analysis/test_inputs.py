@@ -21,9 +21,9 @@ class Twice(nn.Module):
 def test_activations():
     model = Twice()
     x = torch.randn(5, 4, 3)
-    found = layer_activations(model, x.split(2), model, ["once"])
+    activations = layer_activations(model, x.split(2), model, ["once"])
     assert model.training  # as it was; without dropout while it ran
-    assert torch.equal(found["once"], x)
+    assert torch.equal(activations["once"], x)
     assert torch.equal(layer_activations(model, [x], model, ["once"], slice(0, 1))["once"], x[:, :1])
     assert torch.equal(layer_activations(model, [x[:, 0]], model, ["once"])["once"], x[:, :1])
     images = layer_activations(model, [x[:, :, None]], model, ["once"])["once"]

@@ -16,7 +16,7 @@ def test_edits_together_and_alone(parallel, excess):
     factors = KroneckerFactors({name: diagonal([9.0, 1.0], [1.0, 1.0]) for name in ("one", "two")})
     x = torch.tensor([[1.0, 1.0]])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = interplay(
+    effects = interplay(
         model,
         factors,
         CurvatureEditor(0.9),
@@ -24,14 +24,18 @@ def test_edits_together_and_alone(parallel, excess):
         lambda: {"sum": float(model(x).sum().detach())},
     )
     total = 4.0 if parallel else 2.0
-    assert found.before == {"sum": total}
-    assert found.alone == {"a": {"sum": total - 1}, "b": {"sum": total - 1}}
-    assert found.excess("sum") == excess
+    assert effects.before == {"sum": total}
+    assert effects.alone == {"a": {"sum": total - 1}, "b": {"sum": total - 1}}
+    assert effects.excess("sum") == excess
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_groups_need_layers_of_their_own():
+@pytest.mark.parametrize(
+    "groups",
+    [{"a": ["one"], "b": ["two"]}, {"a": ["one"], "b": ["one"]}, {"a": ["one"], "b": []}],
+    ids=["no factors", "twice", "empty"],
+)
+def test_groups_need_layers_of_their_own(groups):
     model, factors = Pair(True), KroneckerFactors({"one": diagonal([9.0, 1.0], [1.0, 1.0])})
-    for groups in ({"a": ["one"], "b": ["two"]}, {"a": ["one"], "b": ["one"]}, {"a": ["one"], "b": []}):
-        with pytest.raises(ValueError, match="Each group needs layers of its own, with factors"):
-            interplay(model, factors, CurvatureEditor(), groups, dict)
+    with pytest.raises(ValueError, match="Each group needs layers of its own, with factors"):
+        interplay(model, factors, CurvatureEditor(), groups, dict)

@@ -27,7 +27,7 @@ def test_shares_example_by_example():
     module = network().train()
     rows = torch.randn(7, 5, 6, dtype=torch.float64)
     factors = factors_of(module, rows)
-    found = flat_shares_by_layer(module, factors, [rows[:3], rows[3:]], module)
+    shares = flat_shares_by_layer(module, factors, [rows[:3], rows[3:]], module)
     assert module.training
     for name, inputs in (("0", rows), ("2", module[1](module[0](rows)).detach())):
         values, vectors = torch.linalg.eigh(factors[name].A)  # weakest first
@@ -35,13 +35,13 @@ def test_shares_example_by_example():
         for example in range(7):
             flat = sum(float(vectors[:, j] @ a) ** 2 for a in inputs[example] for j in range(half))
             total = sum(float(a @ a) for a in inputs[example])
-            assert float(found[name][example]) == pytest.approx(flat / total)
+            assert float(shares[name][example]) == pytest.approx(flat / total)
     first = flat_shares_by_layer(module, factors, [rows], module, positions="first")
     alone = flat_shares_by_layer(module, factors, [rows[:, :1]], module)
     assert all(torch.allclose(first[name], alone[name]) for name in factors)
     with pytest.raises(ValueError, match="positions must be one of"):
         flat_shares_by_layer(module, factors, [rows], module, positions="last")
-    assert flat_shares_by_layer(module, factors, [rows], module, flat=0.2)["0"].max() < found["0"].max()
+    assert flat_shares_by_layer(module, factors, [rows], module, flat=0.2)["0"].max() < shares["0"].max()
 
 
 def test_the_layer_where_examples_differ_comes_first():

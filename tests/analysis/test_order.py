@@ -30,16 +30,16 @@ def test_order_of_directions_where_it_is_exact():
         positions="all",
     )["0"]
     products = Products(model, ["0"], lambda: model(x), y)
-    found = curvature_order(products, "0", factors, scores=("kfac", "ekfac"), count=20)
-    for values in (found.ggn, found.hessian, found.predicted["ekfac"]):
-        torch.testing.assert_close(torch.tensor(values), torch.tensor(found.predicted["kfac"]), atol=1e-12, rtol=1e-6)
-    assert list(found.place) == sorted(found.place)
-    panels = found.plot().axes
+    order = curvature_order(products, "0", factors, scores=("kfac", "ekfac"), count=20)
+    for values in (order.ggn, order.hessian, order.predicted["ekfac"]):
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(order.predicted["kfac"]), atol=1e-12, rtol=1e-6)
+    assert list(order.place) == sorted(order.place)
+    panels = order.plot().axes
     assert [axes.get_xlabel() for axes in panels] == ["predicted: kfac", "predicted: ekfac"]
-    assert tuple(panels[0].lines[0].get_ydata()) == tuple(map(abs, found.ggn))
-    assert found.correlation("kfac") > 0.95  # pairs of equal curvature are ordered by rounding
-    assert found.correlation("kfac", "hessian", 0.0, 0.5) == pytest.approx(1.0, abs=0.02)
-    assert list(found.by_band("kfac")) == ["all", "0% to 10%", "10% to 25%", "25% to 50%", "50% to 100%"]
+    assert tuple(panels[0].lines[0].get_ydata()) == tuple(map(abs, order.ggn))
+    assert order.correlation("kfac") > 0.95  # pairs of equal curvature are ordered by rounding
+    assert order.correlation("kfac", "hessian", 0.0, 0.5) == pytest.approx(1.0, abs=0.02)
+    assert list(order.by_band("kfac")) == ["all", "0% to 10%", "10% to 25%", "25% to 50%", "50% to 100%"]
     with pytest.raises(ValueError, match=r"Layer '0': factors for \[1, 20\], the weight is \[5, 8\]"):
         curvature_order(products, "0", diagonal(range(20, 0, -1)))
     with pytest.raises(ValueError, match=r"Layer '0' stores its weight as \[d_in, d_out\]"):
@@ -48,11 +48,11 @@ def test_order_of_directions_where_it_is_exact():
 
 def test_rank_correlation_without_what_controls_explain():
     generator = torch.Generator().manual_seed(0)
-    size, one, two = torch.randn(3, 4000, generator=generator, dtype=torch.float64)
-    both = size + 0.3 * one, (size + 0.3 * two).exp()  # a common cause, and no more
+    size, first, second = torch.randn(3, 4000, generator=generator, dtype=torch.float64)
+    both = size + 0.3 * first, (size + 0.3 * second).exp()  # a common cause, and no more
     assert rank_correlation(*both) > 0.85
     assert abs(rank_correlation(*both, [size])) < 0.06
-    assert rank_correlation(one, -(one**3), [size, two]) == pytest.approx(-1.0, abs=1e-3)
+    assert rank_correlation(first, -(first**3), [size, second]) == pytest.approx(-1.0, abs=1e-3)
     ties = [1, 1, 2, 3, 3, 3], [5, 4, 4, 9, 7, 7]
     assert rank_correlation(*ties) == pytest.approx(0.8104, abs=1e-4)  # scipy.stats.spearmanr
     for values in (([1, 2, 3], [1, 2]), ([1, 2, 3], [3, 2, 1], [[1, 2, 3]])):

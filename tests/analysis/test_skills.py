@@ -24,13 +24,13 @@ def test_what_edits_leave_of_skills():
         }
 
     before = layer[0].weight.clone()
-    found = skill_retention(layer, factors, CurvatureEditor(), [0.5, 1.0, 0.9, 0.8], measure, chance)
+    retention = skill_retention(layer, factors, CurvatureEditor(), [0.5, 1.0, 0.9, 0.8], measure, chance)
     assert torch.equal(layer[0].weight, before)
-    assert found.energies == (1.0, 0.9, 0.8, 0.5)
-    assert found.perplexity == pytest.approx((1.0, 1.2, 1.4, 1.6))
-    assert found.accuracy["sharp"] == pytest.approx((1.0, 1.0, 1.0, 1.0))
-    assert found.retained("sharp") == pytest.approx((1.0, 1.0, 1.0, 1.0))
-    assert found.retained("flat") == pytest.approx((1.0, 0.0, 0.0, 0.0))
+    assert retention.energies == (1.0, 0.9, 0.8, 0.5)
+    assert retention.perplexity == pytest.approx((1.0, 1.2, 1.4, 1.6))
+    assert retention.accuracy["sharp"] == pytest.approx((1.0, 1.0, 1.0, 1.0))
+    assert retention.retained("sharp") == pytest.approx((1.0, 1.0, 1.0, 1.0))
+    assert retention.retained("flat") == pytest.approx((1.0, 0.0, 0.0, 0.0))
 
 
 def curves(perplexity, accuracy, chance=0.5):
@@ -40,14 +40,14 @@ def curves(perplexity, accuracy, chance=0.5):
 
 
 def test_retained_share_between_two_edits():
-    found = curves((1.0, 1.21, 1.0, 1.5), (0.9, 0.7, 0.9, 0.5))
-    assert found.retained("a") == pytest.approx((1.0, 0.5, 1.0, 0.0))
-    assert found.at_perplexity(1.1)["a"] == pytest.approx(0.75)  # half way, in logarithms
-    assert found.at_perplexity(1.21)["a"] == pytest.approx(0.5)  # the first edit that costs as much
-    assert found.at_perplexity(1.5)["a"] == pytest.approx(0.0)
+    retention = curves((1.0, 1.21, 1.0, 1.5), (0.9, 0.7, 0.9, 0.5))
+    assert retention.retained("a") == pytest.approx((1.0, 0.5, 1.0, 0.0))
+    assert retention.at_perplexity(1.1)["a"] == pytest.approx(0.75)  # half way, in logarithms
+    assert retention.at_perplexity(1.21)["a"] == pytest.approx(0.5)  # the first edit that costs as much
+    assert retention.at_perplexity(1.5)["a"] == pytest.approx(0.0)
     for multiple in (1.51, 1.0, 0.9):
         with pytest.raises(ValueError, match=f"x 1 to x 1.500, not x {multiple}"):
-            found.at_perplexity(multiple)
+            retention.at_perplexity(multiple)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ def reciting():
     from lightning_curvature.collect.passes import collect
 
     torch.manual_seed(0)
-    recited, other = language.tokens(6, 14, seed=1), language.tokens(24, 14, seed=2)
-    model = language.train(language.model("llama").train(), torch.cat([recited, other[:8]]), 250).eval()
-    factors = collect(model, [other], lambda rows: model(input_ids=rows, labels=rows).loss, layers="mlp")
+    recited, ordinary = language.tokens(6, 14, seed=1), language.tokens(24, 14, seed=2)
+    model = language.train(language.model("llama").train(), torch.cat([recited, ordinary[:8]]), 250).eval()
+    factors = collect(model, [ordinary], lambda rows: model(input_ids=rows, labels=rows).loss, layers="mlp")
     sequences = [PromptedSequence(tuple(row[:6]), tuple(row[6:])) for row in recited.tolist()]
-    return model, factors, sequences, other
+    return model, factors, sequences, ordinary
 
 
 def strict(model, sequences):
@@ -41,8 +41,8 @@ def test_suffix_margins_and_losses_token_by_token(reciting):
         total = 0.0
         for place, token in enumerate(sequence.suffix_ids):
             logits = model(input_ids=torch.tensor([sequence.ids[: 6 + place]])).logits[0, -1].detach()
-            other = max(float(value) for index, value in enumerate(logits) if index != token)
-            assert float(margins[row, place]) == pytest.approx(float(logits[token]) - other, abs=1e-3)
+            runner_up = max(float(value) for index, value in enumerate(logits) if index != token)
+            assert float(margins[row, place]) == pytest.approx(float(logits[token]) - runner_up, abs=1e-3)
             total -= float(logits.log_softmax(0)[token])
         assert float(nll[row]) == pytest.approx(total / len(sequence.suffix_ids), abs=1e-4)
 
@@ -58,9 +58,9 @@ def test_a_bulk_step_forgets(reciting):
 
 @pytest.mark.parametrize("kind", [BalancedSubnet, GradientAscent, NegativePreference])
 def test_trained_baselines_forget_and_change_what_they_may(kind, reciting):
-    model, factors, sequences, other = reciting
+    model, factors, sequences, ordinary = reciting
     forget = list(suffix_batches(model, sequences))
-    retain = list(suffix_batches(model, [PromptedSequence((r[0],), tuple(r[1:])) for r in other.tolist()]))
+    retain = list(suffix_batches(model, [PromptedSequence((r[0],), tuple(r[1:])) for r in ordinary.tolist()]))
     options = {
         BalancedSubnet: {"ratio": 0.1, "epochs": 60, "lr": 0.05},
         GradientAscent: {"epochs": 40, "lr": 0.01},
@@ -91,8 +91,8 @@ def test_npo_is_gradient_ascent_in_the_limit():
     make = lambda kind, **options: kind([0], [0], None, **options)  # noqa: E731
     npo = make(NegativePreference, beta=1e-6).forget_loss(losses, before)
     ascent = make(GradientAscent).forget_loss(losses, before)
-    one, two = (torch.autograd.grad(loss, losses, retain_graph=True)[0] for loss in (npo, ascent))
-    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)
+    npo_gradient, ascent_gradient = (torch.autograd.grad(loss, losses, retain_graph=True)[0] for loss in (npo, ascent))
+    torch.testing.assert_close(npo_gradient, ascent_gradient, rtol=1e-5, atol=1e-8)
     expected = 2 / 0.5 * torch.log1p((torch.exp(-losses) / torch.exp(-before)) ** 0.5).mean()
     torch.testing.assert_close(make(NegativePreference, beta=0.5).forget_loss(losses, before), expected)
 

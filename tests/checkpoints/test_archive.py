@@ -19,8 +19,8 @@ def test_other_nestings_and_old_files(saved_model, tmp_path):
         EDITOR.edit_checkpoint(tmp_path / name, factors(saved_model), tmp_path / f"o{name}")
     edited = torch.load(tmp_path / "oa.pt", weights_only=True)
     assert edited["epoch"] == 1
-    other = torch.load(tmp_path / "ob.pt", weights_only=True)
-    assert all(torch.equal(value, other[key]) for key, value in edited["model_state_dict"].items())
+    old_format = torch.load(tmp_path / "ob.pt", weights_only=True)
+    assert all(torch.equal(value, old_format[key]) for key, value in edited["model_state_dict"].items())
     numbers = {"state_dict": state, "lr": np.float64(0.1)}
     torch.save(numbers, tmp_path / "n.ckpt")
     allowed = []

@@ -20,8 +20,8 @@ def test_revert_gives_the_original_back(saved_model, tmp_path, kind):
     EDITOR.edit_checkpoint(source(saved_model, kind), factors(saved_model), out, delta=delta)
     apply_delta(out, delta, back, revert=True)
     if kind in ("ckpt", "pt"):  # their archives hold their own names
-        one, two = (torch.load(path, weights_only=True) for path in (source(saved_model, kind), back))
-        assert one.keys() == two.keys()
+        original, reverted = (torch.load(path, weights_only=True) for path in (source(saved_model, kind), back))
+        assert original.keys() == reverted.keys()
         assert saved_hash(back) == saved_hash(source(saved_model, kind))
         assert formats.open_checkpoint(back).provenance is None
     else:
@@ -74,7 +74,7 @@ def rewritten(path, out, change=lambda tensors: tensors):
 
 def test_revert_of_a_file_with_another_layout(saved_model, tmp_path):
     """Its tensors lie elsewhere; the header of the original does not describe them."""
-    delta, out, other = tmp_path / "d.safetensors", tmp_path / "o.safetensors", tmp_path / "p.safetensors"
+    delta, out, rearranged = tmp_path / "d.safetensors", tmp_path / "o.safetensors", tmp_path / "p.safetensors"
     EDITOR.edit_checkpoint(saved_model / "model.safetensors", factors(saved_model), out, delta=delta)
     plain = formats.open_checkpoint(out)
     data, header, offset = b"", {"__metadata__": plain.metadata}, 0
@@ -84,45 +84,45 @@ def test_revert_of_a_file_with_another_layout(saved_model, tmp_path):
         data, offset = data + content, offset + len(content)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    other.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    apply_delta(other, delta, tmp_path / "back.safetensors", revert=True)
+    rearranged.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    apply_delta(rearranged, delta, tmp_path / "back.safetensors", revert=True)
     back = weights(tmp_path / "back.safetensors")
     assert all(torch.equal(value, back[name]) for name, value in weights(saved_model / "model.safetensors").items())
-    rewritten(out, other, lambda tensors: {**tensors, "extra": torch.ones(2)})
+    rewritten(out, rearranged, lambda tensors: {**tensors, "extra": torch.ones(2)})
     with pytest.raises(ValueError, match="also in tensors that the edit left alone"):
-        apply_delta(other, delta, tmp_path / "x.safetensors", revert=True)
+        apply_delta(rearranged, delta, tmp_path / "x.safetensors", revert=True)
 
 
-def test_deltas_work_across_formats(saved_model, tmp_path):
+@pytest.mark.parametrize("kind", ["safetensors", "folder", "sharded", "pt"])
+def test_deltas_work_across_formats(kind, saved_model, tmp_path):
     """Names carry another prefix there, and tied weights stand once or twice."""
     delta = tmp_path / "d.safetensors"
     EDITOR.edit_checkpoint(saved_model / "model.ckpt", factors(saved_model), tmp_path / "o.ckpt", delta=delta)
-    for kind in ("safetensors", "folder", "sharded", "pt"):
-        out, back = target(tmp_path / "a", kind), target(tmp_path / "b", kind)
-        apply_delta(source(saved_model, kind), delta, out, revert=False, overwrite=True)
-        apply_delta(out, delta, back, revert=True, overwrite=True)
-        assert all(
-            torch.equal(value, weights(back)[name]) for name, value in weights(source(saved_model, kind)).items()
-        )
-        if kind in ("folder", "sharded"):
-            assert (back / "README.md").read_text() == "card"
+    out, back = target(tmp_path / "a", kind), target(tmp_path / "b", kind)
+    apply_delta(source(saved_model, kind), delta, out, revert=False, overwrite=True)
+    apply_delta(out, delta, back, revert=True, overwrite=True)
+    assert all(torch.equal(value, weights(back)[name]) for name, value in weights(source(saved_model, kind)).items())
+    if kind in ("folder", "sharded"):
+        assert (back / "README.md").read_text() == "card"
 
 
 def test_edits_are_taken_back_in_their_order(saved_model, tmp_path):
-    one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    first_delta, second_delta = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     first = CurvatureEditor(0.8, ["*.0.mlp.up_proj"])
-    first.edit_checkpoint(saved_model / "model.pt", factors(saved_model), one.with_suffix(".pt"), delta=one)
+    first.edit_checkpoint(
+        saved_model / "model.pt", factors(saved_model), first_delta.with_suffix(".pt"), delta=first_delta
+    )
     with pytest.warns(UserWarning, match="edited already"):
         CurvatureEditor(0.8, ["*.1.mlp.up_proj"]).edit_checkpoint(
-            one.with_suffix(".pt"), factors(saved_model), two.with_suffix(".pt"), delta=two
+            first_delta.with_suffix(".pt"), factors(saved_model), second_delta.with_suffix(".pt"), delta=second_delta
         )
-    before = formats.open_checkpoint(two.with_suffix(".pt")).provenance["before"]
+    before = formats.open_checkpoint(second_delta.with_suffix(".pt")).provenance["before"]
     assert list(before["layers"]) == ["model.layers.0.mlp.up_proj"]
     with pytest.raises(ValueError, match="Take back the later edit first"):
-        apply_delta(two.with_suffix(".pt"), one, tmp_path / "x.pt", revert=True)
-    apply_delta(two.with_suffix(".pt"), two, tmp_path / "y.pt", revert=True)
-    apply_delta(tmp_path / "y.pt", one, tmp_path / "z.pt", revert=True)
+        apply_delta(second_delta.with_suffix(".pt"), first_delta, tmp_path / "x.pt", revert=True)
+    apply_delta(second_delta.with_suffix(".pt"), second_delta, tmp_path / "y.pt", revert=True)
+    apply_delta(tmp_path / "y.pt", first_delta, tmp_path / "z.pt", revert=True)
     assert saved_hash(tmp_path / "z.pt") == saved_hash(saved_model / "model.pt")
-    found = describe(one)
-    assert found["tensors"] == ["model.layers.0.mlp.up_proj.weight"]
-    assert "a delta of 1 tensors" in description(found)
+    facts = describe(first_delta)
+    assert facts["tensors"] == ["model.layers.0.mlp.up_proj.weight"]
+    assert "a delta of 1 tensors" in description(facts)

@@ -68,10 +68,10 @@ def test_archives_that_were_cut_off(saved_model, tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_is_a_checkpoint(saved_model, kind):
-    found = open_checkpoint(source(saved_model, kind))
-    assert isinstance(found, Checkpoint)
-    assert found.path == source(saved_model, kind)
-    assert found.hashes() == tensor_hashes(found.shapes(), found.read)
-    assert found.provenance is None
-    assert set(found.module_names().values()) <= set(found.shapes())
-    assert found.check_ties(["model.layers.0.mlp.up_proj.weight"] if kind != "ckpt" else []) is None
+    checkpoint = open_checkpoint(source(saved_model, kind))
+    assert isinstance(checkpoint, Checkpoint)
+    assert checkpoint.path == source(saved_model, kind)
+    assert checkpoint.hashes() == tensor_hashes(checkpoint.shapes(), checkpoint.read)
+    assert checkpoint.provenance is None
+    assert set(checkpoint.module_names().values()) <= set(checkpoint.shapes())
+    assert checkpoint.check_ties(["model.layers.0.mlp.up_proj.weight"] if kind != "ckpt" else []) is None

@@ -116,8 +116,8 @@ def test_json(files, capsys):
     assert done["layers"]["fc"]["energy"] == 0.7
     assert done["layers"]["fc"]["tensor"] == "fc.weight"
     assert done["layers"]["fc"]["changed"] == 14
-    found = run("inspect", files / "b.safetensors")
-    assert found["edit"]["layers"] == {
+    facts = run("inspect", files / "b.safetensors")
+    assert facts["edit"]["layers"] == {
         "fc": {"energy": 0.7, "positions": 50, "relative_change": done["layers"]["fc"]["relative_change"]}
     }
     assert run("inspect", files / "f.safetensors")["layers"]["fc"]["shape"] == [4, 6]
@@ -192,8 +192,8 @@ def imported(*commands):
 
 def test_help_usage_errors_and_completion_import_nothing_slow():
     asked = [["--help"], *([*command.split(), "--help"] for command in COMMANDS), ["--print_completion", "shtab-bash"]]
-    found = imported(*asked)
-    assert found == {" ".join(words): (0, set()) for words in asked}
+    loaded = imported(*asked)
+    assert loaded == {" ".join(words): (0, set()) for words in asked}
     wrong = [
         [],
         ["colect"],
@@ -226,8 +226,8 @@ def test_inspect_imports_torch_alone(files):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes((files / "b.safetensors").read_bytes())
     names = ("f.safetensors", "a.safetensors", "b.safetensors", "d.safetensors", "c.pt", "model")
-    found = imported(*(["inspect", files / name] for name in names), edit(files, "--overwrite"))
-    for code, modules in found.values():
+    loaded = imported(*(["inspect", files / name] for name in names), edit(files, "--overwrite"))
+    for code, modules in loaded.values():
         assert code == 0
         assert modules <= {"torch", "numpy", "safetensors"}
 

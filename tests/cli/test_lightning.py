@@ -97,10 +97,10 @@ def test_validate_collects_over_text(tmp_path, monkeypatch):
     language.tokenizer().save_pretrained("runs/text/model")
     write_jsonl("runs/text/train.jsonl", [{"text": language.words(language.tokens(1, 300)[0].tolist())}])
     main(["validate", "--config", "text.yaml", *QUIET, "--data.init_args.length", "32"])
-    found = KroneckerFactors.load("runs/text/factors-from-validation.safetensors")
-    assert len(found) == 6
-    assert found.provenance["loop"] == "validation"
-    assert next(iter(found.values())).num_inputs == 9 * 31
+    factors = KroneckerFactors.load("runs/text/factors-from-validation.safetensors")
+    assert len(factors) == 6
+    assert factors.provenance["loop"] == "validation"
+    assert next(iter(factors.values())).num_inputs == 9 * 31
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")

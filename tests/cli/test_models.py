@@ -21,14 +21,14 @@ def test_factors_of_another_model_are_refused(folder, tmp_path, command, recwarn
     args = arguments(folder, tmp_path, command)
     if command == "sweep":
         args += ["--energies", "0.9"]
-    other = ["--checkpoint", folder / "edited"]
+    edited = ["--checkpoint", folder / "edited"]
     with pytest.raises(SystemExit, match=r"edited have other weights than those .*another model\? .* add --force"):
-        run(command, *args, *other)
+        run(command, *args, *edited)
     with pytest.raises(SystemExit, match=r"edited have other weights than those"):
         run(command, *replaced(args, "--model", folder / "edited"))
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     with pytest.warns(UserWarning, match="edited have other weights than those that the factors were collected on"):
-        run(command, *args, *other, "--force")
+        run(command, *args, *edited, "--force")
     args[args.index("--out") + 1] = tmp_path / "again"
     run(command, *args)
     factors = KroneckerFactors.open(folder / "f.safetensors")
@@ -137,12 +137,14 @@ def test_two_folders_are_compared(folder, tmp_path, monkeypatch, capsys):
         "--examples",
         page,
     )
-    found = json.loads((tmp_path / "o.json").read_text())
+    results = json.loads((tmp_path / "o.json").read_text())
     assert loaded == [str(folder / "model"), str(folder / "edited")]
     ids = [token for row in language.tokens(16, 16).tolist() for token in [*row, 0]]
     windows = torch.tensor([ids[i : i + 16] for i in range(0, len(ids) - 15, 16)])
     for name, seed in (("before", 0), ("after", 3)):
-        assert found[name]["perplexity"] == pytest.approx(perplexity(language.model("llama", seed), windows), rel=1e-5)
+        assert results[name]["perplexity"] == pytest.approx(
+            perplexity(language.model("llama", seed), windows), rel=1e-5
+        )
     assert page.read_text().count("### ") == 20
     for command in ("collect", "detect"):  # everywhere that a checkpoint is taken
         out = tmp_path / "other" / command
@@ -151,11 +153,11 @@ def test_two_folders_are_compared(folder, tmp_path, monkeypatch, capsys):
         run(command, *args, "--checkpoint", folder / "edited")
         alone = replaced(replaced(args, "--out", out.with_suffix(".own.safetensors")), "--model", folder / "edited")
         run(command, *alone)
-        one, two = out.with_suffix(".safetensors"), out.with_suffix(".own.safetensors")
+        with_checkpoint, as_model = out.with_suffix(".safetensors"), out.with_suffix(".own.safetensors")
         if command == "collect":
-            assert KroneckerFactors.load(one).digest() == KroneckerFactors.load(two).digest()
+            assert KroneckerFactors.load(with_checkpoint).digest() == KroneckerFactors.load(as_model).digest()
         else:
-            assert one.read_text() == two.read_text()
+            assert with_checkpoint.read_text() == as_model.read_text()
 
 
 def test_the_weights_of_a_folder_must_fit(folder, tmp_path):
@@ -170,10 +172,10 @@ def test_the_usual_window_is_what_a_short_model_takes(folder, tmp_path, capsys):
     (layer,) = json.loads(capsys.readouterr().out)["layers"].values()
     assert layer["num_seen"] == 256  # four windows of 64 of 272 tokens
     run("evaluate", *arguments(folder, tmp_path, "evaluate"), "--json")
-    found = json.loads(capsys.readouterr().out)["model"]["perplexity"]
+    measured = json.loads(capsys.readouterr().out)["model"]["perplexity"]
     ids = [token for row in language.tokens(16, 16).tolist() for token in [*row, 0]]
     windows = torch.tensor([ids[i : i + 64] for i in range(0, len(ids) - 63, 64)])
-    assert found == pytest.approx(perplexity(language.model("llama"), windows), rel=1e-5)
+    assert measured == pytest.approx(perplexity(language.model("llama"), windows), rel=1e-5)
     net, tokenizer = models.load_model(folder / "model"), language.tokenizer()
     again = collecting.collect_text(net, tokenizer, folder / "c.jsonl", tmp_path / "g.safetensors")
     assert again.digest() == KroneckerFactors.load(tmp_path / "o.safetensors").digest()

@@ -106,9 +106,9 @@ def test_a_wrong_pattern_is_told_before_anything_is_read(saved, tmp_path, nothin
     with pytest.raises(ValueError, match=r"Pattern 'x\*' matches no layer of the factors"):
         CurvatureEditor(0.8, ["x*"]).edit_checkpoint(saved / "model.pt", factors, tmp_path / "o.pt")
     eye = torch.eye(2)
-    other = KroneckerFactors({"other.fc": LayerFactors(A=eye, G=eye, num_inputs=9, num_gradients=9)})
+    foreign = KroneckerFactors({"other.fc": LayerFactors(A=eye, G=eye, num_inputs=9, num_gradients=9)})
     with pytest.raises(ValueError, match="1 of 1 layers of the factors have no weight in the checkpoint"):
-        EDITOR.edit_checkpoint(saved / "model.pt", other, tmp_path / "o.pt")
+        EDITOR.edit_checkpoint(saved / "model.pt", foreign, tmp_path / "o.pt")
     assert not list(tmp_path.iterdir())
 
 
@@ -300,8 +300,8 @@ def test_presets_choose_layers_of_the_factors(saved, tmp_path, capsys, preset, e
         out="o.ckpt",
     )
     run(*named)
-    found = json.loads(capsys.readouterr().out)["layers"]
-    assert sorted(edit["tensor"] for edit in found.values()) == sorted(f"net.{name}.weight" for name in expected)
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert sorted(edit["tensor"] for edit in layers.values()) == sorted(f"net.{name}.weight" for name in expected)
 
 
 def test_presets_where_no_model_can_be_built(saved, tmp_path):

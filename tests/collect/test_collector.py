@@ -59,10 +59,10 @@ def test_in_place_activation_after_a_layer(kind):
     (x, y), plain = data(), network()
     inplace = network()
     inplace[1].inplace = inplace[3].inplace = True
-    one, two = (
+    expected, factors = (
         gather(m, lambda _, m=m: F.cross_entropy(m(x), y), layers=["0", "2"], fisher=kind) for m in (plain, inplace)
     )
-    same(one, two)
+    same(expected, factors)
 
 
 def test_input_overwritten_after_the_layer_read_it():
@@ -84,7 +84,8 @@ def test_input_overwritten_after_the_layer_read_it():
         gather(model, lambda _: F.cross_entropy(model(x), y), layers=["fc"])
 
 
-def test_a_layer_called_twice_is_paired_call_by_call():
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+def test_a_layer_called_twice_is_paired_call_by_call(kind):
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -107,12 +108,11 @@ def test_a_layer_called_twice_is_paired_call_by_call():
     shared = Shared().double()
     unrolled = Unrolled(shared).double()
     x, y = data()
-    for kind in ("empirical", "exact"):
-        one = gather(shared, lambda _: F.cross_entropy(shared(x), y), layers=["fc"], fisher=kind)["fc"]
-        two = gather(unrolled, lambda _: F.cross_entropy(unrolled(x), y), layers=["a", "b"], fisher=kind)
-        assert one.num_inputs == 24
-        torch.testing.assert_close(one.A, (two["a"].A + two["b"].A) / 2)
-        torch.testing.assert_close(one.G, (two["a"].G + two["b"].G) / 2)
+    layer = gather(shared, lambda _: F.cross_entropy(shared(x), y), layers=["fc"], fisher=kind)["fc"]
+    calls = gather(unrolled, lambda _: F.cross_entropy(unrolled(x), y), layers=["a", "b"], fisher=kind)
+    assert layer.num_inputs == 24
+    torch.testing.assert_close(layer.A, (calls["a"].A + calls["b"].A) / 2)
+    torch.testing.assert_close(layer.G, (calls["a"].G + calls["b"].G) / 2)
 
 
 def test_non_reentrant_checkpointing_does_not_count_twice():
@@ -157,10 +157,10 @@ def test_a_batch_with_nan_is_left_out_with_one_warning(kind):
     batches = [x, bad, bad, x]
     step = lambda batch: F.cross_entropy(model(batch), y)  # noqa: E731
     with pytest.warns(UserWarning, match="left out of the K-FAC factors") as warnings:
-        found = gather(model, step, batches, fisher=kind)
+        factors = gather(model, step, batches, fisher=kind)
     assert len(warnings) == 1
-    assert found.provenance["batches_skipped"] == 2
-    assert found["2"].num_inputs == 24
+    assert factors.provenance["batches_skipped"] == 2
+    assert factors["2"].num_inputs == 24
     with pytest.warns(UserWarning, match="left out"), pytest.raises(RuntimeError, match="No batch was collected"):
         gather(model, step, [bad], fisher=kind)
 

@@ -46,27 +46,27 @@ def test_eigenvalues_where_the_sums_are_spread():
     torch.testing.assert_close(factors["0"].eigenvalues, measured(factors["0"], a, g))
 
 
-def test_a_saved_collection_of_eigenvalues_goes_on():
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_saved_collection_of_eigenvalues_goes_on(shard):
     model, (inputs, labels) = network(), data()
     step = lambda batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     options = {"fisher": "empirical", "positions": "all"}
     settings = CollectorOptions(layers=["0"], **options)
     factors = collect(model, [(inputs, labels)], step, layers=["0"], **options)
-    for shard in (False, True):
-        first, second = (EigenvalueCollector(model, factors, settings, shard=shard) for _ in range(2))
-        plain = Collector(model, settings, shard=shard)
-        collect_batch(first, (inputs[:5], labels[:5]), step)
-        state = copy.deepcopy(first.state_dict())
-        second.load_state_dict(state)
-        collect_batch(second, (inputs[5:], labels[5:]), step)
-        a, g = rows(model, model[0], inputs, labels)
-        torch.testing.assert_close(second.finish()["0"].eigenvalues, measured(factors["0"], a, g))
-        with pytest.raises(ValueError, match="a collection of eigenvalues, which holds no factors"):
-            plain.load_state_dict(state)
-        with pytest.raises(ValueError, match="a collection of factors, which holds no eigenvalues"):
-            second.load_state_dict(
-                plain.state_dict() | {"sums": {"0": LayerSums.of(factors["0"]).state_dict()}, "shared": {"0": "0"}}
-            )
+    first, second = (EigenvalueCollector(model, factors, settings, shard=shard) for _ in range(2))
+    plain = Collector(model, settings, shard=shard)
+    collect_batch(first, (inputs[:5], labels[:5]), step)
+    state = copy.deepcopy(first.state_dict())
+    second.load_state_dict(state)
+    collect_batch(second, (inputs[5:], labels[5:]), step)
+    a, g = rows(model, model[0], inputs, labels)
+    torch.testing.assert_close(second.finish()["0"].eigenvalues, measured(factors["0"], a, g))
+    with pytest.raises(ValueError, match="a collection of eigenvalues, which holds no factors"):
+        plain.load_state_dict(state)
+    with pytest.raises(ValueError, match="a collection of factors, which holds no eigenvalues"):
+        second.load_state_dict(
+            plain.state_dict() | {"sums": {"0": LayerSums.of(factors["0"]).state_dict()}, "shared": {"0": "0"}}
+        )
 
 
 def eigenvalues_of_parts(shard):
@@ -78,27 +78,27 @@ def eigenvalues_of_parts(shard):
     options = {"fisher": "empirical", "positions": "all"}
     factors = collect(model, [(inputs, labels)], step, layers=["0", "2"], **options)
     parts = [slice(0, 3), slice(3, 5)] if ranks.rank == 0 else [slice(5, None)]
-    found = correct_eigenvalues(
+    corrected = correct_eigenvalues(
         model, factors, [(inputs[part], labels[part]) for part in parts], step, ranks=ranks, shard=shard, **options
     )
     refusal = ""
     if shard:
         with pytest.raises(ValueError, match="these factors are spread over several") as error:
-            correct_eigenvalues(model, found, [], step, ranks=ranks, shard=shard, **options)
+            correct_eigenvalues(model, corrected, [], step, ranks=ranks, shard=shard, **options)
         refusal = str(error.value)
-        found = found.gathered()
-    return {name: layer.eigenvalues for name, layer in found.items()}, refusal
+        corrected = corrected.gathered()
+    return {name: layer.eigenvalues for name, layer in corrected.items()}, refusal
 
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_eigenvalues_of_several_processes_are_those_of_all_data(shard):
-    (found, refusal), (others, _) = processes.run(2, eigenvalues_of_parts, shard)
+    (eigenvalues, refusal), (others, _) = processes.run(2, eigenvalues_of_parts, shard)
     model, (inputs, labels) = network(), data()
     step = lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="sum")  # noqa: E731
     factors = collect(model, [(inputs, labels)], step, layers=["0", "2"], fisher="empirical", positions="all")
     for index, name in enumerate(("0", "2")):
         expected = measured(factors[name], *rows(model, model[2 * index], inputs, labels))
-        torch.testing.assert_close(found[name], expected)
+        torch.testing.assert_close(eigenvalues[name], expected)
         if not shard:
             torch.testing.assert_close(others[name], expected)
     assert bool(refusal) == shard

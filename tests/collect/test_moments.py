@@ -119,19 +119,19 @@ def test_groups_grow_to_eight_batches():
 
 def test_the_error_of_a_mean_goes_on_with_it():
     torch.manual_seed(0)
-    one, two = SecondMoment(150), SecondMoment(150)
+    first, second = SecondMoment(150), SecondMoment(150)
     for number in range(20):
-        one.add(torch.randn(8, 150))
-        two.add(torch.randn(8 + number, 150))
-    error = one.relative_error()
-    again = SecondMoment.of(one.mean(), one.count, error)
+        first.add(torch.randn(8, 150))
+        second.add(torch.randn(8 + number, 150))
+    error = first.relative_error()
+    again = SecondMoment.of(first.mean(), first.count, error)
     assert again.relative_error() == pytest.approx(error, rel=1e-5)
-    sums = [float(moment.mean().norm()) * moment.count for moment in (one, two)]
-    expected = math.hypot(sums[0] * error, sums[1] * two.relative_error())
-    again.merge_(SecondMoment.of(two.mean(), two.count, two.relative_error()))
+    sums = [float(moment.mean().norm()) * moment.count for moment in (first, second)]
+    expected = math.hypot(sums[0] * error, sums[1] * second.relative_error())
+    again.merge_(SecondMoment.of(second.mean(), second.count, second.relative_error()))
     whole = float(again.mean().norm()) * again.count
     assert again.relative_error() == pytest.approx(expected / whole, rel=1e-5)
-    again.merge_(SecondMoment.of(two.mean(), two.count))
+    again.merge_(SecondMoment.of(second.mean(), second.count))
     assert again.relative_error() is None
     empty = SecondMoment(3)  # all that counts came with one batch
     empty.add(torch.empty(0, 3))
@@ -185,15 +185,15 @@ def test_a_mean_is_one_tensor_as_long_as_it_is_used():
 
 
 def test_several_sets_of_rows_and_scales():
-    one, two = torch.randn(4, 3), torch.randn(4, 3)
+    first, second = torch.randn(4, 3), torch.randn(4, 3)
     moment = SecondMoment(3)
-    moment.add(one, two, count=4, scale=0.5)
-    torch.testing.assert_close(moment.mean(), (one.T @ one + two.T @ two) / 8)
-    other = SecondMoment(3)
-    other.add(one, torch.zeros(0, 3), two, count=4, scale=0.5)
-    assert torch.equal(other.total, moment.total)
-    other.add(count=4)  # positions at which nothing arrived
-    torch.testing.assert_close(other.mean(), moment.mean() / 2)
+    moment.add(first, second, count=4, scale=0.5)
+    torch.testing.assert_close(moment.mean(), (first.T @ first + second.T @ second) / 8)
+    in_parts = SecondMoment(3)
+    in_parts.add(first, torch.zeros(0, 3), second, count=4, scale=0.5)
+    assert torch.equal(in_parts.total, moment.total)
+    in_parts.add(count=4)  # positions at which nothing arrived
+    torch.testing.assert_close(in_parts.mean(), moment.mean() / 2)
 
 
 def test_the_standard_error_is_that_of_repeated_collections():
@@ -207,13 +207,13 @@ def test_the_standard_error_is_that_of_repeated_collections():
             moment.add((0.5 * shared + torch.randn(8, 150)) * scales)
         return moment
 
-    found = [collected() for _ in range(60)]
-    means = torch.stack([moment.mean() for moment in found])
+    moments = [collected() for _ in range(60)]
+    means = torch.stack([moment.mean() for moment in moments])
     truth = means.mean(0)
     spread = float(((means - truth).square().sum((1, 2)).mean() * 60 / 59).sqrt() / truth.norm())
-    told = sum(moment.relative_error() for moment in found) / len(found)
+    told = sum(moment.relative_error() for moment in moments) / len(moments)
     assert 0.85 * spread < told < 1.15 * spread
     assert SecondMoment(2).relative_error() is None
-    one = SecondMoment(2)
-    one.add(torch.ones(1, 2))
-    assert one.relative_error() is None
+    single = SecondMoment(2)
+    single.add(torch.ones(1, 2))
+    assert single.relative_error() is None

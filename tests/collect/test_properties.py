@@ -64,8 +64,8 @@ def collected(net, x, y, batches, fisher, coupled):
     return collector.sums.get("0")
 
 
-def near(one, two, tolerance):
-    return float((one - two).norm()) <= tolerance * max(float(two.norm()), 1e-30)
+def near(tensor, expected, tolerance):
+    return float((tensor - expected).norm()) <= tolerance * max(float(expected.norm()), 1e-30)
 
 
 @given(streams(), st.sampled_from(["exact", "empirical"]), st.booleans())
@@ -86,14 +86,14 @@ def test_factors_and_edit_do_not_depend_on_processes_and_batches(stream, fisher,
         assert near(merged.tensors[key], tensor, tolerance), key
     if x.dtype == torch.float64 and bool(whole.A.any()) and bool(whole.G.any()):
         weight = net[0].weight.detach()
-        one, two = (
+        edited, expected = (
             CurvatureEditor(0.7, min_positions=0)
             .edit_layers({"0": weight}, KroneckerFactors({"0": layer}))[1]
             .layers["0"]
             for layer in (whole, merged)
         )
-        assert abs(one.energy_kept - two.energy_kept) < 1e-6 or one.kept != two.kept
-        assert abs(one.relative_change - two.relative_change) < 1e-4 or one.kept != two.kept
+        assert abs(edited.energy_kept - expected.energy_kept) < 1e-6 or edited.kept != expected.kept
+        assert abs(edited.relative_change - expected.relative_change) < 1e-4 or edited.kept != expected.kept
 
 
 @given(streams(), st.integers(1, 6))

@@ -15,8 +15,8 @@ def test_work_runs_beside_the_main_stream(monkeypatch):
         def __init__(self, name):
             self.name = name
 
-        def wait_stream(self, other):
-            told.append(f"{self.name} waits for {getattr(other, 'name', other)}")
+        def wait_stream(self, awaited):
+            told.append(f"{self.name} waits for {getattr(awaited, 'name', awaited)}")
 
     class Entered:
         def __init__(self, stream):

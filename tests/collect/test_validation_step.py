@@ -108,9 +108,9 @@ def test_drop_graphs_reaches_every_container_and_keeps_objects_that_need_no_chan
     module.loop["self"] = module.loop
     module.again = module.pair
     kept, frozen, loop, queue = module.kept, module.frozen, module.loop, module.queue
-    found = graphs(module)
-    assert len(found) == 6
-    drop_graphs(module, found)
+    before = graphs(module)
+    assert len(before) == 6
+    drop_graphs(module, before)
     assert module.pair[0] is graph  # it was there before
     drop_graphs(module)
     assert not graphs(module)

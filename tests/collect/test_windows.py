@@ -2,6 +2,7 @@
 
 import lightning.pytorch as pl
 import pytest
+import torch
 
 from lightning_curvature import KFACEditCallback
 from tests.support import models
@@ -64,3 +65,33 @@ def test_nothing_is_intercepted_in_a_pause(tmp_path):
     trainer = models.trainer(tmp_path, Watch(), callback, max_epochs=1, enable_checkpointing=False)
     trainer.fit(models.Classifier(), models.loader(models.images(320), 32))
     assert [count > 0 for count in hooks] == [True, True, *[False] * 5, True, True, False]
+
+
+def test_the_latest_complete_window_counts(tmp_path):
+    callback, seen = KFACEditCallback(layers=["net.3"], window=64, every=1), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append((callback.factors["net.3"].num_inputs, callback.factors.provenance.get("step")))
+
+    assert not callback.factors
+    trainer = models.trainer(tmp_path, callback, Watch(), max_epochs=-1, max_steps=7, enable_checkpointing=False)
+    trainer.fit(models.Classifier(), models.loader(models.images(192), 32))
+    # The first window fills up, then the latest complete one stays until the next is full.
+    assert seen == [(32, None), (64, 2), (64, 2), (64, 4), (64, 4), (64, 6), (64, 6)]
+
+
+def test_the_window_does_not_depend_on_the_cut_into_batches(tmp_path):
+    def fit(batch_size):
+        pl.seed_everything(0)
+        callback = KFACEditCallback(layers=["net.3"], window=64, every=1, fisher="empirical")
+        module = models.Classifier()
+        module.lr = 0.0
+        trainer = models.trainer(tmp_path, callback, max_epochs=1, enable_checkpointing=False)
+        trainer.fit(module, models.loader(models.images(192), batch_size))
+        return callback.factors["net.3"]
+
+    small_batches, large_batches = fit(16), fit(64)
+    assert small_batches.num_inputs == large_batches.num_inputs == 64
+    torch.testing.assert_close(small_batches.A, large_batches.A)
+    torch.testing.assert_close(small_batches.G, large_batches.G)

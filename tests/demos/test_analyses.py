@@ -17,21 +17,21 @@ from lightning_curvature.text.sequences import read_sequences
 
 def test_the_analyses_of_both_demos(run, text_run):
     images, texts = (Analyses.load(out) for out, _ in (run, text_run))
-    (fc2,) = {one.layer for one in images.bands}
+    (fc2,) = {comparison.layer for comparison in images.bands}
     assert fc2 == "model.blocks.1.fc2"
     assert len(images.bands) == 4
     assert len(texts.bands) == 4 * 6
-    (found,) = images.detection.values()
-    assert set(found.auroc) == {
+    (detection,) = images.detection.values()
+    assert set(detection.auroc) == {
         *(f"{kind}, {fc2}" for kind in ("flat share", "random basis", "activation norm")),
         "loss",
         "negative margin",
     }
     assert list(texts.detection) == ["never-memorized text of the same domain", "ordinary text"]
     layers = [f"model.layers.{block}.mlp.{projection}_proj" for block in (0, 1) for projection in ("gate", "down")]
-    for found in texts.detection.values():
+    for detection in texts.detection.values():
         kinds = ("flat share", "random basis", "activation norm")
-        assert set(found.auroc) == {f"{kind}, {layer}" for kind in kinds for layer in layers} | {
+        assert set(detection.auroc) == {f"{kind}, {layer}" for kind in kinds for layer in layers} | {
             "likelihood",
             "margin",
             "min-k",
@@ -68,9 +68,9 @@ def test_detection_on_what_the_text_demo_writes(text_run, tmp_path, capsys):
     sequences = read_sequences(out / "memorized.jsonl")
     windows = torch.tensor([sequence.ids for sequence in sequences])
     factors = KroneckerFactors.load(out / "factors.safetensors")
-    own = KroneckerFactors({name.removeprefix("model."): layer for name, layer in factors.items()})
+    renamed = KroneckerFactors({name.removeprefix("model."): layer for name, layer in factors.items()})
     model = load_model(out / "model")
-    expected = window_scores(model, own, windows)
+    expected = window_scores(model, renamed, windows)
     loss = torch.nn.functional.cross_entropy(
         model(windows[:, :-1]).logits.transpose(1, 2), windows[:, 1:], reduction="none"
     ).mean(1)

@@ -76,11 +76,11 @@ def test_the_checkpoints_are_what_the_report_measured(run):
 def test_the_edited_checkpoint_says_what_was_edited(run):
     out, _ = run
     report = json.loads((out / "report.json").read_text())
-    found = describe(out / "edited.ckpt")["edit"]
-    assert {name: layer["energy"] for name, layer in found["layers"].items()} == dict.fromkeys(
+    edit = describe(out / "edited.ckpt")["edit"]
+    assert {name: layer["energy"] for name, layer in edit["layers"].items()} == dict.fromkeys(
         report["layers"], report["settings"]["energy"]
     )
-    assert found["factors"] == KroneckerFactors.load(out / "factors.safetensors").digest()
+    assert edit["factors"] == KroneckerFactors.load(out / "factors.safetensors").digest()
     assert describe(out / "original.ckpt")["edit"] is None
 
 
@@ -110,8 +110,8 @@ def test_evaluate_against_a_loop():
         "clean_train": sum(int(answers[i] == clean[i]) for i in right) / len(right),
         "val_accuracy": sum(int(answers[i] == clean[i]) for i in range(40)) / 40,
     }
-    found = label_noise.evaluate(model, TensorDataset(x, noised, clean), TensorDataset(x, clean))
-    assert found == pytest.approx(expected)
+    results = label_noise.evaluate(model, TensorDataset(x, noised, clean), TensorDataset(x, clean))
+    assert results == pytest.approx(expected)
 
 
 def test_energy_is_the_least_memorized_where_none_reaches_the_limit():

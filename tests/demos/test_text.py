@@ -106,8 +106,8 @@ def test_memorized_is_what_is_recited(text_run, caplog):
     model = LitCausalLM.load_from_checkpoint(out / "original.ckpt", weights_only=True).eval()
     count = round(json.loads((out / "report.json").read_text())["before"]["strict"] * len(data.half("validation")))
     assert len(recited(model.model, data.half("validation"))) == count
-    for found in Analyses.load(out).detection.values():
-        assert {len(scores) for scores in found.memorized.values()} == {count}
+    for detection in Analyses.load(out).detection.values():
+        assert {len(scores) for scores in detection.memorized.values()} == {count}
     torch.nn.init.zeros_(model.model.lm_head.weight)
     with caplog.at_level("INFO"):
         assert analyse_text(model, KroneckerFactors(), data) == Analyses()
@@ -125,8 +125,8 @@ def test_the_data_of_the_text_demo():
     assert data.batches[0].shape == (16, 128)
     assert len(rows) == 36
     for sequence in data.memorized + data.unseen:
-        found = sum(any(tuple(row[i : i + len(sequence.ids)]) == sequence.ids for i in range(97)) for row in rows)
-        assert found >= 3
+        exposures = sum(any(tuple(row[i : i + len(sequence.ids)]) == sequence.ids for i in range(97)) for row in rows)
+        assert exposures >= 3
         assert data.tokenizer.decode(sequence.prefix_ids) == sequence.prefix_text
     assert len(data.half("tuning")) + len(data.half("validation")) == 6
     trained = set(data.clean)

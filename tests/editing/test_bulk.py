@@ -24,8 +24,8 @@ def diagonal_factors(d_out=4, d_in=6):
 def margins_of(module, labels):
     def margins(inputs):
         logits = module(inputs)
-        own = logits.gather(1, labels[:, None])
-        return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
+        of_label = logits.gather(1, labels[:, None])
+        return of_label - logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
 
     return margins
 
@@ -33,15 +33,15 @@ def margins_of(module, labels):
 def test_margins_are_the_gradient_and_leave_no_trace():
     module, inputs, labels = linear(), torch.randn(5, 6).double(), torch.tensor([0, 1, 2, 3, 0])
     module[0].weight.requires_grad_(False)
-    found = add_margins(module, diagonal_factors(), [inputs], margins_of(module, labels))["0"].margins
+    margins = add_margins(module, diagonal_factors(), [inputs], margins_of(module, labels))["0"].margins
     assert module[0].weight.grad is None
     assert not module[0].weight.requires_grad
     rival = module(inputs).scatter(1, labels[:, None], -torch.inf).argmax(1)
     expected = torch.zeros(4, 6).double()
-    for x, own, other in zip(inputs, labels, rival, strict=True):
-        expected[own] += x
-        expected[other] -= x
-    torch.testing.assert_close(found, expected)
+    for x, label, rival_label in zip(inputs, labels, rival, strict=True):
+        expected[label] += x
+        expected[rival_label] -= x
+    torch.testing.assert_close(margins, expected)
     with pytest.raises(ValueError, match="nothing to forget"):
         add_margins(module, diagonal_factors(), [], margins_of(module, labels))
 

@@ -37,10 +37,10 @@ def all_factors():
     )
 
 
-def same_bits(one, two):
+def same_bits(state, expected):
     return (
-        all(torch.equal(one[key].view(torch.uint8), two[key].view(torch.uint8)) for key in two)
-        and one.keys() == two.keys()
+        all(torch.equal(state[key].view(torch.uint8), expected[key].view(torch.uint8)) for key in expected)
+        and state.keys() == expected.keys()
     )
 
 
@@ -168,10 +168,10 @@ def test_bad_energy(value, error, message):
         CurvatureEditor(value)
 
 
-def test_bad_layers_argument():
-    for layers in ("fc", [1]):
-        with pytest.raises(TypeError, match="layers must be a list of name patterns or None"):
-            CurvatureEditor(0.5, layers)
+@pytest.mark.parametrize("layers", ["fc", [1]])
+def test_bad_layers_argument(layers):
+    with pytest.raises(TypeError, match="layers must be a list of name patterns or None"):
+        CurvatureEditor(0.5, layers)
 
 
 def test_factors_that_do_not_fit_edit_nothing():
@@ -227,14 +227,14 @@ def test_random_basis_keeps_the_asked_share_and_leaves_the_random_state_alone():
     assert torch.equal(state, torch.get_rng_state())
     assert result.kept == 600
     assert (result.weight.norm() / weight.norm()) ** 2 == pytest.approx(0.3, abs=0.05)
-    other = RandomBasisEditor(0.3, seed=2).project(weight, layer(3, 3), 0.3)
-    assert not torch.equal(result.weight, other.weight)
+    with_another_seed = RandomBasisEditor(0.3, seed=2).project(weight, layer(3, 3), 0.3)
+    assert not torch.equal(result.weight, with_another_seed.weight)
 
 
 def test_a_layer_that_does_not_fit_on_the_gpu_is_edited_where_its_factors_are(monkeypatch):
     model = Gated()
-    found = gathered(model, batches())
-    expected, _ = CurvatureEditor().edited_weights(model, found)
+    collected = gathered(model, batches())
+    expected, _ = CurvatureEditor().edited_weights(model, collected)
     project, places = CurvatureEditor.project, []
 
     def small(self, weight, factors, energy):
@@ -246,6 +246,6 @@ def test_a_layer_that_does_not_fit_on_the_gpu_is_edited_where_its_factors_are(mo
     monkeypatch.setattr("lightning_curvature.editing.projection.place_edit", lambda *_: torch.device("cpu:0"))
     monkeypatch.setattr(CurvatureEditor, "project", small)
     with pytest.warns(UserWarning, match="Layer '(gate|up|down)' does not fit on cpu:0, so it is edited on the CPU"):
-        new, _ = CurvatureEditor().edited_weights(model, found)
+        new, _ = CurvatureEditor().edited_weights(model, collected)
     assert places == [False, True] * 3
     assert all(torch.equal(new[name], weight) for name, weight in expected.items())

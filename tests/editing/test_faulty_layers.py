@@ -34,17 +34,17 @@ def test_a_faulty_layer_stops_the_edit_or_is_left_as_it_is(name):
     damage, changes, message = FAULTS[name]
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))
     damage(net)
-    found = KroneckerFactors({"0": layer_factors(**changes), "1": layer_factors()})
+    factors = KroneckerFactors({"0": layer_factors(**changes), "1": layer_factors()})
     before = [layer.weight.clone() for layer in net]
     with pytest.raises(ValueError, match=f"Layer '0': .*{message}"):
-        CurvatureEditor(0.5).edit(net, found)
+        CurvatureEditor(0.5).edit(net, factors)
     assert all(torch.equal(a, b.weight) for a, b in zip(before, net, strict=True))
     with pytest.warns(UserWarning, match=f"Left as it is: Layer '0': .*{message}"):
-        report = CurvatureEditor(0.5, skip_faulty=True).edit(net, found)
+        report = CurvatureEditor(0.5, skip_faulty=True).edit(net, factors)
     assert torch.equal(before[0], net[0].weight)
     assert not torch.equal(before[1], net[1].weight)
     assert list(report.layers) == ["1"]
     assert message in report.skipped["0"]
     assert f"Left as it is: {report.skipped['0']}" in str(report)
     with pytest.raises(ValueError, match="No layer can be edited: Layer '0'"):
-        CurvatureEditor(0.5, ["0"], skip_faulty=True).edit(net, found)
+        CurvatureEditor(0.5, ["0"], skip_faulty=True).edit(net, factors)

@@ -64,63 +64,67 @@ CURVATURE_EDITORS = {
 }
 
 
-def edited(way, editor, net, found):
+def edited(way, editor, net, factors):
     """Return the report of an edit, and the weights that it makes of the two layers."""
     if way == "state dict":
-        state, report = editor.edit_state_dict(net.state_dict(), found)
+        state, report = editor.edit_state_dict(net.state_dict(), factors)
         return report, [state["0.weight"], state["1.weight"]]
     if way == "applied":
-        with editor.applied(net, found) as report:
+        with editor.applied(net, factors) as report:
             return report, [layer.weight.clone() for layer in net]
     editor = editor.at(editor.energy) if way == "at" else editor
-    return editor.edit(net, found), [layer.weight for layer in net]
+    return editor.edit(net, factors), [layer.weight for layer in net]
 
 
 @pytest.mark.parametrize("name", CURVATURE_EDITORS)
 @pytest.mark.parametrize("way", ["edit", "applied", "state dict", "at"])
 def test_a_layer_on_too_few_positions_is_left_as_it_is(name, way):
-    editor, net, found = CURVATURE_EDITORS[name](), linears(), two_layers()
+    editor, net, factors = CURVATURE_EDITORS[name](), linears(), two_layers()
     before = [layer.weight.clone() for layer in net]
     with pytest.warns(UserWarning, match="Left as it is: Layer '0': Factor A rests on 5 positions"):
-        report, after = edited(way, editor, net, found)
+        report, after = edited(way, editor, net, factors)
     assert torch.equal(before[0], after[0])
     assert not torch.equal(before[1], after[1])
     assert list(report.layers) == ["1"]
     assert "Layer '0': Factor A rests on 5 positions, too few" in report.skipped["0"]
     assert f"Left as it is: {report.skipped['0']}" in str(report)
     with pytest.raises(ValueError, match="No layer can be edited: Layer '0': Factor A rests on 5 positions"):
-        editor.edit(net, KroneckerFactors({"0": found["0"]}))
+        editor.edit(net, KroneckerFactors({"0": factors["0"]}))
     insist = r"Layer '0': Factor A .* insist \(CurvatureEditor\(min_positions=0\), --min-positions 0\)"
     with pytest.raises(TooFewPositionsError, match=insist):
-        editor.edit_weight("0", before[0], found["0"], 0.7, False)
+        editor.edit_weight("0", before[0], factors["0"], 0.7, False)
 
 
 @pytest.mark.parametrize("name", CURVATURE_EDITORS)
 def test_an_edit_on_too_few_positions_can_be_insisted_on(name):
-    net, found = linears(), two_layers()
+    net, factors = linears(), two_layers()
     before = net[0].weight.detach().double()
-    report = CURVATURE_EDITORS[name](min_positions=0).edit(net, found)
+    report = CURVATURE_EDITORS[name](min_positions=0).edit(net, factors)
     assert list(report.layers) == ["0", "1"]
     assert not torch.equal(before, net[0].weight.double())
     assert "rest on fewer positions than the larger side of the weight: '0' (5 of 8). Their" in str(report)
     assert "collect more positions" in str(report)
     if name == "kfac, soft=False":
-        expected = reference.edit(before, found["0"].A, found["0"].G, 0.7)
+        expected = reference.edit(before, factors["0"].A, factors["0"].G, 0.7)
         torch.testing.assert_close(net[0].weight.double(), expected, rtol=1e-5, atol=1e-6)
     strict = CURVATURE_EDITORS[name](min_positions=6)
     with pytest.warns(
         UserWarning, match="Layer '0': its factors rest on 5 positions, and min_positions=6 asks for more"
     ):
-        assert list(strict.edit(linears(), found).layers) == ["1"]
+        assert list(strict.edit(linears(), factors).layers) == ["1"]
     with pytest.raises(ValueError, match=r"No layer can be edited: .* min_positions=21"):
-        CURVATURE_EDITORS[name](min_positions=21).edit(linears(), found)
+        CURVATURE_EDITORS[name](min_positions=21).edit(linears(), factors)
 
 
-def test_what_reads_no_factors_or_changes_nothing_needs_no_positions():
-    for editor in (SVDEditor(0.7), RandomBasisEditor(0.7), CurvatureEditor({"0": 1.0, "1": 0.7})):
-        report = editor.edit(linears(), two_layers())
-        assert list(report.layers) == ["0", "1"]
-        assert ("fewer positions" in str(report)) == isinstance(editor, CurvatureEditor)
+@pytest.mark.parametrize(
+    "editor",
+    [SVDEditor(0.7), RandomBasisEditor(0.7), CurvatureEditor({"0": 1.0, "1": 0.7})],
+    ids=["SVD", "random basis", "full energy"],
+)
+def test_what_reads_no_factors_or_changes_nothing_needs_no_positions(editor):
+    report = editor.edit(linears(), two_layers())
+    assert list(report.layers) == ["0", "1"]
+    assert ("fewer positions" in str(report)) == isinstance(editor, CurvatureEditor)
 
 
 def test_an_edit_with_dead_inputs_is_done_and_the_table_says_that_they_are_many():

@@ -23,19 +23,19 @@ def decomposed(monkeypatch):
 
 def test_a_shared_factor_is_decomposed_once(decomposed, tmp_path):
     model = Gated()
-    found = gathered(model, batches())
-    new, _ = CurvatureEditor(0.8).edited_weights(model, found)
+    collected = gathered(model, batches())
+    new, _ = CurvatureEditor(0.8).edited_weights(model, collected)
     assert sorted(decomposed) == ["Factor A"] * 2 + ["Factor G"] * 3
     for energy in (0.5, 0.7):
-        CurvatureEditor(energy).edited_weights(model, found)
+        CurvatureEditor(energy).edited_weights(model, collected)
     assert len(decomposed) == 5
     alone, _ = CurvatureEditor(0.8).edited_weights(model, KroneckerFactors(separately(model, batches())))
     for name, weight in new.items():
         torch.testing.assert_close(weight, alone[name])
 
     torch.save({"state_dict": model.state_dict()}, tmp_path / "m.ckpt")
-    found.save(tmp_path / "f.safetensors")
-    for factors in (found, KroneckerFactors.open(tmp_path / "f.safetensors")):
+    collected.save(tmp_path / "f.safetensors")
+    for factors in (collected, KroneckerFactors.open(tmp_path / "f.safetensors")):
         decomposed.clear()
         gc.collect()
         kept = len(bases.BASES)
@@ -64,26 +64,26 @@ def test_a_basis_goes_with_its_factor(decomposed):
 def test_copies_on_another_device_share_what_was_worked_out(decomposed, monkeypatch):
     """What only a GPU does: "cpu:0" is another device than "cpu" by name, and a copy there is a copy."""
     model, elsewhere = Gated(), torch.device("cpu:0")
-    found = gathered(model, batches())
-    expected = [CurvatureEditor(energy).edited_weights(model, found)[0] for energy in (0.8, 0.5)]
-    found = gathered(model, batches())  # of which nothing is worked out yet
+    collected = gathered(model, batches())
+    expected = [CurvatureEditor(energy).edited_weights(model, collected)[0] for energy in (0.8, 0.5)]
+    collected = gathered(model, batches())  # of which nothing is worked out yet
     decomposed.clear()
     monkeypatch.setattr("lightning_curvature.editing.projection.place_edit", lambda weight, factors, shape: elsewhere)
     products = []
     monkeypatch.setattr(editor, "coefficients", lambda *args: products.append(1) or coefficients(*args))
     trial = CurvatureEditor().at(1.0)
     for energy, weights in zip((0.8, 0.5), expected, strict=True):
-        new, _ = trial.at(energy).edited_weights(model, found)
+        new, _ = trial.at(energy).edited_weights(model, collected)
         assert all(torch.equal(new[name], weights[name]) for name in PROJECTIONS)
     assert sorted(decomposed) == ["Factor A"] * 2 + ["Factor G"] * 3
     assert len(products) == 3
-    copied = found["gate"].to(elsewhere)
-    assert copied.A is not found["gate"].A
-    assert copied.original is found["gate"]
+    copied = collected["gate"].to(elsewhere)
+    assert copied.A is not collected["gate"].A
+    assert copied.original is collected["gate"]
     assert copied.to(torch.device("cpu")) is copied
     before = copied.basis.lam[0]
-    found["gate"].G[0, 0] = 7.0  # the next copy gets its new basis
-    assert found["gate"].to(elsewhere).basis.lam[0] > before
+    collected["gate"].G[0, 0] = 7.0  # the next copy gets its new basis
+    assert collected["gate"].to(elsewhere).basis.lam[0] > before
     fresh = gathered(model, batches())["up"]
     copied = fresh.to(elsewhere)
     fresh.G[0, 0] = 7.0
@@ -106,10 +106,10 @@ def test_bases_are_kept_in_a_folder(decomposed, tmp_path):
     files = sorted((tmp_path / "bases").iterdir())
     assert len(files) == 2
     for basis in (first, second):
-        assert all(torch.equal(one, two) for one, two in zip(basis, plain, strict=True))
-    other = LayerFactors(A=layer().A, G=2 * layer().G, num_inputs=50, num_gradients=50)
+        assert all(torch.equal(tensor, expected) for tensor, expected in zip(basis, plain, strict=True))
+    doubled = LayerFactors(A=layer().A, G=2 * layer().G, num_inputs=50, num_gradients=50)
     with bases_in(tmp_path / "bases"):
-        torch.testing.assert_close(other.basis.lam, 2 * plain.lam)
+        torch.testing.assert_close(doubled.basis.lam, 2 * plain.lam)
     assert len(decomposed) == 3
     assert len(list((tmp_path / "bases").iterdir())) == 3
     layer().basis  # noqa: B018
@@ -128,8 +128,8 @@ def test_a_damaged_basis_is_worked_out_anew(index, decomposed, tmp_path):
         for path in tmp_path.iterdir():
             path.write_bytes(damaged(path.read_bytes())[index])
         decomposed.clear()
-        found = layer().basis
+        basis = layer().basis
         assert len(decomposed) == 2
-        assert all(torch.equal(one, two) for one, two in zip(found, want, strict=True))
+        assert all(torch.equal(tensor, expected) for tensor, expected in zip(basis, want, strict=True))
         layer().basis  # noqa: B018
         assert len(decomposed) == 2

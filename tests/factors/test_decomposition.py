@@ -112,10 +112,10 @@ def ordinary(d=30, n=64, dtype=torch.float64):
 def test_a_factor_without_zeros_is_what_the_solver_says(n, dtype):
     factor = ordinary(n=n, dtype=dtype)
     values, vectors = torch.linalg.eigh(factor.double())
-    found = decompose(factor, "Factor A")
-    assert torch.equal(found[0], vectors.flip(1))
+    decomposition = decompose(factor, "Factor A")
+    assert torch.equal(decomposition[0], vectors.flip(1))
     floor = values.max() * len(values) * EPS
-    assert torch.equal(found[1], torch.where(values > floor, values, 0.0).flip(0))
+    assert torch.equal(decomposition[1], torch.where(values > floor, values, 0.0).flip(0))
 
 
 def taps(channels=32, positions=20):
@@ -148,9 +148,9 @@ def test_only_live_rows_are_given_to_the_solver(monkeypatch):
     vectors, values = decompose(factor, "Factor A")
     assert shapes == [(32, 32)]
     check(factor, vectors, values)
-    one = torch.zeros(5, 5)
-    one[3, 3] = 2.0
-    vectors, values = decompose(one, "Factor A")
+    single = torch.zeros(5, 5)
+    single[3, 3] = 2.0
+    vectors, values = decompose(single, "Factor A")
     assert values.tolist() == [2.0, 0.0, 0.0, 0.0, 0.0]
     assert vectors[:, 0].abs().tolist() == [0.0, 0.0, 0.0, 1.0, 0.0]
 
@@ -218,9 +218,9 @@ def test_a_selection_does_not_depend_on_the_scale(exponents, seed):
         assert kept == select_staircase(lam, mu, energy).energy_kept
         for select in (select_largest, shrink):
             for exponent in exponents:
-                found = select(times(scores, exponent), energy)
-                torch.testing.assert_close(found[0], select(scores, energy)[0])
-                assert found[1] == pytest.approx(select(scores, energy)[1])
+                selected = select(times(scores, exponent), energy)
+                torch.testing.assert_close(selected[0], select(scores, energy)[0])
+                assert selected[1] == pytest.approx(select(scores, energy)[1])
 
 
 @pytest.mark.parametrize(
@@ -271,13 +271,16 @@ def test_an_edit_does_not_depend_on_the_scale(editor, exponents):
 
     of_A, of_G, of_W = exponents
     expected, report = EDITORS[editor].edit_layers({"0": weight}, layer(0, 0))
-    found, scaled_report = EDITORS[editor].edit_layers({"0": times(weight, of_W)}, layer(of_A, of_G))
-    torch.testing.assert_close(times(found["0"], -of_W), expected["0"])
-    one, two = report.layers["0"], scaled_report.layers["0"]
-    assert (one.kept, one.relative_change) == (two.kept, pytest.approx(two.relative_change))
-    assert one.energy_kept == pytest.approx(two.energy_kept)
+    scaled, scaled_report = EDITORS[editor].edit_layers({"0": times(weight, of_W)}, layer(of_A, of_G))
+    torch.testing.assert_close(times(scaled["0"], -of_W), expected["0"])
+    plain_edit, scaled_edit = report.layers["0"], scaled_report.layers["0"]
+    assert (plain_edit.kept, plain_edit.relative_change) == (
+        scaled_edit.kept,
+        pytest.approx(scaled_edit.relative_change),
+    )
+    assert plain_edit.energy_kept == pytest.approx(scaled_edit.energy_kept)
     change = (expected["0"] - weight).norm() / weight.norm()
-    assert one.relative_change == pytest.approx(float(change))
+    assert plain_edit.relative_change == pytest.approx(float(change))
 
 
 def test_the_change_of_a_weight_of_extreme_numbers():
@@ -341,8 +344,8 @@ def test_a_solver_that_does_not_converge_is_tried_again_on_the_cpu(monkeypatch):
     A = layer_factors().A
     expected = decompose(A, "Factor A")
     calls = failing_eigh(monkeypatch, 1)
-    for one, two in zip(decompose(A, "Factor A"), expected, strict=True):
-        assert torch.equal(one, two)
+    for tensor, expected_tensor in zip(decompose(A, "Factor A"), expected, strict=True):
+        assert torch.equal(tensor, expected_tensor)
     assert calls == ["cpu", "cpu"]
 
 

@@ -18,15 +18,20 @@ def test_round_trip(tmp_path):
     loaded = KroneckerFactors.load(tmp_path / "new" / "f.safetensors")
     assert list(loaded) == ["a.b", "c"]
     assert loaded.provenance == {"fisher": "sketched"}
-    for name, one in factors.items():
-        two = loaded[name]
-        assert torch.equal(one.A, two.A)
-        assert torch.equal(one.G, two.G)
-        assert (one.num_inputs, one.num_gradients, one.num_seen, one.transposed) == (
-            two.num_inputs,
-            two.num_gradients,
-            two.num_seen,
-            two.transposed,
+    for name, layer_factors in factors.items():
+        loaded_layer = loaded[name]
+        assert torch.equal(layer_factors.A, loaded_layer.A)
+        assert torch.equal(layer_factors.G, loaded_layer.G)
+        assert (
+            layer_factors.num_inputs,
+            layer_factors.num_gradients,
+            layer_factors.num_seen,
+            layer_factors.transposed,
+        ) == (
+            loaded_layer.num_inputs,
+            loaded_layer.num_gradients,
+            loaded_layer.num_seen,
+            loaded_layer.transposed,
         )
     with safe_open(tmp_path / "new" / "f.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"a.b.A", "a.b.G", "c.A", "c.G"}
@@ -55,9 +60,9 @@ def test_factors_of_the_papers_own_code(tmp_path):
     places = [(block, name) for block in (3, 10) for name in ("up", "gate")]
     entries = {f"blk{block}.{name}": {"A": A, "G": G * block, "n_tokens": 7} for block, name in places}
     torch.save(entries, tmp_path / "f.pt")
-    found = KroneckerFactors.load(tmp_path / "f.pt", names="model.layers.{block}.mlp.{projection}_proj")
-    assert set(found) == {f"model.layers.{block}.mlp.{name}_proj" for block in (3, 10) for name in ("up", "gate")}
-    layer = found["model.layers.10.mlp.gate_proj"]
+    factors = KroneckerFactors.load(tmp_path / "f.pt", names="model.layers.{block}.mlp.{projection}_proj")
+    assert set(factors) == {f"model.layers.{block}.mlp.{name}_proj" for block in (3, 10) for name in ("up", "gate")}
+    layer = factors["model.layers.10.mlp.gate_proj"]
     assert torch.equal(layer.A, A)
     assert torch.equal(layer.G, 10 * G)
     assert layer.num_inputs == layer.num_gradients == 7

@@ -84,12 +84,12 @@ def test_factors_of_a_frozen_pass_say_what_they_were_collected_on(folder):
     ids=["seed", "scale", "sign", "one entry", "order"],
 )
 def test_other_weights_are_refused_before_anything_is_worked_out(folder, change, message, monkeypatch):
-    other, out = changed(folder, change), folder / "o.safetensors"
+    checkpoint, out = changed(folder, change), folder / "o.safetensors"
     edit = CurvatureEditor.edit_weight
     monkeypatch.setattr(CurvatureEditor, "edit_weight", None)
     for refused in (
-        lambda: EDITOR.edit_checkpoint(other, opened(folder), out, delta=folder / "d.safetensors"),
-        lambda: files.plan_edit(EDITOR, other, opened(folder)),
+        lambda: EDITOR.edit_checkpoint(checkpoint, opened(folder), out, delta=folder / "d.safetensors"),
+        lambda: files.plan_edit(EDITOR, checkpoint, opened(folder)),
     ):
         with pytest.raises(ValueError, match=message) as error:
             refused()
@@ -98,13 +98,13 @@ def test_other_weights_are_refused_before_anything_is_worked_out(folder, change,
     assert {path.name for path in folder.iterdir()} == {"m.safetensors", "f.safetensors", "other.safetensors"}
     monkeypatch.setattr(CurvatureEditor, "edit_weight", edit)
     with pytest.warns(UserWarning, match=message):
-        report = EDITOR.edit_checkpoint(other, opened(folder), out, force=True)
+        report = EDITOR.edit_checkpoint(checkpoint, opened(folder), out, force=True)
     assert list(report.layers) == ["0", "2"]
 
 
 def test_layers_that_are_not_edited_may_differ(folder):
-    other = changed(folder, scale("2.weight", 1.25))
-    CurvatureEditor(0.8, ["0"]).edit_checkpoint(other, opened(folder), folder / "o.safetensors")
+    checkpoint = changed(folder, scale("2.weight", 1.25))
+    CurvatureEditor(0.8, ["0"]).edit_checkpoint(checkpoint, opened(folder), folder / "o.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -135,22 +135,22 @@ def test_files_without_a_record_work_as_before(folder):
     for layer in header["layers"].values():
         del layer["weight"]
     save_file(tensors, folder / "f.safetensors", {"lightning_curvature.factors": json.dumps(header)})
-    other = changed(folder, scale("2.weight", 1.25))
-    EDITOR.edit_checkpoint(other, opened(folder), folder / "o.safetensors")
+    checkpoint = changed(folder, scale("2.weight", 1.25))
+    EDITOR.edit_checkpoint(checkpoint, opened(folder), folder / "o.safetensors")
 
 
 def test_editing_twice_says_so_and_needs_no_force(folder):
     """Also through names behind a prefix, and through two edits."""
-    one, two, three = (folder / f"{i}.ckpt" for i in range(3))
+    once, twice, thrice = (folder / f"{i}.ckpt" for i in range(3))
     torch.save(
         {"state_dict": {f"net.{key}": value for key, value in network().state_dict().items()}}, folder / "m.ckpt"
     )
-    CurvatureEditor(0.8, ["0"]).edit_checkpoint(folder / "m.ckpt", opened(folder), one)
+    CurvatureEditor(0.8, ["0"]).edit_checkpoint(folder / "m.ckpt", opened(folder), once)
     with pytest.warns(UserWarning, match=r"0.ckpt is edited already \(kfac, layers '0'\); this edits the edited"):
-        CurvatureEditor(0.8, ["2"]).edit_checkpoint(one, opened(folder), two)
+        CurvatureEditor(0.8, ["2"]).edit_checkpoint(once, opened(folder), twice)
     with pytest.warns(UserWarning, match="is edited already"):
-        CurvatureEditor(0.6).edit_checkpoint(two, opened(folder), three)
-    content = torch.load(three, weights_only=True)
+        CurvatureEditor(0.6).edit_checkpoint(twice, opened(folder), thrice)
+    content = torch.load(thrice, weights_only=True)
     note = checkpoint_note(content)
     assert note.startswith("This checkpoint is an edited copy (method kfac, layers '0', '2')")
     assert "NAME.ckpt of NAME-edited.ckpt" in note
@@ -172,11 +172,11 @@ def test_factors_that_move_with_training_ask_for_nothing(tmp_path):
 
 
 def test_the_command_line_forces(folder, capsys):
-    other = changed(folder, scale("2.weight", 1.25))
+    checkpoint = changed(folder, scale("2.weight", 1.25))
     command = [
         "edit",
         "--checkpoint",
-        str(other),
+        str(checkpoint),
         "--factors",
         str(folder / "f.safetensors"),
         "--out",
@@ -193,9 +193,9 @@ def test_the_command_line_forces(folder, capsys):
 
 def test_a_language_model_and_its_neighbour(tmp_path):
     rows = language.tokens(8, 12)
-    one, two = language.model("llama", seed=0), language.model("llama", seed=1)
-    factors = collect(one, [rows], lambda ids: one(input_ids=ids, labels=ids).loss, layers="mlp")
-    for name, model in (("one", one), ("two", two)):
+    net, neighbour = language.model("llama", seed=0), language.model("llama", seed=1)
+    factors = collect(net, [rows], lambda ids: net(input_ids=ids, labels=ids).loss, layers="mlp")
+    for name, model in (("one", net), ("two", neighbour)):
         model.save_pretrained(tmp_path / name)
     EDITOR.edit_checkpoint(tmp_path / "one", factors, tmp_path / "a")
     with pytest.raises(ValueError, match=r"6 of 6 layers of .*two have other weights"):
@@ -209,9 +209,9 @@ def test_a_language_model_and_its_neighbour(tmp_path):
 def test_other_weights_are_refused_before_a_model_is_run(tmp_path, monkeypatch):
     """An energy that is chosen by perplexity takes long to find."""
     rows = language.tokens(8, 12)
-    one, two = language.model("llama", seed=0), language.model("llama", seed=1)
-    collect(one, [rows], lambda ids: one(input_ids=ids, labels=ids).loss, layers="mlp").save(tmp_path / "f.safetensors")
-    two.save_pretrained(tmp_path / "two")
+    net, neighbour = language.model("llama", seed=0), language.model("llama", seed=1)
+    collect(net, [rows], lambda ids: net(input_ids=ids, labels=ids).loss, layers="mlp").save(tmp_path / "f.safetensors")
+    neighbour.save_pretrained(tmp_path / "two")
     (tmp_path / "t.txt").write_text("w1 w2")
     monkeypatch.setattr("lightning_curvature.text.choosing.Chooser.__init__", None)
     with pytest.raises(SystemExit, match="6 of 6 layers"):

@@ -12,9 +12,9 @@ from tests.support.gated import Gated, batches, gathered, same
 
 
 def test_a_file_holds_a_shared_factor_once(tmp_path):
-    found = gathered(Gated(), batches())
+    factors = gathered(Gated(), batches())
     path = tmp_path / "f.safetensors"
-    found.save(path)
+    factors.save(path)
     with safe_open(path, "pt") as file:
         assert sorted(file.keys()) == ["down.A", "down.G", "gate.A", "gate.G", "up.G"]
         header = json.loads(file.metadata()["lightning_curvature.factors"])
@@ -22,15 +22,15 @@ def test_a_file_holds_a_shared_factor_once(tmp_path):
     assert header["layers"]["up"]["shares_A_with"] == "gate"
     loaded = KroneckerFactors.load(path)
     assert loaded["gate"].A is loaded["up"].A
-    assert loaded.digest() == found.digest()
+    assert loaded.digest() == factors.digest()
     opened = KroneckerFactors.open(path)
     gate, up = opened["gate"], opened["up"]
     assert gate.A is up.A
-    assert torch.equal(opened["up"].A, found["up"].A)
-    assert loaded["up"].A_error == found["up"].A_error
+    assert torch.equal(opened["up"].A, factors["up"].A)
+    assert loaded["up"].A_error == factors["up"].A_error
     loaded.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
-    separate = KroneckerFactors({"up": found["up"], "down": found["down"]})
+    separate = KroneckerFactors({"up": factors["up"], "down": factors["down"]})
     separate.save(tmp_path / "one.safetensors")
     with safe_open(tmp_path / "one.safetensors", "pt") as file:
         assert json.loads(file.metadata()["lightning_curvature.factors"])["version"] == 1  # as earlier versions read
@@ -65,9 +65,9 @@ def test_an_opened_file_never_takes_one_layer_for_another(tmp_path):
         for name, layer in factors.items():
             assert torch.equal(again[name].A, layer.A)
             torch.testing.assert_close(merged[name].A, layer.A)
-        for found in (again, merged):
-            assert found.tied_inputs() == tied
-            assert found["last"].A is found["blocks.0.fc"].A
+        for written in (again, merged):
+            assert written.tied_inputs() == tied
+            assert written["last"].A is written["blocks.0.fc"].A
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "f.safetensors").read_bytes()
 
 
@@ -86,11 +86,11 @@ def test_an_edit_with_an_opened_file_takes_the_factors_of_each_layer(tmp_path):
 
 
 def test_merged_factors_share():
-    one, two, both = (
+    first, second, both = (
         gathered(Gated(), data, fisher="empirical")
         for data in (batches(), batches(seed=5), batches() + batches(seed=5))
     )
-    merged = one.merge(two)
+    merged = first.merge(second)
     assert merged["gate"].A is merged["up"].A
     same(merged, both)
     assert 0.5 < merged["gate"].A_error / both["gate"].A_error < 2

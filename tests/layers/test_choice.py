@@ -13,9 +13,9 @@ from tests.support.blocks import both, experts, lin, mlp_in_out, named, resolve_
 
 @pytest.fixture
 def messages(monkeypatch):
-    found = []
-    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_info", found.append)
-    return found
+    told = []
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_info", told.append)
+    return told
 
 
 def test_weights_that_are_read_without_a_call_are_left_out_and_named(messages):

@@ -9,7 +9,7 @@ from tests.support.hf_builders import BERT_SIZES, VISION_SIZES, V, clip_inputs, 
 _SELF = "attention.(self.(query|key|value)|output.dense)"
 
 
-def bert(kind, inside, head, other="", **changes):
+def bert(kind, inside, head, linear="", **changes):
     return Case(
         lambda: encoder(kind, **changes),
         text,
@@ -18,7 +18,7 @@ def bert(kind, inside, head, other="", **changes):
         "#.intermediate.dense #.output.dense",
         f"#.{_SELF}",
         "1.output.dense",
-        f"/{head} {other}",
+        f"/{head} {linear}",
     )
 
 

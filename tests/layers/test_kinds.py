@@ -184,18 +184,21 @@ def test_weights_of_torchao(kind):
     assert re.search(rf"packed or quantized \({type(layer.weight).__name__}, torch.float32\)", refusal(layer))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_the_remedies_work():
-    for wrap, remedy in [
+@pytest.mark.parametrize(
+    ("wrap", "remedy"),
+    [
         (nn.utils.weight_norm, nn.utils.remove_weight_norm),
         (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
         (parametrizations.weight_norm, lambda m: parametrize.remove_parametrizations(m, "weight")),
         (lambda m: prune.l1_unstructured(m, "weight", 0.5), lambda m: prune.remove(m, "weight")),
-    ]:
-        layer = wrap(nn.Linear(4, 3))
-        assert refusal(layer)
-        remedy(layer)
-        assert is_editable(layer)
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_the_remedies_work(wrap, remedy):
+    layer = wrap(nn.Linear(4, 3))
+    assert refusal(layer)
+    remedy(layer)
+    assert is_editable(layer)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")

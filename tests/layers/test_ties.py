@@ -15,7 +15,7 @@ NO_MEMORY = {
 
 @pytest.mark.parametrize("kind", NO_MEMORY)
 def test_what_has_no_memory_of_its_own_shares_nothing_but_with_itself(kind):
-    one, two = NO_MEMORY[kind](), NO_MEMORY[kind]()
-    if one is not None:
-        assert find_tie({"one": one, "two": two, "three": torch.ones(6, 6)}) is None
-    assert find_tie({"one": one, "two": torch.ones(6, 6), "three": one}) == ("one", "three")
+    tensor, separate = NO_MEMORY[kind](), NO_MEMORY[kind]()
+    if tensor is not None:
+        assert find_tie({"one": tensor, "two": separate, "three": torch.ones(6, 6)}) is None
+    assert find_tie({"one": tensor, "two": torch.ones(6, 6), "three": tensor}) == ("one", "three")

@@ -47,8 +47,8 @@ def test_two_ranks_agree_with_one(case):
     inputs = case.inputs(1)
     whole = feed(case.metric(), inputs, 23)
     mine = feed(case.metric(), [value[:4] for value in inputs], 4)
-    other = feed(case.metric(), [value[4:] for value in inputs], 5)
-    others = iter([other.total, other.count])  # what the other rank sends, in the order in which states are gathered
+    second = feed(case.metric(), [value[4:] for value in inputs], 5)
+    others = iter([second.total, second.count])  # what the other rank sends, in the order in which states are gathered
     mine.sync(dist_sync_fn=lambda state, group: [state, next(others)], distributed_available=lambda: True)
     assert mine.count == whole.count
     assert (mine.total.dtype, mine.count.dtype) == (case.dtype, torch.int64)

@@ -18,10 +18,10 @@ from tests.support.metric_cases import CASES, scored_tokens
 @pytest.mark.parametrize("seed", range(2))
 def test_min_k_of_each_sequence(percent, seed):
     logits, target = scored_tokens(seed)
-    found = F.min_k_scores(logits, target, percent / 100)
+    scores = F.min_k_scores(logits, target, percent / 100)
     expected = slow.min_k_scores(logits.tolist(), target.tolist(), percent, -100)
     assert expected[11] is None
-    assert_close(found, torch.tensor([math.nan if v is None else v for v in expected]).double(), equal_nan=True)
+    assert_close(scores, torch.tensor([math.nan if v is None else v for v in expected]).double(), equal_nan=True)
 
 
 def test_the_share_of_tokens_is_rounded_up_but_not_for_rounding_errors():
@@ -57,9 +57,9 @@ def test_half_precision_logits_lose_only_their_own_rounding(dtype):
     logits, target = scored_tokens(0)
     logits = logits.to(dtype)
     for name in ("min-k", "perplexity"):
-        found = CASES[name].twin(logits, target)
-        assert found.dtype == torch.float64
-        assert float(found) == pytest.approx(CASES[name].reference(logits.double(), target), rel=1e-6)
+        measured = CASES[name].twin(logits, target)
+        assert measured.dtype == torch.float64
+        assert float(measured) == pytest.approx(CASES[name].reference(logits.double(), target), rel=1e-6)
     baseline = (logits + torch.arange(17, dtype=dtype)).contiguous()
     expected = F.ranking_overlap(logits, baseline.topk(10).indices)
     assert_close(F.ranking_overlap(logits, baseline), expected)
@@ -85,14 +85,14 @@ def test_scored_tokens_are_checked(name, through):
     case = CASES[name]
     call = case.metric().update if through == "class" else case.twin
     logits, ids = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
-    for scores, target, found in (
+    for scores, target, message in (
         (logits, ids[:, 1:], r"logits \[\.\.\., V\] and target \[\.\.\.\], found \[2, 3, 5\] and \[2, 2\]"),
         (logits.long(), ids, "found torch.int64 and torch.int64"),
         (logits, ids.int(), "found torch.float32 and torch.int32"),
         (logits, ids + 5, r"ids in \[0, 5\), found 5\. .* ignore_index, here -100"),
         (logits, ids - 1, r"ids in \[0, 5\), found -1\."),
     ):
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=message):
             call(scores, target)
 
 

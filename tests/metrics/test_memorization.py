@@ -16,22 +16,22 @@ from tests.support.metric_cases import CASES, token_pairs
 @pytest.mark.parametrize("seed", range(4))
 def test_prefix_of_each_sequence(seed):
     preds, target = token_pairs(seed)
-    found = F.longest_exact_prefix(preds, target)
-    assert found.dtype == torch.int64
-    assert found.tolist() == slow.longest_exact_prefix(preds.tolist(), target.tolist())
-    assert {0, 12} <= set(found.tolist())
+    lengths = F.longest_exact_prefix(preds, target)
+    assert lengths.dtype == torch.int64
+    assert lengths.tolist() == slow.longest_exact_prefix(preds.tolist(), target.tolist())
+    assert {0, 12} <= set(lengths.tolist())
 
 
-def test_a_similarity_at_the_threshold_counts_whatever_the_rounding():
-    for length in (3, 6, 7, 10, 12, 48, 49, 100):
-        target = torch.arange(length)[None]
-        for wrong in range(length):
-            preds = target.clone()
-            preds[0, :wrong] = -1
-            for threshold in ((length - wrong) / length, 1 - wrong / length):
-                assert F.loose_memorization(preds, target, threshold) == 1
-                if wrong:
-                    assert F.loose_memorization(preds, target, threshold + 1e-6) == 0
+@pytest.mark.parametrize("length", [3, 6, 7, 10, 12, 48, 49, 100])
+def test_a_similarity_at_the_threshold_counts_whatever_the_rounding(length):
+    target = torch.arange(length)[None]
+    for wrong in range(length):
+        preds = target.clone()
+        preds[0, :wrong] = -1
+        for threshold in ((length - wrong) / length, 1 - wrong / length):
+            assert F.loose_memorization(preds, target, threshold) == 1
+            if wrong:
+                assert F.loose_memorization(preds, target, threshold + 1e-6) == 0
 
 
 def test_twelve_of_48_wrong_tokens_are_still_loosely_memorized():
@@ -57,10 +57,12 @@ def test_large_and_negative_ids():
     assert F.normalized_edit_distance(target, target) == 0
 
 
-def test_extraction_strength_looks_at_the_end():
+@pytest.mark.parametrize(
+    ("preds", "expected"), [([1, 2, 3, 4], 1.0), ([9, 2, 3, 4], 0.75), ([9, 2, 9, 4], 0.25), ([1, 2, 3, 9], 0.0)]
+)
+def test_extraction_strength_looks_at_the_end(preds, expected):
     target = torch.tensor([[1, 2, 3, 4]])
-    for preds, expected in (([1, 2, 3, 4], 1.0), ([9, 2, 3, 4], 0.75), ([9, 2, 9, 4], 0.25), ([1, 2, 3, 9], 0.0)):
-        assert F.extraction_strength(torch.tensor([preds]), target) == expected
+    assert F.extraction_strength(torch.tensor([preds]), target) == expected
 
 
 @pytest.mark.parametrize("name", ["strict", "loose", "edit", "extraction", "prefix"])
@@ -69,14 +71,14 @@ def test_token_pairs_are_checked(name, through):
     case = CASES[name]
     call = case.metric().update if through == "class" else case.twin
     ids = torch.zeros(2, 3, dtype=torch.int64)
-    for preds, target, found in (
+    for preds, target, message in (
         (ids[:, :2], ids, r"\[2, 2\] and \[2, 3\]\. Fill shorter sequences .* -1"),
         (ids[0], ids[0], r"L >= 1, found \[3\] and \[3\]"),
         (ids[:, :0], ids[:, :0], r"L >= 1, found \[2, 0\] and \[2, 0\]"),
         (ids.int(), ids, r"found torch.int32 and torch.int64\. Take the argmax"),
         (ids, ids.float(), "found torch.int64 and torch.float32"),
     ):
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=message):
             call(preds, target)
 
 

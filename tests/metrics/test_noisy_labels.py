@@ -18,11 +18,11 @@ def test_against_a_loop_and_in_batches(seed):
     metric = NoisyLabelAccuracy()
     for part in torch.arange(50).split(7):
         metric.update(logits[part], noised[part], clean[part])
-    for found in (noisy_label_accuracy(logits, noised, clean), metric.compute()):
-        assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
-    two = NoisyLabelAccuracy()
-    two.update(logits[:20], noised[:20], clean[:20])
-    assert metric.counts.dtype == two.counts.dtype == torch.int64
+    for rates in (noisy_label_accuracy(logits, noised, clean), metric.compute()):
+        assert {name: float(value) for name, value in rates.items()} == pytest.approx(expected)
+    partial = NoisyLabelAccuracy()
+    partial.update(logits[:20], noised[:20], clean[:20])
+    assert metric.counts.dtype == partial.counts.dtype == torch.int64
     assert metric.higher_is_better is None
 
 

@@ -34,7 +34,7 @@ def test_rankings_from_identical_to_disjoint():
 
 def test_rankings_are_checked():
     logits, ids = torch.zeros(2, 3, 5), torch.tensor([0, 1]).expand(2, 3, 2)
-    for scores, baseline, k, found in (
+    for scores, baseline, k, message in (
         (logits, logits, 6, r"at least k=6 tokens, found \[2, 3, 5\]\. Choose k of at most 5"),
         (logits.long(), ids, 2, r"floating logits \[\.\.\., V\], found torch.int64 \[2, 3, 5\]"),
         (torch.tensor(0.0), ids, 2, r"found torch.float32 \[\]"),
@@ -47,9 +47,9 @@ def test_rankings_are_checked():
         (logits, ids - 1, 2, "Are they of another vocabulary, or padded"),
         (logits, torch.zeros_like(ids), 2, "2 distinct baseline token ids"),
     ):
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=message):
             F.ranking_overlap(scores, baseline, k)
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=message):
             RankingOverlap(k).update(scores, baseline)
     for call in (lambda: RankingOverlap(0), lambda: F.ranking_overlap(logits, logits, 0)):
         with pytest.raises(ValueError, match="k must be an integer of at least 1, found 0"):

@@ -27,8 +27,9 @@ def test_normalize_answer(text, expected):
     assert F.normalize_answer(expected) == expected
 
 
-def test_answers_are_checked():
-    for preds, answers, found in (
+@pytest.mark.parametrize(
+    ("preds", "answers", "message"),
+    [
         (["Oslo"], ["Oslo"], r"answers\[0\] must be a list .* found the string 'Oslo'\. Write \['Oslo'\]"),
         (["Oslo", "Nile"], [["Oslo"], []], r"answers\[1\] is empty, .* leave the question out"),
         (["Oslo"], [], "found 1 predictions and 0 lists of answers"),
@@ -36,7 +37,9 @@ def test_answers_are_checked():
         (["Oslo"], "O", "answers must be a list .* found the string 'O'"),
         ([7], [["Oslo"]], r"Expected an answer as a string, found 7\. Decode token ids first"),
         (["Oslo"], [[b"Oslo"]], "found b'Oslo'"),
-    ):
-        for call in (F.recall_accuracy, RecallAccuracy().update):
-            with pytest.raises(ValueError, match=found):
-                call(preds, answers)
+    ],
+)
+def test_answers_are_checked(preds, answers, message):
+    for call in (F.recall_accuracy, RecallAccuracy().update):
+        with pytest.raises(ValueError, match=message):
+            call(preds, answers)

@@ -26,8 +26,8 @@ any_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def value(metric):
-    found = metric.compute()
-    return {key: float(rate) for key, rate in (found if isinstance(found, dict) else {"": found}).items()}
+    computed = metric.compute()
+    return {key: float(rate) for key, rate in (computed if isinstance(computed, dict) else {"": computed}).items()}
 
 
 def forward(metric, inputs, size):
@@ -75,14 +75,14 @@ def test_a_metric_used_in_inference_mode_goes_on_outside(kind, before, copied):
     elif copied == "saved":
         saved(metric, None)
     for later in (feed, forward):
-        for one in (metric, expected):
-            if before == "sync" and one._is_synced:
-                one.unsync()
-            later(one, inputs(1), 9)
+        for used in (metric, expected):
+            if before == "sync" and used._is_synced:
+                used.unsync()
+            later(used, inputs(1), 9)
     assert value(metric) == pytest.approx(value(expected), nan_ok=True)
-    for one in (metric, expected):
-        one.reset()
-        feed(one, inputs(2), 9)
+    for used in (metric, expected):
+        used.reset()
+        feed(used, inputs(2), 9)
     with torch.inference_mode():
         assert value(metric) == pytest.approx(value(expected), nan_ok=True)
 
@@ -116,9 +116,9 @@ def added(metrics):
 def loaded(metrics):
     collection = MetricCollection(metrics)
     collection.persistent(True)
-    other = collection.clone()
-    other.load_state_dict(collection.state_dict())
-    return other
+    clone = collection.clone()
+    clone.load_state_dict(collection.state_dict())
+    return clone
 
 
 MADE = {
@@ -133,10 +133,10 @@ MADE = {
 
 
 @pytest.mark.parametrize("made", MADE)
-@pytest.mark.parametrize(("call", "one", "two"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
-def test_metrics_of_a_collection_are_what_they_are_alone(call, one, two, made):
+@pytest.mark.parametrize(("call", "first", "second"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def test_metrics_of_a_collection_are_what_they_are_alone(call, first, second, made):
     inputs = CALLS[call][0]
-    alone = [KINDS[one][0](), KINDS[two][0]()]
+    alone = [KINDS[first][0](), KINDS[second][0]()]
     together = MADE[made](dict(zip(("first", "second"), (metric.clone() for metric in alone), strict=True)))
     batches = [[part[:0] for part in inputs(0)], inputs(1), inputs(2)]  # after the first all states are zeros
     for use in ("update", "forward", "update", "reset and update", "load and update"):
@@ -170,14 +170,18 @@ def test_states_are_shared_by_metrics_that_mean_the_same_and_only_by_those():
 
 @pytest.mark.skipif(not hasattr(StrictMemorization, "merge_state"), reason="needs torchmetrics 1.6")
 def test_states_of_metrics_that_mean_something_else_are_not_merged():
-    one, same, other = (feed(LooseMemorization(t), token_pairs(0), 9) for t in (0.75, 0.75, 0.5))
-    expected = one.compute()
-    one.merge_state(same)
-    assert one.count == 2 * same.count
-    assert one.compute() == expected
-    for foreign in (other, other.metric_state, feed(StrictMemorization(), token_pairs(0), 9).metric_state):
+    metric, same, another_threshold = (feed(LooseMemorization(t), token_pairs(0), 9) for t in (0.75, 0.75, 0.5))
+    expected = metric.compute()
+    metric.merge_state(same)
+    assert metric.count == 2 * same.count
+    assert metric.compute() == expected
+    for foreign in (
+        another_threshold,
+        another_threshold.metric_state,
+        feed(StrictMemorization(), token_pairs(0), 9).metric_state,
+    ):
         with pytest.raises(ValueError, match="LooseMemorization_threshold_0_75 to be present"):
-            one.merge_state(foreign)
+            metric.merge_state(foreign)
 
 
 def test_states_without_a_mark_are_loaded():

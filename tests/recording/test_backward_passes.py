@@ -33,11 +33,11 @@ def test_chunks_that_are_backpropagated_one_by_one(kind):
             F.cross_entropy(model(xc).flatten(0, 1), yc.flatten()).backward()
 
     options = {"fisher": kind, "draws": 500 if kind == "sketched" else 1}
-    found = run(model, work, **options).factors()["fc"]
+    layer = run(model, work, **options).factors()["fc"]
     whole = factors(model, lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten()), **options)
-    assert found.num_inputs == 12
-    torch.testing.assert_close(found.A, whole.A)
-    assert (found.G - whole.G).norm() < (0.25 if kind == "sketched" else 1e-9) * whole.G.norm()
+    assert layer.num_inputs == 12
+    torch.testing.assert_close(layer.A, whole.A)
+    assert (layer.G - whole.G).norm() < (0.25 if kind == "sketched" else 1e-9) * whole.G.norm()
 
 
 @pytest.mark.parametrize("kind", ["exact", "empirical", "sketched"])
@@ -60,14 +60,14 @@ def test_a_detached_trunk_whose_gradient_is_handed_on(kind, parts, layers):
         h.backward(torch.cat([copy.grad for copy in copies], 1))
 
     options = {"fisher": kind, "draws": 500 if kind == "sketched" else 1, "layers": layers}
-    found = run(model, work, **options).factors()
-    assert list(found) == ["fc"]
-    assert found["fc"].num_inputs == 12
+    collected = run(model, work, **options).factors()
+    assert list(collected) == ["fc"]
+    assert collected["fc"].num_inputs == 12
     expected = exact_gradient_factor(model, x, [head(model)])
     if kind == "empirical":
         plain = lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # noqa: E731
         expected = factors(model, plain, fisher=kind).G
-    assert (found["fc"].G - expected).norm() < (0.25 if kind == "sketched" else 1e-9) * expected.norm()
+    assert (collected["fc"].G - expected).norm() < (0.25 if kind == "sketched" else 1e-9) * expected.norm()
 
 
 def test_a_detached_trunk_that_gets_no_gradient_is_told():
@@ -81,8 +81,9 @@ def test_a_detached_trunk_that_gets_no_gradient_is_told():
         run(model, work)
 
 
+@pytest.mark.parametrize("layers", [["fc"], "last-mlp"], ids=["pattern", "preset"])
 @pytest.mark.parametrize("order", ["first", "last"])
-def test_backward_passes_of_other_losses_are_passed_over(order):
+def test_backward_passes_of_other_losses_are_passed_over(layers, order):
     """An adversary with a binary loss, before or after: neither its layers nor its passes count."""
     model, (x, y) = Net().double(), tokens()
     model.critic = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 1)).double()
@@ -93,14 +94,13 @@ def test_backward_passes_of_other_losses_are_passed_over(order):
     def criticize():
         F.binary_cross_entropy_with_logits(model.critic(x), torch.ones(3, 4, 1).double()).backward()
 
-    for layers in (["fc"], "last-mlp"):
-        work = [criticize, classify] if order == "first" else [classify, criticize]
-        collector = run(model, lambda work=work: [each() for each in work], layers=layers)
-        assert collector.chosen == ["fc"]
-        torch.testing.assert_close(collector.factors()["fc"].G, exact_gradient_factor(model, x, [head(model)]))
-        ((reason, count),) = collector.network.left_out.items()
-        assert count == 1
-        assert "'binary_cross_entropy_with_logits'" in reason
+    work = [criticize, classify] if order == "first" else [classify, criticize]
+    collector = run(model, lambda: [each() for each in work], layers=layers)
+    assert collector.chosen == ["fc"]
+    torch.testing.assert_close(collector.factors()["fc"].G, exact_gradient_factor(model, x, [head(model)]))
+    ((reason, count),) = collector.network.left_out.items()
+    assert count == 1
+    assert "'binary_cross_entropy_with_logits'" in reason
 
 
 def test_backward_passes_of_two_outputs_are_refused_in_either_order():

@@ -74,11 +74,11 @@ def run(model, x, y, layer, **options):
     return collect(model, list(zip(x.split(4), y.split(4), strict=True)), step, **options)[layer]
 
 
-def check(found, model, x, layer, vectors, positions="all"):
+def check(factors, model, x, layer, vectors, positions="all"):
     A, G, count = reference.factors(model, model.get_submodule(layer), x, vectors, positions)
-    assert found.num_inputs == found.num_gradients == count
-    torch.testing.assert_close(found.A, A, rtol=1e-6, atol=1e-12)
-    torch.testing.assert_close(found.G, G, rtol=1e-6, atol=1e-12)
+    assert factors.num_inputs == factors.num_gradients == count
+    torch.testing.assert_close(factors.A, A, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(factors.G, G, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,7 +105,7 @@ def test_random_factors_with_given_draws(case, kind, monkeypatch):
         return original(loss, v, calls)
 
     monkeypatch.setattr(fisher, "_backward", recorded)
-    found = run(model, x, y, layer, fisher=kind, draws=3)
+    factors = run(model, x, y, layer, fisher=kind, draws=3)
     monkeypatch.undo()
     positions = y[0].numel()
     draws = [torch.cat([seeds[batch * 3 + draw] for batch in range(2)]).view(len(x), positions, 3) for draw in range(3)]
@@ -114,7 +114,7 @@ def test_random_factors_with_given_draws(case, kind, monkeypatch):
         for draw in draws:
             yield draw[index].view_as(logits) / 3**0.5
 
-    check(found, model, x, layer, vectors)
+    check(factors, model, x, layer, vectors)
     p = model(x).detach().softmax(-1).view(len(x), positions, 3)
     for draw in draws:
         torch.testing.assert_close(draw.sum(-1), torch.zeros(len(x), positions, dtype=torch.float64))
@@ -240,12 +240,12 @@ def test_flattened_tokens_are_not_taken_for_independent_examples(fisher_kind):
     torch.manual_seed(0)
     model = Flattened().double()
     x, y = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(3, (3, 4))
-    found = run(model, x, y, "fc1", fisher=fisher_kind)
+    factors = run(model, x, y, "fc1", fisher=fisher_kind)
     if fisher_kind == "exact":
-        check(found, model, x, "fc1", reference.exact_vectors)
+        check(factors, model, x, "fc1", reference.exact_vectors)
     if fisher_kind == "empirical":
-        check(found, model, x, "fc1", reference.label_vectors(y))
-    assert found.num_inputs == 12
+        check(factors, model, x, "fc1", reference.label_vectors(y))
+    assert factors.num_inputs == 12
 
 
 def test_exact_is_refused_above_its_limit(monkeypatch):
@@ -282,9 +282,9 @@ def test_half_precision_gradients_do_not_vanish():
         step = lambda batch: F.cross_entropy(model(batch[0]).float(), batch[1])  # noqa: E731
         return collect(model, [(x, y)], step, layers=["fc"], fisher="exact")["fc"]
 
-    found, expected = factors(half), factors(full)
-    assert found.num_inputs == 8
-    torch.testing.assert_close(found.G.double(), expected.G.double(), rtol=0.05, atol=1e-16)
+    in_half, expected = factors(half), factors(full)
+    assert in_half.num_inputs == 8
+    torch.testing.assert_close(in_half.G.double(), expected.G.double(), rtol=0.05, atol=1e-16)
 
 
 def test_wrong_kind_is_an_error():

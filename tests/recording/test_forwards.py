@@ -224,17 +224,17 @@ def test_it_is_told_in_half_precision_and_under_autocast(kind, width):
         assert check_forward(plain, x, plain(x)) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [8, 512, 8192])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_rounding_is_no_difference(width, offset):
+def test_rounding_is_no_difference(dtype, width, offset):
     """Neither long sums nor sums of terms of one sign, nor ones that cancel."""
-    for dtype in (torch.float32, torch.bfloat16):
-        layer = nn.Linear(width, 16).to(dtype)
-        x = (torch.randn(70, width) + offset).to(dtype)
-        assert check_forward(layer, x, layer(x)) is None
-        assert check_forward(layer, x.T.contiguous().T, layer(x)) is None
-        nn.init.constant_(layer.weight, 0.01)
-        assert check_forward(layer, x, layer(x)) is None
+    layer = nn.Linear(width, 16).to(dtype)
+    x = (torch.randn(70, width) + offset).to(dtype)
+    assert check_forward(layer, x, layer(x)) is None
+    assert check_forward(layer, x.T.contiguous().T, layer(x)) is None
+    nn.init.constant_(layer.weight, 0.01)
+    assert check_forward(layer, x, layer(x)) is None
 
 
 class Widened(nn.Linear):
@@ -294,8 +294,8 @@ def test_values_that_are_not_finite_are_passed_over():
     layer, x = nn.Linear(24, 16), linear_input()
     x[0, 0], x[1, 0, 3] = math.inf, math.nan
     assert check_forward(layer, x, layer(x)) is None
-    other = Activated(24, 16)
-    assert check_forward(other, x, other(x)) is not None
+    activated = Activated(24, 16)
+    assert check_forward(activated, x, activated(x)) is not None
 
 
 def test_zero_tells_nothing_of_an_own_forward():

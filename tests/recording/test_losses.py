@@ -51,8 +51,8 @@ def test_named_logits_of_a_submodule_and_of_a_method():
     model, (x, y) = Hidden(), data()
     expected = gather(model, lambda _: F.cross_entropy(model.net(x), y), layers=["net.2"], fisher="exact")
     for name in ("net.4", "net", "logits"):
-        found = gather(model, lambda _: model.loss(x, y), layers=["net.2"], fisher="exact", logits=name)
-        same(found, expected)
+        factors = gather(model, lambda _: model.loss(x, y), layers=["net.2"], fisher="exact", logits=name)
+        same(factors, expected)
     model.logits = model.logits  # an own attribute comes back too
     gather(model, lambda _: model.loss(x, y), layers=["net.2"], fisher="exact", logits="logits")
     assert model.logits.__name__ == "logits"

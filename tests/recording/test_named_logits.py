@@ -85,6 +85,7 @@ def test_a_class_dimension_that_cannot_be_told_is_asked_for():
         factors(model, lambda: Hidden.apply(model(x)), logits="head", class_dim=3)
 
 
+@pytest.mark.parametrize("kind", ["exact", "sketched", "sampled"])
 @pytest.mark.parametrize(
     ("out", "loss", "message"),
     [
@@ -98,11 +99,10 @@ def test_a_class_dimension_that_cannot_be_told_is_asked_for():
         (1, lambda z: z.log_softmax(-1).mean(), "one class only, whose softmax is always 1"),
     ],
 )
-def test_named_logits_of_losses_that_have_no_softmax_are_refused(out, loss, message):
+def test_named_logits_of_losses_that_have_no_softmax_are_refused(kind, out, loss, message):
     model, (x, _) = Net(out=out).double(), tokens()
-    for kind in ("exact", "sketched", "sampled"):
-        with pytest.raises(RuntimeError, match=message):
-            factors(model, lambda: loss(model(x)), logits="head", class_dim=-1, fisher=kind)
+    with pytest.raises(RuntimeError, match=message):
+        factors(model, lambda: loss(model(x)), logits="head", class_dim=-1, fisher=kind)
 
 
 def test_named_logits_select_the_loss_that_is_seen():
@@ -177,9 +177,9 @@ def test_every_way_of_taking_positions_hands_logits_on():
     for name, way in ways.items():
         parts = lambda way=way: [part.reshape(-1, 4) for part in way(model(x))]  # noqa: E731
         step = lambda parts=parts: sum(F.cross_entropy(z, torch.zeros(len(z)).long()) for z in parts())  # noqa: E731
-        found = factors(model, step)
-        assert found.num_inputs == 12, name
-        torch.testing.assert_close(found.G, expected, rtol=1e-5, atol=1e-6, msg=name)
+        layer = factors(model, step)
+        assert layer.num_inputs == 12, name
+        torch.testing.assert_close(layer.G, expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_views_that_overlap_are_refused():

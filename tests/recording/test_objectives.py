@@ -36,20 +36,20 @@ def in_two_forward_passes(model, x, y):
 @pytest.mark.parametrize("kind", ["exact", "sketched"])
 def test_losses_of_one_head_on_disjoint_positions_are_one_loss(loss, named, kind):
     model, (x, y) = Net().double(), tokens()
-    found = factors(model, lambda: loss(model, x, y), logits=named, fisher=kind, draws=1 if kind == "exact" else 500)
+    layer = factors(model, lambda: loss(model, x, y), logits=named, fisher=kind, draws=1 if kind == "exact" else 500)
     expected = exact_gradient_factor(model, x, [head(model)])
-    assert found.num_inputs == found.num_gradients == 12
+    assert layer.num_inputs == layer.num_gradients == 12
     a = x.reshape(-1, 5)
-    torch.testing.assert_close(found.A, a.T @ a / 12)
-    assert (found.G - expected).norm() < (1e-9 if kind == "exact" else 0.25) * expected.norm()
+    torch.testing.assert_close(layer.A, a.T @ a / 12)
+    assert (layer.G - expected).norm() < (1e-9 if kind == "exact" else 0.25) * expected.norm()
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_empirical_in_chunks_is_empirical_as_a_whole(reduction):
     model, (x, y) = Net().double(), tokens()
-    found = factors(model, lambda: in_chunks(model, x, y, reduction), fisher="empirical")
+    chunked = factors(model, lambda: in_chunks(model, x, y, reduction), fisher="empirical")
     whole = factors(model, lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten()), fisher="empirical")
-    torch.testing.assert_close(found.G, whole.G)
+    torch.testing.assert_close(chunked.G, whole.G)
 
 
 def test_empirical_refuses_chunks_of_different_weight():
@@ -86,13 +86,13 @@ def test_mixed_labels_are_one_softmax(cast):
 def test_two_softmaxes_of_the_same_outputs_are_refused():
     model, (x, y) = Net().double(), tokens()
     labels = y.flatten()
-    for other in (lambda z: z[:, :2], lambda z: z[:9], torch.t):
+    for second_logits in (lambda z: z[:, :2], lambda z: z[:9], torch.t):
         with pytest.raises(RuntimeError, match="2 softmax losses read the same outputs in different ways"):
             factors(
                 model,
-                lambda other=other: (
+                lambda second_logits=second_logits: (
                     F.cross_entropy(z := model(x).flatten(0, 1), labels)
-                    + F.cross_entropy(other(z), labels[: len(other(z))] % 2)
+                    + F.cross_entropy(second_logits(z), labels[: len(second_logits(z))] % 2)
                 ),
             )
     warm = lambda z: F.cross_entropy(z / 2, labels) + F.cross_entropy(z / 4, labels)  # noqa: E731
@@ -120,13 +120,13 @@ def test_losses_of_different_outputs_are_refused():
     model, (x, y) = Net().double(), tokens()
     second = nn.Linear(6, 4).double()
 
-    def step(other):
+    def step(second_head):
         h = torch.tanh(model.fc(x))
-        return F.cross_entropy(model.head(h).flatten(0, 1), y.flatten()) + F.cross_entropy(other(h), y.flatten())
+        return F.cross_entropy(model.head(h).flatten(0, 1), y.flatten()) + F.cross_entropy(second_head(h), y.flatten())
 
-    for other in (lambda h: second(h).flatten(0, 1), lambda h: 2 * model.head(h).flatten(0, 1)):
+    for second_head in (lambda h: second(h).flatten(0, 1), lambda h: 2 * model.head(h).flatten(0, 1)):
         with pytest.raises(RuntimeError, match=r"2 softmax losses reach the training loss .* logits='...'"):
-            factors(model, lambda other=other: step(other))
+            factors(model, lambda second_head=second_head: step(second_head))
     # The advice works: the named output counts.
     model.second = second
     expected = exact_gradient_factor(model, x, [head(model)])
@@ -165,9 +165,9 @@ def test_positions_of_weight_zero_do_not_count(loss, kind):
     model, (x, y) = Net().double(), tokens()
     y = y % 3
     ignored = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
-    found = factors(model, lambda: loss(model(x), y, ignored), fisher=kind)
+    layer = factors(model, lambda: loss(model(x), y, ignored), fisher=kind)
     labels = y.masked_fill(ignored, -100).flatten()
     plain = factors(model, lambda: F.cross_entropy(model(x).flatten(0, 1), labels), fisher=kind)
-    assert found.num_inputs == plain.num_inputs == 9
-    torch.testing.assert_close(found.A, plain.A)
-    torch.testing.assert_close(found.G, plain.G)
+    assert layer.num_inputs == plain.num_inputs == 9
+    torch.testing.assert_close(layer.A, plain.A)
+    torch.testing.assert_close(layer.G, plain.G)

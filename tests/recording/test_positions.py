@@ -16,21 +16,21 @@ def test_only_the_class_token_counts_in_the_last_block_of_a_vit():
     torch.manual_seed(0)
     model, (x, y) = models.vit(), images()
     step = lambda _: F.cross_entropy(model(x), y)  # noqa: E731
-    found = gather(model, step, layers=["blocks.*"], fisher="sketched")
+    factors = gather(model, step, layers=["blocks.*"], fisher="sketched")
     cls = gather(model, step, layers=["blocks.*"], fisher="sketched", positions="first")
     for name in ("blocks.1.fc1", "blocks.1.fc2", "blocks.1.attention.proj"):
-        assert (found[name].num_inputs, found[name].num_seen) == (12, 60)
-        torch.testing.assert_close(found[name].A, cls[name].A)
-        torch.testing.assert_close(found[name].G, cls[name].G)
+        assert (factors[name].num_inputs, factors[name].num_seen) == (12, 60)
+        torch.testing.assert_close(factors[name].A, cls[name].A)
+        torch.testing.assert_close(factors[name].G, cls[name].G)
     for name in ("blocks.0.fc2", "blocks.1.attention.qkv"):
-        assert found[name].num_inputs == 60
+        assert factors[name].num_inputs == 60
 
 
 def test_transformers_vit_finds_the_same_rule():
     torch.manual_seed(0)
     model, (x, y) = ViTForImageClassification(models.hf_vit_config()), images()
-    found = gather(model, lambda _: model(pixel_values=x[:, None], labels=y).loss, layers=["*.1.mlp.*"])
-    assert found["vit.layers.1.mlp.fc2"].num_inputs == 12
+    factors = gather(model, lambda _: model(pixel_values=x[:, None], labels=y).loss, layers=["*.1.mlp.*"])
+    assert factors["vit.layers.1.mlp.fc2"].num_inputs == 12
 
 
 class Padded(nn.Module):

@@ -65,25 +65,25 @@ def test_rows_of_several_lengths(kind):
     rows = [torch.randn(n, 5).double() for n in (3, 5, 2)]
     nested = lambda: torch.nested.nested_tensor(rows, layout=torch.jagged)  # noqa: E731
     together = lambda z: torch.cat(z.unbind())  # noqa: E731
-    found = factors(model, lambda: F.cross_entropy(together(model(nested())), y), fisher=kind)
+    layer = factors(model, lambda: F.cross_entropy(together(model(nested())), y), fisher=kind)
     plain = factors(model, lambda: F.cross_entropy(model(torch.cat(rows)), y), fisher=kind)
-    assert found.num_inputs == 10
-    torch.testing.assert_close(found.A, plain.A)
-    torch.testing.assert_close(found.G, plain.G)
+    assert layer.num_inputs == 10
+    torch.testing.assert_close(layer.A, plain.A)
+    torch.testing.assert_close(layer.G, plain.G)
     with pytest.raises(RuntimeError, match="reads rows of several lengths"):
         factors(model, lambda: F.cross_entropy(together(model(nested())), y), positions="first")
 
 
-def test_an_empty_batch():
+@pytest.mark.parametrize("kind", ["exact", "sketched", "sampled"])
+def test_an_empty_batch(kind):
     model = Net().double()
-    for kind in ("exact", "sketched", "sampled"):
-        x, y = torch.zeros(0, 5).double(), torch.zeros(0, dtype=torch.long)
-        found = collect(
-            model,
-            [x, torch.ones(2, 5).double()],
-            lambda x: F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long), reduction="sum"),
-            layers=["fc"],
-            fisher=kind,
-        )["fc"]
-        assert found.num_inputs == 2
-        assert len(y) == 0
+    x, y = torch.zeros(0, 5).double(), torch.zeros(0, dtype=torch.long)
+    layer = collect(
+        model,
+        [x, torch.ones(2, 5).double()],
+        lambda x: F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long), reduction="sum"),
+        layers=["fc"],
+        fisher=kind,
+    )["fc"]
+    assert layer.num_inputs == 2
+    assert len(y) == 0

@@ -106,11 +106,11 @@ def test_analyses_that_are_none(tmp_path, content, factors):
 
 
 def test_analyses_survive_the_file(tmp_path):
-    found = Analyses(
+    analyses = Analyses(
         bands=(BandComparison("fc", "svd", True, (1.0, 2.0), (0.5, 1.0), (2.0, 3.0)),),
         detection={"others": Detection({"a": 0.5}, {"a": (1.0, 2.0)}, {"a": (0.0,)})},
         windows={3: "text"},
     )
-    found.save(tmp_path)
-    assert Analyses.load(tmp_path) == found
+    analyses.save(tmp_path)
+    assert Analyses.load(tmp_path) == analyses
     assert json.loads((tmp_path / "analysis.json").read_text())["bands"][0]["layer"] == "fc"

@@ -58,8 +58,8 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def equal(one, two):
-    return one.digest() == two.digest() and one.provenance == two.provenance
+def equal(factors, expected):
+    return factors.digest() == expected.digest() and factors.provenance == expected.provenance
 
 
 def assert_edit_of(edited_path, original_path, factors, energy=0.85):
@@ -68,8 +68,8 @@ def assert_edit_of(edited_path, original_path, factors, energy=0.85):
     expected, _ = CurvatureEditor(energy).edit_state_dict(original["state_dict"], factors)
     assert all(torch.equal(value, expected[key]) for key, value in edited["state_dict"].items())
     assert any(not torch.equal(value, original["state_dict"][key]) for key, value in edited["state_dict"].items())
-    found = open_checkpoint(original_path)
-    assert edited[ENTRY]["source"] == content_hash(tensor_hashes(found.shapes(), found.read))
+    checkpoint = open_checkpoint(original_path)
+    assert edited[ENTRY]["source"] == content_hash(tensor_hashes(checkpoint.shapes(), checkpoint.read))
     assert edited[ENTRY]["factors"] == factors.digest()
     assert edited[ENTRY]["package"].startswith("lightning_curvature ")
 
@@ -167,20 +167,20 @@ def test_what_cannot_be_resumed_starts_anew_with_a_warning(tmp_path, monkeypatch
     assert resume() == 192
 
 
+@pytest.mark.parametrize("kind", [True, "link"])
 @pytest.mark.filterwarnings(NO_WARNING, "ignore:Checkpoint directory")
-def test_the_last_checkpoint_is_never_an_edited_one(tmp_path):
+def test_the_last_checkpoint_is_never_an_edited_one(kind, tmp_path):
     """Lightning takes the latest file whose name begins with "last"."""
 
-    def saver(kind):
+    def saver():
         return ModelCheckpoint(tmp_path / str(kind), save_last=kind, filename="{epoch}")
 
-    for kind in (True, "link"):
-        callback = KFACEditCallback()
-        run(tmp_path, callback, saver(kind))
-        resumed = KFACEditCallback()
-        trainer = run(tmp_path, resumed, saver(kind), ckpt_path="last", max_epochs=3)
-        assert trainer.ckpt_path == str(tmp_path / str(kind) / "last.ckpt")
-        assert resumed.factors["net.3"].num_inputs == 3 * 192
+    callback = KFACEditCallback()
+    run(tmp_path, callback, saver())
+    resumed = KFACEditCallback()
+    trainer = run(tmp_path, resumed, saver(), ckpt_path="last", max_epochs=3)
+    assert trainer.ckpt_path == str(tmp_path / str(kind) / "last.ckpt")
+    assert resumed.factors["net.3"].num_inputs == 3 * 192
 
 
 def test_a_failing_edit_does_not_cost_the_checkpoint(tmp_path):
@@ -365,7 +365,7 @@ def test_several_callbacks_in_one_trainer(loop, tmp_path):
     resumed = options()
     module = Probed()
     run(tmp_path, *resumed, module=module, ckpt_path=path, max_epochs=2, enable_checkpointing=False)
-    assert all(equal(one.factors, two.factors) for one, two in zip(resumed, together, strict=True))
+    assert all(equal(callback.factors, expected.factors) for callback, expected in zip(resumed, together, strict=True))
     assert "validation_step" not in vars(module)
 
 
@@ -374,9 +374,9 @@ def test_a_step_of_ones_own_comes_back(tmp_path):
     module = models.Validated()
     step = module.validation_step
     module.validation_step = lambda batch, batch_idx: step(batch, batch_idx)
-    own = module.validation_step
+    replacement = module.validation_step
     run(tmp_path, KFACEditCallback(loop="validation"), module=module, enable_checkpointing=False)
-    assert module.validation_step is own
+    assert module.validation_step is replacement
 
 
 def test_names_are_checked(tmp_path):

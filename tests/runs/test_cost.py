@@ -10,18 +10,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import peak_bytes
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.moments import block_columns, packed_size
+from lightning_curvature.collect.moments import packed_size
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.collect.sums import LayerSums
-from lightning_curvature.collect.tied_inputs import STATE_VERSION
 from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.recording import fisher, taps
 from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.recording.rows import BatchGradients
+from tests.support.peak import peak_bytes
 
 ROWS, IN, HIDDEN = 96, 256, 512
 NAMES = ["1.gate", "1.up", "1.down"]
@@ -139,9 +138,11 @@ def test_empirical_takes_no_backward_pass_of_its_own(step, monkeypatch):
 def test_a_frozen_pass_takes_no_weight_gradients(step):
     model, x, y = step.model, torch.randn(ROWS, IN), torch.randint(10, (ROWS,))
     forward = flops(lambda: F.cross_entropy(model(x), y))
-    found = flops(lambda: collect(model, [0], lambda _: F.cross_entropy(model(x), y), layers=NAMES, fisher="empirical"))
+    counted = flops(
+        lambda: collect(model, [0], lambda _: F.cross_entropy(model(x), y), layers=NAMES, fisher="empirical")
+    )
     check = checked(*(model.get_submodule(name) for name in NAMES))
-    assert found == forward + 2 * ROWS * (10 * IN + IN * HIDDEN) + PRODUCTS + check
+    assert counted == forward + 2 * ROWS * (10 * IN + IN * HIDDEN) + PRODUCTS + check
 
 
 class Waits(TorchDispatchMode):
@@ -223,11 +224,6 @@ def test_sums_and_factors_are_never_there_as_a_whole(step, monkeypatch):
     assert collector.sums == {}
 
 
-def test_the_layout_of_saved_sums_has_a_version():
-    """Sums of another layout would be read as nonsense: whoever changes it changes the version, and this test."""
-    assert (STATE_VERSION, block_columns(1000)) == (5, [(0, 256), (256, 512), (512, 768), (768, 1000)])
-
-
 # Shares of positions ------------------------------------------------------------------------------------------------
 
 
@@ -237,21 +233,21 @@ def test_a_share_of_the_positions(step):
     )
     step(whole)
     step(part)
-    found, want = part.factors(), whole.factors()
-    layer = found["1.gate"]
+    sampled, want = part.factors(), whole.factors()
+    layer = sampled["1.gate"]
     assert layer.num_inputs == layer.num_seen < 0.5 * ROWS
-    assert found["1.gate"].A is found["1.up"].A
-    assert {count.num_inputs for count in found.values()} == {layer.num_inputs}
-    assert found.provenance["share"] == 0.25
+    assert sampled["1.gate"].A is sampled["1.up"].A
+    assert {count.num_inputs for count in sampled.values()} == {layer.num_inputs}
+    assert sampled.provenance["share"] == 0.25
     assert "share" not in want.provenance
     again = Collector(step.model, CollectorOptions(layers=NAMES, share=0.25, positions="all"))
     step(again)
-    assert again.factors().digest() == found.digest()  # a batch that is repeated gives the same
+    assert again.factors().digest() == sampled.digest()  # a batch that is repeated gives the same
     A = torch.zeros(IN, IN)
     for seed in range(60):
-        one = Collector(step.model, CollectorOptions(layers=["1.gate"], share=0.25, positions="all", seed=seed))
-        step(one)
-        A += one.factors()["1.gate"].A / 60
+        collector = Collector(step.model, CollectorOptions(layers=["1.gate"], share=0.25, positions="all", seed=seed))
+        step(collector)
+        A += collector.factors()["1.gate"].A / 60
     assert float((A - want["1.gate"].A).norm() / want["1.gate"].A.norm()) < 0.5 * float(
         (layer.A - want["1.gate"].A).norm() / want["1.gate"].A.norm()
     )

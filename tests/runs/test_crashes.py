@@ -10,7 +10,7 @@ import pytest
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.storage import atomic
 from tests.support import processes
-from tests.support.saved import EDITOR, FORMATS, content_hash, factors, hashes, source, target
+from tests.support.saved import EDITOR, FORMATS, factors, hashes, saved_hash, source, target
 
 
 def edit_until_killed(source, factors, target, when):
@@ -37,7 +37,7 @@ def test_a_killed_process_leaves_the_old_or_the_new(saved_model, tmp_path, kind)
     else:
         shutil.copy(source(saved_model, kind), out)
     # The archive of a .ckpt holds the random name of its temporary file.
-    state = content_hash if kind == "ckpt" else hashes
+    state = saved_hash if kind == "ckpt" else hashes
     old = state(out)
     done = target(tmp_path / "done", kind)
     EDITOR.edit_checkpoint(source(saved_model, kind), factors(saved_model), done)

@@ -50,12 +50,12 @@ def gathered(model, data, autocast=None, **options):
     return collect(model, data, loss, **({"layers": LAYERS, "fisher": "empirical"} | options))
 
 
-def same(one, two, tolerance):
-    assert list(one) == list(two)
-    for name, layer in one.items():
-        assert (layer.num_inputs, layer.num_gradients) == (two[name].num_inputs, two[name].num_gradients)
-        for own, other in ((layer.A, two[name].A), (layer.G, two[name].G)):
-            assert float((own.cpu() - other.cpu()).norm() / other.norm()) < tolerance, name
+def same(factors, expected, tolerance):
+    assert list(factors) == list(expected)
+    for name, layer in factors.items():
+        assert (layer.num_inputs, layer.num_gradients) == (expected[name].num_inputs, expected[name].num_gradients)
+        for factor, expected_factor in ((layer.A, expected[name].A), (layer.G, expected[name].G)):
+            assert float((factor.cpu() - expected_factor.cpu()).norm() / expected_factor.norm()) < tolerance, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -64,8 +64,8 @@ def same(one, two, tolerance):
 def test_products_of_halves_are_exact(dim, home, dtype):
     rows = [torch.randn(500, dim, device="cuda").to(dtype) for _ in range(6)]
     moment = SecondMoment(dim, home)
-    for one, two in zip(rows[::2], rows[1::2], strict=True):
-        moment.add(one, one[:0], two, count=1000, scale=0.3)
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        moment.add(first, first[:0], second, count=1000, scale=0.3)
     joined = torch.cat(rows).double()
     expected = (0.3 * joined.T @ joined / len(joined)).float()
     assert moment.mean().dtype == torch.float32
@@ -77,9 +77,9 @@ def test_tf32_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     rows, model = torch.randn(4096, 300, device="cuda"), nn.Sequential(nn.Linear(300, 8), nn.Linear(8, 2)).cuda()
     labels = torch.zeros(4096, dtype=torch.int64, device="cuda")
-    found = collect(model, [rows], lambda x: F.cross_entropy(model(x), labels), layers=["0"], positions="all")
+    factors = collect(model, [rows], lambda x: F.cross_entropy(model(x), labels), layers=["0"], positions="all")
     expected = (rows.double().T @ rows.double() / len(rows)).float()
-    assert float((found["0"].A - expected).norm() / expected.norm()) < 1e-6
+    assert float((factors["0"].A - expected).norm() / expected.norm()) < 1e-6
     assert torch.backends.cuda.matmul.allow_tf32
 
 
@@ -87,25 +87,25 @@ def test_tf32_is_not_used(monkeypatch):
 @pytest.mark.parametrize("accumulate_on", ["auto", "cpu"])
 def test_the_same_as_on_the_cpu(fisher, accumulate_on):
     expected = gathered(network(), batches(), fisher=fisher)
-    found = gathered(network().cuda(), batches(device="cuda"), fisher=fisher, accumulate_on=accumulate_on)
-    same(found, expected, 1e-4)
-    assert found["0.gate"].A is found["0.up"].A
-    assert found["0.gate"].A.device.type == ("cpu" if accumulate_on == "cpu" else "cuda")
+    on_gpu = gathered(network().cuda(), batches(device="cuda"), fisher=fisher, accumulate_on=accumulate_on)
+    same(on_gpu, expected, 1e-4)
+    assert on_gpu["0.gate"].A is on_gpu["0.up"].A
+    assert on_gpu["0.gate"].A.device.type == ("cpu" if accumulate_on == "cpu" else "cuda")
 
 
 @pytest.mark.parametrize("fisher", ["sketched", "sampled"])
 def test_drawn_gradients_leave_the_random_state(fisher):
     model, data = network().cuda(), batches(device="cuda")
     before = torch.cuda.get_rng_state()
-    found = gathered(model, data, fisher=fisher, draws=64)
+    factors = gathered(model, data, fisher=fisher, draws=64)
     assert torch.equal(torch.cuda.get_rng_state(), before)
-    same(found, gathered(model, data, fisher="exact"), 0.1)
+    same(factors, gathered(model, data, fisher="exact"), 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    found = gathered(network().cuda(), batches(device="cuda"), autocast=dtype)
-    same(found, gathered(network(), batches()), 0.02)
+    factors = gathered(network().cuda(), batches(device="cuda"), autocast=dtype)
+    same(factors, gathered(network(), batches()), 0.02)
 
 
 def test_products_beside_training_read_what_training_wrote(monkeypatch):
@@ -128,9 +128,9 @@ def test_products_beside_training_read_what_training_wrote(monkeypatch):
             torch.full((64, 1024, 1024), 7.0, device="cuda")  # takes freed memory and overwrites it
         return collector.factors()
 
-    found = train()
+    factors = train()
     monkeypatch.setattr(SideStreams, "beside", lambda self, _: contextlib.nullcontext())
-    same(found, train(), 1e-5)
+    same(factors, train(), 1e-5)
 
 
 def test_a_batch_waits_once():
@@ -153,7 +153,7 @@ def test_a_batch_waits_once():
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([one for one in seen if "synchronizing" in str(one.message)]) == 1
+    assert len([warning for warning in seen if "synchronizing" in str(warning.message)]) == 1
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
@@ -250,6 +250,6 @@ def test_a_file_is_edited_on_the_gpu(tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pt")
     for device in ("cpu", "auto"):
         CurvatureEditor(0.7).edit_checkpoint(tmp_path / "model.pt", factors, tmp_path / f"{device}.pt", device=device)
-    one, two = (torch.load(tmp_path / f"{device}.pt") for device in ("cpu", "auto"))
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5)
+    on_cpu, on_gpu = (torch.load(tmp_path / f"{device}.pt") for device in ("cpu", "auto"))
+    for key, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu[key], value, rtol=1e-3, atol=1e-5)

@@ -207,8 +207,8 @@ def test_sums_do_not_follow_the_ambient_dtype_or_grad_mode(dtype):
     try:
         torch.set_default_dtype(dtype)
         with torch.no_grad():
-            found = collect(module.net, [0], step, layers=["0"])["0"]
+            layer = collect(module.net, [0], step, layers=["0"])["0"]
     finally:
         torch.set_default_dtype(before)
-    assert torch.equal(found.A, plain.A)
-    assert torch.equal(found.G, plain.G)
+    assert torch.equal(layer.A, plain.A)
+    assert torch.equal(layer.G, plain.G)

@@ -28,32 +28,30 @@ pytestmark = [
 def test_factors_of_one_row_singular_and_one_by_one():
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 3, bias=False))
     x, y = torch.tensor([[2.0]]), torch.tensor([1])
-    found = collect(
+    factors = collect(
         net, [(x, y)], lambda batch: F.cross_entropy(net(batch[0]), batch[1]), layers=["0", "1"], fisher="exact"
     )
-    assert found["0"].shape == (1, 1)
+    assert factors["0"].shape == (1, 1)
     before = net[0].weight.clone()
-    report = CurvatureEditor(0.5).edit(net, found)
+    report = CurvatureEditor(0.5).edit(net, factors)
     torch.testing.assert_close(net[0].weight, before)  # its one direction is kept
     assert report.layers["0"].energy_kept == pytest.approx(1.0)
     assert report.layers["1"].kept >= 1
 
 
-def test_batches_without_rows_count_nothing():
+@pytest.mark.parametrize("fisher", ["sketched", "empirical"])
+def test_batches_without_rows_count_nothing(fisher):
     net = models.mlp()
     data = models.images(8).tensors
 
     def step(batch):
         return F.cross_entropy(net(data[0][batch]), data[1][batch], reduction="sum")
 
-    for fisher in ("sketched", "empirical"):
-        with_empty = collect(
-            net, [[0, 1, 2], [], [3, 4, 5, 6, 7]], step, layers=["1", "3"], fisher=fisher, positions="all"
-        )
-        without = collect(net, [[0, 1, 2], [3, 4, 5, 6, 7]], step, layers=["1", "3"], fisher=fisher, positions="all")
-        for name, layer in without.items():
-            assert with_empty[name].num_inputs == layer.num_inputs == 8
-            torch.testing.assert_close(with_empty[name].A, layer.A)
+    with_empty = collect(net, [[0, 1, 2], [], [3, 4, 5, 6, 7]], step, layers=["1", "3"], fisher=fisher, positions="all")
+    without = collect(net, [[0, 1, 2], [3, 4, 5, 6, 7]], step, layers=["1", "3"], fisher=fisher, positions="all")
+    for name, layer in without.items():
+        assert with_empty[name].num_inputs == layer.num_inputs == 8
+        torch.testing.assert_close(with_empty[name].A, layer.A)
 
 
 # Layers that do not always run ----------------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ def test_a_layer_of_zeros_leaves_the_others_edited_if_so_told(skip, tmp_path):
 def full_disk(folder):
     """Train where files of more than 30 kB cannot be written: the factors, and not the checkpoint of a small model."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
-    found = []
+    files = []
 
     class Small(models.Classifier):
         def configure_optimizers(self):
@@ -160,8 +158,8 @@ def full_disk(folder):
             Small(), models.loader(models.images(64))
         )
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    found += sorted(path.name for path in folder.iterdir())
-    return found, set(torch.load(folder / "x.ckpt", weights_only=True)["state_dict"])
+    files += sorted(path.name for path in folder.iterdir())
+    return files, set(torch.load(folder / "x.ckpt", weights_only=True)["state_dict"])
 
 
 def test_a_disk_that_is_full_costs_the_factors_and_nothing_else(tmp_path):
@@ -189,15 +187,15 @@ class OneBad(cells.Net):
 
 
 def one_bad(strategy, folder, shard):
-    _, callback, found = cells.run("validate", "exact", strategy, kind=OneBad, folder=folder, shard_factors=shard)
-    return found.counts(), found.provenance["batches_skipped"], callback.report.layers["net.3"].relative_change
+    _, callback, factors = cells.run("validate", "exact", strategy, kind=OneBad, folder=folder, shard_factors=shard)
+    return factors.counts(), factors.provenance["batches_skipped"], callback.report.layers["net.3"].relative_change
 
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_batch_that_one_process_leaves_out(shard, tmp_path):
-    one, two = processes.run(2, one_bad, DDP2, tmp_path, shard)
-    assert one == two
-    assert one[:2] == ({"net.1": 42, "net.3": 42}, 1)
+    first, second = processes.run(2, one_bad, DDP2, tmp_path, shard)
+    assert first == second
+    assert first[:2] == ({"net.1": 42, "net.3": 42}, 1)
 
 
 def terminated(folder, who):

@@ -62,8 +62,8 @@ def fit(folder, *callbacks, ckpt_path=None, window=100, fisher="sketched", every
     return callback
 
 
-def equal(one, two):
-    return one.digest() == two.digest()
+def equal(factors, expected):
+    return factors.digest() == expected.digest()
 
 
 def raises():

@@ -33,39 +33,63 @@ def rewrite(path, change):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     ((key, text),) = header["__metadata__"].items()
-    own = json.loads(text)
-    change(header, own)
-    header["__metadata__"] = {key: json.dumps(own)}
+    metadata = json.loads(text)
+    change(header, metadata)
+    header["__metadata__"] = {key: json.dumps(metadata)}
     new = json.dumps(header).encode()
     path.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
 
 
 FACTORS = [
-    (lambda h, own: own.update(version=3), "has version 3, this package reads those up to 2: update it"),
-    (lambda h, own: own["layers"]["b"].update(shares_A_with="z"), "layer 'b' cannot have shares_A_with 'z'"),
-    (lambda h, own: own["layers"]["b"].update(A_error=-1), "layer 'b' cannot have A_error -1"),
-    (lambda h, own: own.update(layers=[]), "its header has no layers, or no provenance"),
-    (lambda h, own: own["layers"]["b"].pop("num_inputs"), "layer 'b' must have num_inputs, num_gradients, num_seen"),
-    (lambda h, own: own["layers"]["b"].update(num_seen=-1), "layer 'b' cannot have num_seen -1"),
-    (lambda h, own: own["layers"]["b"].update(transposed=1), "layer 'b' cannot have transposed 1"),
-    (lambda h, own: own["layers"].update(c={"num_inputs": 1, "num_gradients": 1}), "it lacks the tensor 'c.A'"),
-    (lambda h, own: h["b.A"].update(shape=[4]), r"layer 'b': Factor A must be a square floating matrix, found \[4\]"),
-    (lambda h, own: h["a.fc.margins"].update(dtype="I32"), r"'a.fc': margins must hold floating numbers, .*int32"),
+    (lambda header, metadata: metadata.update(version=3), "has version 3, this package reads those up to 2: update it"),
+    (
+        lambda header, metadata: metadata["layers"]["b"].update(shares_A_with="z"),
+        "layer 'b' cannot have shares_A_with 'z'",
+    ),
+    (lambda header, metadata: metadata["layers"]["b"].update(A_error=-1), "layer 'b' cannot have A_error -1"),
+    (lambda header, metadata: metadata.update(layers=[]), "its header has no layers, or no provenance"),
+    (
+        lambda header, metadata: metadata["layers"]["b"].pop("num_inputs"),
+        "layer 'b' must have num_inputs, num_gradients, num_seen",
+    ),
+    (lambda header, metadata: metadata["layers"]["b"].update(num_seen=-1), "layer 'b' cannot have num_seen -1"),
+    (lambda header, metadata: metadata["layers"]["b"].update(transposed=1), "layer 'b' cannot have transposed 1"),
+    (
+        lambda header, metadata: metadata["layers"].update(c={"num_inputs": 1, "num_gradients": 1}),
+        "it lacks the tensor 'c.A'",
+    ),
+    (
+        lambda header, metadata: header["b.A"].update(shape=[4]),
+        r"layer 'b': Factor A must be a square floating matrix, found \[4\]",
+    ),
+    (
+        lambda header, metadata: header["a.fc.margins"].update(dtype="I32"),
+        r"'a.fc': margins must hold floating numbers, .*int32",
+    ),
 ]
 
 DELTAS = [
-    (lambda h, own: own.update(version=2), "delta version 2, this package reads 1. Update it"),
-    (lambda h, own: own.pop("tensors"), "d.safetensors is damaged: its header is about other tensors than it holds"),
-    (lambda h, own: own.pop("values"), "its header lacks hashes of the original and the edited"),
-    (lambda h, own: own.pop("headers"), "its header lacks the headers of the original"),
-    (lambda h, own: own.update(headers={"": "{"}), "damaged: its copy of the header of the original is not JSON"),
+    (lambda header, metadata: metadata.update(version=2), "delta version 2, this package reads 1. Update it"),
     (
-        lambda h, own: own.update(headers={"": '{"__metadata__": 1}'}),
+        lambda header, metadata: metadata.pop("tensors"),
+        "d.safetensors is damaged: its header is about other tensors than it holds",
+    ),
+    (lambda header, metadata: metadata.pop("values"), "its header lacks hashes of the original and the edited"),
+    (lambda header, metadata: metadata.pop("headers"), "its header lacks the headers of the original"),
+    (
+        lambda header, metadata: metadata.update(headers={"": "{"}),
+        "damaged: its copy of the header of the original is not JSON",
+    ),
+    (
+        lambda header, metadata: metadata.update(headers={"": '{"__metadata__": 1}'}),
         "header of the original has metadata that are no strings",
     ),
-    (lambda h, own: own.update(edit=1), "what it says of the edit does not say what was edited"),
-    (lambda h, own: own.pop("before"), "what it says of earlier edits does not say what was edited"),
-    (lambda h, own: h["b.weight"].update(shape=[2, 6]), "is damaged: 'b' does not become the original tensor. Copy"),
+    (lambda header, metadata: metadata.update(edit=1), "what it says of the edit does not say what was edited"),
+    (lambda header, metadata: metadata.pop("before"), "what it says of earlier edits does not say what was edited"),
+    (
+        lambda header, metadata: header["b.weight"].update(shape=[2, 6]),
+        "is damaged: 'b' does not become the original tensor. Copy",
+    ),
 ]
 
 
@@ -79,7 +103,7 @@ def test_what_is_wrong_with_a_factor_file_is_said(change, message, tmp_path):
 
 def test_a_state_that_is_no_object_is_refused(tmp_path):
     path = factor_file(tmp_path)
-    rewrite(path, lambda h, own: own.update(state=[1]))
+    rewrite(path, lambda header, metadata: metadata.update(state=[1]))
     assert len(KroneckerFactors.load(path)) == 2
     with pytest.raises(ValueError, match=r"f.safetensors: not a complete factor file \(its state is a list"):
         load_state(path)
@@ -103,7 +127,7 @@ def test_a_checkpoint_with_other_layers_than_a_delta(tmp_path):
 
 def test_an_edit_that_says_little_of_itself_still_gets_its_section_in_the_card(tmp_path):
     path = delta_of_a_folder(tmp_path)
-    rewrite(path, lambda h, own: own.update(edit={"method": "kfac", "layers": {"a.fc": {}}}))
+    rewrite(path, lambda header, metadata: metadata.update(edit={"method": "kfac", "layers": {"a.fc": {}}}))
     apply_delta(tmp_path / "model", path, tmp_path / "again", revert=False)
     assert "| a.fc    | not known | not known   |" in (tmp_path / "again" / "README.md").read_text()
 

@@ -33,8 +33,8 @@ def test_buffers_and_gradients_are_those_of_a_training_without_it(tmp_path):
     callback = KFACEditCallback(layers=["net.0"])
     fit(tmp_path / "2", watched, callback, accumulate_grad_batches=2)
     assert callback.factors["net.0"].num_inputs == 256
-    for one, two in zip(plain.gradients, watched.gradients, strict=True):
-        assert torch.equal(one, two)
+    for expected, gradient in zip(plain.gradients, watched.gradients, strict=True):
+        assert torch.equal(expected, gradient)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, watched.state_dict()[name]), name
 

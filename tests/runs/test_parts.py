@@ -70,20 +70,20 @@ def random_splits(seeds):
         collector = Collector(
             net, CollectorOptions(**options, fisher=fisher, coupled=coupled), ranks=ranks, shard=shard
         )
-        own = [index for index, rank in enumerate(owner) if rank == ranks.rank]
-        run_over(collector, net, data, batches_of(random.Random(ranks.rank), own))
+        indices = [index for index, rank in enumerate(owner) if rank == ranks.rank]
+        run_over(collector, net, data, batches_of(random.Random(ranks.rank), indices))
         collector.drain()
-        found = WindowedFactors(collector, None, {}).synchronise()
-        assert found.counts() == expected.counts(), seed
-        modules = {name: net.get_submodule(name) for name in found}
+        summed = WindowedFactors(collector, None, {}).synchronise()
+        assert summed.counts() == expected.counts(), seed
+        modules = {name: net.get_submodule(name) for name in summed}
         editor = CurvatureEditor(0.8, min_positions=0)
         editor.ranks = ranks
         weights = {name: module.weight for name, module in modules.items()}
-        edited, _ = editor.edit_layers(weights, found)
+        edited, _ = editor.edit_layers(weights, summed)
         for name, weight in CurvatureEditor(0.8, min_positions=0).edit_layers(weights, expected)[0].items():
             change = (edited[name].double() - weight.double()).norm() / weight.double().norm().clamp(min=1e-9)
             assert float(change) < 2e-2, (seed, name, change)  # a pair at the edge of the kept set may change sides
-        gathered = found.gathered()
+        gathered = summed.gathered()
         if ranks.rank == 0:
             assert list(gathered) == list(expected)
             for name, layer in gathered.items():
@@ -134,11 +134,11 @@ def test_a_validation_that_a_process_may_skip_is_refused():
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_processes_with_other_numbers_of_batches_or_none(shard, tmp_path):
-    one, *_ = processes.run(3, uneven, tmp_path, shard)
+    first, *_ = processes.run(3, uneven, tmp_path, shard)
     _, callback, factors = cells.run("validate", "exact", ONE, folder=tmp_path / "one")
-    assert one[1] == factors.counts() == {"net.1": 48, "net.3": 48}
-    torch.testing.assert_close(one[2], factors["net.3"].A, rtol=1e-5, atol=1e-7)
-    assert one[0] == pytest.approx(callback.report.layers["net.1"].relative_change, abs=1e-5)
+    assert first[1] == factors.counts() == {"net.1": 48, "net.3": 48}
+    torch.testing.assert_close(first[2], factors["net.3"].A, rtol=1e-5, atol=1e-7)
+    assert first[0] == pytest.approx(callback.report.layers["net.1"].relative_change, abs=1e-5)
 
 
 def sharded_sums(shard):
@@ -170,14 +170,16 @@ def sharded_sums(shard):
 
 def test_sharded_sums_take_a_share_of_the_memory():
     whole, _ = processes.run(2, sharded_sums, False)
-    one, two = processes.run(2, sharded_sums, True)
-    assert whole[1] == one[1] == two[1] == 5  # the output head is left out
-    assert one[0] + two[0] == whole[0]
-    assert max(one[0], two[0]) <= 0.6 * whole[0]
+    first, second = processes.run(2, sharded_sums, True)
+    assert whole[1] == first[1] == second[1] == 5  # the output head is left out
+    assert first[0] + second[0] == whole[0]
+    assert max(first[0], second[0]) <= 0.6 * whole[0]
     assert not whole[2]
-    assert len(one[2]) + len(two[2]) == 5
-    assert "are kept by process 1, this is process 0 (shard_factors=True). Read them from the factor file" in one[2][0]
-    assert whole[3] == one[3] == 1
+    assert len(first[2]) + len(second[2]) == 5
+    assert (
+        "are kept by process 1, this is process 0 (shard_factors=True). Read them from the factor file" in first[2][0]
+    )
+    assert whole[3] == first[3] == 1
 
 
 def other_layers():
@@ -201,10 +203,10 @@ def other_layers():
 
 
 def test_layers_that_only_some_processes_run():
-    one, two = processes.run(2, other_layers)
-    assert one[0] == two[0]
-    assert "layers='last-mlp' chose 'a' on one process and 'b' on process 1" in one[0]
-    assert one[1] == two[1] == {"a": 6, "b": 6}
+    first, second = processes.run(2, other_layers)
+    assert first[0] == second[0]
+    assert "layers='last-mlp' chose 'a' on one process and 'b' on process 1" in first[0]
+    assert first[1] == second[1] == {"a": 6, "b": 6}
 
 
 def other_order(shard, idle):
@@ -230,6 +232,6 @@ def other_order(shard, idle):
 @pytest.mark.parametrize("idle", [False, True])
 @pytest.mark.parametrize("shard", [False, True])
 def test_all_processes_edit_the_layers_in_one_order(shard, idle):
-    one, two = processes.run(2, other_order, shard, idle)
-    assert one == two
-    assert one[0] == ["2", "10"]
+    first, second = processes.run(2, other_order, shard, idle)
+    assert first == second
+    assert first[0] == ["2", "10"]

@@ -30,10 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:The factors of layer .* rest on"
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def trained(strategy, folder, own, **options):
+def trained(strategy, folder, settings, **options):
     """Train with or without the callback; return the weights, gathered."""
     size, make, parallel = cells.STRATEGIES[strategy]
-    callbacks = [KFACEditCallback(cells.LAYERS, **own)] if own is not None else []
+    callbacks = [KFACEditCallback(cells.LAYERS, **settings)] if settings is not None else []
     trainer = models.trainer(
         folder,
         *callbacks,
@@ -51,19 +51,19 @@ def trained(strategy, folder, own, **options):
 
 
 def traces(strategy, folder):
-    found = {}
+    are_equal = {}
     for name, options in (("plain", {}), ("accumulated", {"accumulate_grad_batches": 2})):
         expected = trained(strategy, folder, None, **options)
         for fisher in ("sketched", "empirical"):
             weights = trained(strategy, folder, {"fisher": fisher}, **options)
-            found[name, fisher] = all(torch.equal(weights[key], value) for key, value in expected.items())
-    return found
+            are_equal[name, fisher] = all(torch.equal(weights[key], value) for key, value in expected.items())
+    return are_equal
 
 
 @pytest.mark.parametrize("strategy", [DDP2, FSDP2, BOTH])
 def test_no_trace_on_training(strategy, tmp_path):
-    for found in processes.run(cells.STRATEGIES[strategy][0], traces, strategy, tmp_path):
-        assert all(found.values()), found
+    for are_equal in processes.run(cells.STRATEGIES[strategy][0], traces, strategy, tmp_path):
+        assert all(are_equal.values()), are_equal
 
 
 def saving(strategy, folder, options, full=True):
@@ -107,20 +107,20 @@ def test_siblings_are_those_of_one_process(strategy, options, full, tmp_path):
     (files, report), *others = processes.run(
         cells.STRATEGIES[strategy][0], saving, strategy, tmp_path / "many", options, full
     )
-    assert all(other[1] == report for other in others)
+    assert all(result[1] == report for result in others)
     marks = ("-edited-factors.safetensors", "-edited.ckpt", ".ckpt")
     assert files == sorted(f"step={step}{mark}" for step in (8, 12) for mark in marks)
     alone = {key: value for key, value in options.items() if key != "shard_factors"}
     (tmp_path / "one").mkdir()
     saving(ONE, tmp_path / "one", alone)
     for step in (8, 12):
-        one, many = (
+        alone_weights, many = (
             {mark: plain_weights(tmp_path / where / f"step={step}{mark}.ckpt") for mark in ("", "-edited")}
             for where in ("one", "many")
         )
         for mark in ("", "-edited"):
-            assert one[mark].keys() == many[mark].keys()
-            for key, value in one[mark].items():
+            assert alone_weights[mark].keys() == many[mark].keys()
+            for key, value in alone_weights[mark].items():
                 torch.testing.assert_close(many[mark][key], value, rtol=1e-3, atol=1e-5)
         for key, value in many[""].items():
             edited = key in {f"{layer}.weight" for layer in cells.LAYERS}
@@ -135,10 +135,10 @@ def test_siblings_are_those_of_one_process(strategy, options, full, tmp_path):
             assert factors[1][name].numbers == layer.numbers
 
 
-def resuming(strategy, folder, own, stop, ckpt_path):
+def resuming(strategy, folder, settings, stop, ckpt_path):
     """Fit for some epochs, saving the last checkpoint; return the factors."""
     size, make, parallel = cells.STRATEGIES[strategy]
-    callback = KFACEditCallback(cells.LAYERS, **own)
+    callback = KFACEditCallback(cells.LAYERS, **settings)
     callback.editor.min_positions = 0  # there are fewer images than inputs
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     trainer = models.trainer(
@@ -157,7 +157,7 @@ def resuming(strategy, folder, own, stop, ckpt_path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "own"),
+    ("strategy", "settings"),
     [
         (ONE, {"fisher": "sketched", "window": 72}),
         (DDP2, {"fisher": "sketched", "window": 72}),
@@ -167,17 +167,19 @@ def resuming(strategy, folder, own, stop, ckpt_path):
         (TENSOR, {"fisher": "sketched", "window": 10_000}),
     ],
 )
-def test_a_resumed_run_has_the_factors_of_an_uninterrupted_one(strategy, own, tmp_path):
+def test_a_resumed_run_has_the_factors_of_an_uninterrupted_one(strategy, settings, tmp_path):
     size = cells.STRATEGIES[strategy][0]
-    whole = processes.run(size, resuming, strategy, tmp_path / "a", own, 4, None)[0]
-    processes.run(size, resuming, strategy, tmp_path / "b", own, 2, None)
-    resumed = processes.run(size, resuming, strategy, tmp_path / "b", own, 4, tmp_path / "b" / "epoch=1.ckpt")[0]
+    whole = processes.run(size, resuming, strategy, tmp_path / "a", settings, 4, None)[0]
+    processes.run(size, resuming, strategy, tmp_path / "b", settings, 2, None)
+    resumed = processes.run(size, resuming, strategy, tmp_path / "b", settings, 4, tmp_path / "b" / "epoch=1.ckpt")[0]
     for name, (A, G, numbers) in whole.items():
         torch.testing.assert_close(resumed[name][0], A, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(resumed[name][1], G, rtol=1e-5, atol=1e-7)
         assert resumed[name][2] == numbers
-    if own == {"fisher": "sketched", "window": 10_000} and strategy == DDP2:  # other numbers of processes go on, too
-        more = processes.run(3, resuming, DDP3, tmp_path / "b", own, 4, tmp_path / "b" / "epoch=1.ckpt")[0]
+    if (
+        settings == {"fisher": "sketched", "window": 10_000} and strategy == DDP2
+    ):  # other numbers of processes go on, too
+        more = processes.run(3, resuming, DDP3, tmp_path / "b", settings, 4, tmp_path / "b" / "epoch=1.ckpt")[0]
         for name, (A, _, numbers) in whole.items():
             torch.testing.assert_close(more[name][0], A, rtol=1e-4, atol=1e-5)
             assert more[name][2] == numbers
@@ -189,8 +191,8 @@ class Probed(cells.Net):
 
 
 def probing(strategy, folder, target):
-    own = {"target": target} if target else {}
-    _, callback, _ = cells.run("fit", "exact", strategy, folder=folder, kind=Probed, max_epochs=3, **own)
+    settings = {"target": target} if target else {}
+    _, callback, _ = cells.run("fit", "exact", strategy, folder=folder, kind=Probed, max_epochs=3, **settings)
     match = callback.match and (callback.match.energy, callback.match.value)
     return callback.probe_results, match, callback.editor.energy
 
@@ -199,11 +201,11 @@ def probing(strategy, folder, target):
 @pytest.mark.parametrize("target", [None, {"val/accuracy": 0.9}])
 @pytest.mark.parametrize("strategy", [DDP2, FSDP2, TENSOR])
 def test_probes_and_targets_say_the_same_on_all_processes(strategy, target, tmp_path):
-    one = probing(ONE, tmp_path / "one", target)
+    alone = probing(ONE, tmp_path / "one", target)
     for results, match, energy in processes.run(cells.STRATEGIES[strategy][0], probing, strategy, tmp_path, target):
-        assert results == pytest.approx(one[0], abs=0.05)
+        assert results == pytest.approx(alone[0], abs=0.05)
         assert set(results) == {"curvature/val/accuracy/before", "curvature/val/accuracy/after"}
-        assert energy == pytest.approx(one[2], abs=0.05)
+        assert energy == pytest.approx(alone[2], abs=0.05)
         assert (match is None) == (target is None)
         assert match is None or match[1] >= 0.9
 
@@ -213,7 +215,7 @@ def vocabulary(fisher, sequence):
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     ranks = Ranks.of_run(0, 1, torch.device("cpu"))
-    found = []
+    collected = []
     for parallel in (False, True):
         torch.manual_seed(0)
         layers = {"up": nn.Linear(6, 8), "norm": nn.LayerNorm(8), "down": nn.Linear(8, 6), "head": nn.Linear(6, 6)}
@@ -238,15 +240,15 @@ def vocabulary(fisher, sequence):
             loss.backward()
         recording.close()
         factors = WindowedFactors(collector, None, {}).synchronise()
-        found.append({name: (layer.A, layer.G, layer.numbers) for name, layer in factors.items()})
-    return found
+        collected.append({name: (layer.A, layer.G, layer.numbers) for name, layer in factors.items()})
+    return collected
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("fisher", ["sketched", "sampled", "exact", "empirical"])
 def test_logits_that_are_sharded_over_the_vocabulary(fisher, sequence):
-    for one, many in processes.run(2, vocabulary, fisher, sequence):
-        for name, (A, G, numbers) in one.items():
+    for alone, many in processes.run(2, vocabulary, fisher, sequence):
+        for name, (A, G, numbers) in alone.items():
             torch.testing.assert_close(many[name][0], A)
             torch.testing.assert_close(many[name][1], G, rtol=1e-4, atol=1e-6)
             assert many[name][2] == numbers
@@ -262,14 +264,14 @@ class PartlyProbed(cells.Net):
 
 
 def partly_probed(folder):
-    own = {"target": {"val/accuracy": 0.8}}
-    _, callback, _ = cells.run("fit", "exact", DDP2, folder=folder, kind=PartlyProbed, max_epochs=3, **own)
+    settings = {"target": {"val/accuracy": 0.8}}
+    _, callback, _ = cells.run("fit", "exact", DDP2, folder=folder, kind=PartlyProbed, max_epochs=3, **settings)
     return callback.probe_results, callback.editor.energy
 
 
 def test_processes_with_other_probes_decide_together(tmp_path):
-    one, two = processes.run(2, partly_probed, tmp_path)
-    assert one == two
+    first, second = processes.run(2, partly_probed, tmp_path)
+    assert first == second
 
 
 def alone_afterwards(folder, same):

@@ -33,18 +33,18 @@ def test_a_second_fit_that_trains_replaces_them(tmp_path):
     assert callback.factors["net.0"] is not first
 
 
-def test_validating_other_weights_keeps_the_factors_of_a_fit(tmp_path):
-    for loop in ("train", "validation"):
-        callback, module = KFACEditCallback(layers=["net.0"], loop=loop), Plain()
-        trainer = models.trainer(tmp_path / loop, callback, max_epochs=1)
-        trainer.fit(module, loader(), loader(32))
-        before = callback.factors
-        other = tmp_path / loop / "other.ckpt"
-        content = {"state_dict": Plain(lr=1).state_dict(), "global_step": 5, "pytorch-lightning_version": "2.6.0"}
-        torch.save(content, other)
-        trainer.validate(Plain(), loader(32), ckpt_path=other, verbose=False, weights_only=True)
-        assert callback.factors["net.0"] is before["net.0"]
-        assert callback.factors.provenance.get("step") == (8 if loop == "validation" else None)
+@pytest.mark.parametrize("loop", ["train", "validation"])
+def test_validating_other_weights_keeps_the_factors_of_a_fit(loop, tmp_path):
+    callback, module = KFACEditCallback(layers=["net.0"], loop=loop), Plain()
+    trainer = models.trainer(tmp_path / loop, callback, max_epochs=1)
+    trainer.fit(module, loader(), loader(32))
+    before = callback.factors
+    checkpoint = tmp_path / loop / "other.ckpt"
+    content = {"state_dict": Plain(lr=1).state_dict(), "global_step": 5, "pytorch-lightning_version": "2.6.0"}
+    torch.save(content, checkpoint)
+    trainer.validate(Plain(), loader(32), ckpt_path=checkpoint, verbose=False, weights_only=True)
+    assert callback.factors["net.0"] is before["net.0"]
+    assert callback.factors.provenance.get("step") == (8 if loop == "validation" else None)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

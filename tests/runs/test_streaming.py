@@ -116,9 +116,9 @@ class Counting:
         self.file.close()
 
     def read(self, size=-1):
-        found = self.file.read(size)
-        self.largest[0] = max(self.largest[0], len(found))
-        return found
+        content = self.file.read(size)
+        self.largest[0] = max(self.largest[0], len(content))
+        return content
 
 
 def edit_within(path, factors, out, room):
@@ -137,8 +137,8 @@ def test_memory_does_not_depend_on_what_is_not_edited(kind, tmp_path):
     some_factors().save(tmp_path / "f.safetensors")
     out = tmp_path / ("out" + path.suffix)
     assert processes.exit_code(edit_within, path, tmp_path / "f.safetensors", out, BIG // 2) == 0
-    found, before = formats.open_checkpoint(out), formats.open_checkpoint(path)
-    assert found.hash("big.weight") == before.hash("big.weight")
+    edited, before = formats.open_checkpoint(out), formats.open_checkpoint(path)
+    assert edited.hash("big.weight") == before.hash("big.weight")
 
 
 def test_what_is_not_edited_in_an_archive_stays_on_the_disk(tmp_path, monkeypatch):

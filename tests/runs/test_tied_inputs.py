@@ -36,7 +36,7 @@ def on_two_processes(apart, shard):
 @pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 def test_layers_share_on_all_processes_or_on_none(apart, shard):
-    (found, in_state, in_factors), _ = processes.run(2, on_two_processes, apart, shard)
+    (factors, in_state, in_factors), _ = processes.run(2, on_two_processes, apart, shard)
     assert in_state == in_factors == (not apart)
     rows = torch.cat(
         [
@@ -47,20 +47,20 @@ def test_layers_share_on_all_processes_or_on_none(apart, shard):
     )
     for name, shift in (("gate", 0.0), ("up", 1.0)):
         want = rows if shift else torch.cat([x for rank in (0, 1) for x, _ in batches(seed=rank)])
-        torch.testing.assert_close(found[name][0], want.T @ want / 48)
-        assert found[name][1] == 48
+        torch.testing.assert_close(factors[name][0], want.T @ want / 48)
+        assert factors[name][1] == 48
 
 
 def test_the_standard_error_after_several_processes():
-    (found, _, _), _ = processes.run(2, on_two_processes, False, False)
-    one, two = (gathered(Gated(), batches(seed=rank)) for rank in (0, 1))
-    for name, layer in one.merge(two).items():
-        assert found[name][2] == pytest.approx(layer.A_error, rel=1e-5)
+    (factors, _, _), _ = processes.run(2, on_two_processes, False, False)
+    first, second = (gathered(Gated(), batches(seed=rank)) for rank in (0, 1))
+    for name, layer in first.merge(second).items():
+        assert factors[name][2] == pytest.approx(layer.A_error, rel=1e-5)
     # Where sums are spread, each batch of each process is a group.
-    (found, _, _), _ = processes.run(2, on_two_processes, False, True)
-    own = torch.stack([x.T @ x for rank in (0, 1) for x, _ in batches(seed=rank)])
-    spread = (own - own.mean(0)).square().sum((1, 2)).sum() * 8 / 7
-    assert found["gate"][2] == pytest.approx(float(spread.sqrt() / own.sum(0).norm()), rel=1e-4)
+    (factors, _, _), _ = processes.run(2, on_two_processes, False, True)
+    products = torch.stack([x.T @ x for rank in (0, 1) for x, _ in batches(seed=rank)])
+    spread = (products - products.mean(0)).square().sum((1, 2)).sum() * 8 / 7
+    assert factors["gate"][2] == pytest.approx(float(spread.sqrt() / products.sum(0).norm()), rel=1e-4)
 
 
 def only_some(order):
@@ -73,22 +73,22 @@ def only_some(order):
         model.apart = number in order.get(rank, ())
         add(collector, batch)
     collector.drain()
-    owners, own = collector.owners, collector.sums
-    shares = "up" in own and own["up"].inputs is own["gate"].inputs
-    means = {name: (sums.inputs.mean(), sums.inputs.count, sums.gradients.count) for name, sums in own.items()}
+    owners, kept = collector.owners, collector.sums
+    shares = "up" in kept and kept["up"].inputs is kept["gate"].inputs
+    means = {name: (sums.inputs.mean(), sums.inputs.count, sums.gradients.count) for name, sums in kept.items()}
     state = [collector.state_dict()]
     dist.broadcast_object_list(state)
     again = Collector(model, CollectorOptions(layers=PROJECTIONS), ranks=ranks, shard=True)
     again.load_state_dict(state[0])
-    assert list(again.sums) == list(own)
-    assert shares == ("up" in own and again.sums["up"].inputs is again.sums["gate"].inputs)
+    assert list(again.sums) == list(kept)
+    assert shares == ("up" in kept and again.sums["up"].inputs is again.sums["gate"].inputs)
     return owners, shares, means
 
 
 @pytest.mark.parametrize(("order", "shares"), [({}, True), ({0: (3,)}, False), ({0: (0,), 1: (0,)}, False)])
 def test_sums_that_are_spread_over_processes_share(order, shares):
-    (owners, found, means), (_, _, others) = processes.run(2, only_some, order)
-    assert (owners, found) == ({"gate": 0, "up": 0, "down": 1}, shares)
+    (owners, are_tied, means), (_, _, others) = processes.run(2, only_some, order)
+    assert (owners, are_tied) == ({"gate": 0, "up": 0, "down": 1}, shares)
     assert (sorted(means), sorted(others)) == (["gate", "up"], ["down"])
     data = [
         (x, number in order.get(rank, ()))

@@ -31,17 +31,17 @@ def linear(weight):
 def tied(kind):
     """Two layers whose weights share all or a part of their memory."""
     torch.manual_seed(0)
-    one = nn.Linear(6, 6, bias=False)
-    two = {
-        "one parameter": lambda: linear(one.weight),
-        "one memory": lambda: linear(one.weight.detach()),
-        "one module": lambda: one,
-        "turned": lambda: linear(one.weight.detach().T),
-        "rows": lambda: linear(one.weight.detach()[2:5]),
-        "columns": lambda: linear(one.weight.detach()[:, 3:]),
-        "another shape": lambda: linear(one.weight.detach().view(4, 9)),
+    first = nn.Linear(6, 6, bias=False)
+    second = {
+        "one parameter": lambda: linear(first.weight),
+        "one memory": lambda: linear(first.weight.detach()),
+        "one module": lambda: first,
+        "turned": lambda: linear(first.weight.detach().T),
+        "rows": lambda: linear(first.weight.detach()[2:5]),
+        "columns": lambda: linear(first.weight.detach()[:, 3:]),
+        "another shape": lambda: linear(first.weight.detach().view(4, 9)),
     }[kind]()
-    return nn.ModuleDict({"one": one, "two": two, "three": nn.Linear(6, 6)})
+    return nn.ModuleDict({"one": first, "two": second, "three": nn.Linear(6, 6)})
 
 
 KINDS = ["one parameter", "one memory", "one module", "turned", "rows", "columns", "another shape"]
@@ -98,7 +98,7 @@ def test_every_method_tells_ties(editor):
 @pytest.mark.parametrize("chosen", ["one", "two"])
 def test_one_of_them_is_edited_and_the_other_follows(kind, chosen):
     module = tied(kind)
-    other = {"one": "two", "two": "one"}[chosen]
+    follower = {"one": "two", "two": "one"}[chosen]
     weight = module[chosen].weight.detach().clone()
     factors = factors_of(module)
     edited, on_paper = CurvatureEditor(0.7, layers=[chosen, "three"]).edit_state_dict(module.state_dict(), factors)
@@ -110,11 +110,11 @@ def test_one_of_them_is_edited_and_the_other_follows(kind, chosen):
     assert edited.keys() == after.keys()
     for key, value in after.items():
         assert torch.equal(edited[key], value), key
-    assert not torch.equal(after[f"{other}.weight"], before[f"{other}.weight"])
+    assert not torch.equal(after[f"{follower}.weight"], before[f"{follower}.weight"])
     for told in (report, on_paper):
-        assert told.layers[chosen].also == (f"{other}.weight",)
+        assert told.layers[chosen].also == (f"{follower}.weight",)
         assert told.layers["three"].also == ()
-        assert f"The weight of layer '{chosen}' is that of '{other}.weight', too" in str(told)
+        assert f"The weight of layer '{chosen}' is that of '{follower}.weight', too" in str(told)
         assert "layer 'three' is" not in str(told)
 
 

@@ -107,21 +107,21 @@ def test_what_cannot_be_met_is_said():
         match, _ = search(lambda e: 1.0 if e == 1.0 else 2.0, 1.1)
     assert (match.energy, match.value) == (1.0, 1.0)
     with pytest.warns(UserWarning, match=r"not monotone.*: 0\.6\d* is beyond the limit, and .* of 0\.3 is not"):
-        found, _ = search(lambda e: 1.0 + 2 * (1 - e), 1.7, points={0.3: 1.2, 0.6: 1.8})
-    assert found.violations() == [(0.3, 0.6)]
-    assert 0.65 <= found.energy < 0.651
+        nearest, _ = search(lambda e: 1.0 + 2 * (1 - e), 1.7, points={0.3: 1.2, 0.6: 1.8})
+    assert nearest.violations() == [(0.3, 0.6)]
+    assert 0.65 <= nearest.energy < 0.651
     assert Match(1.0, 1.0, {0.5: 0.8, 0.9: 0.9, 1.0: 1.0}).violations() == []  # an edit that helps costs nothing
     assert Match(1.0, 1.0, {0.5: 0.9, 0.9: 0.8, 1.0: 1.0}).violations(higher_is_better=True) == [(0.5, 0.9)]
     # A step that costs too much by itself is not searched for.
     with pytest.warns(UserWarning, match=r"No edit stays within 1\.1 times the metric: 1\.5 times at the energy 1"):
-        found, curve = search(lambda e: 1.5, 1.1, before=50.0)
-    assert (found.energy, found.value, curve.calls) == (1.0, 1.5, 1)
+        nearest, curve = search(lambda e: 1.5, 1.1, before=50.0)
+    assert (nearest.energy, nearest.value, curve.calls) == (1.0, 1.5, 1)
     # A metric that hardly depends on the edit is not a licence to remove everything without a word.
     with pytest.warns(
         UserWarning, match=r"Every edit that was tried stays within 1\.1 times .* It hardly depends on these layers"
     ):
-        found, curve = search(lambda e: 1.01, 1.1)
-    assert found.energy <= 0.05
+        nearest, curve = search(lambda e: 1.01, 1.1)
+    assert nearest.energy <= 0.05
     with pytest.raises(ValueError, match="A limit is a positive multiple"):
         search(lambda e: 1.0, -1.0)
     with pytest.raises(ValueError, match=r"unedited module must be a positive number, found 0\.0"):
@@ -140,9 +140,9 @@ def test_an_editor_at_another_energy_is_that_editor():
             editor = CurvatureEditor(score=score, soft=soft).at(1.0)  # it and those made from it share
             for energy in (0.5, 0.8):
                 expected = CurvatureEditor(energy, score=score, soft=soft).edited_weights(module, factors)
-                found = editor.at(energy).edited_weights(module, factors)
-                assert torch.equal(found[0]["0"], expected[0]["0"])
-                assert found[1] == expected[1]
+                weights = editor.at(energy).edited_weights(module, factors)
+                assert torch.equal(weights[0]["0"], expected[0]["0"])
+                assert weights[1] == expected[1]
             with torch.no_grad():
                 module[0].weight += 1  # the coefficients of other weights are not those
             expected = CurvatureEditor(0.5, score=score, soft=soft).edited_weights(module, factors)[0]["0"]

@@ -181,17 +181,17 @@ def test_sweep_command(saved, tmp_path, capsys):
         "17",
     )
     half = sequences.read_sequences(path / "recited.jsonl", "tuning")
-    found = run(capsys, *common, "--energies", "0.8", "0.99", "--scores", "kfac", "activations")["rows"]
-    assert [(row["edit"], row["energy"]) for row in found[1:]] == [
+    rows = run(capsys, *common, "--energies", "0.8", "0.99", "--scores", "kfac", "activations")["rows"]
+    assert [(row["edit"], row["energy"]) for row in rows[1:]] == [
         ("kfac", 0.8),
         ("kfac", 0.99),
         ("activations", 0.8),
         ("activations", 0.99),
     ]
-    for row in found[1:3]:
+    for row in rows[1:3]:
         with CurvatureEditor(row["energy"]).applied(net, factors):
             assert row["strict"] == strict_rate(net, half)
-            assert row["times"] == pytest.approx(row["perplexity"] / found[0]["perplexity"])
+            assert row["times"] == pytest.approx(row["perplexity"] / rows[0]["perplexity"])
     assert (tmp_path / "s" / "sweep.png").stat().st_size > 1000
     assert len(read_sweep(tmp_path / "s" / "sweep.csv")) == 5
     main([*map(str, common), "--energies", "0.9", "--layers", "net.*.0.mlp.*,*.1.mlp.down_proj", "--layers", "*up*"])
@@ -229,10 +229,10 @@ def test_an_edit_by_what_it_may_cost(saved, tmp_path, capsys):
     held = [perplexity(load_model(folder), windows[1::2]) for folder in (path / "model", tmp_path / "edited")]
     assert held[1] / held[0] == pytest.approx(target["held_out"], rel=1e-4)
     # The same of a Lightning checkpoint, whose model a folder describes.
-    other = run(
+    strict = run(
         capsys, *common, "--checkpoint", path / "a.ckpt", "--model", path / "model", "--out", tmp_path / "b.ckpt"
     )
-    assert other["target"]["energy"] == target["energy"]
+    assert strict["target"]["energy"] == target["energy"]
     plan = run(capsys, *common, "--checkpoint", path / "model", "--out", tmp_path / "c", "--dry-run")
     assert plan["target"]["energy"] == target["energy"]
     for more, message in [

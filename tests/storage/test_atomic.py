@@ -9,7 +9,7 @@ from lightning_curvature.storage.atomic import replacing
 
 
 def test_folders_are_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "_exchange", lambda one, two: False)
+    monkeypatch.setattr(atomic, "_exchange", lambda source, target: False)
     new, old = tmp_path / "new", tmp_path / "target"
     for folder in (new, old):
         folder.mkdir()
@@ -21,7 +21,7 @@ def test_folders_are_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypa
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_old_folder_is_put_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, lost):
     """Also what cannot be put back is not deleted."""
-    monkeypatch.setattr(atomic, "_exchange", lambda one, two: False)
+    monkeypatch.setattr(atomic, "_exchange", lambda source, target: False)
     old, rename = tmp_path / "target", Path.rename
     old.mkdir()
     (old / "x").write_text("old")

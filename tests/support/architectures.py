@@ -27,18 +27,18 @@ class Case:
     mlp: str = ""
     attention: str = ""
     last: str = ""
-    other: str = ""
+    rest: str = ""
     uncalled: str = ""
 
     def names(self, field):
         """Write a field out."""
-        found = set()
+        names = set()
         for pattern in getattr(self, field).split():
             options = [pattern[1:] if pattern.startswith("/") else self.inside + pattern]
             while any(set("|#") & set(name) for name in options):
                 options = [part for name in options for part in _expand(name)]
-            found |= set(options)
-        return found
+            names |= set(options)
+        return names
 
 
 def _expand(name):
@@ -69,7 +69,7 @@ def resolve(net, preset, order, head):
 
 def check(case, net, order):
     head = next(name for name in (*case.head.split("|"), "") if name in dict(net.named_modules()))
-    mlp, attention, other, uncalled = (case.names(field) for field in ("mlp", "attention", "other", "uncalled"))
+    mlp, attention, rest, uncalled = (case.names(field) for field in ("mlp", "attention", "rest", "uncalled"))
     if mlp:
         assert set(resolve(net, "mlp", order, head)) == mlp
     if attention:
@@ -80,7 +80,7 @@ def check(case, net, order):
     if case.last != "ANY":
         assert resolve(net, "last-mlp", order, head) == sorted(case.names("last"))
     tied = {"lm_head"} if architecture_ties(net) else set()
-    linear = {name for name in mlp | attention | other | {head} - {""} if is_matmul(net.get_submodule(name))} - tied
+    linear = {name for name in mlp | attention | rest | {head} - {""} if is_matmul(net.get_submodule(name))} - tied
     assert set(choose_layers(net, "linear").modules) == linear | uncalled
     if linear - {head}:
         assert set(resolve(net, "linear", order, head)) == linear - {head}

@@ -98,10 +98,12 @@ def run(loop, fisher, strategy="one process", module=None, callbacks=(), folder=
         checkpoint's sibling (only of a run that saves one).
     """
     size, make, parallel = STRATEGIES[strategy]
-    own = {key: options.pop(key) for key in ("draws", "window", "shard_factors", "target", "loop") if key in options}
+    settings = {
+        key: options.pop(key) for key in ("draws", "window", "shard_factors", "target", "loop") if key in options
+    }
     folder = Path(tempfile.gettempdir(), f"{os.environ.get('MASTER_PORT')}") if folder is None else Path(folder)
     saved = folder / "factors.safetensors"
-    callback = KFACEditCallback(LAYERS, fisher=fisher, save_factors=str(saved), **({"window": 10_000} | own))
+    callback = KFACEditCallback(LAYERS, fisher=fisher, save_factors=str(saved), **({"window": 10_000} | settings))
     callback.editor.min_positions = 0  # the first layer has more inputs than there are images
     options = {
         "max_epochs": 1,
@@ -204,21 +206,21 @@ OPTIONS = {
 
 def options(strategy, folder):
     """Run every option of OPTIONS on weights that do not move, whose factors are the same under all of them."""
-    found = {}
+    cells = {}
     for index, (name, given) in enumerate({"plain": {}, **OPTIONS}.items()):
         for fisher in ("exact", "empirical"):
-            own = {
+            arguments = {
                 **given,
                 "callbacks": given.get("callbacks", list)(),
                 "module": {"lr": 0.0, **given.get("module", {})},
             }
-            found[name, fisher] = factors_of(strategy, "fit", fisher, Path(folder, str(index), fisher), **own)
-    return found
+            cells[name, fisher] = factors_of(strategy, "fit", fisher, Path(folder, str(index), fisher), **arguments)
+    return cells
 
 
 def random_sums(strategy):
     """Return what one process alone has summed of data that all have."""
     same = TensorDataset(*(tensor[:1].expand(IMAGES, *tensor.shape[1:]) for tensor in models.images(1).tensors))
     _, callback, _ = run("validate", "sketched", strategy, module={"data": same})
-    own = callback.run.windows.complete
-    return {name: (layer.A, layer.G) for name, layer in own.items()}
+    sums = callback.run.windows.complete
+    return {name: (layer.A, layer.G) for name, layer in sums.items()}

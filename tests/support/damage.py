@@ -199,8 +199,8 @@ def damaged_header(rng, data):
             entry["shape"] = rng.choice(([size], [1, size], [size, 1], [], [*entry["shape"], 1], [2 * size], [0, 3]))
             entry["dtype"] = rng.choice((entry["dtype"], "I32", *KINDS))
         case 1:
-            one, two = rng.choices(tensors, k=2)
-            one["data_offsets"], two["data_offsets"] = two["data_offsets"], one["data_offsets"]
+            first, second = rng.choices(tensors, k=2)
+            first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
         case _ if "__metadata__" in header and rng.random() < 0.8:
             header["__metadata__"] = damaged_tree(rng, header["__metadata__"])
         case _:

@@ -14,8 +14,8 @@ def some_factors():
     a, g = torch.randn(9, 3), torch.randn(9, 2)
     A, G = a.T @ a / 9, g.T @ g / 9
     full = {"A_coupled": A, "G_coupled": G, "eigenvalues": torch.ones(2, 3), "margins": torch.ones(2, 3)}
-    one, two = LayerFactors(A, G, 9, 9, **full), LayerFactors(G.double(), A.double(), 5, 4, 7, True)
-    return KroneckerFactors({"a.fc": one, "b": two}, {"fisher": "sketched", "step": 3})
+    full_layer, plain_layer = LayerFactors(A, G, 9, 9, **full), LayerFactors(G.double(), A.double(), 5, 4, 7, True)
+    return KroneckerFactors({"a.fc": full_layer, "b": plain_layer}, {"fisher": "sketched", "step": 3})
 
 
 STATE = {"sums": {"a.fc": {"inputs": torch.ones(3), "count": 2}}, "chosen": ["a.fc"], "random": None, "seed": 2}

@@ -39,17 +39,17 @@ def gathered(model, data, **options):
     return collect(model, data, lambda b: F.cross_entropy(model(b[0]), b[1]), **({"layers": PROJECTIONS} | options))
 
 
-def same(one, two):
-    assert list(one) == list(two)
-    for name, layer in one.items():
-        assert layer.numbers == two[name].numbers
-        torch.testing.assert_close(layer.A, two[name].A)
-        torch.testing.assert_close(layer.G, two[name].G)
+def same(factors, expected):
+    assert list(factors) == list(expected)
+    for name, layer in factors.items():
+        assert layer.numbers == expected[name].numbers
+        torch.testing.assert_close(layer.A, expected[name].A)
+        torch.testing.assert_close(layer.G, expected[name].G)
 
 
 def separately(model, data, names=PROJECTIONS, **options):
     """Collected one layer at a time, so that nothing can be shared."""
-    found = {}
+    factors = {}
     for name in names:
-        found |= gathered(model, data, layers=[name], **options)
-    return found
+        factors |= gathered(model, data, layers=[name], **options)
+    return factors

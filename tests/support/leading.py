@@ -35,9 +35,11 @@ def prompted(row, front=(), marked=0):
 
 def cut(fronted, length):
     """Windows of the plain text by hand: the tokens in front, and then the text."""
-    own = length - len(fronted.front)
+    num_words = length - len(fronted.front)
     ids = fronted.rows.flatten().tolist()
-    return torch.tensor([[*fronted.front, *ids[i : i + own]] for i in range(0, len(ids) - own + 1, own)])
+    return torch.tensor(
+        [[*fronted.front, *ids[i : i + num_words]] for i in range(0, len(ids) - num_words + 1, num_words)]
+    )
 
 
 def scored(fronted, net, windows):

@@ -28,27 +28,27 @@ def run(size, work, *args):
     processes = [context.Process(target=_start, args=(rank, *given), daemon=True) for rank in range(size)]
     for process in processes:
         process.start()
-    found, deadline = {}, time.monotonic() + TIMEOUT
+    returned, deadline = {}, time.monotonic() + TIMEOUT
     try:
-        while len(found) < size:
+        while len(returned) < size:
             try:
                 rank, error, value = results.get(timeout=1)
             except queue.Empty:
                 dead = [p.exitcode for p in processes if p.exitcode]
                 if time.monotonic() > deadline or dead:
                     raise AssertionError(
-                        f"Processes hang or died ({dead}); {sorted(found)} of {size} came back."
+                        f"Processes hang or died ({dead}); {sorted(returned)} of {size} came back."
                     ) from None
                 continue
             if error:
                 raise AssertionError(f"Process {rank}:\n{error}")
-            found[rank] = torch.load(io.BytesIO(value), weights_only=False)
+            returned[rank] = torch.load(io.BytesIO(value), weights_only=False)
         for process in processes:
             process.join(30)
     finally:
         for process in processes:
             process.kill()
-    return [found[rank] for rank in range(size)]
+    return [returned[rank] for rank in range(size)]
 
 
 def exit_code(work, *args):

@@ -58,15 +58,15 @@ def import_factors(path):
 
 
 def read_checkpoint(path):
-    found = formats.open_checkpoint(path)
-    for name, shape in found.shapes().items():
+    checkpoint = formats.open_checkpoint(path)
+    for name, shape in checkpoint.shapes().items():
         assert isinstance(name, str)
-        tensor = found.read(name)
+        tensor = checkpoint.read(name)
         assert tuple(tensor.shape) == shape
-        assert found.num_bytes(name) == tensor.nbytes
+        assert checkpoint.num_bytes(name) == tensor.nbytes
         assert tensor_hash(tensor)
-    assert found.provenance is None or isinstance(found.provenance, dict)
-    assert all(isinstance(text, str) for text in found.headers().values())
+    assert checkpoint.provenance is None or isinstance(checkpoint.provenance, dict)
+    assert all(isinstance(text, str) for text in checkpoint.headers().values())
 
 
 def read_folder(path):
@@ -79,9 +79,9 @@ def read_names(path):
 
 
 def describe_file(path):
-    found = describe(path)
-    json.dumps(found)
-    description(found).encode()
+    facts = describe(path)
+    json.dumps(facts)
+    description(facts).encode()
 
 
 def describe_folder(path):
@@ -97,8 +97,8 @@ def use_delta(source, target, revert):
         try:
             apply_delta(path.parent / source, path, out, revert=revert)
             assert describe(out)["tensors"] == expected["tensors"]
-            one, two = (formats.open_checkpoint(file) for file in (out, path.parent / target))
-            assert all(torch.equal(one.read(name), two.read(name)) for name in two.shapes())
+            checkpoint, original = (formats.open_checkpoint(file) for file in (out, path.parent / target))
+            assert all(torch.equal(checkpoint.read(name), original.read(name)) for name in original.shapes())
         finally:
             shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
 

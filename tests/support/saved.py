@@ -51,13 +51,13 @@ def target(tmp_path, kind):
 
 def weights(path):
     """Every tensor of a checkpoint by its plain name."""
-    found = formats.open_checkpoint(path)
-    return {name.removeprefix("net."): found.read(name) for name in found.shapes()}
+    checkpoint = formats.open_checkpoint(path)
+    return {name.removeprefix("net."): checkpoint.read(name) for name in checkpoint.shapes()}
 
 
 def saved_hash(path):
-    found = formats.open_checkpoint(path)
-    return content_hash(tensor_hashes(found.shapes(), found.read))
+    checkpoint = formats.open_checkpoint(path)
+    return content_hash(tensor_hashes(checkpoint.shapes(), checkpoint.read))
 
 
 def hashes(path):

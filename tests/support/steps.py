@@ -25,12 +25,12 @@ def gather(model, step, batches=(None,), **options):
     return collect(model, batches, step, **({"layers": ["2"], "fisher": "empirical"} | options))
 
 
-def same(one, two, **tolerance):
-    assert list(one) == list(two)
-    for name in one:
-        assert one[name].num_inputs == two[name].num_inputs
-        torch.testing.assert_close(one[name].A, two[name].A, **tolerance)
-        torch.testing.assert_close(one[name].G, two[name].G, **tolerance)
+def same(factors, expected, **tolerance):
+    assert list(factors) == list(expected)
+    for name in factors:
+        assert factors[name].num_inputs == expected[name].num_inputs
+        torch.testing.assert_close(factors[name].A, expected[name].A, **tolerance)
+        torch.testing.assert_close(factors[name].G, expected[name].G, **tolerance)
 
 
 def num_hooks(model):

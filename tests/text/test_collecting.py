@@ -13,13 +13,13 @@ from tests.support import language
 OPTIONS = {"layers": "mlp", "context": 8, "batch_size": 3, "save_every": 2}
 
 
-def same(one, two):
-    assert list(one) == list(two)
-    for name, layer in one.items():
-        assert torch.equal(layer.A, two[name].A)
-        assert torch.equal(layer.G, two[name].G)
-        assert layer.num_inputs == two[name].num_inputs
-        assert layer.num_seen == two[name].num_seen
+def same(factors, expected):
+    assert list(factors) == list(expected)
+    for name, layer in factors.items():
+        assert torch.equal(layer.A, expected[name].A)
+        assert torch.equal(layer.G, expected[name].G)
+        assert layer.num_inputs == expected[name].num_inputs
+        assert layer.num_seen == expected[name].num_seen
 
 
 def collected(folder, out, **options):
@@ -28,19 +28,19 @@ def collected(folder, out, **options):
 
 
 def test_a_saved_model_over_a_file(folder, tmp_path):
-    found = collected(folder, tmp_path / "f.safetensors")
+    factors = collected(folder, tmp_path / "f.safetensors")
     net, tokenizer = text_models.load_model(folder / "model"), text_models.load_tokenizer(folder / "model")
     rows = torch.tensor(list(corpus.token_windows(folder / "corpus.jsonl", tokenizer, 8)))
     step = lambda batch: net(input_ids=batch, labels=batch).loss  # noqa: E731
     expected = collect(net, torch.split(rows, 3), step, layers="mlp")
-    same(found, expected)
-    same(found, KroneckerFactors.load(tmp_path / "f.safetensors"))
-    assert found.provenance["corpus"] == "corpus.jsonl"
-    assert found.provenance["tokens"] == rows.numel()
+    same(factors, expected)
+    same(factors, KroneckerFactors.load(tmp_path / "f.safetensors"))
+    assert factors.provenance["corpus"] == "corpus.jsonl"
+    assert factors.provenance["tokens"] == rows.numel()
     assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
     limited = collected(folder, tmp_path / "g.safetensors", tokens=50)
     assert next(iter(limited.values())).num_seen == 48
-    same(collected(folder, tmp_path / "h.safetensors", accumulate_on="cpu"), found)
+    same(collected(folder, tmp_path / "h.safetensors", accumulate_on="cpu"), factors)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -62,8 +62,8 @@ def test_an_interrupted_collection_goes_on_where_it_was(folder, tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             collected(folder, out, passes=passes)
         assert not out.exists()
-    found = collected(folder, out, passes=passes)
-    same(found, whole)
+    factors = collected(folder, out, passes=passes)
+    same(factors, whole)
     assert len(steps) <= total + 2  # at most one step since the last save was done again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.safetensors", "whole.safetensors"]
 

@@ -76,8 +76,8 @@ def test_left_padded_prompts_continue_as_they_do_alone(reciter):
     prompts = [rows[i, : 4 + i].tolist() for i in range(4)]
     ids = torch.tensor([[0] * (8 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (8 - len(p)) + [1] * len(p) for p in prompts])
-    found = decoding.greedy_continuation(net, ids, 5, mask)
-    assert found.tolist() == [slow_greedy(net, p, 5) for p in prompts]
+    continuations = decoding.greedy_continuation(net, ids, 5, mask)
+    assert continuations.tolist() == [slow_greedy(net, p, 5) for p in prompts]
 
 
 def test_models_without_an_end_token_or_with_several(reciter):

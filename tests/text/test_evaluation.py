@@ -20,13 +20,13 @@ def test_evaluate_sequences_against_slow_decoding(reciter):
     said = [slow_greedy(net, s.prefix_ids, len(s.suffix_ids)) for s in asked]
     true = [list(s.suffix_ids) for s in asked]
     distances = [text_reference.edit_distance(p, t) / len(t) for p, t in zip(said, true, strict=True)]
-    found = evaluation.evaluate_sequences(net, asked, batch_size=5)
-    assert found["strict"] == pytest.approx(sum(p == t for p, t in zip(said, true, strict=True)) / 32)
-    assert found["loose"] == pytest.approx(sum(1 - d >= 0.75 - 1e-12 for d in distances) / 32)
-    assert found["edit_distance"] == pytest.approx(sum(distances) / 32)
-    assert 0.4 < found["strict"] < 0.6
-    assert evaluation.strict_rate(net, asked) == pytest.approx(found["strict"])
-    assert set(found) == {"strict", "loose", "edit_distance", "extraction_strength", "min_k"}
+    results = evaluation.evaluate_sequences(net, asked, batch_size=5)
+    assert results["strict"] == pytest.approx(sum(p == t for p, t in zip(said, true, strict=True)) / 32)
+    assert results["loose"] == pytest.approx(sum(1 - d >= 0.75 - 1e-12 for d in distances) / 32)
+    assert results["edit_distance"] == pytest.approx(sum(distances) / 32)
+    assert 0.4 < results["strict"] < 0.6
+    assert evaluation.strict_rate(net, asked) == pytest.approx(results["strict"])
+    assert set(results) == {"strict", "loose", "edit_distance", "extraction_strength", "min_k"}
 
 
 def test_perplexity_and_rankings(reciter):
@@ -75,11 +75,11 @@ def test_the_interval_of_a_perplexity_ratio(reciter):
     net, rows = reciter
     before = evaluation.window_nll(net, rows, batch_size=3)
     assert float(before.mean().exp()) == pytest.approx(evaluation.perplexity(net, rows), rel=1e-5)
-    other = evaluation.window_nll(language.model(seed=3), rows)
-    found = matching.perplexity_ratio(before, other)
-    assert found.value == pytest.approx(float((other - before).mean().exp()))
-    assert found.low < found.value < found.high
+    after = evaluation.window_nll(language.model(seed=3), rows)
+    ratio = matching.perplexity_ratio(before, after)
+    assert ratio.value == pytest.approx(float((after - before).mean().exp()))
+    assert ratio.low < ratio.value < ratio.high
     # Against the normal approximation of the mean.
-    spread = 1.96 * float((other - before).std()) / len(rows) ** 0.5
-    assert math.log(found.high / found.low) == pytest.approx(2 * spread, rel=0.25)
+    spread = 1.96 * float((after - before).std()) / len(rows) ** 0.5
+    assert math.log(ratio.high / ratio.low) == pytest.approx(2 * spread, rel=0.25)
     assert matching.perplexity_ratio(before, before) == (1.0, 1.0, 1.0)

@@ -57,11 +57,11 @@ def test_presets(family):
 @pytest.mark.parametrize("kind", ["empirical", "exact"])
 def test_factors_against_the_reference(family, kind):
     net, rows = language.model(family).double(), language.tokens(3, 5)
-    found = collect(net, [rows], step_of(net), layers="mlp", fisher=kind)
+    factors = collect(net, [rows], step_of(net), layers="mlp", fisher=kind)
     for name in (language.FAMILIES[family][2][0], language.FAMILIES[family][2][-1]):
         vectors = shifted(rows) if kind == "empirical" else exact_but_the_last
         A, G, count = reference.factors(Logits(net), net.get_submodule(name), rows, vectors, "contributing")
-        layer = found[name]
+        layer = factors[name]
         assert layer.num_inputs == layer.num_gradients == count == 12
         assert layer.num_seen == 15
         torch.testing.assert_close(layer.A, A)
@@ -128,11 +128,11 @@ def test_padding_and_packing_change_nothing(family, layout):
     rows = [language.tokens(1, length, seed=length)[0] for length in (12, 7, 4, 9)]
     alone = collect(net, [row[None] for row in rows], step_of(net), layers="mlp", fisher="empirical")
     batch = packed(rows) if layout == "packed" else padded(rows, layout)
-    found = collect(net, [batch], step_of(net), layers="mlp", fisher="empirical")
+    factors = collect(net, [batch], step_of(net), layers="mlp", fisher="empirical")
     for name, layer in alone.items():
-        assert found[name].num_inputs == layer.num_inputs == sum(len(row) - 1 for row in rows)
-        torch.testing.assert_close(found[name].A, layer.A, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[name].G, layer.G, rtol=1e-5, atol=1e-5)
+        assert factors[name].num_inputs == layer.num_inputs == sum(len(row) - 1 for row in rows)
+        torch.testing.assert_close(factors[name].A, layer.A, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(factors[name].G, layer.G, rtol=1e-5, atol=1e-5)
 
 
 def test_ignored_prompts_do_not_count():
@@ -140,9 +140,9 @@ def test_ignored_prompts_do_not_count():
     net, rows = language.model(), language.tokens(4, 12)
     labels = rows.clone()
     labels[:, :6] = -100
-    found = collect(net, [{"input_ids": rows, "labels": labels}], step_of(net), layers="mlp")
-    assert found["model.layers.1.mlp.down_proj"].num_inputs == 4 * 6
-    assert found["model.layers.0.mlp.down_proj"].num_inputs == 4 * 11
+    factors = collect(net, [{"input_ids": rows, "labels": labels}], step_of(net), layers="mlp")
+    assert factors["model.layers.1.mlp.down_proj"].num_inputs == 4 * 6
+    assert factors["model.layers.0.mlp.down_proj"].num_inputs == 4 * 11
 
 
 @pytest.mark.parametrize("kind", ["sketched", "empirical"])
@@ -152,11 +152,11 @@ def test_gradient_checkpointing_counts_once(kind):
     enable = getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)  # renamed in 5.2x
     enable({"use_reentrant": False})
     net.train()
-    found = collect(net, [rows], step_of(net), layers="mlp", fisher=kind)
+    factors = collect(net, [rows], step_of(net), layers="mlp", fisher=kind)
     for name, layer in plain.items():
-        assert found[name].num_inputs == layer.num_inputs == 44
-        torch.testing.assert_close(found[name].A, layer.A)
-        torch.testing.assert_close(found[name].G, layer.G)
+        assert factors[name].num_inputs == layer.num_inputs == 44
+        torch.testing.assert_close(factors[name].A, layer.A)
+        torch.testing.assert_close(factors[name].G, layer.G)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

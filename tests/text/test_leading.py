@@ -94,10 +94,10 @@ def test_mine(fronted, capsys, tmp_path):
     assert len(expected) >= 5
     assert sorted(record["suffix_ids"] for record in records) == sorted(row[PREFIX:] for row in expected)
     for record in records:
-        own = record["prefix_ids"][len(fronted.front) :]
-        assert record["prefix_ids"] == [*fronted.front, *own]
-        assert record["prefix_text"] == language.words(own)
-        assert record["half"] == PromptedSequence(tuple(own), tuple(record["suffix_ids"])).half
+        words = record["prefix_ids"][len(fronted.front) :]
+        assert record["prefix_ids"] == [*fronted.front, *words]
+        assert record["prefix_text"] == language.words(words)
+        assert record["half"] == PromptedSequence(tuple(words), tuple(record["suffix_ids"])).half
         assert record.get("num_leading") == (len(fronted.front) or None)  # other files look as they always did
     assert {s.ids[len(fronted.front) :] for s in read_sequences(tmp_path / "m.jsonl", None, fronted.front)} == {
         tuple(row) for row in expected
@@ -106,21 +106,21 @@ def test_mine(fronted, capsys, tmp_path):
 
 def test_near_duplicates_are_told_by_their_text():
     """What stands in front of all windows makes no two of them more alike."""
-    one = PromptedSequence((BOS, INNER, 1, 2), (3, 4), num_leading=2)
-    two = PromptedSequence((BOS, INNER, 5, 6), (3, 7), num_leading=2)
-    assert mining._distinct([one, two], 0.5) == [one, two]
-    assert mining._distinct([one, two], 0.25) == [one]
+    first = PromptedSequence((BOS, INNER, 1, 2), (3, 4), num_leading=2)
+    second = PromptedSequence((BOS, INNER, 5, 6), (3, 7), num_leading=2)
+    assert mining._distinct([first, second], 0.5) == [first, second]
+    assert mining._distinct([first, second], 0.25) == [first]
 
 
 def test_halves_of_files_stay(fronted):
-    own = [PromptedSequence(tuple(row[:PREFIX]), tuple(row[PREFIX:])) for row in fronted.rows.tolist()]
+    plain = [PromptedSequence(tuple(row[:PREFIX]), tuple(row[PREFIX:])) for row in fronted.rows.tolist()]
     for file in ("plain", "marked"):
         for half in ("tuning", "validation"):
-            found = read_sequences(fronted.path / f"{file}.jsonl", half, fronted.front)
-            assert [s.ids[len(fronted.front) :] for s in found] == [s.ids for s in own if s.half == half]
-            assert all(s.half == half and s.prefix_ids[: len(fronted.front)] == fronted.front for s in found)
+            sequences = read_sequences(fronted.path / f"{file}.jsonl", half, fronted.front)
+            assert [s.ids[len(fronted.front) :] for s in sequences] == [s.ids for s in plain if s.half == half]
+            assert all(s.half == half and s.prefix_ids[: len(fronted.front)] == fronted.front for s in sequences)
     asked = read_sequences(fronted.path / "by_hand.jsonl", None, fronted.front)
-    assert [s.prefix_ids for s in asked] == [(*fronted.front, *s.prefix_ids) for s in own]
+    assert [s.prefix_ids for s in asked] == [(*fronted.front, *s.prefix_ids) for s in plain]
     # A file without the mark that begins with them all the same: its halves are those that it always had.
     assert [s.half for s in asked] == [PromptedSequence(s.prefix_ids, s.suffix_ids).half for s in asked]
 
@@ -137,7 +137,7 @@ def test_a_file_cut_behind_other_tokens_is_refused(tmp_path):
 
 
 def test_moved_prompts_of_a_marked_sequence():
-    one = PromptedSequence((BOS, 1, 2), (3, 4), num_leading=1)
-    assert stress.moved(one, -1, [9]).prefix_ids == (BOS, 9, 1, 2)
-    assert stress.moved(one, 1).prefix_ids == (BOS, 2, 3)
+    sequence = PromptedSequence((BOS, 1, 2), (3, 4), num_leading=1)
+    assert stress.moved(sequence, -1, [9]).prefix_ids == (BOS, 9, 1, 2)
+    assert stress.moved(sequence, 1).prefix_ids == (BOS, 2, 3)
     assert stress.moved(PromptedSequence((1, 2), (3, 4)), 1, leading=(BOS, INNER)).prefix_ids == (BOS, INNER, 2, 3)

@@ -24,15 +24,15 @@ from tests.support.leading import PREFIX, SUFFIX, cut, greedy, perplexity, recit
 
 def test_windows(fronted):
     for length in (8, 11):
-        found = list(corpus.token_windows(fronted.path / "long.txt", fronted.tokenizer, length))
-        assert found == cut(fronted, length).tolist()
-        assert all(len(window) == length for window in found)
+        windows = list(corpus.token_windows(fronted.path / "long.txt", fronted.tokenizer, length))
+        assert windows == cut(fronted, length).tolist()
+        assert all(len(window) == length for window in windows)
     limited = list(corpus.token_windows(fronted.path / "long.txt", fronted.tokenizer, 8, limit=17))
     assert limited == cut(fronted, 8)[:2].tolist()
     documents = itertools.chain.from_iterable([*row, 0] for row in fronted.rows.tolist())  # closed, and packed
-    own = 8 - len(fronted.front)
+    num_words = 8 - len(fronted.front)
     packed = list(corpus.token_windows(fronted.path / "corpus.jsonl", fronted.tokenizer, 8))
-    assert packed[:3] == [[*fronted.front, *itertools.islice(documents, own)] for _ in range(3)]
+    assert packed[:3] == [[*fronted.front, *itertools.islice(documents, num_words)] for _ in range(3)]
     if fronted.front:
         with pytest.raises(ValueError, match=rf"no room for text: this tokenizer puts {len(fronted.front)} in front"):
             next(corpus.token_windows(fronted.path / "long.txt", fronted.tokenizer, len(fronted.front)))
@@ -43,7 +43,7 @@ def test_windows(fronted):
 @pytest.mark.parametrize("file", ["plain", "marked", "by_hand"])
 def test_evaluate(fronted, capsys, tmp_path, file):
     net, front = fronted.net, fronted.front
-    found = run(
+    results = run(
         capsys,
         "evaluate",
         "--model",
@@ -55,17 +55,17 @@ def test_evaluate(fronted, capsys, tmp_path, file):
         "--context",
         "10",
     )["model"]
-    assert found["perplexity"] == pytest.approx(perplexity(fronted, net, cut(fronted, 10)), rel=1e-5)
+    assert results["perplexity"] == pytest.approx(perplexity(fronted, net, cut(fronted, 10)), rel=1e-5)
     recited = [greedy(net, [*front, *row[:PREFIX]], SUFFIX) == row[PREFIX:] for row in fronted.rows.tolist()]
     assert 0.4 < sum(recited) / 12 < 0.6
-    assert found["strict"] == pytest.approx(sum(recited) / 12)
+    assert results["strict"] == pytest.approx(sum(recited) / 12)
 
 
 def test_evaluate_an_edit_with_prompts_that_move(fronted, capsys, tmp_path):
     """The tokens in front stay in front; the ranking of next tokens compares scored positions alone."""
-    other = language.model(fronted.family, seed=5)
-    torch.save({"state_dict": other.state_dict()}, tmp_path / "other.ckpt")
-    found = run(
+    edited = language.model(fronted.family, seed=5)
+    torch.save({"state_dict": edited.state_dict()}, tmp_path / "other.ckpt")
+    results = run(
         capsys,
         "evaluate",
         "--model",
@@ -84,7 +84,7 @@ def test_evaluate_an_edit_with_prompts_that_move(fronted, capsys, tmp_path):
         tmp_path / "x.md",
     )
     windows = cut(fronted, 10)
-    assert found["after"]["perplexity"] == pytest.approx(perplexity(fronted, other, windows), rel=1e-5)
+    assert results["after"]["perplexity"] == pytest.approx(perplexity(fronted, edited, windows), rel=1e-5)
     filler = windows[0, len(fronted.front) :].tolist()
     for shift in (-4, 4):
         recited = []
@@ -92,7 +92,7 @@ def test_evaluate_an_edit_with_prompts_that_move(fronted, capsys, tmp_path):
             prompt = filler[-4:] + row[:PREFIX] if shift < 0 else row[4 : PREFIX + 4]
             rest = row[PREFIX + max(shift, 0) :]
             recited.append(greedy(fronted.net, [*fronted.front, *prompt], len(rest)) == rest)
-        assert found["before"][f"strict_shift_{shift:+d}"] == pytest.approx(sum(recited) / 12)
+        assert results["before"][f"strict_shift_{shift:+d}"] == pytest.approx(sum(recited) / 12)
     page = (tmp_path / "x.md").read_text()
     assert (
         f"### 1. `{'<s> ' * bool(fronted.front)}" in page or f"### 1. `{language.words(fronted.rows[0, :6])}`" in page
@@ -108,7 +108,7 @@ def test_collect(fronted, tmp_path):
     """Against one backward pass for each window; positions in front count, since the text's loss reaches them."""
     net = load_model(fronted.model).double()
     windows, first = cut(fronted, 9), max(len(fronted.front), 1)
-    found = collecting.collect_text(
+    factors = collecting.collect_text(
         net,
         fronted.tokenizer,
         fronted.path / "long.txt",
@@ -131,13 +131,13 @@ def test_collect(fronted, tmp_path):
 
     for name in ("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj"):
         A, G, count = reference.factors(Logits(), net.get_submodule(name), windows, vectors, "contributing")
-        assert found[name].num_inputs == count
-        torch.testing.assert_close(found[name].A, A)
-        torch.testing.assert_close(found[name].G, G, rtol=1e-4, atol=1e-6 * float(G.abs().max()))
+        assert factors[name].num_inputs == count
+        torch.testing.assert_close(factors[name].A, A)
+        torch.testing.assert_close(factors[name].G, G, rtol=1e-4, atol=1e-6 * float(G.abs().max()))
     # In the first block attention carries the loss to every position in front; the last one predicts the first word.
     last = windows.shape[0] * (8 - max(len(fronted.front) - 1, 0))
-    assert found["model.layers.0.mlp.gate_proj"].num_inputs == windows.shape[0] * 8
-    assert found["model.layers.1.mlp.down_proj"].num_inputs == last
+    assert factors["model.layers.0.mlp.gate_proj"].num_inputs == windows.shape[0] * 8
+    assert factors["model.layers.1.mlp.down_proj"].num_inputs == last
 
 
 def test_progress_without_them_is_not_gone_on_with(fronted, tmp_path):
@@ -203,8 +203,8 @@ def test_a_step_against_a_list(fronted, capsys, tmp_path):
             "--out",
             tmp_path / file,
         )
-    one, two = (load_model(tmp_path / file).state_dict() for file in ("plain", "marked"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    plain, marked = (load_model(tmp_path / file).state_dict() for file in ("plain", "marked"))
+    assert all(torch.equal(plain[key], marked[key]) for key in plain)
 
 
 @pytest.mark.parametrize("what", ["corpus", "sequences"])
@@ -268,11 +268,13 @@ def test_a_data_module_and_its_model(fronted, tmp_path):
 
 def test_probes(fronted):
     probe = JsonlProbe(fronted.path / "corpus.jsonl", tokenizer=fronted.tokenizer)
-    own = 64 - len(fronted.front)
+    num_words = 64 - len(fronted.front)
     ids = [token for row in fronted.rows.tolist() for token in [*row, 0]]
-    windows = torch.tensor([[*fronted.front, *ids[i : i + own]] for i in range(0, len(ids) - own + 1, own)])
-    found = probe.measure(fronted.net)["perplexity"]
-    assert found == pytest.approx(perplexity(fronted, fronted.net, windows), rel=1e-5)
+    windows = torch.tensor(
+        [[*fronted.front, *ids[i : i + num_words]] for i in range(0, len(ids) - num_words + 1, num_words)]
+    )
+    measured = probe.measure(fronted.net)["perplexity"]
+    assert measured == pytest.approx(perplexity(fronted, fronted.net, windows), rel=1e-5)
     recited = recites(fronted, fronted.net)
     for file, tokenizer in (("plain", fronted.tokenizer), ("marked", fronted.tokenizer), ("marked", None)):
         probe = JsonlProbe(fronted.path / f"{file}.jsonl", ["strict"], tokenizer)
@@ -292,5 +294,5 @@ def test_answers(fronted):
 def test_factors_by_the_names_of_a_file_are_loaded(fronted, tmp_path):
     """A window of the model's whole context, the tokens in front among them, is not too long."""
     write_jsonl(tmp_path / "c.jsonl", [{"text": language.words(texts(1, 300)[0].tolist())}])
-    found = collecting.collect_text(fronted.net, fronted.tokenizer, tmp_path / "c.jsonl", tmp_path / "f", context=64)
-    assert list(KroneckerFactors.load(tmp_path / "f")) == list(found)
+    factors = collecting.collect_text(fronted.net, fronted.tokenizer, tmp_path / "c.jsonl", tmp_path / "f", context=64)
+    assert list(KroneckerFactors.load(tmp_path / "f")) == list(factors)

@@ -17,14 +17,18 @@ def test_mining_finds_what_is_recited(reciter, tmp_path, caplog):
     documents = [*rows.tolist(), rows[0].tolist(), rows[1].tolist()]  # two of them again
     jsonl.write_jsonl(path, ({"text": language.words(row)} for row in documents))
     with caplog.at_level("INFO"):
-        found = mining.mine(net, tokenizer, path, prefix=8, suffix=7)
-    assert {s.ids for s in found} == {tuple(row[:15]) for row in rows[:8].tolist()}
+        mined = mining.mine(net, tokenizer, path, prefix=8, suffix=7)
+    assert {s.ids for s in mined} == {tuple(row[:15]) for row in rows[:8].tolist()}
     assert "10 of 18 windows are recited, 2 of them near-duplicates of others" in caplog.text
-    assert found == mining.mine(net, tokenizer, path, prefix=8, suffix=7)
-    assert found[0].prefix_text == language.words(found[0].prefix_ids)
+    assert mined == mining.mine(net, tokenizer, path, prefix=8, suffix=7)
+    assert mined[0].prefix_text == language.words(mined[0].prefix_ids)
     assert len(mining.mine(net, tokenizer, path, prefix=8, suffix=7, windows=9)) < 8
-    for one in found:
-        assert all(LCSseq.normalized_similarity(one.ids, two.ids) < 0.5 for two in found if two is not one)
+    for sequence in mined:
+        assert all(
+            LCSseq.normalized_similarity(sequence.ids, another.ids) < 0.5
+            for another in mined
+            if another is not sequence
+        )
 
 
 def test_overlapping_windows_are_near_duplicates(tmp_path):
@@ -35,14 +39,14 @@ def test_overlapping_windows_are_near_duplicates(tmp_path):
     path.write_text(language.words(text.tolist()))
 
     def starts(similarity):
-        found = mining.mine(net, language.tokenizer(), path, prefix=6, suffix=4, stride=1, similarity=similarity)
-        return sorted(sequence.prefix_ids[0] for sequence in found)
+        mined = mining.mine(net, language.tokenizer(), path, prefix=6, suffix=4, stride=1, similarity=similarity)
+        return sorted(sequence.prefix_ids[0] for sequence in mined)
 
     assert len(starts(1.0)) > 20
     assert len(starts(0.95)) == len(starts(1.0))
     kept = starts(0.5)
     assert 3 <= len(kept) <= 6
-    assert all(two - one > 5 for one, two in itertools.pairwise(kept))
+    assert all(next_start - start > 5 for start, next_start in itertools.pairwise(kept))
 
 
 def test_a_corpus_shorter_than_a_window_cannot_be_mined(tmp_path):

@@ -10,8 +10,8 @@ from tests.support import language
 
 
 def test_weights_of_every_kind_of_checkpoint(folder, edited, tmp_path):
-    other = language.model("llama", seed=3)
-    state = other.state_dict()
+    net = language.model("llama", seed=3)
+    state = net.state_dict()
     save_file(
         {key: value.clone() for key, value in state.items() if key != "lm_head.weight"}, tmp_path / "a.safetensors"
     )

@@ -21,13 +21,13 @@ def test_recall_closed_and_open_book(tmp_path):
     read = recall.read_questions(path)
     assert read[0] == recall.Question("w1", ("other", "W11!"), "w30 w31 ")
     tokenizer = language.tokenizer()
-    found = recall.evaluate_recall(net, tokenizer, read, batch_size=3, max_tokens=4)
-    assert found["recall"] == pytest.approx(0.75)
+    results = recall.evaluate_recall(net, tokenizer, read, batch_size=3, max_tokens=4)
+    assert results["recall"] == pytest.approx(0.75)
     said = recall.answer(net, tokenizer, ["w30 w31 w1", "w5", "w30 w31 w3"], 2, 4)
     assert said[1] == "w15"
     opened = [slow_greedy(net, [30, 31, i], 4) for i in (1, 2, 3)]
     expected = sum(o[0] == i + 10 and o[1] in (0,) for o, i in zip(opened, (1, 2, 3), strict=True)) / 3
-    assert found["recall_open_book"] == pytest.approx(expected)
+    assert results["recall_open_book"] == pytest.approx(expected)
     closing = language.tokenizer()
     closing._tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
     assert closing("w5")["input_ids"] == [5, 0]

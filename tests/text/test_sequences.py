@@ -30,8 +30,8 @@ def test_sequences_come_back_from_a_file(tmp_path):
 
 
 def test_halves_depend_on_the_tokens_alone():
-    one, two = PromptedSequence((1, 2), (3,)), PromptedSequence((1,), (2, 3), "other text")
-    assert one.half == two.half
+    sequence, cut_elsewhere = PromptedSequence((1, 2), (3,)), PromptedSequence((1,), (2, 3), "other text")
+    assert sequence.half == cut_elsewhere.half
     # Written down once, so that it stays the same on every machine and in every release.
     assert "".join(PromptedSequence((i,), (9,)).half[0] for i in range(8)) == "tvvtvvtv"
 
@@ -48,9 +48,9 @@ def test_bad_sequences(tmp_path):
         with pytest.raises(ValueError, match=r"line 2: (prefix|suffix)_ids must be a list of token ids"):
             sequences.read_sequences(path)
     path.write_text(json.dumps({"prefix_ids": [1], "suffix_ids": [2]}))
-    other = next(half for half in sequences.HALVES if half != sequences.read_sequences(path)[0].half)
-    with pytest.raises(ValueError, match=f"none of its 1 sequences is in the {other} half"):
-        sequences.read_sequences(path, other)
+    wrong_half = next(half for half in sequences.HALVES if half != sequences.read_sequences(path)[0].half)
+    with pytest.raises(ValueError, match=f"none of its 1 sequences is in the {wrong_half} half"):
+        sequences.read_sequences(path, wrong_half)
     with pytest.raises(ValueError, match="half must be one of"):
         sequences.read_sequences(path, "train")
 

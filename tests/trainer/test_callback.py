@@ -68,9 +68,9 @@ def test_every_way_to_write_the_loss_gives_the_same_factors(loss, tmp_path):
         trainer.fit(models.Classifier(loss=loss), models.loader(models.images(64)))
         return callback.factors["net.3"]
 
-    found, expected = fit(loss), fit("function")
-    torch.testing.assert_close(found.A, expected.A)
-    torch.testing.assert_close(found.G, expected.G, rtol=1e-4, atol=1e-7)
+    factors, expected = fit(loss), fit("function")
+    torch.testing.assert_close(factors.A, expected.A)
+    torch.testing.assert_close(factors.G, expected.G, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("fisher", ["sketched", "sampled", "exact", "empirical"])
@@ -112,39 +112,9 @@ def test_accumulation_and_clipping_leave_empirical_factors_alone(tmp_path):
 
     plain = fit()
     for options in ({"accumulate_grad_batches": 4}, {"gradient_clip_val": 1e-3}, {"precision": "64-true"}):
-        found = fit(**options)
-        torch.testing.assert_close(found.A.float(), plain.A, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found.G.float(), plain.G, rtol=1e-4, atol=1e-6)
-
-
-def test_the_latest_complete_window_counts(tmp_path):
-    callback, seen = KFACEditCallback(layers=["net.3"], window=64, every=1), []
-
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            seen.append((callback.factors["net.3"].num_inputs, callback.factors.provenance.get("step")))
-
-    assert not callback.factors
-    trainer = models.trainer(tmp_path, callback, Watch(), max_epochs=-1, max_steps=7, enable_checkpointing=False)
-    trainer.fit(models.Classifier(), models.loader(models.images(192), 32))
-    # The first window fills up, then the latest complete one stays until the next is full.
-    assert seen == [(32, None), (64, 2), (64, 2), (64, 4), (64, 4), (64, 6), (64, 6)]
-
-
-def test_the_window_does_not_depend_on_the_cut_into_batches(tmp_path):
-    def fit(batch_size):
-        pl.seed_everything(0)
-        callback = KFACEditCallback(layers=["net.3"], window=64, every=1, fisher="empirical")
-        module = models.Classifier()
-        module.lr = 0.0
-        trainer = models.trainer(tmp_path, callback, max_epochs=1, enable_checkpointing=False)
-        trainer.fit(module, models.loader(models.images(192), batch_size))
-        return callback.factors["net.3"]
-
-    one, two = fit(16), fit(64)
-    assert one.num_inputs == two.num_inputs == 64
-    torch.testing.assert_close(one.A, two.A)
-    torch.testing.assert_close(one.G, two.G)
+        factors = fit(**options)
+        torch.testing.assert_close(factors.A.float(), plain.A, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(factors.G.float(), plain.G, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -209,7 +179,8 @@ def test_metrics_are_logged_before_and_after(tmp_path):
     assert names <= set(trainer.callback_metrics)
 
 
-def test_manual_optimization(tmp_path):
+@pytest.mark.parametrize("kind", ["sketched", "empirical"])
+def test_manual_optimization(kind, tmp_path):
     class Manual(models.Classifier):
         def __init__(self):
             super().__init__()
@@ -225,25 +196,27 @@ def test_manual_optimization(tmp_path):
                 loss.backward()
             optimizer.step()
 
-    for kind in ("sketched", "empirical"):
-        callback = KFACEditCallback(fisher=kind)
-        models.trainer(tmp_path, callback, enable_checkpointing=False).fit(Manual(), models.loader(models.images(64)))
-        assert callback.factors["net.3"].num_inputs == 128
+    callback = KFACEditCallback(fisher=kind)
+    models.trainer(tmp_path, callback, enable_checkpointing=False).fit(Manual(), models.loader(models.images(64)))
+    assert callback.factors["net.3"].num_inputs == 128
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
 
 
-def test_arguments_are_checked_at_once():
-    for options, error, message in [
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
         ({"energy": 2}, ValueError, "energy must be in"),
         ({"fisher": "mc"}, ValueError, "fisher must be one of"),
         ({"draws": 0}, ValueError, "draws must be an integer of at least 1, found 0"),
         ({"window": 0.5}, ValueError, "window must be an integer"),
         ({"positions": "cls"}, ValueError, "positions must be one of"),
-    ]:
-        with pytest.raises(error, match=message):
-            KFACEditCallback(**options)
+    ],
+)
+def test_arguments_are_checked_at_once(options, error, message):
+    with pytest.raises(error, match=message):
+        KFACEditCallback(**options)
 
 
 def test_unknown_preset_is_an_error_before_training(tmp_path):

@@ -63,13 +63,13 @@ def test_a_probe_of_a_module_without_forward(tmp_path):
         fit(tmp_path, Formless(), KFACEditCallback())
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_looking_at_a_probe_does_not_move_the_random_state(own, tmp_path):
+@pytest.mark.parametrize("share_generator", [True, False])
+def test_looking_at_a_probe_does_not_move_the_random_state(share_generator, tmp_path):
     """Neither the global one, nor that of a generator that the loaders share."""
 
     def weights(*callbacks):
         pl.seed_everything(0)
-        shared = torch.Generator().manual_seed(3) if own else None
+        shared = torch.Generator().manual_seed(3) if share_generator else None
         module = Probed(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)))
         module.answer = lambda: {"val": DataLoader(rows(32), 8, shuffle=True, generator=shared)}
         data = DataLoader(rows(), 16, shuffle=True, generator=shared)

@@ -26,8 +26,8 @@ def test_probes():
     expected["train/accuracy"] = float((logits.argmax(1) == clean)[same].float().mean())
     expected["val/accuracy"] = float((logits.argmax(1) == clean).float().mean())
     assert results == pytest.approx(expected)
-    for bad, found in ((x, "Tensor"), ([x], "list of 1")):
-        with pytest.raises(ValueError, match=f"Probe 'p': a batch must be .* found {found}"):
+    for bad, kind in ((x, "Tensor"), ([x], "list of 1")):
+        with pytest.raises(ValueError, match=f"Probe 'p': a batch must be .* found {kind}"):
             run_probes(model, {"p": [bad]})
 
 

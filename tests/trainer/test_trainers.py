@@ -87,11 +87,11 @@ OTHERS = {
 @pytest.mark.parametrize("loop", ["train", "validation"])
 def test_other_callbacks_in_any_order(loop, name, first, tmp_path, caplog):
     """They leave the factors of their run alone: those of a run with the same data and weights without them."""
-    other, callback = OTHERS[name](tmp_path), KFACEditCallback(loop=loop, window=10_000)
+    neighbour, callback = OTHERS[name](tmp_path), KFACEditCallback(loop=loop, window=10_000)
     pl.seed_everything(0)
     module = Tuned()
     options = {} if name == "ModelCheckpoint" else {"enable_checkpointing": False}
-    trainer = models.trainer(tmp_path, *([other, callback] if first else [callback, other]), **options)
+    trainer = models.trainer(tmp_path, *([neighbour, callback] if first else [callback, neighbour]), **options)
     trainer.fit(module)
 
     alone = KFACEditCallback(loop=loop, window=10_000)
@@ -100,8 +100,8 @@ def test_other_callbacks_in_any_order(loop, name, first, tmp_path, caplog):
     again.batch_size, again.lr = module.batch_size, module.lr
     models.trainer(tmp_path, alone, enable_checkpointing=False, max_epochs=trainer.current_epoch).fit(again)
     assert callback.factors["net.3"].num_inputs == alone.factors["net.3"].num_inputs
-    for one, two in zip(module.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, two)
+    for weight, expected in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(weight, expected)
     for key, tensor in alone.factors["net.3"].tensors.items():
         assert torch.equal(callback.factors["net.3"].tensors[key], tensor)
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith((".lr_find", ".scale_batch"))]
@@ -122,14 +122,14 @@ def test_pruning_is_refused(first, tmp_path):
 
 
 def test_averaging_sees_the_same_factors_in_either_order(tmp_path):
-    found = []
+    collected = []
     for averaging_first in (True, False):
         pl.seed_everything(0)
         pair = [WeightAveraging(), KFACEditCallback(loop="validation")]
         callbacks = pair if averaging_first else pair[::-1]
         models.trainer(tmp_path, *callbacks, enable_checkpointing=False).fit(Tuned())
-        found.append(next(c for c in callbacks if isinstance(c, KFACEditCallback)).factors.digest())
-    assert found[0] == found[1]
+        collected.append(next(c for c in callbacks if isinstance(c, KFACEditCallback)).factors.digest())
+    assert collected[0] == collected[1]
 
 
 # Precision -----------------------------------------------------------------------------------------------------------
@@ -181,12 +181,12 @@ def test_covariances_are_taken_in_full_precision(setting):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(setting)
-        found = collect(model, [rows], lambda x: F.cross_entropy(model(x), torch.zeros(512).long()), layers=["0"])
+        factors = collect(model, [rows], lambda x: F.cross_entropy(model(x), torch.zeros(512).long()), layers=["0"])
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
     default = (rows.T @ rows / 512).double()
-    assert (found["0"].A.double() - exact).abs().max() <= 1.01 * (default - exact).abs().max()
+    assert (factors["0"].A.double() - exact).abs().max() <= 1.01 * (default - exact).abs().max()
 
 
 # Compiled modules and graphs -----------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_compiled_modules_run_uncompiled_where_they_are_collected(fisher, what, 
         return callback
 
     with pytest.warns(UserWarning, match="run without torch.compile: .* collect in validation"):
-        found = fit(what)
+        callback = fit(what)
     assert not compiled
     kind = "vit" if what == "part" else "mlp"
     pl.seed_everything(0)
@@ -227,9 +227,9 @@ def test_compiled_modules_run_uncompiled_where_they_are_collected(fisher, what, 
     models.trainer(tmp_path, plain, enable_checkpointing=False, max_epochs=1).fit(
         models.Classifier(kind), models.loader(models.images(64))
     )
-    for one, two in zip(found.factors.values(), plain.factors.values(), strict=True):
-        assert torch.equal(one.A, two.A)
-        assert torch.equal(one.G, two.G)
+    for layer, expected in zip(callback.factors.values(), plain.factors.values(), strict=True):
+        assert torch.equal(layer.A, expected.A)
+        assert torch.equal(layer.G, expected.G)
 
 
 def test_training_stays_compiled_where_validation_is_collected(tmp_path):

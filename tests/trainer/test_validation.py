@@ -27,10 +27,10 @@ def test_validate_with_a_plain_trainer_is_a_pass_over_the_frozen_model(fisher, t
     expected = frozen(module, data, layers="mlp", fisher=fisher)
     assert set(callback.factors) == set(expected)
     for name, layer in expected.items():
-        found = callback.factors[name]
-        assert found.num_inputs == layer.num_inputs
-        torch.testing.assert_close(found.A, layer.A)
-        torch.testing.assert_close(found.G, layer.G)
+        collected = callback.factors[name]
+        assert collected.num_inputs == layer.num_inputs
+        torch.testing.assert_close(collected.A, layer.A)
+        torch.testing.assert_close(collected.G, layer.G)
     assert callback.factors.provenance["loop"] == "validation"
     assert set(callback.report.layers) == set(expected)
     assert trainer.validate_loop.inference_mode  # as it was before
@@ -154,9 +154,9 @@ def test_language_model_in_validation(tmp_path):
 
 def test_a_validation_step_of_its_own_instance_comes_back(tmp_path):
     module = models.Validated()
-    own = vars(module)["validation_step"] = module.validation_step
+    replacement = vars(module)["validation_step"] = module.validation_step
     models.trainer(tmp_path, KFACEditCallback()).validate(module, models.loader(models.images(64)), verbose=False)
-    assert vars(module)["validation_step"] is own
+    assert vars(module)["validation_step"] is replacement
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
