@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import peak_bytes
+from benchmarks.support.measuring import peak_bytes
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.moments import SecondMoment, block_columns, packed_size
