@@ -49,7 +49,7 @@ from lightning_curvature.demos.text_analyses import analyse_text
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.suffixes import Suffixes, suffix_logits
-from support.seeds import Row, run, seeds_parser, write_sections
+from support.seeds import Row, run_or_write, seeds_parser
 from support.subjects import Subject, Text, subject
 from support.tables import all_tables
 
@@ -229,11 +229,7 @@ def main() -> None:
     """Run the benchmark, or make its tables."""
     arguments = seeds_parser(__doc__, DATA)
     arguments.add_argument("--pages", action="store_true", help="also write analysis.json beside each model")
-    args = arguments.parse_args()
-    if args.data == "tables":
-        write_sections("analysis", DATA, "analysis.md", page)
-    else:
-        print(page(args.data, run("analysis", args, results)))
+    run_or_write("analysis", arguments.parse_args(), results, page, "analysis.md", DATA)
 
 
 if __name__ == "__main__":

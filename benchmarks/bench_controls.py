@@ -30,7 +30,7 @@ from lightning_curvature.collect.passes import collect
 from lightning_curvature.editing.base import DEFAULT_ENERGY, Editor, Projection
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.basis import coefficients, project_weight, select_staircase
-from support.seeds import Row, run, seeds_parser, write_sections
+from support.seeds import Row, run_or_write, seeds_parser
 from support.subjects import Subject, Text, columns, subject
 from support.tables import by_row, summary
 
@@ -154,10 +154,7 @@ def page(name: str, runs: list[Any]) -> str:
 def main() -> None:
     """Run the benchmark, or make its tables."""
     args = seeds_parser(__doc__, ("python", "digits")).parse_args()
-    if args.data == "tables":
-        write_sections("controls", ("python", "digits"), "evidence.md", page)
-    else:
-        print(page(args.data, run("controls", args, results)))
+    run_or_write("controls", args, results, page, "evidence.md", ("python", "digits"))
 
 
 if __name__ == "__main__":

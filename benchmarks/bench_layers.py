@@ -35,7 +35,7 @@ from lightning_curvature.collect.passes import collect
 from lightning_curvature.editing.bulk import add_margins
 from lightning_curvature.factors.basis import coefficients
 from lightning_curvature.text.evaluation import strict_rate
-from support.seeds import Row, run, seeds_parser, write_sections
+from support.seeds import Row, run_or_write, seeds_parser
 from support.subjects import WINDOWS, Images, Text, subject
 from support.tables import Columns, mean, summary, table
 
@@ -121,10 +121,7 @@ def page(_data: str, runs: list[Any]) -> str:
 def main() -> None:
     """Run the benchmark, or make its tables."""
     args = seeds_parser(__doc__, ("python", "wikitext", "digits")).parse_args()
-    if args.data == "tables":
-        write_sections("layers", ("python", "digits"), "methods.md", page)
-    else:
-        print(page(args.data, run("layers", args, results)))
+    run_or_write("layers", args, results, page, "methods.md", ("python", "digits"))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from lightning_curvature.factors.kronecker import LayerFactors
 from lightning_curvature.text.evaluation import window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
 from support.images import digits, fit
-from support.seeds import Row, run, seeds_parser, write_sections
+from support.seeds import Row, run_or_write, seeds_parser
 from support.subjects import Subject, Text, columns, subject
 from support.tables import Columns, by_row, summary
 
@@ -197,10 +197,7 @@ def page(name: str, runs: list[Any]) -> str:
 def main() -> None:
     """Run the benchmark, or make its tables."""
     args = seeds_parser(__doc__, ("python", "digits")).parse_args()
-    if args.data == "tables":
-        write_sections("robustness", ("python", "digits"), "evidence.md", page)
-    else:
-        print(page(args.data, run("robustness", args, results)))
+    run_or_write("robustness", args, results, page, "evidence.md", ("python", "digits"))
 
 
 if __name__ == "__main__":

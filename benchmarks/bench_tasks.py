@@ -2,9 +2,9 @@
 
 Protocol, for each seed: a small ``Olmo2ForCausalLM`` is trained from scratch on a generated mixture
 (``support/mixture.py``): English, boolean logic, look-up in the prompt, facts of three frequencies, two-digit addition,
-and 128 sequences of text that it comes to recite. Every skill must be above 90 % before the edit; logic and sums are asked on items that were
-never trained on. Factors of all MLP layers come from rows as in training, without the repeated sequences (*mixture*),
-and from the English rows among them alone (*text*). Then
+and 128 sequences of text that it comes to recite. Every skill must be above 90 % before the edit; logic and sums are
+asked on items that were never trained on. Factors of all MLP layers come from rows as in training, without the repeated
+sequences (*mixture*), and from the English rows among them alone (*text*). Then
 
 1. *skills*: accuracy before, chance, entropy of the answers (nats), their mean log frequency in training, and the mean
    entropy of the model's prediction;

@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 Row = dict[str, object]
 Results = Callable[[argparse.Namespace, int], Iterator[Row]]
+Tables = Callable[[str, list[Any]], str]
 
 
 def seeds_parser(doc: str | None, data: Sequence[str]) -> argparse.ArgumentParser:
@@ -65,7 +66,26 @@ def read(name: str, data: str) -> tuple[list[Any], str]:
     return list(content["runs"].values()), f"{count} seed{'s' if count > 1 else ''}; {facts}"
 
 
-def write_sections(name: str, data: Sequence[str], page: str, tables: Callable[[str, list[Any]], str]) -> None:
+def run_or_write(
+    name: str, args: argparse.Namespace, results: Results, tables: Tables, page: str, data: Sequence[str]
+) -> None:
+    """Run a benchmark and print its tables, or put those of its results into the docs, as the arguments say.
+
+    Args:
+        name: Of the benchmark.
+        args: Arguments as of :func:`seeds_parser`.
+        results: As of :func:`run`.
+        tables: As of :func:`write_sections`.
+        page: File in ``docs/``.
+        data: Data sets that are shown there.
+    """
+    if args.data == "tables":
+        write_sections(name, data, page, tables)
+    else:
+        print(tables(args.data, run(name, args, results)))
+
+
+def write_sections(name: str, data: Sequence[str], page: str, tables: Tables) -> None:
     """Put the tables of a benchmark's results into a page of the docs, one section for each data set.
 
     Args:
