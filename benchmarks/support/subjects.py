@@ -17,7 +17,7 @@ from lightning_curvature.collect.passes import collect
 from lightning_curvature.demos.label_noise import evaluate, forget_and_retain, image_losses, predict
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.settings import TEXT
-from lightning_curvature.demos.text import train_text
+from lightning_curvature.demos.text_training import train_text
 from lightning_curvature.demos.unlearning import text_losses, text_sets
 from lightning_curvature.editing.base import Editor
 from lightning_curvature.editing.bulk import add_margins

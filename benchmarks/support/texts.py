@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_curvature.demos.recitation import RecitedText
 from lightning_curvature.demos.settings import TEXT
-from lightning_curvature.demos.text import make_data
+from lightning_curvature.demos.text_training import make_data
 from lightning_curvature.storage.jsonl import read_jsonl
 
 TEXTS = ("python", "wikitext")
