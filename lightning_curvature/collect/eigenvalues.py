@@ -75,7 +75,7 @@ class EigenvalueSums(LayerSums):
         return merged
 
     def part(self, ranks: Ranks) -> LayerSums:
-        """Return the part of sums over all processes with which this one goes on; the parts sum to them."""
+        """Return the part of the sums of all processes that this process goes on with; the parts of all sum to them."""
         part = EigenvalueSums(self.layer, torch.device("meta"))
         part.count = ranks.part(self.count)
         part.total = self.total * (part.count / max(self.count, 1))
@@ -90,7 +90,7 @@ class EigenvalueSums(LayerSums):
         return {**super().state_dict(), "eigenvalues": self.total, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the place of the sums that :meth:`state_dict` was taken from, on the device of its tensors."""
+        """Set the sums from what :meth:`state_dict` returned, on the device of its tensors."""
         if "eigenvalues" not in state:
             raise ValueError("The state is one of a collection of factors, which holds no eigenvalues. Begin anew.")
         super().load_state_dict({key: value for key, value in state.items() if key != "eigenvalues"})
@@ -164,7 +164,7 @@ def correct_eigenvalues(
     Args:
         module: The network, frozen.
         factors: Its factors.
-        batches: Data, those of the factors.
+        batches: The data that the factors were collected on.
         step: Computes the loss of a batch.
         ranks: The processes, where several collect, each from data of its own.
         shard: With several processes, let each keep the eigenvalues of some layers alone.

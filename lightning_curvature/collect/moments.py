@@ -20,11 +20,10 @@ _IN_PLACE = torch.__version__ >= "2.10"  # before, addmm wanted a sum of the dty
 class SecondMoment:
     """Uncentred second moment ``E[x x^T]`` of rows that arrive in batches.
 
-    The sum is kept in two float32 parts (float64 for float64 rows): a matrix product adds to the low one as it is
-    taken, and after up to eight batches, a group, the high one takes over what it can hold. What its rounding loses
-    stays in the low one, so that a million small batches lose nothing. The moment is symmetric: a wide one is computed
-    and kept as block columns that end at the diagonal, which takes 0.55 to 0.75 of the multiplications, and of the
-    memory that both parts would take.
+    The sum has a high and a low part, both float32 (float64 for float64 rows). Matrix products are added to the low
+    part. Up to eight batches are a group; after each group the low part is added to the high one, and what that loses
+    by rounding stays in the low part. So a million small batches lose nothing. The moment is symmetric: of a wide one
+    only block columns that end at the diagonal are computed and kept, 0.55 to 0.75 of the products and of the memory.
 
     Args:
         dim: Length ``d`` of a row.
@@ -33,14 +32,14 @@ class SecondMoment:
     Attributes:
         dim: Length of a row.
         total: The high part: the block columns of :func:`block_columns`, one after the other.
-        rest: The low part, likewise: what rounding the high one left, and the last group.
-        count: Positions behind both.
-        recent_count: Positions behind the last group.
-        recent_batches: Batches behind it.
+        rest: The low part, in the same order: what the high part lost by rounding, and the last group.
+        count: Positions in both parts.
+        recent_count: Positions in the last group.
+        recent_batches: Batches in the last group.
         dtype: Dtype of the parts and of the mean: float32, or float64 if float64 rows came in.
         groups: Groups before the last one.
-        squares: Of these, for :meth:`relative_error`, the sums of the squared Frobenius norms of their own sums, and of
-            their squared counts, float64 ``[2]``.
+        squares: Over these groups, the sum of the squared Frobenius norms of each group's sum, and the sum of the
+            squared counts, float64 ``[2]``; for :meth:`relative_error`.
 
     >>> moment = SecondMoment(2)
     >>> moment.add(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
@@ -59,11 +58,12 @@ class SecondMoment:
 
     @torch.no_grad()
     def add(self, *rows: Tensor, count: int | None = None, scale: float = 1.0) -> None:
-        """Add one batch. Where products of fewer bits may be allowed, call it inside :func:`full_precision`.
+        """Add one batch. Call it inside :func:`full_precision` where torch may take products in fewer bits.
 
         Args:
-            *rows: Rows ``[n, d]``, any floating dtype; the products of several are summed, none add to the count alone.
-            count: Positions that stand behind them; by default all n of all rows.
+            *rows: Rows ``[n, d]``, any floating dtype. The products of several are summed; without any, only the count
+                grows.
+            count: Number of positions that are added; by default the number of all rows.
             scale: Factor of the products.
         """
         count = sum(len(part) for part in rows) if count is None else count
@@ -95,7 +95,7 @@ class SecondMoment:
                 block += self._product(operands, start, end, scale)
 
     def _product(self, operands: Sequence[Tensor], start: int, end: int, scale: float) -> Tensor:
-        """Return the products of some columns, rows up to the diagonal, on the device of the sums."""
+        """Return the block column ``start:end`` of the products, rows up to ``end``, on the device of the sums."""
         product = torch.empty(end, end - start, dtype=self.dtype, device=operands[0].device)
         for index, part in enumerate(operands):
             _add_product(product, part[:, :end].T, part[:, start:end], scale, beta=min(index, 1))
@@ -107,14 +107,14 @@ class SecondMoment:
             self.total, self.rest = self.total.double(), self.rest.double()
 
     def settle(self) -> None:
-        """Let the high part take over the last group, and begin a new one."""
+        """Add the last group to the high part, and begin a new group."""
         if not self.recent_batches:
             return
         self.squares[0] += self._square_norm(self.rest)
         self.squares[1] += float(self.recent_count) ** 2
         self.groups += 1
         if self.count == self.recent_count:
-            self.total, self.rest = self.rest, self.total  # the high part holds nothing yet
+            self.total, self.rest = self.rest, self.total  # the high part is zero
         else:
             whole = self.total + self.rest
             self.rest += self.total.sub_(whole)  # what rounding lost (Dekker 1971, Fast2Sum)
@@ -126,12 +126,17 @@ class SecondMoment:
         return self.total.double() + self.rest
 
     def set_double(self, whole: Tensor, dtype: torch.dtype) -> None:
-        """Take a packed float64 sum for both parts, of some dtype, on its device."""
+        """Set both parts from a packed float64 sum.
+
+        Args:
+            whole: The sum.
+            dtype: Dtype of the parts.
+        """
         self.dtype, self.total = dtype, whole.to(dtype)
         self.rest = (whole - self.total).to(dtype)
 
     def settled(self) -> "SecondMoment":
-        """Return the same moment with its last group in the total; this one stays as it is, whoever looks at it."""
+        """Return the same moment with its last group in the high part; this one is not changed."""
         if not self.recent_batches:
             return self
         settled = copy.copy(self)
@@ -153,7 +158,8 @@ class SecondMoment:
     def mean(self) -> Tensor:
         """Return the moment ``[d, d]`` in float32, or float64 if float64 rows came in; zeros if none did.
 
-        As long as it is in use and nothing is added it is the same tensor, so that who shares a moment shares its mean.
+        Layers that are tied to this moment get one tensor: as long as it is in use and nothing is added, it is returned
+        again.
         """
         mean = self._mean()
         if mean is None:
@@ -165,11 +171,11 @@ class SecondMoment:
         return mean
 
     def copy(self) -> "SecondMoment":
-        """Return a moment that goes its own way from here."""
+        """Return a copy, to which other rows can be added."""
         return self.part(self.count, self.groups)
 
     def part(self, count: int, groups: int) -> "SecondMoment":
-        """Return a part of the sum, behind which this many of its positions and groups stand."""
+        """Return the fraction of the sum that stands for some of its positions and groups."""
         part, share = copy.copy(self.settled()), count / max(self.count, 1)
         part.set_double(part.double() * share, part.dtype)
         part.squares = part.squares * share
@@ -197,7 +203,7 @@ class SecondMoment:
 
     @classmethod
     def of(cls, mean: Tensor, count: int, error: float | None = None) -> "SecondMoment":
-        """Return the sum that a mean ``[d, d]`` stands for, its count, and what :meth:`relative_error` said of it."""
+        """Return the moment that has a mean ``[d, d]``, a count, and a :meth:`relative_error`."""
         moment = cls(len(mean), mean.device)
         columns = [mean[:end, start:end].double().flatten() * count for start, end in block_columns(len(mean))]
         moment.set_double(torch.cat(columns), mean.dtype)
@@ -221,14 +227,17 @@ class SecondMoment:
         return math.sqrt(max(squares / whole - q, 0.0) / (1.0 - q))
 
     def _square_norm(self, packed: Tensor) -> Tensor:
-        """Return the squared Frobenius norm, float64, of what block columns hold: off the diagonal, all is twice."""
+        """Return the squared Frobenius norm, float64, of a matrix given by its block columns.
+
+        Entries beside the diagonal blocks stand for two entries of the symmetric matrix.
+        """
         diagonal = torch.cat([block[start:].flatten() for start, _, block in self._blocks(packed)])
         whole, once = (torch.linalg.vector_norm(part).double() for part in (packed, diagonal))
         norm: Tensor = 2 * whole * whole - once * once
         return norm
 
     def _blocks(self, packed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield the block columns: first column, end of columns and rows, and the entries."""
+        """Yield each block column as its first column, its last column plus one, and its entries."""
         offset = 0
         for start, end in block_columns(self.dim):
             size = (end - start) * end
@@ -237,10 +246,10 @@ class SecondMoment:
 
 
 def block_columns(dim: int) -> list[tuple[int, int]]:
-    """Return the bounds of the block columns that are kept of a symmetric matrix: of ``start:end``, the rows ``:end``.
+    """Return the bounds of the block columns that are kept of a symmetric matrix.
 
-    They are a quarter wide, but at least 128 and at most 1024: narrower ones are slow, wider ones take more products
-    than are needed. Up to 128 columns the plain product is as fast. See ``docs/performance.md``.
+    Of the columns ``start:end`` the rows ``:end`` are kept. A block is a quarter of the matrix wide, at least 128 and at
+    most 1024 columns: narrower blocks are slow, wider ones take more products. See ``docs/performance.md``.
 
     >>> block_columns(300)
     [(0, 128), (128, 256), (256, 300)]
@@ -259,7 +268,7 @@ def packed_size(dim: int) -> int:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float, beta: int = 1) -> None:
-    """Add to a matrix as the product is taken: no other one of its size is there. With beta 0, write over it."""
+    """Add a product to a matrix without another matrix of its size; with ``beta=0``, write the product over it."""
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
     elif _IN_PLACE:  # products of halves are exact in float32
@@ -279,9 +288,10 @@ def _on_tensor_cores(rows: Tensor) -> bool:
 
 @contextmanager
 def full_precision(device_types: Iterable[str]) -> Iterator[None]:
-    """Take products in the precision of what is multiplied, whatever the step that still runs has chosen.
+    """Take products in the precision of their operands inside a ``with`` block.
 
-    That may be autocast, or what ``torch.set_float32_matmul_precision`` allows for float32 (TF32, bfloat16).
+    The training step, which still runs, may have chosen less: autocast, or TF32 and bfloat16 for float32
+    (``torch.set_float32_matmul_precision``).
     """
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     backends = tuple(backend for backend in backends if hasattr(backend, "fp32_precision"))

@@ -115,7 +115,7 @@ class ShardedAccumulator(Accumulator):
 
 
 class _BatchSums:
-    """The sums of one batch, made group by group when they are asked for, and let go: they are never there as a whole.
+    """The sums of one batch. A group is summed when its first layer is asked for, so that few are in memory at once.
 
     Args:
         groups: Calls of layers that read the same inputs.
@@ -143,7 +143,7 @@ class _BatchSums:
 
 
 def owners_of(kinds: Mapping[str, LayerKind], ranks: Ranks) -> dict[str, int]:
-    """Spread layers over processes, so that the one with the most to keep keeps as little as possible.
+    """Spread layers over processes, so that the largest part is as small as possible.
 
     Layers of one module with inputs of one width (gate and up; query, key and value) can be tied if they are together.
     They are, unless that makes the largest part larger.

@@ -1,4 +1,4 @@
-"""Streams of an accelerator that run beside the one on which training runs."""
+"""Streams of a GPU on which work runs beside the stream of the training."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class SideStreams:
-    """One stream beside the main one for each CUDA device; on other devices, work runs where it always does.
+    """One side stream for each CUDA device; on other devices, work runs as usual.
 
-    Work beside starts when what the main stream has been given before is done; the main stream does not wait for it
-    until :meth:`wait`.
+    A side stream begins when the main stream has done what it was given before. The main stream waits for it only in
+    :meth:`wait`.
     """
 
     def __init__(self) -> None:
@@ -20,11 +20,11 @@ class SideStreams:
 
     @contextmanager
     def beside(self, tensors: Iterable[Tensor], devices: Iterable[torch.device] = ()) -> Iterator[None]:
-        """Run the work of a ``with`` block beside the main stream of each device that its input lies on, and of others.
+        """Run the work of a ``with`` block on the side streams of some devices.
 
         Args:
-            tensors: The input. Its memory is not used again before that work is done.
-            devices: Others.
+            tensors: What the work reads: its devices are among them, and its memory is kept until the work is done.
+            devices: Further devices.
         """
         local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
         on_cuda = [tensor for tensor in local if tensor.device.type == "cuda"]
@@ -43,6 +43,6 @@ class SideStreams:
                     tensor.record_stream(self._streams[tensor.device])
 
     def wait(self) -> None:
-        """Let the main streams wait for the work beside them; call before its results are used."""
+        """Let the main streams wait for the side streams; call it before results are used."""
         for device, side in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(side)

@@ -81,18 +81,18 @@ class LayerSums:
 
     @property
     def kind(self) -> LayerKind:
-        """What they depend on."""
+        """What the sums depend on."""
         d_out, d_in = self.shape
         return LayerKind(d_in, d_out, self.transposed, len(self.moments) > 2)
 
     @classmethod
     def zero(cls, kind: LayerKind, device: torch.device) -> "LayerSums":
-        """Return sums of nothing."""
+        """Return sums of no positions."""
         return cls(kind.d_in, kind.d_out, device, kind.transposed, kind.coupled)
 
     @classmethod
     def of(cls, layer: LayerFactors) -> "LayerSums":
-        """Return the sums that finished factors stand for."""
+        """Return the sums whose factors are given."""
         d_out, d_in = layer.shape
         sums = cls(d_in, d_out, torch.device("meta"), layer.transposed, layer.A_coupled is not None)
         means = {**layer.tensors, "inputs": layer.A, "gradients": layer.G}
@@ -104,7 +104,12 @@ class LayerSums:
         return sums
 
     def merge_(self, other: "LayerSums", with_inputs: bool = True) -> None:
-        """Add the sums of other positions; without the inputs' moment where another layer's, which is the same, was."""
+        """Add the sums of other positions.
+
+        Args:
+            other: The sums.
+            with_inputs: Whether to add the inputs' moment; not where that was done for a layer with tied inputs.
+        """
         for name, moment in self.moments.items():
             if with_inputs or name != "inputs":
                 moment.merge_(other.moments[name])
@@ -136,7 +141,7 @@ class LayerSums:
         return merged
 
     def part(self, ranks: Ranks) -> "LayerSums":
-        """Return the part of sums over all processes with which this one goes on; the parts sum to them."""
+        """Return the part of the sums of all processes that this process goes on with; the parts of all sum to them."""
         if ranks.size == 1:
             return self
         part = copy.copy(self)
@@ -178,7 +183,7 @@ class LayerSums:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the place of the sums that :meth:`state_dict` was taken from, on the device of its tensors."""
+        """Set the sums from what :meth:`state_dict` returned, on the device of its tensors."""
         if "eigenvalues" in state:
             raise ValueError("The state is one of a collection of eigenvalues, which holds no factors. Begin anew.")
         self.moments = {name: SecondMoment.from_state_dict(moment) for name, moment in state["moments"].items()}
@@ -186,7 +191,7 @@ class LayerSums:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "LayerSums":
-        """Return the sums that :meth:`state_dict` was taken from, on the device of its tensors."""
+        """Return the sums whose :meth:`state_dict` is given, on the device of its tensors."""
         sums = cls(0, 0, torch.device("meta"), state["transposed"])
         sums.load_state_dict(state)
         return sums

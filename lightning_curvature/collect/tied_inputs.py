@@ -85,8 +85,8 @@ def sums_over(
         kinds: Layers that this process has seen.
         get: Returns the sums of one of these.
         to: Returns the only process that needs the totals of a layer, or None.
-        groups: What :func:`tied_by_all` returned; layers of one group, which go to one process, have one inputs'
-            moment in the result, too. By default each layer has its own.
+        groups: What :func:`tied_by_all` returned. The layers of one group, which go to one process, are tied in the
+            result, too. By default no layers are tied.
         new: Returns empty sums of a layer that this process has not seen.
 
     Raises:

@@ -1,6 +1,6 @@
-"""One batch, as rows: which positions of which layer count, and which layers see the same ones.
+"""One batch as rows: the positions of each layer that count, and the layers that read the same ones.
 
-An accelerator is waited for once for the whole batch, in :func:`read_batch`.
+An accelerator is waited for once for each batch, in :func:`read_batch`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from lightning_curvature.recording.positions import counted_positions
 
 @dataclass
 class BatchGradients:
-    """What one batch adds.
+    """The inputs and gradients of one batch.
 
     Args:
         calls: Calls of the chosen layers.
         gradients: Of each call, the gradients at its output, from every backward pass that reached it.
-        scales: Of each call, the factor of the products of its gradients: over passes that are averaged, or the square
-            of their unit (a scalar float64 tensor).
+        scales: Of each call, the factor of the products of its gradients: one over the number of passes, or the square
+            of the gradients' unit (a scalar float64 tensor).
         mask: Mask of the batch, for ``positions="mask:KEY"``.
         share: Share of the positions that is used, chosen at random.
         seed: Seed of that choice.
@@ -57,7 +57,7 @@ class CallRows:
         scale: Factor of their products; known when the batch has been read.
         counted: Which positions count, bool ``[n]``; None for all.
         num_counted: How many do.
-        fingerprint: A number that differs between two choices of positions but for a chance of 2**-62.
+        fingerprint: A number that tells one choice of positions from another, up to a chance of 2**-62.
         index: Where they are, int64 ``[num_counted]``; None if all count.
         num_seen: Positions of the call, or of the share of them that is used.
         key: Equal for two calls that read the same positions of the same tensor in the same way.
@@ -143,8 +143,9 @@ def _look_at(rows: Sequence[CallRows], positions: str) -> tuple[list[Tensor], di
     """Look through all values of a batch once.
 
     Returns:
-        Scalars that are NaN or infinite if a value is. And where the gradients are not zero, bool ``[n]`` of each
-        backward pass, by the ``id`` of the rows; of those for which that tells which positions count.
+        Scalars, one of which is NaN or infinite if any value of the batch is. And, for the rows whose positions count
+        by their gradients, where the gradients are not zero: bool ``[n]`` of each backward pass, by the ``id`` of the
+        rows.
     """
     totals = [_sum(call_rows.inputs) for call_rows in _one_of_each(rows)]
     extremes: list[tuple[CallRows, Tensor]] = []
@@ -164,7 +165,7 @@ def _look_at(rows: Sequence[CallRows], positions: str) -> tuple[list[Tensor], di
 
 
 def _one_of_each(rows: Sequence[CallRows]) -> list[CallRows]:
-    """Return the rows whose inputs no earlier ones have read in the same way."""
+    """Return the first of all rows that read the same inputs in the same way."""
     first: dict[tuple[Any, ...], CallRows] = {}
     for call_rows in rows:
         first.setdefault(call_rows.key, call_rows)
@@ -189,7 +190,7 @@ def _choose_positions(
 
 
 def _index_rows(rows: Sequence[CallRows]) -> None:
-    """Make the indices of the positions that count; where they are the same ones, once."""
+    """Set the indices of the positions that count; equal choices of positions get one tensor."""
     made: dict[tuple[Any, ...], Tensor] = {}
     for call_rows in rows:
         count, counted = call_rows.num_counted, call_rows.counted
@@ -203,7 +204,7 @@ def _index_rows(rows: Sequence[CallRows]) -> None:
 
 
 def _of_one_length(items: Sequence[tuple[CallRows, Tensor]]) -> list[list[tuple[CallRows, Tensor]]]:
-    """Return tensors ``[n]``, and whose they are, in groups of one device and one length: they are read together."""
+    """Group tensors ``[n]``, each with its rows, by device and length: those of one group are read together."""
     groups: dict[Any, list[tuple[CallRows, Tensor]]] = {}
     for item in items:
         groups.setdefault((item[1].device, len(item[1])), []).append(item)
@@ -222,7 +223,7 @@ def same_inputs(rows: Sequence[CallRows]) -> list[dict[str, list[CallRows]]]:
 
 
 def _reading(call: LayerCall) -> tuple[Any, ...]:
-    """Return what tells one tensor from another at the time of a call, and how the layer reads it."""
+    """Return a key that is equal for two calls if they read the same tensor, unchanged in between, in the same way."""
     inputs, module = call.inputs, call.module
     local = getattr(inputs, "_local_tensor", inputs)
     how = None
@@ -232,7 +233,7 @@ def _reading(call: LayerCall) -> tuple[Any, ...]:
 
 
 def _sample(count: int, device: torch.device, batch: BatchGradients) -> tuple[Tensor, int]:
-    """Choose positions, the same for all layers that have as many: bool ``[count]`` on a device, and their number."""
+    """Choose positions at random, bool ``[count]``, and count them; layers with as many positions get the same."""
     generator = torch.Generator().manual_seed((batch.seed + count) % 2**63)
     sample = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu") < batch.share
     return sample.to(device, non_blocking=True), int(sample.sum())
