@@ -248,8 +248,8 @@ class SecondMoment:
 def block_columns(dim: int) -> list[tuple[int, int]]:
     """Return the bounds of the block columns that are kept of a symmetric matrix.
 
-    Of the columns ``start:end`` the rows ``:end`` are kept. A block is a quarter of the matrix wide, at least 128 and at
-    most 1024 columns: narrower blocks are slow, wider ones take more products. See ``docs/performance.md``.
+    Of the columns ``start:end`` the rows ``:end`` are kept. A block is a quarter of the matrix wide, at least 128 and
+    at most 1024 columns: narrower blocks are slow, wider ones take more products. See ``docs/performance.md``.
 
     >>> block_columns(300)
     [(0, 128), (128, 256), (256, 300)]

@@ -79,11 +79,15 @@ def gradient_passes(
     if kind == "exact":
         for loss, group in zip(losses, groups, strict=True):
             for v in _seeds(kind, loss, calls, draws, generator, group):
-                yield _backward(loss, v.movedim(-1, loss.class_dim), calls)
+                yield backpropagate(loss, v.movedim(-1, loss.class_dim), calls)
         return
     for seeds in zip(*(_seeds(kind, loss, calls, draws, generator) for loss in losses), strict=True):
         vectors = [v.movedim(-1, loss.class_dim) for v, loss in zip(seeds, losses, strict=True)]
-        yield _backward(losses[0], vectors[0], calls) if len(losses) == 1 else _backward_all(losses, vectors, calls)
+        yield (
+            backpropagate(losses[0], vectors[0], calls)
+            if len(losses) == 1
+            else _backpropagate_all(losses, vectors, calls)
+        )
 
 
 def _seeds(
@@ -160,12 +164,12 @@ def _minus_onehot(p: Tensor, label: int) -> Tensor:
 
 
 def independent_groups(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Tensor:
-    """Number the loss positions so that those of one number belong to examples that do not see each other.
+    """Number the loss positions; positions with one number belong to examples that do not depend on each other.
 
-    Examples lie along the first dimension of the layers' outputs. That no example sees another one is checked: the
-    gradient of some examples' logits must stay in their slices of every layer. Sets of examples are taken by the bits
-    of their numbers, so that each pair is told apart by one of them, in ``2 log2(examples)`` backward passes. Where a
-    gradient does not stay (tokens flattened into the first dimension, batch normalisation, a graph of nodes), each loss
+    Examples lie along the first dimension of the layers' outputs. It is checked that no example depends on another:
+    the gradient of some examples' logits must be zero at all other examples. These sets of examples are formed by each
+    bit of the examples' numbers, so that every pair is separated by one of ``2 log2(examples)`` backward passes. Where
+    the check fails (tokens flattened into the first dimension, batch normalisation, a graph of nodes), each loss
     position is a group of its own.
 
     Returns:
@@ -202,7 +206,7 @@ def _stays_inside(loss: SoftmaxLoss, calls: Sequence[LayerCall], example: Tensor
     dtype = torch.promote_types(loss.logits.dtype, torch.float32)
     seed = torch.randn(shape, generator=generator, device=example.device, dtype=dtype)
     seed = seed * ((example >> bit & 1) == value)[..., None]
-    for gradient in _backward(loss, seed.movedim(-1, loss.class_dim), calls):
+    for gradient in backpropagate(loss, seed.movedim(-1, loss.class_dim), calls):
         if gradient is not None:
             gradient = whole(gradient)
             inside = (torch.arange(gradient.shape[0], device=gradient.device) >> bit & 1) == value
@@ -212,17 +216,12 @@ def _stays_inside(loss: SoftmaxLoss, calls: Sequence[LayerCall], example: Tensor
 
 
 def backpropagate(loss: SoftmaxLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradients:
-    """Backpropagate a vector from the logits of a loss to the calls; the gradients at their outputs, at its scale."""
-    return _backward(loss, v, calls)
+    """Return the gradients at the outputs of calls, given the gradient ``v`` at the logits; the graph stays."""
+    return _backpropagate_all([loss], [v], calls)
 
 
-def _backward(loss: SoftmaxLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradients:
-    """Backpropagate ``v`` from the logits to the calls, and to nothing else; the graph stays for the training."""
-    return _backward_all([loss], [v], calls)
-
-
-def _backward_all(losses: Sequence[SoftmaxLoss], seeds: Sequence[Tensor], calls: Sequence[LayerCall]) -> Gradients:
-    """Backpropagate a vector from the logits of each loss, all in one pass; see :func:`_backward`."""
+def _backpropagate_all(losses: Sequence[SoftmaxLoss], seeds: Sequence[Tensor], calls: Sequence[LayerCall]) -> Gradients:
+    """Backpropagate a vector from the logits of each loss, all in one pass; see :func:`backpropagate`."""
     # float16 cannot hold the small gradients of a unit loss: the pass is scaled by a power of two, the largest that
     # does not overflow, and divided by it again, which is exact.
     dtypes = {call.output_dtype for call in calls} | {loss.logits.dtype for loss in losses}

@@ -119,7 +119,7 @@ def origin_of(node: Node, parameters: Collection[int]) -> Origin:
             return Origin(node, known or _frozen_weight(node), tuple(operations))
         if len(above) != 1:
             return Origin(node, known, tuple(operations))
-        if kind not in _HANDED_ON:  # a scale of its known belongs to what was done
+        if kind not in _HANDED_ON:  # a scale with parameters of its own is an operation, too
             operations.append(f"{kind} {sorted(known)}" if known else kind)
         (node,) = above
 

@@ -11,7 +11,7 @@ from lightning_curvature.recording.calls import OVERWRITTEN, version_of
 
 @contextmanager
 def layer_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Record what some layers read while the block runs: by name, the inputs of its calls, detached.
+    """Record the inputs of some layers inside a ``with`` block: by name, detached, one for each call.
 
     Raises:
         RuntimeError: If an input was changed in place after the layer read it.

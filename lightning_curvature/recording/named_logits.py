@@ -88,7 +88,7 @@ def logits_seen(root: nn.Module, name: str, see: Callable[[Any], None]) -> Itera
 def losses_above(
     named: Sequence[SoftmaxLoss], seen: Sequence[SoftmaxLoss], objective: Tensor | None
 ) -> list[SoftmaxLoss]:
-    """Return the known softmax losses that a backward pass goes through, and that named logits go into.
+    """Return the softmax losses that a backward pass goes through, and that are computed from named logits.
 
     Args:
         named: What the submodule or method that the user named returned.
@@ -104,14 +104,14 @@ def losses_above(
 
 
 def with_classes(loss: SoftmaxLoss, class_dim: int) -> SoftmaxLoss:
-    """Return named logits whose classes lie along a dimension, and of which every position counts."""
+    """Return named logits with their class dimension set, and every position counted."""
     return dataclasses.replace(loss, class_dim=class_dim, counted=every_position(loss.logits.detach(), class_dim))
 
 
 def find_class_dim(
     loss: SoftmaxLoss, name: str, class_dim: int | None, other_losses: Sequence[OtherLoss], objective: Tensor | None
 ) -> int:
-    """Return the dimension of the classes of logits that the user named, and whose softmax is written out by hand.
+    """Return the class dimension of named logits whose softmax is computed by hand, not by a known loss.
 
     Args:
         loss: The named logits.

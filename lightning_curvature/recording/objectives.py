@@ -21,11 +21,11 @@ from lightning_curvature.recording.taps import Taps
 
 
 class NothingToCollectError(RuntimeError):
-    """A step holds nothing that curvature could be collected from; another step may."""
+    """This step gives no curvature; another step may."""
 
 
 def frozen_layers(names: Collection[str]) -> str:
-    """Return what to do about layers whose outputs need no gradient."""
+    """Return the message about layers whose outputs need no gradient."""
     return (
         f"Outputs of layers {listing(sorted(names))} need no gradient: everything up to them is frozen (or runs under "
         "no_grad, or reentrant checkpointing). Unfreeze something below them, or leave them out of layers=."
@@ -48,7 +48,7 @@ def losses_that_reach(taps: Taps, objective: Tensor | None) -> list[SoftmaxLoss]
 def without_ignored(loss: SoftmaxLoss, objective: Tensor | None) -> SoftmaxLoss:
     """Return a loss without the positions that the training gives a weight of exactly zero.
 
-    Where the loss is one number, or nothing is backpropagated, there is nothing to ask.
+    A loss of one number has no such weights, and without an objective they are not known.
     """
     parts = (loss, *loss.twins)
     asked = [part for part in parts if part.output is not None and part.output.dim() > 0]
@@ -105,7 +105,7 @@ def why_no_gradients(chosen: Collection[str], calls: Sequence[LayerCall], transf
 
 
 def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], named: bool = False) -> list[SoftmaxLoss]:
-    """Return losses that are one loss, on disjoint positions of one head; each distribution is there once.
+    """Return the parts of one loss: losses on disjoint positions of one head, each softmax once.
 
     A head that is called chunk by chunk, or at each step of a sequence, has one loss for each call. Its outputs are
     independent given the inputs, so that their Fisher informations add up. Two losses over one and the same softmax
@@ -114,7 +114,7 @@ def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], name
     Args:
         losses: Softmax losses that one backward pass goes through.
         parameters: Addresses (``id``) of the network's parameters.
-        named: Whether the user named what their logits come from: one output, whatever made it.
+        named: Whether the user named the source of their logits, which is then one output.
 
     Raises:
         RuntimeError: If they are losses of different outputs, or overlap.
@@ -133,7 +133,7 @@ def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], name
 
 
 def _of_one_call(losses: Sequence[SoftmaxLoss], node: Node) -> list[SoftmaxLoss]:
-    """Return the losses over the output of one call of a head, ``node``, those over the same softmax as one."""
+    """Merge the losses over the same softmax, among losses over the output ``node`` of one call of a head."""
     if len(losses) == 1:
         return list(losses)
     kept, read = list[SoftmaxLoss](), list[dict[int, Tensor]]()
@@ -160,7 +160,7 @@ def _of_one_call(losses: Sequence[SoftmaxLoss], node: Node) -> list[SoftmaxLoss]
 
 
 def _entries_read(logits: Tensor, node: Node) -> dict[int, Tensor]:
-    """Return which entries of the outputs of a node logits are made of: bool, of each output's shape, by its number."""
+    """Return which entries of a node's outputs the logits depend on: by number of the output, bool of its shape."""
     edges = [GradientEdge(node, i) for i in range(len(getattr(node, "_input_metadata", (0,))))]
     gradients = torch.autograd.grad(logits, edges, torch.ones_like(logits), retain_graph=True, allow_unused=True)
     return {i: whole(gradient) != 0 for i, gradient in enumerate(gradients) if gradient is not None}
@@ -175,7 +175,7 @@ def _same_softmax(first: SoftmaxLoss, second: SoftmaxLoss) -> bool:
 
 
 def several_outputs(shapes: Sequence[Sequence[int]]) -> str:
-    """Return what to do about losses of different outputs, given the shapes of their logits."""
+    """Return the message about losses of different outputs, given the shapes of their logits."""
     return (
         f"{len(shapes)} softmax losses reach the training loss (logits of shapes {shapes}); the curvature of "
         "one model output is meant. Name the submodule or method that returns the logits of one of them: logits='...'; "
@@ -193,12 +193,6 @@ def check_log_probabilities(loss: SoftmaxLoss) -> None:
             "F.nll_loss received values that are not log-probabilities (their exponentials do not sum to 1). "
             "Apply log_softmax first, use F.cross_entropy, or name the logits with logits='...'."
         )
-
-
-# Logits that the user named ------------------------------------------------------------------------------------------
-
-
-# What empirical needs ------------------------------------------------------------------------------------------------
 
 
 def check_reentrant(losses: Sequence[SoftmaxLoss], taps: Taps, called: Collection[str]) -> None:

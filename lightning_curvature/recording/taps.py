@@ -121,7 +121,7 @@ class Taps:
 
     @contextmanager
     def own_pass(self) -> Iterator[None]:
-        """Run backward passes of this recorder's own, which the hooks of other ones do not take for the training's."""
+        """Mark the backward passes of a ``with`` block as this recorder's own; the hooks of other recorders pass them over."""
         _passes.append(self._token)
         try:
             with self.paused():
@@ -142,7 +142,7 @@ class Taps:
     def guarded(self) -> Iterator[None]:
         """Hand an error of a ``with`` block to ``on_error``, if there is one: the code that is watched goes on.
 
-        Hooks stay, and record nothing: they cannot be taken off inside of the code that they are in.
+        The hooks stay and record nothing, since a hook cannot be removed while it runs.
         """
         try:
             yield
@@ -159,7 +159,7 @@ class Taps:
         """Look at one call of a watched layer."""
         if (
             torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
-        ):  # of somebody who looks at the network
+        ):  # the network is being exported or compiled
             return
         if not (self.recording and torch.is_grad_enabled()):
             self.without_graph.add(name)
@@ -246,7 +246,7 @@ class Taps:
 
 
 class _LayerHook:
-    """The hook on one layer; a copy of the layer, as a file or in memory, has one that does nothing."""
+    """The hook on one layer. A copy of the layer, in memory or in a file, gets a hook that does nothing."""
 
     def __init__(self, taps: Taps, name: str) -> None:
         self._taps, self._name = taps, name
