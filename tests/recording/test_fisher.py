@@ -98,13 +98,13 @@ def test_empirical_factors(case):
 def test_random_factors_with_given_draws(case, kind, monkeypatch):
     """The draws are recorded where they leave, and given to the reference."""
     model, x, y, layer = build(case)
-    seeds, original = [], fisher._backward
+    seeds, original = [], fisher.backpropagate
 
     def recorded(loss, v, calls):
         seeds.append(v)
         return original(loss, v, calls)
 
-    monkeypatch.setattr(fisher, "_backward", recorded)
+    monkeypatch.setattr(fisher, "backpropagate", recorded)
     factors = run(model, x, y, layer, fisher=kind, draws=3)
     monkeypatch.undo()
     positions = y[0].numel()

@@ -103,9 +103,9 @@ def test_empirical_costs_the_products_of_distinct_factors_by_half(step):
 
 @pytest.mark.parametrize("draws", [1, 2])
 def test_random_passes_stop_at_the_lowest_layer_and_take_no_weight_gradients(step, draws, monkeypatch):
-    passes, backward = [], fisher._backward
+    passes, backward = [], fisher.backpropagate
     plain, collector = flops(step), collected_once(step, fisher="sketched", draws=draws)
-    monkeypatch.setattr(fisher, "_backward", lambda *given: passes.append(1) or backward(*given))
+    monkeypatch.setattr(fisher, "backpropagate", lambda *given: passes.append(1) or backward(*given))
     extra = flops(lambda: step(collector)) - plain
     # From the logits through the head and down: nothing of gate and up, whose outputs are the goal, nor of block 0.
     down = 2 * ROWS * (10 * IN + IN * HIDDEN)
