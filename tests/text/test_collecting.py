@@ -46,15 +46,7 @@ def test_a_saved_model_over_a_file(folder, tmp_path):
 @pytest.mark.parametrize("stop", [1, 3, 6, 9, 17])
 def test_an_interrupted_collection_goes_on_where_it_was(folder, tmp_path, monkeypatch, passes, stop):
     whole = collected(folder, tmp_path / "whole.safetensors")
-    step, steps = collecting._step, []
-
-    def interrupted(*args):
-        steps.append(1)
-        if len(steps) == stop:
-            raise KeyboardInterrupt
-        step(*args)
-
-    monkeypatch.setattr(collecting, "_step", interrupted)
+    forward_passes = language.interrupt(monkeypatch, stop)
     out = tmp_path / "f.safetensors"
     total = 12 * passes
     if stop <= total:
@@ -63,12 +55,12 @@ def test_an_interrupted_collection_goes_on_where_it_was(folder, tmp_path, monkey
         assert not out.exists()
     factors = collected(folder, out, passes=passes)
     same(factors, whole)
-    assert len(steps) <= total + 2  # at most one step since the last save was done again
+    # The model runs once when it is loaded, which is done twice; at most two batches since the last save are done again.
+    assert len(forward_passes) <= total + 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.safetensors", "whole.safetensors"]
 
 
 def test_progress_of_another_run_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(collecting, "tqdm", pytest.fail)
     out = tmp_path / "f.safetensors"
     tokenizer = text_models.load_tokenizer(folder / "model")
 
@@ -76,9 +68,10 @@ def test_progress_of_another_run_is_refused(folder, tmp_path, monkeypatch):
         collecting.collect_text(net, tokenizer, folder / "corpus.jsonl", out, **OPTIONS | options)
 
     net = text_models.load_model(folder / "model")
-    facts = {"tokens": None, "context": 8, "batch_size": 3, "passes": 1, "layers": "mlp"}
-    run_id = collecting._fingerprint(net, tokenizer, folder / "corpus.jsonl", **facts)
-    collecting._save(tmp_path / "f.safetensors.partial", run_id, 0, 2, None)
+    language.interrupt(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(net)
+    monkeypatch.setattr(collecting, "tqdm", pytest.fail)
     with pytest.raises(ValueError, match=r"progress of another run: \['context', 'fisher'\] differ. Finish that run"):
         run(net, context=16, fisher="sampled")
     with pytest.raises(ValueError, match=r"\['model'\] differ"):
