@@ -55,7 +55,7 @@ def test_an_interrupted_collection_goes_on_where_it_was(folder, tmp_path, monkey
         assert not out.exists()
     factors = collected(folder, out, passes=passes)
     same(factors, whole)
-    # The model runs once when it is loaded, which is done twice; at most two batches since the last save are done again.
+    # Loading runs the model once, and is done twice; at most two batches since the last save are done again.
     assert len(forward_passes) <= total + 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.safetensors", "whole.safetensors"]
 
