@@ -34,8 +34,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from subjects import Subject, Text, subject
-from tables import DOCS, RESULTS, parser, read, replace_section, run, summary
 from torch import Tensor
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
@@ -51,12 +49,14 @@ from lightning_curvature.demos.text_analyses import analyse_text
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.suffixes import Suffixes, suffix_logits
+from support.seeds import Row, run_or_write, seeds_parser
+from support.subjects import Subject, Text, subject
+from support.tables import all_tables
 
 EXAMPLES, SIZES = 16, (1, 2, 4, 8, 16, 32, 64, 128)
 SCORES = ("kfac", "ekfac", "coupled")
+DATA = ("python", "digits", "mnist")
 SHORT = re.compile(r"model\.(model\.)?(layers|blocks)\.")
-
-Row = dict[str, object]
 
 
 def analyses(model: Subject, factors: KroneckerFactors) -> Analyses:
@@ -67,7 +67,7 @@ def analyses(model: Subject, factors: KroneckerFactors) -> Analyses:
 
 
 def pools(model: Subject) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return memorized and clean examples, others to average with, and the share of memorized ones in training."""
+    """Return memorized and clean examples, more to average with, and the fraction of memorized ones in training."""
     if isinstance(model, Text):
         length = PREFIX + SUFFIX
         memorized = torch.tensor([sequence.ids for sequence in recited(model.lm, model.data.half("validation"))])
@@ -75,8 +75,8 @@ def pools(model: Subject) -> tuple[Tensor, Tensor, Tensor, float]:
         return memorized, clean, model.data.collected[:200, :length], 1 / 8
     images, noised, given = model.halves["report"][0].tensors
     rows = torch.arange(len(images))
-    said = predict(model.model, model.halves["report"][0]).argmax(1)
-    wrong, right = rows[(noised != given) & (said == noised)], rows[noised == given]
+    predicted = predict(model.model, model.halves["report"][0]).argmax(1)
+    wrong, right = rows[(noised != given) & (predicted == noised)], rows[noised == given]
     return wrong, right[:200], right[200:400], 1 / 10
 
 
@@ -91,19 +91,19 @@ def products(model: Subject, layers: Sequence[str], row: Tensor) -> Products:
 
 def gatherings(model: Subject, layers: Sequence[str], seed: int) -> Iterator[tuple[str, Gathering]]:
     """Yield what becomes of single examples' curvature in two kinds of populations."""
-    memorized, clean, others, share = pools(model)
+    memorized, clean, more, fraction = pools(model)
     generator = torch.Generator().manual_seed(seed)
-    everything = torch.cat([memorized, clean, others])
+    examples = torch.cat([memorized, clean, more])
     first = len(memorized)
-    rest = [*range(first + len(clean), len(everything))]
+    rest = [*range(first + len(clean), len(examples))]
     repeated = torch.randperm(first, generator=generator).tolist()
-    own = repeated[:EXAMPLES], [*range(first, first + EXAMPLES)]
-    count = round(share * SIZES[-1])
+    singles = repeated[:EXAMPLES], [*range(first, first + EXAMPLES)]
+    count = round(fraction * SIZES[-1])
     mixed = [*rest[: SIZES[-1] - count], *(repeated[EXAMPLES:] or repeated)[:count]]
     mixed = [mixed[place] for place in torch.randperm(len(mixed), generator=generator).tolist()]
     for name, population in (("clean alone", rest[: SIZES[-1]]), ("as in training", mixed)):
         sizes = [size for size in SIZES if size <= len(population)]
-        yield name, gather(lambda i: products(model, layers, everything[i]), *own, population, sizes)
+        yield name, gather(lambda i: products(model, layers, examples[i]), *singles, population, sizes)
 
 
 def orders(model: Subject, factors: KroneckerFactors, layer: str, seed: int) -> Iterator[Row]:
@@ -115,10 +115,11 @@ def orders(model: Subject, factors: KroneckerFactors, layer: str, seed: int) -> 
     else:
         images, noised, _ = model.halves["report"][0].tensors
         logits, targets = partial(model.model, images), noised
-    found = curvature_order(Products(model.model, [layer], logits, targets), layer, factors[layer], SCORES, seed=seed)
+    curvature = Products(model.model, [layer], logits, targets)
+    order = curvature_order(curvature, layer, factors[layer], SCORES, seed=seed)
     for score in SCORES:
         for measured in ("ggn", "hessian"):
-            yield {"table": "order", "row": f"{score}, {measured}", **found.by_band(score, measured)}
+            yield {"table": "order", "row": f"{score}, {measured}", **order.by_band(score, measured)}
 
 
 def _next_logits(model: Text, rows: Tensor) -> Tensor:
@@ -147,9 +148,9 @@ def losses(model: Subject) -> Callable[[], dict[str, float]]:
         images, noised, given = train.tensors
         wrong = noised != given
         with torch.no_grad():
-            logits, others = model.model(images[wrong]), model.model(val.tensors[0])
+            logits, val_logits = model.model(images[wrong]), model.model(val.tensors[0])
         return {
-            "clean loss": float(F.cross_entropy(others, val.tensors[1])),
+            "clean loss": float(F.cross_entropy(val_logits, val.tensors[1])),
             "memorized loss": float(F.cross_entropy(logits, noised[wrong])),
             "recited": float((logits.argmax(1) == noised[wrong]).double().mean()),
         }
@@ -171,12 +172,12 @@ def together(model: Subject, seed: int) -> Iterator[Row]:
         "attention": {"all MLPs": mlp, "all attention": attention},
     }
     for part, groups in parts.items():
-        found = interplay(model.model, factors, CurvatureEditor(DEFAULT_ENERGY), groups, losses(model))
+        effects = interplay(model.model, factors, CurvatureEditor(DEFAULT_ENERGY), groups, losses(model))
         changes = {
-            name: {key: row[key] - found.before[key] for key in row}
-            for name, row in (*found.alone.items(), ("together", found.together))
+            name: {key: row[key] - effects.before[key] for key in row}
+            for name, row in (*effects.alone.items(), ("together", effects.together))
         }
-        changes["more than the sum"] = {key: found.excess(key) for key in found.before}
+        changes["more than the sum"] = {key: effects.excess(key) for key in effects.before}
         for name, row in changes.items():
             yield {"table": f"together, {part}", "row": name, **row}
 
@@ -186,19 +187,10 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     model = subject(args.data, seed, args)
     factors = collect(model.model, model.rows, model.step, layers=model.layers, seed=seed, coupled=True)
     factors = correct_eigenvalues(model.model, factors, model.rows, model.step, seed=seed + 1)
-    found = analyses(model, factors)
+    written = analyses(model, factors)
     if args.pages:
-        found.save(args.models / f"{args.data}-{seed}")
-    for one in found.bands:
-        unit = ", unit vectors" if one.normalized else ""
-        row = f"{SHORT.sub('', one.layer)}, {one.basis}{unit}"
-        yield {"table": "bands", "row": row, **dict(zip(LABELS, one.ratio, strict=True)), "rising": float(one.rising)}
-    for against, scores in found.detection.items():
-        for name, area in scores.auroc.items():
-            yield {"table": f"detection, {against}", "row": SHORT.sub("", name), "AUROC": area}
-    for use in found.directions:
-        kind = "20 flattest" if use.flat else "20 sharpest"
-        yield {"table": "directions", "row": kind, "precision": use.mean_precision, "chance": use.chance}
+        written.save(args.models / f"{args.data}-{seed}")
+    yield from demonstrated(written)
     last = list(factors)[-1]
     block = last.rpartition(".mlp")[0] or last.rpartition(".")[0]
     weights = [name for name, _ in model.model.named_modules() if name in factors and name.startswith(f"{block}.")]
@@ -213,35 +205,31 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     yield from together(model, seed)
 
 
-def tabled(runs: Sequence[Sequence[Row]], name: str, digits: int) -> str:
-    """Return one table, mean and spread over seeds."""
-    found = [{str(row["row"]): row for row in one if row["table"] == name} for one in runs]
-    columns = dict.fromkeys(key for one in found for row in one.values() for key in row if key not in ("table", "row"))
-    return summary(found, {key: (key, 1.0, digits) for key in columns})
+def demonstrated(written: Analyses) -> Iterator[Row]:
+    """Yield what the demos' analyses say."""
+    for comparison in written.bands:
+        unit = ", unit vectors" if comparison.normalized else ""
+        row = f"{SHORT.sub('', comparison.layer)}, {comparison.basis}{unit}"
+        ratios = dict(zip(LABELS, comparison.ratio, strict=True))
+        yield {"table": "bands", "row": row, **ratios, "rising": float(comparison.rising)}
+    for against, scores in written.detection.items():
+        for name, area in scores.auroc.items():
+            yield {"table": f"detection, {against}", "row": SHORT.sub("", name), "AUROC": area}
+    for use in written.directions:
+        kind = "20 flattest" if use.flat else "20 sharpest"
+        yield {"table": "directions", "row": kind, "precision": use.mean_precision, "chance": use.chance}
 
 
-def page(runs: Sequence[Sequence[Row]]) -> str:
+def page(_data: str, runs: Sequence[Sequence[Row]]) -> str:
     """Return all tables of one data set."""
-    titles = dict.fromkeys(str(row["table"]) for one in runs for row in one)
-    digits = {"gathering": 4}
-    parts = []
-    for title in titles:
-        parts += [f"**{title[0].upper()}{title[1:]}**", "", tabled(runs, title, digits.get(title, 3)), ""]
-    return "\n".join(parts)
+    return all_tables(runs, {"gathering": 4})
 
 
 def main() -> None:
     """Run the benchmark, or make its tables."""
-    arguments = parser(__doc__, ("python", "digits", "mnist"))
+    arguments = seeds_parser(__doc__, DATA)
     arguments.add_argument("--pages", action="store_true", help="also write analysis.json beside each model")
-    args = arguments.parse_args()
-    if args.data == "tables":
-        for name in ("python", "digits", "mnist"):
-            if (RESULTS / f"analysis-{name}.json").exists():
-                runs, facts = read("analysis", name)
-                replace_section(DOCS / "analysis.md", f"analysis-{name}", f"\n{page(runs)}\n{facts}\n")
-    else:
-        print(page(list(run("analysis", args, partial(results, args))["runs"].values())))
+    run_or_write("analysis", arguments.parse_args(), results, page, "analysis.md", DATA)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,9 @@ import argparse
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from subjects import Subject, Text, subject
-from tables import DOCS, parser, read, replace_section, run, summary
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.collect.passes import collect
@@ -34,6 +31,9 @@ from lightning_curvature.editing.base import DEFAULT_ENERGY, Editor
 from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.basis import coefficients, project_weight, select_staircase
+from support.seeds import Row, run_or_write, seeds_parser
+from support.subjects import Subject, Text, columns, subject
+from support.tables import by_row, summary
 
 PARTS = ("flat", "high, as many", "random, as many", "high, as much weight", "random, as much weight")
 BACK = (0.25, 0.5, 0.75, 1.0)
@@ -72,17 +72,17 @@ class Remove(WeightEditor):
 
 
 class PutBack(WeightEditor):
-    """Undoes a share of an edit."""
+    """Undoes a part of an edit: ``fraction`` of each change of a weight."""
 
     method = "partly"
 
-    def __init__(self, editor: WeightEditor, share: float) -> None:
+    def __init__(self, editor: WeightEditor, fraction: float) -> None:
         super().__init__(editor.energy)
-        self.editor, self.share = editor, share
+        self.editor, self.fraction = editor, fraction
 
     def project(self, weight, factors, energy):  # noqa: D102
         edited = self.editor.project(weight, factors, energy)
-        return replace(edited, weight=edited.weight + self.share * (weight - edited.weight))
+        return replace(edited, weight=edited.weight + self.fraction * (weight - edited.weight))
 
 
 def batches(model: Subject, repeats: bool) -> Iterator[Any]:
@@ -121,7 +121,7 @@ def tuned(model: Subject, factors: KroneckerFactors, editor: Editor, repeats: bo
     model.model.load_state_dict(before)
 
 
-def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
+def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     """Yield the results of one seed."""
     model = subject(args.data, seed, args)
     factors = collect(model.model, model.rows, model.step, layers=model.layers, seed=seed)
@@ -131,9 +131,9 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
         with Remove(energy, part, seed).applied(model.model, factors):
             yield {"table": "parts", "row": part, **model.measure()}
     editor = CurvatureEditor(energy)
-    for share in (0.0, *BACK):
-        with PutBack(editor, share).applied(model.model, factors):
-            yield {"table": "back", "row": f"{share:.0%} put back", **model.measure()}
+    for fraction in (0.0, *BACK):
+        with PutBack(editor, fraction).applied(model.model, factors):
+            yield {"table": "back", "row": f"{fraction:.0%} put back", **model.measure()}
     for repeats in (False, True):
         for how in ("original", "edited", "again", "projected"):
             if how in ("again", "projected") and not repeats:
@@ -146,30 +146,16 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
 
 def page(name: str, runs: list[Any]) -> str:
     """Return the tables of one data set."""
-    columns = {key: column for key, column in subject_columns(name).items() if key not in ("setting", "overlap")}
     parts = []
     for title, key in (("Which part is removed:", "parts"), ("What is put back:", "back"), ("Fine-tuning:", "tuning")):
-        found = [{row["row"]: row for row in run if row["table"] == key} for run in runs]
-        parts += [title, "", summary(found, columns), ""]
+        parts += [title, "", summary(by_row(runs, key), columns(name, "setting", "overlap")), ""]
     return "\n".join(parts)
-
-
-def subject_columns(name: str) -> dict[str, tuple[str, float, int]]:
-    """Return what is measured on a data set."""
-    from subjects import IMAGE_COLUMNS, TEXT_COLUMNS, TEXTS
-
-    return TEXT_COLUMNS if name in TEXTS else IMAGE_COLUMNS
 
 
 def main() -> None:
     """Run the benchmark, or make its tables."""
-    args = parser(__doc__, ("python", "digits")).parse_args()
-    if args.data == "tables":
-        for name in ("python", "digits"):
-            runs, facts = read("controls", name)
-            replace_section(DOCS / "evidence.md", f"controls-{name}", f"\n{page(name, runs)}\n{facts}\n")
-    else:
-        print(page(args.data, list(run("controls", args, partial(results, args))["runs"].values())))
+    args = seeds_parser(__doc__, ("python", "digits")).parse_args()
+    run_or_write("controls", args, results, page, "evidence.md", ("python", "digits"))
 
 
 if __name__ == "__main__":

@@ -7,28 +7,28 @@ and the worst seed.
     PYTHONPATH=. python benchmarks/bench_defaults.py
 """
 
-import argparse
 import logging
 import tempfile
 import warnings
 
 import lightning.pytorch as pl
 import torch
-from tabulate import tabulate
+from tests.test_callback import NETWORKS, accuracy
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
-from tests.support import models
-from tests.trainer.test_callback import NETWORKS, accuracy
+from support.environment import parser
+from support.tables import table
+from tests import models
 
 ENERGIES = (1.0, 0.9, 0.87, 0.85, 0.82, 0.8)
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--windows", type=int, nargs="+", default=[256, 1024, 4096])
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--seeds", type=int, default=4)
+    arguments.add_argument("--windows", type=int, nargs="+", default=[256, 1024, 4096])
+    args = arguments.parse_args()
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -36,20 +36,20 @@ def main() -> None:
     rows = []
     for window in args.windows:
         for name, (kind, options, _) in NETWORKS.items():
-            found = []
+            accuracies = []
             for seed in range(args.seeds):
                 pl.seed_everything(seed, verbose=False)
                 module, callback = kind(**options, lr=0.003), KFACEditCallback(window=window)
                 with tempfile.TemporaryDirectory() as folder:
                     trainer = models.trainer(folder, callback, max_epochs=12, enable_checkpointing=False)
                     trainer.fit(module, models.loader(models.images(512)))
-                found.append([])
+                accuracies.append([])
                 for energy in ENERGIES:
                     with CurvatureEditor(energy).applied(module, callback.factors):
-                        found[-1].append(100 * accuracy(module, held_out))
-            columns = zip(*found, strict=True)
+                        accuracies[-1].append(100 * accuracy(module, held_out))
+            columns = zip(*accuracies, strict=True)
             rows.append([window, name, *(f"{sum(c) / len(c):.1f} (worst {min(c):.1f})" for c in columns)])
-    print(tabulate(rows, ["window", "network", *(f"energy {e:g}" for e in ENERGIES)], tablefmt="github"))
+    print(table(rows, ["window", "network", *(f"energy {e:g}" for e in ENERGIES)]))
 
 
 if __name__ == "__main__":

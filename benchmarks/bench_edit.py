@@ -20,83 +20,38 @@ random. Variants take turns in rounds; medians, and ranges in brackets.
 """
 
 import argparse
-import heapq
 import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg.lapack as lapack
 import torch
-from measuring import in_turn, peak_bytes, ratios, spread, write
-from tabulate import tabulate
 from torch import Tensor
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.factors.basis import select_staircase
 from lightning_curvature.memory import edit_bytes, size
+from support.costs import forget_peak, resident
+from support.environment import parser
+from support.measuring import in_turn, peak_bytes, ratios, show, spread, write
+from support.selections import by_heap, by_sort
+from support.spectra import covariance, random_layer, spectrum
 
 LARGE = (11008, 4096)
 
-
-def covariance(dim: int, seed: int = 0) -> Tensor:
-    """Return a sample covariance with a falling spectrum in a random basis, float32 ``[dim, dim]``."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(dim + dim // 2, dim, generator=generator)
-    scales = torch.arange(1, dim + 1).float() ** -0.6
-    moment = (rows.T @ rows / len(rows)) * torch.outer(scales, scales)
-    signs = torch.randn(dim, generator=generator)
-    signs /= signs.norm()
-    moment -= 2 * torch.outer(signs, signs @ moment)  # a reflection on both sides, so that no axis is special
-    moment -= 2 * torch.outer(moment @ signs, signs)
-    return (moment + moment.T) / 2
+Rows = list[list[object]]
+Results = dict[str, dict[str, list[float]]]
 
 
-def spectrum(dim: int, power: float) -> Tensor:
-    """Return falling eigenvalues without ties, float64 ``[dim]``."""
-    noise = torch.rand(dim, dtype=torch.float64, generator=torch.Generator().manual_seed(dim))
-    return (torch.arange(1, dim + 1, dtype=torch.float64) + 0.5 * noise) ** -power
-
-
-def layer(shape: tuple[int, int], device: str = "cpu") -> tuple[Tensor, LayerFactors]:
-    """Return a weight ``[d_out, d_in]`` and its factors."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.02
-    A, G = covariance(shape[1]).to(device), covariance(shape[0], 1).to(device)
-    return weight.to(device), LayerFactors(A=A, G=G, num_inputs=9, num_gradients=9)
-
-
-def by_heap(lam: Tensor, mu: Tensor, energy: float) -> Tensor:
-    """Take pairs in falling order from a heap; return the kept columns of each row."""
-    rows, columns = lam.tolist(), mu.tolist()
-    wanted, mass = energy * sum(rows) * sum(columns) * (1 - 1e-12), 0.0
-    kept = [0] * len(rows)
-    heap = [(-rows[0] * columns[0], 0, 0)]
-    while mass < wanted:
-        value, i, j = heapq.heappop(heap)
-        mass -= value
-        kept[i] += 1
-        if j + 1 < len(columns):
-            heapq.heappush(heap, (-rows[i] * columns[j + 1], i, j + 1))
-        if j == 0 and i + 1 < len(rows):
-            heapq.heappush(heap, (-rows[i + 1] * columns[0], i + 1, 0))
-    return torch.tensor(kept)
-
-
-def by_sort(lam: Tensor, mu: Tensor, energy: float) -> Tensor:
-    """Sort all pairs; return the kept columns of each row."""
-    mass = torch.outer(lam, mu)
-    ordered = mass.flatten().sort(descending=True).values
-    sums = ordered.cumsum(0)
-    last = int((sums < energy * sums[-1] * (1 - 1e-12)).sum())
-    return (mass >= ordered[last] * (1 - 1e-9)).sum(1)
-
-
-def selection(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
+def selection(rounds: int) -> tuple[Rows, Results]:
     """Measure the search for the kept pairs."""
     rows, results = [], {}
     shapes = ((512, 256), (1024, 512), (2048, 512), (4096, 1024), LARGE)
@@ -120,11 +75,11 @@ def selection(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
     return rows, results
 
 
-def edits(rounds: int, device: str) -> tuple[list[list[object]], dict[str, object]]:
+def edits(rounds: int, device: str) -> tuple[Rows, Results]:
     """Measure edits against what they cannot do without."""
     rows, results, editor = [], {}, CurvatureEditor(0.85)
     for shape in ((512, 256), (1024, 1024), (2048, 512), (512, 2048), (2048, 2048)):
-        weight, factors = layer(shape, device)
+        weight, factors = random_layer(shape, device)
         A, G, W = (tensor.double() for tensor in (factors.A, factors.G, weight))
 
         def edit(weight=weight, factors=factors):
@@ -136,12 +91,12 @@ def edits(rounds: int, device: str) -> tuple[list[list[object]], dict[str, objec
             U @ (U.T @ W @ V) @ V.T
 
         results[f"{shape}"] = seconds = in_turn({"edit": edit, "least": least}, rounds)
-        times = [f"{statistics.median(own):.3f}" for own in seconds.values()]
+        times = [f"{statistics.median(durations):.3f}" for durations in seconds.values()]
         rows.append(["{} x {}".format(*shape), *times, spread(ratios(seconds, "edit", "least"))])
     return rows, results
 
 
-def partial(matrix: np.ndarray, count: int) -> np.ndarray:
+def leading_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
     """Return the eigenvectors of the largest eigenvalues, by one reduction and LAPACK's stemr and ormqr."""
     dim = len(matrix)
     reduced, diagonal, beside, tau, _ = lapack.dsytrd(matrix, lower=1, lwork=int(lapack.dsytrd_lwork(dim, lower=1)[0]))
@@ -153,11 +108,11 @@ def partial(matrix: np.ndarray, count: int) -> np.ndarray:
     return vectors
 
 
-def decompositions(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
+def decompositions(rounds: int) -> tuple[Rows, Results]:
     """Measure ways to decompose."""
     rows, results = [], {}
 
-    def one(matrix: Tensor) -> None:
+    def decompose(matrix: Tensor) -> None:
         torch.set_num_threads(1)
         torch.linalg.eigh(matrix)
 
@@ -167,15 +122,15 @@ def decompositions(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
 
         def threads(matrices=matrices):
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(one, matrices))
+                list(pool.map(decompose, matrices))
 
         results[f"{dim}"] = seconds = in_turn(
             {
                 "all": lambda m=matrices: torch.linalg.eigh(m[0]),
                 "values": lambda m=matrices: torch.linalg.eigvalsh(m[0]),
-                "10 %": lambda m=first, d=dim: partial(m, d // 10),
-                "30 %": lambda m=first, d=dim: partial(m, 3 * d // 10),
-                "60 %": lambda m=first, d=dim: partial(m, 6 * d // 10),
+                "10 %": lambda m=first, d=dim: leading_eigenvectors(m, d // 10),
+                "30 %": lambda m=first, d=dim: leading_eigenvectors(m, 3 * d // 10),
+                "60 %": lambda m=first, d=dim: leading_eigenvectors(m, 6 * d // 10),
                 "four in turn": lambda m=matrices: [torch.linalg.eigh(matrix) for matrix in m],
                 "four, two threads": threads,
             },
@@ -193,9 +148,9 @@ def decompositions(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
     return rows, results
 
 
-def sweep(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
+def sweep(rounds: int) -> tuple[Rows, Results]:
     """Measure ten energies of one layer."""
-    weight, factors = layer((2048, 512))
+    weight, factors = random_layer((2048, 512))
     energies = [0.5 + 0.05 * step for step in range(10)]
     _ = factors.basis
     together = CurvatureEditor().at(1.0)
@@ -213,7 +168,7 @@ def sweep(rounds: int) -> tuple[list[list[object]], dict[str, object]]:
     return [["2048 x 512", *times, spread(ratios(seconds, "together", "separate"))]], {"sweep": seconds}
 
 
-def needed(paths: list[Path]) -> list[list[object]]:
+def needed(paths: list[Path]) -> Rows:
     """Return which share of the eigenvectors of G and of A the kept pairs of factor files touch, over their layers."""
     rows = []
     for path, energy in itertools.product(paths, (0.7, 0.8, 0.9)):
@@ -226,83 +181,85 @@ def needed(paths: list[Path]) -> list[list[object]]:
     return rows
 
 
-def peak() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
-
-
-def large(device: str) -> None:
-    """Edit one layer of a 7B model, and print what it took."""
-    weight, factors = layer(LARGE, device)
-    now = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
+def edit_large(device: str) -> None:
+    """Edit one layer of a 7B model, and print what it took as JSON."""
+    weight, factors = random_layer(LARGE, device)
+    before = resident("VmRSS")
     if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the factors
-    start, found = time.perf_counter(), []
+        forget_peak()  # that of making the factors
+    start, edits = time.perf_counter(), []
 
     def work() -> None:
-        found.append(CurvatureEditor(0.85).edit_weight("fc", weight, factors, 0.85, False)[1])
+        edits.append(CurvatureEditor(0.85).edit_weight("fc", weight, factors, 0.85, False)[1])
 
     taken = peak_bytes(work) if device != "cpu" else work()
-    seconds = time.perf_counter() - start
+    facts = {
+        "seconds": time.perf_counter() - start,
+        "peak": taken or resident("VmHWM") - before,
+        "stated": edit_bytes(*LARGE),
+        "kept": edits[0].kept,
+        "relative_change": edits[0].relative_change,
+    }
+    print(json.dumps(facts))
+
+
+def large(device: str) -> dict[str, float]:
+    """Run :func:`edit_large` in a process of its own, print what it took, and return it."""
+    command = [sys.executable, __file__, "--alone", "--device", device]
+    facts = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "peak": taken or peak() - now,
-                "stated": edit_bytes(*LARGE),
-                "kept": found[0].kept,
-                "relative_change": found[0].relative_change,
-            }
-        )
+        "\n{} x {}: ".format(*LARGE) + f"{facts['seconds']:.0f} s, peak {size(facts['peak'])} beyond factors and "
+        f"weight (stated: {size(facts['stated'])}), {facts['kept'] / (LARGE[0] * LARGE[1]):.2%} of the pairs kept, "
+        f"relative change {facts['relative_change']:.3f}"
     )
+    return facts
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", default=["selection", "edits", "decompositions", "sweep"])
-    parser.add_argument("--large", action="store_true", help="also edit a layer of 11008 x 4096")
-    parser.add_argument("--device", default="cpu", help="of parts edits and large")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
-    parser.add_argument("--factors", nargs="*", type=Path, default=[], help="factor files for the part needed")
-    args = parser.parse_args()
-    if args.alone:
-        large(args.device)
-        return
-    results = {}
-    for title, work, headers in (
-        (
+def tables(device: str) -> dict[str, tuple[str, Callable[[int], tuple[Rows, Results]], list[str]]]:
+    """Return title, work and headers of each part."""
+    return {
+        "selection": (
             "Selection at energy 0.9, ms",
             selection,
             ["layer", "power", "kept", "search", "sort", "heap", "sort / search", "heap / search", "same"],
         ),
-        ("Edit at energy 0.85, s", edits, ["layer", "edit", "decompositions + 4 products", "ratio"]),
-        (
+        "edits": (
+            "Edit at energy 0.85, s",
+            partial(edits, device=device),
+            ["layer", "edit", "decompositions + 4 products", "ratio"],
+        ),
+        "decompositions": (
             "Decomposition, s, and what other ways take of it",
             decompositions,
             ["d", "all vectors", "values alone", "10 % of vectors", "30 %", "60 %", "threads / in turn"],
         ),
-        ("Ten energies, s", sweep, ["layer", "coefficients once", "each anew", "ratio"]),
-    ):
-        if work.__name__ not in args.parts:
-            continue
-        rows, results[title] = work(args.rounds, args.device) if work is edits else work(args.rounds)
-        print(f"\n{title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}", flush=True)
+        "sweep": ("Ten energies, s", sweep, ["layer", "coefficients once", "each anew", "ratio"]),
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--parts", nargs="+", default=["selection", "edits", "decompositions", "sweep"])
+    arguments.add_argument("--large", action="store_true", help="also edit a layer of 11008 x 4096")
+    arguments.add_argument("--device", default="cpu", help="of parts edits and large")
+    arguments.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    arguments.add_argument("--out", type=Path, help="JSON file for all numbers")
+    arguments.add_argument("--factors", nargs="*", type=Path, default=[], help="factor files for the part needed")
+    args = arguments.parse_args()
+    if args.alone:
+        edit_large(args.device)
+        return
+    results: dict[str, object] = {}
+    for part, (title, work, headers) in tables(args.device).items():
+        if part in args.parts:
+            rows, results[title] = work(args.rounds)
+            show(title, rows, headers)
     if args.factors:
-        headers = ["file", "energy", "of G", "of A"]
-        print(f"\nEigenvectors that an edit needs\n\n{tabulate(needed(args.factors), headers, tablefmt='github')}")
+        show("Eigenvectors that an edit needs", needed(args.factors), ["file", "energy", "of G", "of A"])
     if args.large:
-        command = [sys.executable, __file__, "--alone", "--device", args.device]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        results["large"] = found
-        print(
-            "\n{} x {}: ".format(*LARGE) + f"{found['seconds']:.0f} s, peak {size(found['peak'])} beyond factors and "
-            f"weight (stated: {size(found['stated'])}), {found['kept'] / (LARGE[0] * LARGE[1]):.2%} of the pairs kept, "
-            f"relative change {found['relative_change']:.3f}"
-        )
+        results["large"] = large(args.device)
     write(args.out, results)
 
 

@@ -10,9 +10,8 @@ of its own, and the memory that this takes is compared with what ``edit --dry-ru
     python benchmarks/bench_edit_files.py --layers 4
 """
 
-import argparse
 import json
-import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,10 +21,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tabulate import tabulate
 
 from lightning_curvature import KroneckerFactors, LayerFactors
 from lightning_curvature.memory import edit_bytes
+from support.environment import parser
+from support.measuring import show, write
 
 DIM, SHARDS, PER_SHARD = 2048, 8, 30
 REPEATS = 3
@@ -37,24 +37,22 @@ PROGRAMS = {
     "decompose": "for f in KroneckerFactors.open(factors).values(): dataclasses.replace(f).basis",
 }
 SHAPES = ((2048, 2048), (4096, 1024), (1024, 4096), (4096, 4096))
-SINGLE = """
-import sys, torch
+HEADER = """
+import dataclasses, sys, torch
+import lightning_curvature.editing.streaming
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 
 def peak():
-    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) / 1024
 
-layer = KroneckerFactors.load(sys.argv[1])["fc"]
+source, factors, target = sys.argv[1:]
+"""
+SINGLE = """
+layer = KroneckerFactors.load(factors)["fc"]
 weight = torch.ones(layer.shape) + layer.A.sum() + layer.G.sum()  # the factors are read before the measurement
 before = peak()
 CurvatureEditor(0.8).edit_weight("fc", weight, layer, 0.8, False)
-print((peak() - before) / 1024)
-"""
-HEADER = """
-import dataclasses, sys
-from lightning_curvature import CurvatureEditor, KroneckerFactors
-import lightning_curvature.editing.streaming
-source, factors, target = sys.argv[1:]
+print(peak() - before)
 """
 
 
@@ -73,11 +71,11 @@ def make(folder: Path, layers: int) -> None:
         where |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": len(where) * DIM * DIM * 2}, "weight_map": where}
     (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = {
+    layers_factors = {
         f"model.layers.{layer * SHARDS * PER_SHARD // layers}.mlp.fc": factors(DIM, DIM, generator)
         for layer in range(layers)
     }
-    KroneckerFactors(found).save(folder / "factors.safetensors")
+    KroneckerFactors(layers_factors).save(folder / "factors.safetensors")
 
 
 def factors(d_out: int, d_in: int, generator: torch.Generator) -> LayerFactors:
@@ -94,56 +92,50 @@ def single(shape: tuple[int, int]) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "factors.safetensors")
         KroneckerFactors({"fc": factors(*shape, torch.Generator().manual_seed(0))}).save(file)
-        done = subprocess.run([sys.executable, "-c", SINGLE, file], capture_output=True, text=True, check=True)
-        return float(done.stdout)
+        return execute(SINGLE, Path(scratch))
 
 
 def measure(program: str, folder: Path) -> tuple[float, float]:
     """Run a program in a process of its own; return seconds and peak resident MB."""
-    target = folder / "target"
-    peak = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    code = f"{HEADER}\n{program}\n{peak}"
-    command = [sys.executable, "-c", code, folder / "model", folder / "factors.safetensors", target]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = execute(f"{program}\nprint(peak())", folder)
     seconds = time.perf_counter() - started
-    subprocess.run(["rm", "-rf", target], check=True)
-    return seconds, int(done.stdout.split()[-1]) / 1024  # from KB
+    shutil.rmtree(folder / "target", ignore_errors=True)
+    return seconds, peak
+
+
+def execute(program: str, folder: Path) -> float:
+    """Run a program on the model and the factors in a folder, and return the number that it prints last."""
+    paths = [folder / "model", folder / "factors.safetensors", folder / "target"]
+    command = [sys.executable, "-c", f"{HEADER}\n{program}", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, help="layers to edit, spread over the shards")
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=4, help="layers to edit, spread over the shards")
+    arguments.add_argument("--out", type=Path, help="JSON file for all numbers")
+    args = arguments.parse_args()
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in PROGRAMS}
     with tempfile.TemporaryDirectory() as scratch:
         make(Path(scratch), args.layers)
         for _ in range(REPEATS):
             for name, program in PROGRAMS.items():
                 runs[name].append(measure(program, Path(scratch)))
-    seconds, peak = ({name: statistics.median(run[i] for run in found) for name, found in runs.items()} for i in (0, 1))
-    rows = [[name, seconds[name] - seconds["import"], peak[name] - peak["import"]] for name in PROGRAMS]
-    print(tabulate(rows, ["", "seconds beyond imports", "peak MB beyond imports"], tablefmt="github", floatfmt=".1f"))
-    own = seconds["edit"] - seconds["decompose"]
-    print(f"\nEdit without its decompositions: {own / (seconds['copy'] - seconds['import']):.2f} times the copy.")
+    seconds, peak = ({name: statistics.median(run[i] for run in runs[name]) for name in runs} for i in (0, 1))
+    rows = [
+        [name, f"{seconds[name] - seconds['import']:.1f}", f"{peak[name] - peak['import']:.1f}"] for name in PROGRAMS
+    ]
+    show(f"Editing {args.layers} layers", rows, ["", "seconds beyond imports", "peak MB beyond imports"])
+    edit, copy = seconds["edit"] - seconds["decompose"], seconds["copy"] - seconds["import"]
+    print(f"\nEdit without its decompositions: {edit / copy:.2f} times the copy.")
     memory = {shape: single(shape) for shape in SHAPES}
-    rows = [[f"{d_out} x {d_in}", memory[d_out, d_in], edit_bytes(d_out, d_in) / 2**20] for d_out, d_in in SHAPES]
-    print("\nOne layer:\n" + tabulate(rows, ["weight", "measured MB", "planned MB"], tablefmt="github", floatfmt=".0f"))
-    if args.out:
-        environment = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        }
-        content = {
-            "environment": environment,
-            "layers": args.layers,
-            "runs": runs,
-            "single": {str(shape): mb for shape, mb in memory.items()},
-        }
-        args.out.write_text(json.dumps(content, indent=1))
+    rows = [["{} x {}".format(*shape), f"{memory[shape]:.0f}", f"{edit_bytes(*shape) / 2**20:.0f}"] for shape in SHAPES]
+    show("One layer:", rows, ["weight", "measured MB", "planned MB"])
+    single_layers = {str(shape): megabytes for shape, megabytes in memory.items()}
+    write(args.out, {"layers": args.layers, "runs": runs, "single": single_layers})
 
 
 if __name__ == "__main__":

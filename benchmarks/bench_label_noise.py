@@ -18,71 +18,57 @@ Mean and sample standard deviation over seeds.
     python benchmarks/bench_label_noise.py mnist --root ../shared/data --out results/mnist.json
 """
 
-import argparse
 import json
-import logging
-import platform
-import statistics
 import time
-import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 
-from lightning_curvature import CurvatureEditor, KFACEditCallback
+from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
 from lightning_curvature.collect.passes import collect
-from lightning_curvature.demos.digits import EPOCHS, NoisyDigits, build_model
 from lightning_curvature.demos.label_noise import METRICS, compare_methods, energy_curves, evaluate
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
 from lightning_curvature.editing.base import DEFAULT_ENERGY
+from support.environment import environment, parser, quiet
+from support.images import digits, fit, mnist
+from support.tables import Columns, summary
 
 KINDS = [("sketched", 1), ("sketched", 2), ("sampled", 1), ("sampled", 4), ("empirical", 1)]
+LAYERS = {
+    "fc2 of the last block": ["*.1.fc2"],
+    "fc1 of the last block": ["*.1.fc1"],
+    "both of the last block": ["*.1.fc?"],
+    "fc2 of both blocks": ["*.fc2"],
+    "all MLP layers": None,
+}
+COLUMNS: Columns = {
+    "energy": ("energy", 1, 2),
+    "passes": ("passes", 1, 2),
+    "error": ("error", 1, 2),
+    **{metric: (metric, 100, 1) for metric in METRICS},
+}
+TABLES = {"methods": ("energy",), "energies": (), "freshness": ("energy",), "fisher": ("passes", "error"), "layers": ()}
+"""Columns of each table beside the metrics."""
+
+Row = dict[str, float]
+Rows = dict[str, Row]
+Edited = Callable[[KroneckerFactors, float], Row]
 
 
-def digits(seed: int) -> tuple[NoisyLabels, LitViT, int]:
-    """Return the digits demo's data, model and epochs."""
-    return NoisyDigits(seed=seed), build_model(), EPOCHS
-
-
-def mnist(seed: int, root: Path, decay: float, attention: float) -> tuple[NoisyLabels, LitViT, int]:
-    """Return 4000 training and 2000 validation images of MNIST, a model for them, and epochs."""
-    from torchvision.datasets import MNIST
-
-    data = MNIST(root)
-    # Some copies of the files are sorted by class: the first images are no sample of it.
-    some = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(seed))[:6000]
-    images, labels = data.data[some].float() / 255 - 0.5, data.targets[some]
-    model = LitViT(image_size=28, patch=7, weight_decay=decay, attention_decay=attention)
-    return NoisyLabels(images, labels, 4000, seed=seed), model, 80
-
-
-def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Train once and return the rows of the three tables."""
+def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, Rows]:
+    """Train once and return the rows of the tables."""
     callback = KFACEditCallback()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=[callback],
-        gradient_clip_val=1.0,
-        logger=False,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, data)
-    model.eval()
-    train, val = data.halves()["report"]
-    before = evaluate(model, train, val)
+    fit(model, data, epochs, [callback])
+    report, all_examples = data.halves()["report"], (data.train, data.val)
+    before = {"before": evaluate(model, *report)}
     curves = energy_curves(model, callback.factors, data)
     methods = compare_methods(curves)
-    energy = methods["kfac"]["energy"]
 
-    def edited(factors, energy, part=(train, val)):
+    def edited(factors, energy, part=report):
         with CurvatureEditor(energy).applied(model, factors):
             return {"energy": energy, **evaluate(model, *part)}
 
@@ -91,71 +77,55 @@ def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, d
         return collect(model, loader, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), **options)
 
     still = frozen(seed=seed, draws=4)
-    everything = data.train, data.val
     freshness = {
-        f"{source}, {label} energy": edited(factors, value, everything)
-        for label, value in (("default", DEFAULT_ENERGY), ("chosen", energy))
+        f"{source}, {label} energy": edited(factors, energy, all_examples)
+        for label, energy in (("default", DEFAULT_ENERGY), ("chosen", methods["kfac"]["energy"]))
         for source, factors in (("in fit", callback.factors), ("frozen", still))
     }
-    exact = frozen(fisher="exact")
-    name = next(iter(exact))
-    kinds = {"exact": {"passes": 10, "error": 0.0, **edited(exact, DEFAULT_ENERGY)}}
-    for kind, draws in KINDS:
-        factors = frozen(fisher=kind, draws=draws, seed=seed)
-        error = float((factors[name].G - exact[name].G).norm() / exact[name].G.norm())
-        passes = 0 if kind == "empirical" else draws
-        kinds[f"{kind}, {draws}"] = {"passes": passes, "error": error, **edited(factors, DEFAULT_ENERGY)}
-    every = frozen(layers="mlp")
-    choices = {
-        "fc2 of the last block": ["*.1.fc2"],
-        "fc1 of the last block": ["*.1.fc1"],
-        "both of the last block": ["*.1.fc?"],
-        "fc2 of both blocks": ["*.fc2"],
-        "all MLP layers": None,
-    }
-    layers = {}
-    for label, patterns in choices.items():
-        with CurvatureEditor(DEFAULT_ENERGY, patterns).applied(model, every):
-            layers[label] = evaluate(model, train, val)
-    default = edited(callback.factors, DEFAULT_ENERGY)
+    default = {"kfac, default": edited(callback.factors, DEFAULT_ENERGY)}
     curve = {f"kfac {e:g}": {"energy": e, **row} for e, row in curves["report"]["kfac"].items() if e >= 0.6}
     return {
-        "methods": {"before": before, "kfac, default": default, **methods},
-        "energies": {"before": before, **curve},
+        "methods": {**before, **default, **methods},
+        "energies": {**before, **curve},
         "freshness": freshness,
-        "fisher": kinds,
-        "layers": {"before": before, **layers},
+        "fisher": compare_kinds(partial(frozen, seed=seed), edited),
+        "layers": {**before, **compare_layers(model, frozen(layers="mlp"), report)},
     }
 
 
-def summary(runs: list[dict[str, dict[str, float]]], columns: list[str]) -> str:
-    """Return the mean and standard deviation over seeds as a table, rates in percent."""
-    body = []
-    for row in runs[0]:
-        cells = [row]
-        for column in columns:
-            values = [
-                100 * run[row][column] if column in METRICS else run[row][column] for run in runs if column in run[row]
-            ]
-            digits = 1 if column in METRICS else 2
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
-        body.append(cells)
-    return tabulate(body, ["", *columns], tablefmt="github", disable_numparse=True)
+def compare_kinds(frozen: Callable[..., KroneckerFactors], edited: Edited) -> Rows:
+    """Return the edit with each kind of Fisher, and the relative error of G of its first layer."""
+    exact = frozen(fisher="exact")
+    name = next(iter(exact))
+    rows = {"exact": {"passes": 10, "error": 0.0, **edited(exact, DEFAULT_ENERGY)}}
+    for kind, draws in KINDS:
+        factors = frozen(fisher=kind, draws=draws)
+        error = float((factors[name].G - exact[name].G).norm() / exact[name].G.norm())
+        passes = 0 if kind == "empirical" else draws
+        rows[f"{kind}, {draws}"] = {"passes": passes, "error": error, **edited(factors, DEFAULT_ENERGY)}
+    return rows
+
+
+def compare_layers(model: LitViT, factors: KroneckerFactors, part: tuple) -> Rows:
+    """Return the edit of each choice of layers at the default energy."""
+    rows = {}
+    for label, patterns in LAYERS.items():
+        with CurvatureEditor(DEFAULT_ENERGY, patterns).applied(model, factors):
+            rows[label] = evaluate(model, *part)
+    return rows
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=["digits", "mnist"])
-    parser.add_argument("--root", type=Path, help="folder that holds MNIST/raw")
-    parser.add_argument("--weight-decay", type=float, default=0.5, help="of MNIST's model")
-    parser.add_argument("--attention-decay", type=float, default=5.0, help="of MNIST's model, times --weight-decay")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
-    args = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    arguments = parser(__doc__)
+    arguments.add_argument("data", choices=["digits", "mnist"])
+    arguments.add_argument("--root", type=Path, help="folder that holds MNIST/raw")
+    arguments.add_argument("--weight-decay", type=float, default=0.5, help="of MNIST's model")
+    arguments.add_argument("--attention-decay", type=float, default=5.0, help="of MNIST's model, times --weight-decay")
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--out", type=Path, help="JSON file for all numbers")
+    args = arguments.parse_args()
+    quiet()
     started = time.perf_counter()
     decays = args.weight_decay, args.attention_decay
     runs = []
@@ -164,25 +134,13 @@ def main() -> None:
         data, model, epochs = digits(seed) if args.data == "digits" else mnist(seed, args.root, *decays)
         runs.append(run(seed, data, model, epochs))
         print(f"seed {seed} done after {time.perf_counter() - started:.0f} s", flush=True)
-    for title, columns in (
-        ("methods", ["energy"]),
-        ("energies", []),
-        ("freshness", ["energy"]),
-        ("fisher", ["passes", "error"]),
-        ("layers", []),
-    ):
+    for title, beside in TABLES.items():
         print(f"\n{args.data}: {title}, {args.seeds} seeds\n")
-        print(summary([results[title] for results in runs], [*columns, *METRICS]))
+        columns = {name: COLUMNS[name] for name in (*beside, *METRICS)}
+        print(summary([results[title] for results in runs], columns))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        environment = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": pl.__version__,
-            "threads": torch.get_num_threads(),
-            "processor": platform.machine(),
-        }
-        args.out.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1))
+        args.out.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
 
 
 if __name__ == "__main__":

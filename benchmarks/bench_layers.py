@@ -24,23 +24,23 @@ Spearman's rank correlation over the layers of one model; mean and sample standa
 import argparse
 import re
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
-from subjects import WINDOWS, Text, subject
-from tables import DOCS, mean, parser, read, replace_section, run, summary, table
 from torchmetrics.functional import spearman_corrcoef
 
-from lightning_curvature import CurvatureEditor
+from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.analysis.layers import rank_layers
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.editing.bulk import add_margins
 from lightning_curvature.factors.basis import coefficients
 from lightning_curvature.text.evaluation import strict_rate
+from support.seeds import Row, run_or_write, seeds_parser
+from support.subjects import WINDOWS, Images, Text, subject
+from support.tables import Columns, mean, summary, table
 
 PREDICTORS = ("separation", "depth", "relative change", "curvature", "margins")
-COLUMNS = {
+COLUMNS: Columns = {
     "forgotten": ("forgotten", 100, 1),
     "separation": ("separation", 1, 3),
     "depth": ("depth", 1, 0),
@@ -50,33 +50,38 @@ COLUMNS = {
 }
 
 
-def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
+def text_predictors(model: Text, factors: KroneckerFactors) -> dict[str, dict[str, float]]:
+    """Return *separation* and *margins* by layer of a language model."""
+    recited = model.forget
+    domain = model.data.held_out["domain"]["tuning"][:WINDOWS, : recited[0].ids.shape[1]]
+    areas = rank_layers(
+        model.model,
+        factors,
+        [batch.ids for batch in recited],
+        domain.split(16),
+        lambda ids: model.lm(input_ids=ids, use_cache=False),
+    )
+    flat_parts = {}
+    for name, layer in add_margins(model.model, factors, recited, model.margins).items():
+        C = coefficients(layer.margins, layer.basis)
+        flat = C[C.shape[0] // 2 :, C.shape[1] // 2 :].square().sum() / C.square().sum()
+        flat_parts[name] = float(flat)
+    return {"separation": areas, "margins": flat_parts}
+
+
+def image_predictors(model: Images, factors: KroneckerFactors) -> dict[str, dict[str, float]]:
+    """Return *separation* by layer of a ViT."""
+    train, val = model.data.train.tensors[0], model.data.val.tensors[0]
+    return {"separation": rank_layers(model.model, factors, [train], [val], model.model, positions="first")}
+
+
+def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     """Yield one row for each layer."""
     model = subject(args.data, seed, args)
     text = isinstance(model, Text)
     layers = "mlp" if text else ["*blocks.*"]
     factors = collect(model.model, model.rows, model.step, layers=layers, seed=seed)
-    predicted = {}
-    if text:
-        recited = model.forget
-        own = model.data.held_out["domain"]["tuning"][:WINDOWS, : recited[0].ids.shape[1]]
-        others = own.split(16)
-        predicted["separation"] = rank_layers(
-            model.model,
-            factors,
-            [batch.ids for batch in recited],
-            others,
-            lambda ids: model.lm(input_ids=ids, use_cache=False),
-        )
-        with_margins = add_margins(model.model, factors, recited, model.margins)
-        predicted["margins"] = {}
-        for name, layer in with_margins.items():
-            C = coefficients(layer.margins, layer.basis)
-            flat = C[C.shape[0] // 2 :, C.shape[1] // 2 :].square().sum() / C.square().sum()
-            predicted["margins"][name] = float(flat)
-    else:
-        train, val = model.data.train.tensors[0], model.data.val.tensors[0]
-        predicted["separation"] = rank_layers(model.model, factors, [train], [val], model.model, positions="first")
+    predicted = text_predictors(model, factors) if text else image_predictors(model, factors)
     predicted["separation"] = {name: abs(area - 0.5) for name, area in predicted["separation"].items()}
     predicted["depth"] = {name: float(re.search(r"\.(\d+)\.", name)[1]) for name in factors}
     predicted["curvature"] = {name: float(f.A.trace() * f.G.trace()) for name, f in factors.items()}
@@ -92,25 +97,21 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
         energy = model.match(editor, factors, 1.02 if text else 0.97, {})
         with editor.at(energy).applied(model.model, factors):
             forgotten = before - recites()
-        yield {
-            "layer": name,
-            "energy": energy,
-            "forgotten": forgotten,
-            **{key: float(values[name]) for key, values in predicted.items()},
-        }
+        values = {key: float(by_layer[name]) for key, by_layer in predicted.items()}
+        yield {"layer": name, "energy": energy, "forgotten": forgotten, **values}
 
 
-def page(runs: list[Any]) -> str:
+def page(_data: str, runs: list[Any]) -> str:
     """Return the tables of one data set."""
     rows = []
     for key in PREDICTORS:
-        found = []
+        correlations = []
         for run_ in runs:
             if key in run_[0]:
                 pair = (torch.tensor([row[k] for row in run_], dtype=torch.float32) for k in (key, "forgotten"))
-                found.append(float(spearman_corrcoef(*pair)))
-        if found:
-            rows.append([key, mean(found, len(runs), 2), *(f"{value:.2f}" for value in found)])
+                correlations.append(float(spearman_corrcoef(*pair)))
+        if correlations:
+            rows.append([key, mean(correlations, len(runs), 2), *(f"{value:.2f}" for value in correlations)])
     ranks = table(rows, ["predictor", "rank correlation", *(f"seed {i}" for i in range(len(runs)))])
     layers = [{row["layer"]: row for row in run_} for run_ in runs]
     columns = {key: value for key, value in COLUMNS.items() if key in runs[0][0]}
@@ -119,13 +120,8 @@ def page(runs: list[Any]) -> str:
 
 def main() -> None:
     """Run the benchmark, or make its tables."""
-    args = parser(__doc__, ("python", "wikitext", "digits")).parse_args()
-    if args.data == "tables":
-        for name in ("python", "digits"):
-            runs, facts = read("layers", name)
-            replace_section(DOCS / "methods.md", f"layers-{name}", f"\n{page(runs)}\n\n{facts}\n")
-    else:
-        print(page(list(run("layers", args, partial(results, args))["runs"].values())))
+    args = seeds_parser(__doc__, ("python", "wikitext", "digits")).parse_args()
+    run_or_write("layers", args, results, page, "methods.md", ("python", "digits"))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from subjects import IMAGES, TEXTS, Images, Subject, Text, collected, subject
-from tables import DOCS, mean, measured, parser, read, replace_section, run, summary, table
 
 from lightning_curvature import CurvatureEditor
 from lightning_curvature.baselines import (
@@ -49,6 +47,11 @@ from lightning_curvature.baselines import (
 from lightning_curvature.editing.base import Editor
 from lightning_curvature.editing.bulk import BulkStepEditor
 from lightning_curvature.editing.report import EditReport
+from support.costs import measured
+from support.seeds import Row, run, seeds_parser, write_sections
+from support.subjects import IMAGES, Images, Subject, Text, collected, subject
+from support.tables import Columns, mean, summary, table
+from support.texts import TEXTS
 
 FACTORS = ("collect", "decompose")
 LABEL_FREE = {
@@ -83,8 +86,6 @@ TRAINED = {
 }
 STRENGTH = 0.4
 COMBINATION = "bulk step, then activations only, soft"
-STRENGTH = 0.4
-COMBINATION = "bulk step, then activations only, soft"
 FORGET, BOTH = "forget set, data", "forget set, retain set"
 SUPERVISED = {
     "bulk step": FORGET,
@@ -94,7 +95,7 @@ SUPERVISED = {
     "NPO": BOTH,
     "gradient ascent, clean retain set": BOTH,
 }
-COSTS = {"seconds": ("seconds", 1, 1), "memory": ("memory, MiB", 1, 0), "passes": ("backward passes", 1, 0)}
+COSTS: Columns = {"seconds": ("seconds", 1, 1), "memory": ("memory, MiB", 1, 0), "passes": ("backward passes", 1, 0)}
 
 
 class Strength:
@@ -133,7 +134,7 @@ def rivals(model: Subject) -> Iterator[tuple[str, list[Any], list[Any]]]:
         yield "gradient ascent, clean retain set", TRAINED["gradient ascent"], model.retain(domain=False)
 
 
-def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
+def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     """Yield what is left by each method within each limit."""
     model = subject(args.data, seed, args)
     factors, _ = collected(model)
@@ -146,31 +147,31 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
                 yield {"method": name, "limit": limit, "setting": energy, **model.measure()}
     before, sign = model.utility(), -1 if model.higher_is_better else 1
     for name, settings, retain in rivals(model):
-        found = []
+        trials = []
         for number, make in enumerate(settings):
             editor = Trained(*make(model.forget, retain, model.losses).edited_weights(model.model, factors))
             with editor.applied(model.model, factors):
                 utility = model.utility() / before
                 row = {"setting": float(number), **model.measure()}
-                found.append((model.tuning_rate(), -sign * utility, row))
+                trials.append((model.tuning_rate(), -sign * utility, row))
         for limit in model.limits:
-            allowed = [entry for entry in found if -entry[1] <= sign * limit]
+            allowed = [entry for entry in trials if -entry[1] <= sign * limit]
             if allowed:
                 yield {"method": name, "limit": limit, **min(allowed, key=lambda entry: entry[:2])[2]}
 
 
-def costs(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
+def costs(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     """Yield what it costs to make each edit once, of trained methods with the first setting."""
     model = subject(args.data, seed, args)
     factors, parts = collected(model)
     for name, editor, needs in editors(model):
-        with measured() as own:
+        with measured() as cost:
             editor.at(0.85).edited_weights(model.model, factors)
-        yield {"method": name, **dataclasses.asdict(sum((parts[part] for part in needs), own))}
+        yield {"method": name, **dataclasses.asdict(sum((parts[part] for part in needs), cost))}
     for name, settings, retain in rivals(model):
-        with measured() as own:
+        with measured() as cost:
             settings[0](model.forget, retain, model.losses).edited_weights(model.model, factors)
-        yield {"method": name, **dataclasses.asdict(own)}
+        yield {"method": name, **dataclasses.asdict(cost)}
 
 
 def page(name: str, runs: Sequence[Any]) -> str:
@@ -189,51 +190,37 @@ def page(name: str, runs: Sequence[Any]) -> str:
             values = [scale * run[method][kind.main] for run in at(limit) if method in run]
             yield mean(values, len(runs), digits)
 
-    word = f"{kind.utility_name}, times"
-    overview = table([[m, *left(m)] for m in methods], [f"{title} at {word}", *(f"{limit:g}" for limit in kind.limits)])
-    parts = [overview]
+    headers = [f"{title} at {kind.utility_name}, times", *(f"{limit:g}" for limit in kind.limits)]
+    parts = [table([[method, *left(method)] for method in methods], headers)]
     for limit in kind.limits:
-        parts += [
-            "",
-            f"All that was measured at {limit:g} times the {kind.utility_name}:",
-            "",
-            summary(at(limit), kind.columns),
-        ]
+        heading = f"All that was measured at {limit:g} times the {kind.utility_name}:"
+        parts += ["", heading, "", summary(at(limit), kind.columns)]
     return "\n".join(parts)
 
 
-def cost_page(runs: Sequence[Any]) -> str:
+def cost_page(_data: str, runs: Sequence[Any]) -> str:
     """Return the table of what the methods need and cost."""
     needs = {name: needs for name, (_, needs, _) in LABEL_FREE.items()} | SUPERVISED
-    found = [{row["method"]: row for row in run} for run in runs]
+    rows = [{row["method"]: row for row in run} for run in runs]
     body = [
-        [m, needs[m], *(mean([run[m][key] for run in found], len(runs), d) for key, (_, _, d) in COSTS.items())]
-        for m in found[0]
+        [m, needs[m], *(mean([row[m][key] for row in rows], len(runs), d) for key, (_, _, d) in COSTS.items())]
+        for m in rows[0]
     ]
     return table(body, ["", "needs", *(title for title, _, _ in COSTS.values())])
 
 
-def tables() -> None:
-    """Write the tables of all results into the docs."""
-    for name in (*TEXTS, *IMAGES):
-        runs, facts = read("methods", name)
-        replace_section(DOCS / "methods.md", f"methods-{name}", f"\n{page(name, runs)}\n\n{facts}\n")
-    for name in ("python", "digits"):
-        runs, facts = read("costs", name)
-        replace_section(DOCS / "methods.md", f"costs-{name}", f"\n{cost_page(runs)}\n\n{facts}\n")
-
-
 def main() -> None:
     """Run the benchmark, or make its tables."""
-    arguments = parser(__doc__, (*TEXTS, *IMAGES))
+    arguments = seeds_parser(__doc__, (*TEXTS, *IMAGES))
     arguments.add_argument("--costs", action="store_true", help="measure what the methods cost instead")
     args = arguments.parse_args()
     if args.data == "tables":
-        tables()
+        write_sections("methods", (*TEXTS, *IMAGES), "methods.md", page)
+        write_sections("costs", ("python", "digits"), "methods.md", cost_page)
     elif args.costs:
-        print(cost_page(list(run("costs", args, partial(costs, args))["runs"].values())))
+        print(cost_page(args.data, run("costs", args, costs)))
     else:
-        print(page(args.data, list(run("methods", args, partial(results, args))["runs"].values())))
+        print(page(args.data, run("methods", args, results)))
 
 
 if __name__ == "__main__":

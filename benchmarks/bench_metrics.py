@@ -9,18 +9,17 @@ programming in Python, of 100 pairs of them.
     python benchmarks/bench_metrics.py --out benchmarks/results/metrics.json
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
 import torch
-from measuring import in_turn, ratios, spread, write
-from tabulate import tabulate
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from lightning_curvature.metrics.functional import normalized_edit_distance
 from lightning_curvature.text.decoding import continuations, greedy_continuation
 from lightning_curvature.text.sequences import PromptedSequence
+from support.environment import parser
+from support.measuring import in_turn, ratios, show, spread, write
 
 VOCABULARY, PREFIX, SUFFIX = 2000, 32, 48
 
@@ -45,84 +44,76 @@ def network() -> Olmo2ForCausalLM:
     ).eval()
 
 
-def plain_distance(one: list[int], two: list[int]) -> int:
+def plain_distance(prediction: list[int], target: list[int]) -> int:
     """Return the Levenshtein distance by the textbook."""
-    above = list(range(len(two) + 1))
-    for i, left in enumerate(one, 1):
+    above = list(range(len(target) + 1))
+    for i, left in enumerate(prediction, 1):
         row = [i]
-        for j, right in enumerate(two, 1):
+        for j, right in enumerate(target, 1):
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (left != right)))
         above = row
     return above[-1]
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
-    args = parser.parse_args()
+def recitation(rounds: int, count: int) -> dict[str, dict[str, list[float]]]:
+    """Measure strict recitation of some sequences, and print its table."""
     model, results, rows = network(), {}, []
-    prompts = torch.randint(VOCABULARY, (args.sequences, PREFIX))
-    own = greedy_continuation(model, prompts, SUFFIX)
-    for recited in (0.0, 0.1, 0.5, 1.0):
-        here = (torch.arange(args.sequences) < recited * args.sequences)[:, None]
-        suffixes = torch.where(here, own, torch.randint(VOCABULARY, own.shape))
+    prompts = torch.randint(VOCABULARY, (count, PREFIX))
+    greedy = greedy_continuation(model, prompts, SUFFIX)
+    for fraction in (0.0, 0.1, 0.5, 1.0):
+        is_recited = (torch.arange(count) < fraction * count)[:, None]
+        suffixes = torch.where(is_recited, greedy, torch.randint(VOCABULARY, greedy.shape))
         sequences = [
             PromptedSequence(tuple(p), tuple(s)) for p, s in zip(prompts.tolist(), suffixes.tolist(), strict=True)
         ]
 
         def by_forward(sequences=sequences):
-            found = 0
-            for batch in continuations(model, sequences, strict_only=True):
-                found += int((batch.greedy == batch.target).all(1).sum())
-            return found
+            parts = continuations(model, sequences, strict_only=True)
+            return sum(int((part.greedy == part.target).all(1).sum()) for part in parts)
 
         def by_generation(suffixes=suffixes):
-            said = torch.cat([greedy_continuation(model, part, SUFFIX) for part in prompts.split(32)])
-            return int((said == suffixes).all(1).sum())
+            generated = torch.cat([greedy_continuation(model, part, SUFFIX) for part in prompts.split(32)])
+            return int((generated == suffixes).all(1).sum())
 
         same = by_forward() == by_generation()
-        seconds = in_turn({"forward": by_forward, "generation": by_generation}, args.rounds)
-        results[f"strict, {recited:.0%} recited"] = seconds
-        rows.append(
-            [
-                f"{recited:.0%}",
-                *(f"{statistics.median(seconds[name]):.2f}" for name in seconds),
-                spread(ratios(seconds, "generation", "forward"), 1),
-                "yes" if same else "NO",
-            ]
-        )
-    print(f"\nStrict recitation of {args.sequences} sequences, s\n")
-    print(
-        tabulate(
-            rows,
-            ["recited", "one forward pass", "generation", "ratio", "same"],
-            tablefmt="github",
-            disable_numparse=True,
-        ),
-        flush=True,
-    )
+        seconds = in_turn({"forward": by_forward, "generation": by_generation}, rounds)
+        results[f"strict, {fraction:.0%} recited"] = seconds
+        times = [f"{statistics.median(seconds[name]):.2f}" for name in seconds]
+        ratio = spread(ratios(seconds, "generation", "forward"), 1)
+        rows.append([f"{fraction:.0%}", *times, ratio, "yes" if same else "NO"])
+    headers = ["recited", "one forward pass", "generation", "ratio", "same"]
+    show(f"Strict recitation of {count} sequences, s", rows, headers)
+    return results
 
+
+def edit_distance(rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Measure edit distances, and print their table."""
     target = torch.randint(VOCABULARY, (10_000, SUFFIX))
-    said = torch.where(torch.rand(target.shape) < 0.5, target, torch.randint(VOCABULARY, target.shape))
-    few = said[:100].tolist(), target[:100].tolist()
-    distances = [plain_distance(one, two) / SUFFIX for one, two in zip(*few, strict=True)]
-    same = abs(float(normalized_edit_distance(said[:100], target[:100])) - statistics.mean(distances)) < 1e-6
-    seconds = in_turn(
-        {
-            "package": lambda: normalized_edit_distance(said, target),
-            "textbook": lambda: [plain_distance(one, two) for one, two in zip(*few, strict=True)],
-        },
-        args.rounds,
-    )
-    results["edit distance"] = seconds
+    predictions = torch.where(torch.rand(target.shape) < 0.5, target, torch.randint(VOCABULARY, target.shape))
+    pairs = [*zip(predictions[:100].tolist(), target[:100].tolist(), strict=True)]
+
+    def by_textbook():
+        return [plain_distance(*pair) for pair in pairs]
+
+    expected = statistics.mean(by_textbook()) / SUFFIX
+    same = abs(float(normalized_edit_distance(predictions[:100], target[:100])) - expected) < 1e-6
+    variants = {"package": lambda: normalized_edit_distance(predictions, target), "textbook": by_textbook}
+    seconds = in_turn(variants, rounds)
     package, textbook = statistics.median(seconds["package"]), 100 * statistics.median(seconds["textbook"])
-    print("\nEdit distance of 10,000 pairs of 48 tokens, s\n")
     row = [f"{package:.3f}", f"{textbook:.1f}", f"{textbook / package:.0f}", "yes" if same else "NO"]
     headers = ["package", "textbook (from 100 pairs)", "ratio", "same"]
-    print(tabulate([row], headers, tablefmt="github", disable_numparse=True))
+    show("Edit distance of 10,000 pairs of 48 tokens, s", [row], headers)
+    return {"edit distance": seconds}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--sequences", type=int, default=128)
+    arguments.add_argument("--out", type=Path, help="JSON file for all numbers")
+    args = arguments.parse_args()
+    results = recitation(args.rounds, args.sequences) | edit_distance(args.rounds)
     write(args.out, results)
 
 

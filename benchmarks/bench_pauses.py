@@ -18,26 +18,31 @@ Then the cost: whole trainings without a callback, with the default, and with ``
     python benchmarks/bench_pauses.py --out benchmarks/results/pauses.json
 """
 
-import argparse
 import logging
-import statistics
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from measuring import in_turn, ratios, spread, write
-from tabulate import tabulate
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
-from lightning_curvature.demos.digits import EPOCHS, NoisyDigits, build_model
-from lightning_curvature.demos.label_noise import evaluate
+from lightning_curvature.demos.label_noise import METRICS, evaluate
+from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.factors.basis import select_staircase
 from lightning_curvature.factors.kronecker import LayerFactors
+from support.environment import parser
+from support.images import digits, fit
+from support.measuring import in_turn, ratios, show, spread, write
+from support.tables import summary
 
-METRICS = ("memorized", "recovered", "clean_train", "val_accuracy")
+METRIC_COLUMNS = {name: (name, 100, 1) for name in METRICS}
+FACTOR_COLUMNS = {
+    **{name: (name, 1, 2) for name in ("relative change", "kept in common", "distance of A", "distance of G")},
+    **{name: (name, 1, 2) for name in ("stated error of A", "stated error of G")},
+    "steps old": ("steps old", 1, 1),
+}
 
 
 class Spaced(KFACEditCallback):
@@ -53,30 +58,19 @@ class Spaced(KFACEditCallback):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
 
-def train(seed: int, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, NoisyDigits, int]:
-    """Train the demo's model."""
+def train(seed: int, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, NoisyLabels, int]:
+    """Train the digits demo's model; return it in eval mode, its data, and the number of steps."""
     pl.seed_everything(seed, verbose=False)
-    data, model = NoisyDigits(seed=seed), build_model()
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        callbacks=callbacks,
-        gradient_clip_val=1.0,
-        logger=False,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, data)
-    return model.eval(), data, trainer.global_step
+    data, model, epochs = digits(seed)
+    trainer = fit(model, data, epochs, callbacks)
+    return model, data, trainer.global_step
 
 
-def in_common(one: LayerFactors, two: LayerFactors, energy: float) -> float:
-    """Return how much of the kept subspace of the first one's inputs lies in the second one's."""
-    columns = [int(select_staircase(layer.basis.lam, layer.basis.mu, energy).columns.max()) for layer in (one, two)]
-    inside = one.basis.U_A[:, : columns[0]].T @ two.basis.U_A[:, : columns[1]]
-    return float(inside.square().sum()) / columns[0]
+def in_common(full: LayerFactors, less: LayerFactors, energy: float) -> float:
+    """Return how much of the subspace of inputs that ``full`` keeps lies in the one that ``less`` keeps."""
+    counts = [int(select_staircase(layer.basis.lam, layer.basis.mu, energy).columns.max()) for layer in (full, less)]
+    inside = full.basis.U_A[:, : counts[0]].T @ less.basis.U_A[:, : counts[1]]
+    return float(inside.square().sum()) / counts[0]
 
 
 def effects(seed: int) -> dict[str, dict[str, float]]:
@@ -95,9 +89,9 @@ def effects(seed: int) -> dict[str, dict[str, float]]:
     for label, callback in callbacks.items():
         layer = callback.factors[name]
         with CurvatureEditor(DEFAULT_ENERGY).applied(model, callback.factors) as report:
-            found = evaluate(model, data.train, data.val)
+            metrics = evaluate(model, data.train, data.val)
         rows[label] = {
-            **found,
+            **metrics,
             "relative change": report.layers[name].relative_change,
             "kept in common": in_common(full, layer, DEFAULT_ENERGY),
             "distance of A": float((layer.A - full.A).norm() / full.A.norm()),
@@ -109,42 +103,20 @@ def effects(seed: int) -> dict[str, dict[str, float]]:
     return rows
 
 
-def cell(values: list[float], percent: bool) -> str:
-    """Return mean and standard deviation."""
-    values = [100 * value for value in values] if percent else values
-    digits = 1 if percent or max(values) > 10 else 2
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3, help="whole trainings of each kind, for the cost")
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=3, help="whole trainings of each kind, for the cost")
+    arguments.add_argument("--out", type=Path, help="JSON file for all numbers")
+    args = arguments.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    results: dict[str, Any] = {}
     runs = [effects(seed) for seed in range(args.seeds)]
-    results["effects"] = runs
-    columns = list(runs[0]["every=1"])
-    for part in (METRICS, columns[len(METRICS) :]):
-        rows = [
-            [
-                label,
-                *(
-                    cell([run[label][column] for run in runs], column in METRICS) if column in row else ""
-                    for column in part
-                ),
-            ]
-            for label, row in runs[0].items()
-        ]
-        print(f"\nDigits, {args.seeds} seeds\n")
-        print(tabulate(rows, ["", *part], tablefmt="github", disable_numparse=True), flush=True)
+    for columns in (METRIC_COLUMNS, FACTOR_COLUMNS):
+        print(f"\nDigits, {args.seeds} seeds\n\n{summary(runs, columns)}", flush=True)
     torch.set_num_threads(1)  # as small a network is not faster on two, and two are not always there
-    results["cost"] = seconds = in_turn(
+    seconds = in_turn(
         {
             "without": lambda: train(0, []),
             "default": lambda: train(0, [KFACEditCallback()]),
@@ -154,10 +126,8 @@ def main() -> None:
         warm_up=0,
     )
     rows = [[name, spread(ratios(seconds, name, "without"), 3)] for name in ("default", "every=1")]
-    print(
-        f"\nWhole training, without the callback = 1\n\n{tabulate(rows, ['', 'time'], tablefmt='github')}", flush=True
-    )
-    write(args.out, results)
+    show("Whole training, without the callback = 1", rows, ["", "time"])
+    write(args.out, {"effects": runs, "cost": seconds})
 
 
 if __name__ == "__main__":

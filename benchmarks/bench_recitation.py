@@ -19,29 +19,24 @@ Data: ``wikitext`` takes clean text from WikiText-2 and the sequences from texts
     python benchmarks/bench_recitation.py python --out results/python.json
 """
 
-import argparse
 import json
-import logging
-import random
-import re
 import time
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from tables import environment, summary
 
 from lightning_curvature import CurvatureEditor
 from lightning_curvature.baselines.methods import METHODS
 from lightning_curvature.demos.recitation import RecitedText
 from lightning_curvature.demos.settings import TEXT
 from lightning_curvature.demos.text_evaluation import PERPLEXITY_LIMIT, Evaluation, choose
-from lightning_curvature.demos.text_training import make_data, train_text
-from lightning_curvature.storage.jsonl import read_jsonl
+from lightning_curvature.demos.text_training import train_text
 from lightning_curvature.text.choosing import ENERGIES
 from lightning_curvature.text.matching import match_perplexity
+from support.environment import environment, parser, quiet
+from support.tables import Columns, summary
+from support.texts import TEXTS, recited_text
 
-COLUMNS = {
+COLUMNS: Columns = {
     "energy": ("energy", 1, 2),
     "strict": ("strict", 100, 1),
     "loose": ("loose", 100, 1),
@@ -60,28 +55,6 @@ LAYERS = {
     "last block": ["*.3.mlp.*"],
     "last down_proj (the default)": ["*.3.mlp.down_proj"],
 }
-
-
-def wikitext(seed: int, root: Path) -> RecitedText:
-    """Return articles of WikiText-2 as clean text, and recited Dolma texts as the domain and the second kind."""
-    raw = "".join((root / name).read_text(encoding="utf-8") for name in ("wikitext2_valid.txt", "wikitext2_test.txt"))
-    articles = [text for text in re.split(r"(?m)^ = [^=\n]+ = $", raw) if len(text) > 500]
-    recited = [
-        record["prefix_text"] + record["suffix_text"]
-        for _, record in read_jsonl(root / "dolma_memorized_olmo2_7b.jsonl", ("prefix_text", "suffix_text"))
-    ]
-    random.Random(seed).shuffle(recited)
-    return RecitedText(
-        articles,
-        recited[:350],
-        recited[350:],
-        num_sequences=TEXT.sequences,
-        steps=TEXT.steps,
-        exposures=TEXT.exposures,
-        collected=TEXT.collected,
-        vocab_size=TEXT.vocab_size,
-        seed=seed,
-    )
 
 
 def run(seed: int, data: RecitedText) -> dict[str, dict[str, dict[str, float]]]:
@@ -117,18 +90,17 @@ def run(seed: int, data: RecitedText) -> dict[str, dict[str, dict[str, float]]]:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=["wikitext", "python"])
-    parser.add_argument("--root", type=Path, help="folder with the files of WikiText-2 and the recited Dolma texts")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file for all numbers, written after each seed")
-    args = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    arguments = parser(__doc__)
+    arguments.add_argument("data", choices=TEXTS)
+    arguments.add_argument("--root", type=Path, help="folder with the files of WikiText-2 and the recited Dolma texts")
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--out", type=Path, help="JSON file for all numbers, written after each seed")
+    args = arguments.parse_args()
+    quiet()
     started = time.perf_counter()
     runs = []
     for seed in range(args.seeds):
-        runs.append(run(seed, wikitext(seed, args.root) if args.data == "wikitext" else make_data(seed, TEXT)))
+        runs.append(run(seed, recited_text(args.data, seed, args.root)))
         print(f"seed {seed} done after {time.perf_counter() - started:.0f} s", flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,14 +21,10 @@ Mean over layers; mean and sample standard deviation over seeds.
 import argparse
 import statistics
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from bench_label_noise import digits
-from subjects import IMAGE_COLUMNS, TEXT_COLUMNS, TEXTS, Subject, Text, subject
-from tables import DOCS, parser, read, replace_section, run, summary
 from torch import Tensor
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
@@ -38,9 +34,13 @@ from lightning_curvature.factors.basis import select_staircase
 from lightning_curvature.factors.kronecker import LayerFactors
 from lightning_curvature.text.evaluation import window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
+from support.images import digits, fit
+from support.seeds import Row, run_or_write, seeds_parser
+from support.subjects import Subject, Text, columns, subject
+from support.tables import Columns, by_row, summary
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-AGREEMENT = {
+AGREEMENT: Columns = {
     "kept": ("kept", 1, 2),
     "chance": ("chance", 1, 2),
     "angles_A": ("angles, A", 1, 2),
@@ -48,7 +48,7 @@ AGREEMENT = {
     "angles_G": ("angles, G", 1, 2),
     "chance_G": ("chance", 1, 2),
 }
-TARGET = {
+TARGET: Columns = {
     "edits": ("edits tried", 1, 1),
     "chosen": ("chosen on", 1, 4),
     "held_out": ("other text", 1, 4),
@@ -58,37 +58,37 @@ TARGET = {
 }
 
 
-def kept_overlap(one: LayerFactors, two: LayerFactors, energy: float) -> tuple[float, float]:
-    """Return the share of the directions kept by one set of factors that the other one keeps, and its chance level."""
+def kept_overlap(first: LayerFactors, second: LayerFactors, energy: float) -> tuple[float, float]:
+    """Return how much of the directions kept with the first factors is kept with the second, and its chance level."""
     masks = []
-    for basis in (one.basis, two.basis):
-        columns = select_staircase(basis.lam, basis.mu, energy).columns
-        masks.append((torch.arange(len(basis.mu)) < columns[:, None]).double())
-    rows = (one.basis.U_G.T @ two.basis.U_G).square()
-    columns = (one.basis.U_A.T @ two.basis.U_A).square()
+    for basis in (first.basis, second.basis):
+        counts = select_staircase(basis.lam, basis.mu, energy).columns
+        masks.append((torch.arange(len(basis.mu)) < counts[:, None]).double())
+    rows = (first.basis.U_G.T @ second.basis.U_G).square()
+    columns = (first.basis.U_A.T @ second.basis.U_A).square()
     inside = float((masks[0] * (rows @ masks[1] @ columns.T)).sum() / masks[0].sum())
     return inside, float(masks[1].mean())
 
 
-def angles(one: Tensor, two: Tensor, values: Tensor) -> tuple[float, float]:
+def angles(first: Tensor, second: Tensor, values: Tensor) -> tuple[float, float]:
     """Return the mean squared cosine between the leading eigenvectors that hold 90 % of a trace, and its chance."""
     k = int((values.cumsum(0) < 0.9 * values.sum()).sum()) + 1
-    return float((one[:, :k].T @ two[:, :k]).square().sum() / k), k / len(values)
+    return float((first[:, :k].T @ second[:, :k]).square().sum() / k), k / len(values)
 
 
-def agreement(one: KroneckerFactors, two: KroneckerFactors, energy: float) -> dict[str, float]:
+def agreement(first: KroneckerFactors, second: KroneckerFactors, energy: float = DEFAULT_ENERGY) -> dict[str, float]:
     """Return how much two sets of factors agree, mean over layers."""
-    found: dict[str, list[float]] = {key: [] for key in AGREEMENT}
-    for name in one:
-        a, b = one[name], two[name]
-        pairs = (
+    measures: dict[str, list[float]] = {key: [] for key in AGREEMENT}
+    for name in first:
+        a, b = first[name], second[name]
+        values = (
             *kept_overlap(a, b, energy),
             *angles(a.basis.U_A, b.basis.U_A, a.basis.mu),
             *angles(a.basis.U_G, b.basis.U_G, a.basis.lam),
         )
-        for key, value in zip(AGREEMENT, pairs, strict=True):
-            found[key].append(value)
-    return {key: statistics.mean(values) for key, values in found.items()}
+        for key, value in zip(AGREEMENT, values, strict=True):
+            measures[key].append(value)
+    return {key: statistics.mean(values) for key, values in measures.items()}
 
 
 def checkpoints(seed: int) -> tuple[dict[int, dict[str, Tensor]], pl.LightningModule]:
@@ -106,110 +106,98 @@ def checkpoints(seed: int) -> tuple[dict[int, dict[str, Tensor]], pl.LightningMo
     pl.seed_everything(seed, verbose=False)
     data, model, epochs = digits(seed)
     keep = Keep()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=[keep],
-        gradient_clip_val=1.0,
-        logger=False,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, data)
-    return keep.kept, model.eval()
+    fit(model, data, epochs, [keep])
+    return keep.kept, model
 
 
-def results(args: argparse.Namespace, seed: int) -> Iterator[dict[str, object]]:
+def factors_of(model: Subject, rows: Any = None, draw: int = 0) -> KroneckerFactors:
+    """Collect factors of a subject over some of its rows, or all of them."""
+    return collect(model.model, rows or model.rows, model.step, layers=model.layers, seed=draw)
+
+
+def edited(table: str, row: str, model: Subject, factors: KroneckerFactors, energy: float = DEFAULT_ENERGY) -> Row:
+    """Return what is measured under an edit."""
+    with CurvatureEditor(energy).applied(model.model, factors):
+        return {"table": table, "row": row, "setting": energy, **model.measure()}
+
+
+def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     """Yield the results of one seed."""
     model = subject(args.data, seed, args)
-
-    def factors(rows: Any = None, draw: int = 0, of: Subject = model) -> KroneckerFactors:
-        return collect(of.model, rows or of.rows, of.step, layers=of.layers, seed=draw)
-
-    def edited(row: str, found: KroneckerFactors, energy: float, table: str = "rows") -> dict[str, object]:
-        with CurvatureEditor(energy).applied(model.model, found):
-            return {"table": table, "row": row, "setting": energy, **model.measure()}
-
-    full = factors()
+    full = factors_of(model)
     yield {"table": "rows", "row": "not edited", **model.measure()}
     for fraction in FRACTIONS:
         rows = model.rows[: max(round(fraction * len(model.rows)), 1)]
-        some = full if fraction == 1.0 else factors(rows)
+        factors = full if fraction == 1.0 else factors_of(model, rows)
         count = sum(len(batch if isinstance(batch, Tensor) else batch[0]) for batch in rows)
         row = f"{count} rows"
-        yield {"table": "agreement", "row": f"{row} and all of them", **agreement(some, full, DEFAULT_ENERGY)}
-        yield edited(f"{row}, fixed energy", some, DEFAULT_ENERGY)
+        yield {"table": "agreement", "row": f"{row} and all of them", **agreement(factors, full)}
+        yield edited("rows", f"{row}, fixed energy", model, factors)
         if isinstance(model, Text):
-            yield edited(f"{row}, 1.05 times the perplexity", some, model.match(CurvatureEditor(), some, 1.05, {}))
-    yield {"table": "agreement", "row": "other random vectors", **agreement(full, factors(draw=1), DEFAULT_ENERGY)}
+            energy = model.match(CurvatureEditor(), factors, 1.05, {})
+            yield edited("rows", f"{row}, 1.05 times the perplexity", model, factors, energy)
+    yield {"table": "agreement", "row": "other random vectors", **agreement(full, factors_of(model, draw=1))}
     half = len(model.rows) // 2
-    halves = factors(model.rows[:half]), factors(model.rows[half:])
-    yield {"table": "agreement", "row": "two halves of the data", **agreement(*halves, DEFAULT_ENERGY)}
-    other = subject(args.data, (seed + 1) % 3, args)
-    yield {
-        "table": "agreement",
-        "row": "the model of another seed",
-        **agreement(full, factors(of=other), DEFAULT_ENERGY),
-    }
-    if isinstance(model, Text):
-        clean = model.data.held_out["clean"]
-        before = window_nll(model.lm, clean["report"])
-        for limit in Text.limits:
-            match = match_perplexity(model.lm, full, CurvatureEditor(), clean["tuning"], limit, module=model.model)
-            with CurvatureEditor(match.energy).applied(model.model, full):
-                ratio = perplexity_ratio(before, window_nll(model.lm, clean["report"]))
-            yield {
-                "table": "target",
-                "row": f"{limit:g}",
-                "chosen": match.value,
-                "edits": len(match.points) - 1,
-                "held_out": ratio.value,
-                "low": ratio.low,
-                "high": ratio.high,
-                "violations": len(match.violations()),
-            }
-        return
-    kept, again = checkpoints(seed)
+    halves = factors_of(model, model.rows[:half]), factors_of(model, model.rows[half:])
+    yield {"table": "agreement", "row": "two halves of the data", **agreement(*halves)}
+    next_model = subject(args.data, (seed + 1) % 3, args)
+    yield {"table": "agreement", "row": "the model of another seed", **agreement(full, factors_of(next_model))}
+    yield from targets(model, full) if isinstance(model, Text) else older(model, seed)
+
+
+def targets(model: Text, factors: KroneckerFactors) -> Iterator[Row]:
+    """Yield what edits within a price on tuning text cost there, and on other text."""
+    clean = model.data.held_out["clean"]
+    before = window_nll(model.lm, clean["report"])
+    for limit in Text.limits:
+        match = match_perplexity(model.lm, factors, CurvatureEditor(), clean["tuning"], limit, module=model.model)
+        with CurvatureEditor(match.energy).applied(model.model, factors):
+            ratio = perplexity_ratio(before, window_nll(model.lm, clean["report"]))
+        yield {
+            "table": "target",
+            "row": f"{limit:g}",
+            "chosen": match.value,
+            "edits": len(match.points) - 1,
+            "held_out": ratio.value,
+            "low": ratio.low,
+            "high": ratio.high,
+            "violations": len(match.violations()),
+        }
+
+
+def older(model: Subject, seed: int) -> Iterator[Row]:
+    """Yield how much factors of earlier checkpoints agree with the last ones, and their edits of the final model."""
+    kept, network = checkpoints(seed)
     last = max(kept)
-    model.model = again
-    final = factors()
+    model.model = network
+    final = factors_of(model)
     for epoch, weights in kept.items():
-        again.load_state_dict(weights)
-        old = factors()
-        again.load_state_dict(kept[last])
-        yield {"table": "agreement", "row": f"epoch {epoch} and epoch {last}", **agreement(old, final, DEFAULT_ENERGY)}
-        yield edited(f"factors of epoch {epoch}", old, DEFAULT_ENERGY, "older")
+        network.load_state_dict(weights)
+        old = factors_of(model)
+        network.load_state_dict(kept[last])
+        yield {"table": "agreement", "row": f"epoch {epoch} and epoch {last}", **agreement(old, final)}
+        yield edited("older", f"factors of epoch {epoch}", model, old)
 
 
 def page(name: str, runs: list[Any]) -> str:
     """Return the tables of one data set."""
-    measured = {
-        key: value for key, value in (TEXT_COLUMNS if name in TEXTS else IMAGE_COLUMNS).items() if key != "overlap"
-    }
     parts = []
-    for title, key, columns in (
-        ("The edit with factors of fewer rows:", "rows", measured),
-        ("The final model with factors of an earlier checkpoint:", "older", measured),
+    for title, key, shown in (
+        ("The edit with factors of fewer rows:", "rows", columns(name, "overlap")),
+        ("The final model with factors of an earlier checkpoint:", "older", columns(name, "overlap")),
         ("A price as the target, and what it is on other text:", "target", TARGET),
         ("Agreement of two sets of factors:", "agreement", AGREEMENT),
     ):
-        found = [{row["row"]: row for row in run if row["table"] == key} for run in runs]
-        if any(found):
-            parts += [title, "", summary(found, columns), ""]
+        rows = by_row(runs, key)
+        if any(rows):
+            parts += [title, "", summary(rows, shown), ""]
     return "\n".join(parts)
 
 
 def main() -> None:
     """Run the benchmark, or make its tables."""
-    args = parser(__doc__, ("python", "digits")).parse_args()
-    if args.data == "tables":
-        for name in ("python", "digits"):
-            runs, facts = read("robustness", name)
-            replace_section(DOCS / "evidence.md", f"robustness-{name}", f"\n{page(name, runs)}\n{facts}\n")
-    else:
-        print(page(args.data, list(run("robustness", args, partial(results, args))["runs"].values())))
+    args = seeds_parser(__doc__, ("python", "digits")).parse_args()
+    run_or_write("robustness", args, results, page, "evidence.md", ("python", "digits"))
 
 
 if __name__ == "__main__":

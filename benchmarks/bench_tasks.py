@@ -1,10 +1,10 @@
 """What else sits in the spectrum: skills of a small language model under the edit, and what goes with losing them.
 
-Protocol, for each seed: a small ``Olmo2ForCausalLM`` is trained from scratch on a generated mixture (``mixture.py``):
-English, boolean logic, look-up in the prompt, facts of three frequencies, two-digit addition, and 128 sequences of text
-that it comes to recite. Every skill must be above 90 % before the edit; logic and sums are asked on items that were
-never trained on. Factors of all MLP layers come from rows as in training, without the repeated sequences (*mixture*),
-and from the English rows among them alone (*text*). Then
+Protocol, for each seed: a small ``Olmo2ForCausalLM`` is trained from scratch on a generated mixture
+(``support/mixture.py``): English, boolean logic, look-up in the prompt, facts of three frequencies, two-digit addition,
+and 128 sequences of text that it comes to recite. Every skill must be above 90 % before the edit; logic and sums are
+asked on items that were never trained on. Factors of all MLP layers come from rows as in training, without the repeated
+sequences (*mixture*), and from the English rows among them alone (*text*). Then
 
 1. *skills*: accuracy before, chance, entropy of the answers (nats), their mean log frequency in training, and the mean
    entropy of the model's prediction;
@@ -37,10 +37,7 @@ from statistics import fmean, stdev
 
 import lightning.pytorch as pl
 import torch
-from bench_analysis import page
-from mixture import CHANCE, Mixture, Student
 from scipy import stats
-from tables import DOCS, parser, read, replace_section, run, table
 from torch import Tensor
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors
@@ -52,6 +49,9 @@ from lightning_curvature.text.evaluation import perplexity
 from lightning_curvature.text.matching import match_perplexity
 from lightning_curvature.text.sequences import PromptedSequence, batches
 from lightning_curvature.text.suffixes import suffix_batches, suffix_logits
+from support.mixture import CHANCE, Mixture, Student
+from support.seeds import Row, read, run, seeds_parser
+from support.tables import DOCS, all_tables, by_row, replace_section, table
 
 ENERGIES = (0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.6, 0.5)
 MULTIPLES = (1.05, 1.1, 1.2, 1.5)
@@ -62,7 +62,6 @@ WIDTH, LR = 192, 2e-3
 POPULATIONS = ("mixture", "text")
 ORDER = ("logic", "open book", "facts", "arithmetic", "verbatim")
 
-Row = dict[str, object]
 Asked = Mapping[str, Sequence[PromptedSequence]]
 
 
@@ -92,15 +91,15 @@ def trained(data: Mixture, seed: int, folder: Path) -> Student:
 
 def answers(model: Student, sequences: Sequence[PromptedSequence]) -> dict[str, Tensor]:
     """Return what is said of each item, in batches of equal lengths; log probability and entropy in nats per token."""
-    found: dict[str, list[Tensor]] = {"right": [], "log probability": [], "entropy": []}
+    measures: dict[str, list[Tensor]] = {"right": [], "log probability": [], "entropy": []}
     with torch.no_grad():
         for batch in suffix_batches(model.model, sequences):
             logits, target = suffix_logits(model.model, batch)
             log = logits.double().log_softmax(-1)
-            found["right"].append((logits.argmax(-1) == target).all(1).double())
-            found["log probability"].append(log.gather(-1, target[..., None]).squeeze(-1).mean(1))
-            found["entropy"].append(-(log.exp() * log).sum(-1).mean(1))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            measures["right"].append((logits.argmax(-1) == target).all(1).double())
+            measures["log probability"].append(log.gather(-1, target[..., None]).squeeze(-1).mean(1))
+            measures["entropy"].append(-(log.exp() * log).sum(-1).mean(1))
+    return {name: torch.cat(parts) for name, parts in measures.items()}
 
 
 def measured(model: Student, asked: Asked, windows: Tensor) -> dict[str, float]:
@@ -111,10 +110,11 @@ def measured(model: Student, asked: Asked, windows: Tensor) -> dict[str, float]:
 
 def strengths(model: Student, factors: KroneckerFactors, sequences: Sequence[PromptedSequence]) -> Tensor:
     """Return how strongly the positions that predict answers use each band, ``[layers, items, bands]``."""
-    found = []
-    for batch in suffix_batches(model.model, sequences, 64):
-        found.append(banded(model, factors, batch.ids[:, :-1], slice(batch.start - 1, None)))
-    return torch.cat(found, 1)
+    parts = [
+        banded(model, factors, batch.ids[:, :-1], slice(batch.start - 1, None))
+        for batch in suffix_batches(model.model, sequences, 64)
+    ]
+    return torch.cat(parts, 1)
 
 
 def banded(model: Student, factors: KroneckerFactors, ids: Tensor, positions: slice) -> Tensor:
@@ -130,14 +130,15 @@ def banded(model: Student, factors: KroneckerFactors, ids: Tensor, positions: sl
 
 def described(asked: Asked, counts: Counter[int]) -> dict[str, tuple[float, Tensor]]:
     """Return, by task, the entropy of its answers' tokens (nats), and each answer's mean log frequency of tokens."""
-    total, found = sum(counts.values()), {}
+    total, facts = sum(counts.values()), {}
     for name, sequences in asked.items():
-        own = torch.tensor(list(Counter(t for s in sequences for t in s.suffix_ids).values()), dtype=torch.float64)
+        tokens = Counter(token for sequence in sequences for token in sequence.suffix_ids)
+        probability = torch.tensor(list(tokens.values()), dtype=torch.float64) / tokens.total()
         ordered = [sequences[index] for group in batches(sequences, 32) for index in group]
         frequency = [fmean(math.log((1 + counts[t]) / total) for t in s.suffix_ids) for s in ordered]
-        share = own / own.sum()
-        found[name] = float(-(share * share.log()).sum()), torch.tensor(frequency, dtype=torch.float64)
-    return found
+        entropy = float(-(probability * probability.log()).sum())
+        facts[name] = entropy, torch.tensor(frequency, dtype=torch.float64)
+    return facts
 
 
 def population(data: Mixture, kind: str) -> Tensor:
@@ -152,8 +153,8 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     asked, held = data.asked(), data.text.held_out["clean"]
     about = described(asked, Counter(torch.cat([batch.flatten() for batch in data.batches]).tolist()))
     before = {name: answers(model, sequences) for name, sequences in asked.items()}
-    for name, found in before.items():
-        accuracy, (entropy, frequency) = float(found["right"].mean()), about[name]
+    for name, measures in before.items():
+        accuracy, (entropy, frequency) = float(measures["right"].mean()), about[name]
         yield {
             "table": "skills",
             "row": name,
@@ -161,7 +162,7 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
             "chance": CHANCE[name],
             "answer entropy": entropy,
             "log frequency": float(frequency.mean()),
-            "predicted entropy": float(found["entropy"].mean()),
+            "predicted entropy": float(measures["entropy"].mean()),
         }
         if accuracy < LEARNED:
             raise RuntimeError(f"seed {seed}: {name} is at {accuracy:.3f} before the edit; the recipe must teach it.")
@@ -174,25 +175,21 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
         curves = skill_retention(
             model, factors, editor, ENERGIES, partial(measured, model, asked, held["report"]), CHANCE
         )
-        yield from retained(curves, kind)
+        yield from left_of_skills(curves, kind)
         yield from leanings(model, factors, asked, before, about, held, kind)
 
 
-def retained(curves: SkillRetention, kind: str) -> Iterator[Row]:
+def left_of_skills(curves: SkillRetention, kind: str) -> Iterator[Row]:
     """Yield what edits leave of each skill, at each perplexity that they reach."""
     groups = {**{name: [name] for name in curves.chance}, "facts": [n for n in curves.chance if n.startswith("facts")]}
     left = {multiple: curves.at_perplexity(multiple) for multiple in MULTIPLES if multiple <= max(curves.perplexity)}
     for name, members in groups.items():
-        shares = {f"x {multiple}": fmean(found[member] for member in members) for multiple, found in left.items()}
-        yield {"table": f"retained, {kind}", "row": name, **shares}
+        retained = {f"x {multiple}": fmean(skills[member] for member in members) for multiple, skills in left.items()}
+        yield {"table": f"retained, {kind}", "row": name, **retained}
     for place, energy in enumerate(curves.energies):
-        shares = {name: curves.retained(name)[place] for name in curves.chance}
-        yield {
-            "table": f"energies, {kind}",
-            "row": f"{energy:g}",
-            "perplexity, times": curves.perplexity[place],
-            **shares,
-        }
+        multiple = {"perplexity, times": curves.perplexity[place]}
+        by_skill = {name: curves.retained(name)[place] for name in curves.chance}
+        yield {"table": f"energies, {kind}", "row": f"{energy:g}", **multiple, **by_skill}
 
 
 def leanings(
@@ -206,8 +203,8 @@ def leanings(
 ) -> Iterator[Row]:
     """Yield the strength of each skill in each band, and how it goes with the loss of log probability."""
     editor = CurvatureEditor()
-    found = match_perplexity(model.model, factors, editor, held["tuning"], MATCHED, module=model)
-    with editor.at(found.energy).applied(model, factors):
+    match = match_perplexity(model.model, factors, editor, held["tuning"], MATCHED, module=model)
+    with editor.at(match.energy).applied(model, factors):
         after = {name: answers(model, sequences)["log probability"] for name, sequences in asked.items()}
     english = banded(model, factors, held["report"][:64, :-1], slice(None)).mean(1)
     lost, lean, controls = {}, {}, {}
@@ -222,9 +219,9 @@ def leanings(
         bottom.append(ratio[-1])
         drops.append(float(lost[name].mean()))
         yield {"table": f"bands, {kind}", "row": name, **dict(zip(LABELS, ratio, strict=True)), "nats lost": drops[-1]}
-    everything = [torch.cat([values[name] for name in asked], -1) for values in (lost, lean, controls)]
+    all_items = [torch.cat([values[name] for name in asked], -1) for values in (lost, lean, controls)]
     for name, (drop, leaning, known) in {
-        "all items": everything,
+        "all items": all_items,
         **{name: (lost[name], lean[name], controls[name][:2]) for name in asked},
     }.items():
         varied = [control for control in known if control.std() > 0]
@@ -241,13 +238,13 @@ def leanings(
 
 def intervals(runs: Sequence[Sequence[Row]], kind: str) -> str:
     """Return differences in what is retained, with 95 % intervals over seeds, as a table."""
-    kept = [{row["row"]: row for row in rows if row["table"] == f"retained, {kind}"} for rows in runs]
+    retained = by_row(runs, f"retained, {kind}")
     body = []
     for more, less in (*pairwise(ORDER), ("logic", "verbatim"), ("facts, frequent", "facts, rare")):
         cells = [f"{more} - {less}"]
         for multiple in MULTIPLES:
             column = f"x {multiple}"
-            gaps = [found[more][column] - found[less][column] for found in kept if column in found[more]]
+            gaps = [rows[more][column] - rows[less][column] for rows in retained if column in rows[more]]
             if len(gaps) < 2:
                 cells.append("")
                 continue
@@ -261,25 +258,25 @@ def intervals(runs: Sequence[Sequence[Row]], kind: str) -> str:
 
 def drawn(runs: Sequence[Sequence[Row]], kind: str) -> SkillRetention:
     """Return the mean over seeds of what is retained, to be drawn."""
-    found = [[row for row in rows if row["table"] == f"energies, {kind}"] for rows in runs]
+    curves = [[row for row in rows if row["table"] == f"energies, {kind}"] for rows in runs]
     columns = {
-        key: tuple(fmean(float(rows[place][key]) for rows in found) for place in range(len(found[0])))
-        for key in found[0][0]
+        key: tuple(fmean(float(rows[place][key]) for rows in curves) for place in range(len(curves[0])))
+        for key in curves[0][0]
         if key not in ("table", "row")
     }
     perplexity_multiples = columns.pop("perplexity, times")
-    energies = tuple(float(row["row"]) for row in found[0])
+    energies = tuple(float(row["row"]) for row in curves[0])
     return SkillRetention(energies, perplexity_multiples, columns, dict.fromkeys(columns, 0.0))
 
 
 def main() -> None:
     """Run the benchmark, or make its tables and its picture."""
-    args = parser(__doc__, ("mixture",)).parse_args()
+    args = seeds_parser(__doc__, ("mixture",)).parse_args()
     if args.data == "mixture":
-        print(page(list(run("tasks", args, partial(results, args))["runs"].values())))
+        print(all_tables(run("tasks", args, results), {}))
         return
     runs, facts = read("tasks", "mixture")
-    parts = [page(runs)]
+    parts = [all_tables(runs, {})]
     for kind in POPULATIONS:
         parts += [f"**Order, {kind}**", "", intervals(runs, kind), ""]
     replace_section(DOCS / "analysis.md", "tasks", "\n" + "\n".join([*parts, facts]) + "\n")

@@ -1,7 +1,7 @@
-"""The processes of a run: whose data are whose, which layers each one edits, and what they tell each other.
+"""The processes of a run: which data each one sees, which layers each one edits, and what they send to each other.
 
-Every method that talks to the others is a *collective*: all processes call it, in the same order. A failure on one
-process is told to all, and all of them raise it: none waits for one that has given up.
+Every method that communicates is a *collective*: all processes call it, in the same order. If work fails on one
+process, all processes raise its error, so that no process waits for one that has given up.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,19 +15,20 @@ from torch import distributed as dist
 
 T = TypeVar("T")
 
-_TOLD = (ValueError, RuntimeError, OSError)
-"""What is caught on one process, and raised on all."""
+_SENT_ERRORS = (ValueError, RuntimeError, OSError)
+"""Errors that are caught on one process, sent, and raised on all."""
 
 
 class Ranks:
-    """The processes of a run, seen from one of them; by default this one alone, with which nothing is ever sent.
+    """The processes of a run, seen from one of them; by default this process alone, and then nothing is ever sent.
 
     Attributes:
         rank: Index of this process.
         size: Number of processes.
         data: Index of the part of the data that this process sees.
         num_data: Number of such parts.
-        is_counted: Whether this process counts what it sees; of those that see the same data, one does.
+        is_counted: Whether this process counts the data that it sees. Of several processes that see the same data
+            (a tensor-parallel group), only the first does.
         device: Where tensors must lie to be sent.
     """
 
@@ -41,11 +42,11 @@ class Ranks:
 
     @classmethod
     def of_run(cls, data: int, num_data: int, device: torch.device) -> "Ranks":
-        """Return the processes of the running process group; this one alone if there is none. A collective.
+        """Return the processes of the running process group; this process alone if there is none. A collective.
 
         Args:
-            data: Index of the part of the data that this process sees. Processes with one index (a tensor-parallel
-                group) see the same data.
+            data: Index of the part of the data that this process sees; the same for all processes that see the same
+                data (a tensor-parallel group).
             num_data: Number of such parts.
             device: Where tensors must lie to be sent.
         """
@@ -54,7 +55,7 @@ class Ranks:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             ranks.rank, ranks.size = dist.get_rank(), dist.get_world_size()
             ranks.data, ranks.num_data = data, num_data
-            # Its own group: what is sent here never mixes with what others send, whatever runs in between.
+            # A group of its own: messages never mix with those of other code, whatever runs in between.
             ranks._group = ranks._control = dist.new_group()
             if dist.get_backend() != "gloo":
                 ranks._control = dist.new_group(backend="gloo")
@@ -62,15 +63,15 @@ class Ranks:
         return ranks
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, in their order; values are pickled, so they must be small."""
+        """Return the values of all processes, in the order of ranks; values are pickled, so they must be small."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self._group)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def all_here(self, seconds: float = 10.0) -> bool:
-        """Tell whether all processes call this within some seconds, where a failed one may have gone its own way."""
+        """Tell whether all processes call this within some seconds; after a failure some may never do."""
         if self.size == 1:
             return True
         try:
@@ -80,36 +81,41 @@ class Ranks:
         return True
 
     def first(self, work: Callable[[], T]) -> T:
-        """Return what work returns on the first process; the others do not run it."""
+        """Return what a function returns on the first process; the other processes do not call it."""
         return self.on(0, work)
 
     def on(self, owner: int, work: Callable[[], T]) -> T:
-        """Return what work returns on one process; the others do not run it.
+        """Return what a function returns on one process; the other processes do not call it.
+
+        Args:
+            owner: Rank of the process that calls it.
+            work: The function; what it returns is pickled, so it must be small.
 
         Raises:
-            ValueError: What work raised, as are the next two.
+            ValueError: If ``work`` raises one, as the next two.
             RuntimeError: As above.
             OSError: As above.
         """
         if self.size == 1:
             return work()
-        found: Any = [None, None]
+        outcome: list[Any] = [None, None]  # what was returned, and what was raised
         if self.rank == owner:
             try:
-                found[0] = work()
-            except _TOLD as error:
-                found[1] = error
-        dist.broadcast_object_list(found, src=owner, group=self._group)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]  # type: ignore[no-any-return]
+                outcome[0] = work()
+            except _SENT_ERRORS as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=owner, group=self._group)
+        result, failure = outcome
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[no-any-return]
 
     def sum(self, tensor: Tensor, to: int | None = None) -> Tensor:
-        """Return the sum of the tensors of all processes, of one shape and dtype, where the tensor was.
+        """Return the sum of the tensors of all processes, on the device of this process's tensor.
 
         Args:
-            tensor: What this process adds.
-            to: The only process that needs the result; what the others get means nothing. None for all.
+            tensor: The summand of this process; of one shape and dtype on all.
+            to: Rank of the only process that needs the sum; the result of the others is undefined. None for all.
         """
         if self.size == 1:
             return tensor
@@ -121,19 +127,32 @@ class Ranks:
         return sent.to(tensor.device)
 
     def send(self, tensor: Tensor | None, owner: int) -> Tensor:
-        """Return the tensor of one process on all of them; the others give None, and receive it on the device."""
+        """Return the tensor of one process on all of them.
+
+        Args:
+            tensor: The tensor on its owner, which gets it back; None on the other processes, which receive it on
+                ``device``.
+            owner: Rank of the process that has it.
+
+        Raises:
+            RuntimeError: If the owner gives None.
+        """
         if self.size == 1 and tensor is not None:
             return tensor
         kind = self.on(owner, lambda: (tensor.shape, tensor.dtype) if tensor is not None else None)
         if kind is None:
             raise RuntimeError(f"Process {owner} has no tensor to send.")
-        sent = torch.empty(*kind[:1], dtype=kind[1], device=self.device) if tensor is None else tensor
+        shape, dtype = kind
+        sent = torch.empty(shape, dtype=dtype, device=self.device) if tensor is None else tensor
         sent = sent.detach().to(self.device).contiguous()
         dist.broadcast(sent, src=owner, group=self._group)
         return sent if tensor is None else tensor
 
     def owners(self, sizes: Mapping[str, float]) -> dict[str, int]:
-        """Spread pieces of work over the processes, the largest first, each to the one with the least to do.
+        """Return a process for each piece of work: the largest piece first, each to the one with the least to do.
+
+        Args:
+            sizes: Size of each piece, by name.
 
         >>> Ranks().owners({"fc1": 8.0, "fc2": 2.0})
         {'fc1': 0, 'fc2': 0}
@@ -151,42 +170,44 @@ class Ranks:
         """Run each piece of work on its owner, and return all results everywhere.
 
         Args:
-            names: Names of all of them, the same on all processes.
-            work: Those of this process, each of which returns a tensor and something small.
-            owners: By name, whose it is.
+            names: Names of all pieces, the same on all processes.
+            work: The pieces of this process, by name; each returns a tensor, and facts that are small.
+            owners: Rank of the process that runs each piece.
 
         Returns:
-            By name what it returned, or the ``ValueError`` that it raised.
+            By name what the piece returned, or the ``ValueError`` that it raised.
 
         Raises:
-            RuntimeError: What a piece of work raised.
+            RuntimeError: If a piece of work raises one.
+            OSError: As above.
         """
-        done: dict[str, Any] = {}
-        for name, do in work.items():
+        tensors: dict[str, Tensor] = {}
+        outcomes: dict[str, Any] = {}  # the facts of each piece of this process, or its error
+        for name, run in work.items():
             try:
-                done[name] = do()
-            except _TOLD as error:
-                done[name] = error
+                tensors[name], outcomes[name] = run()
+            except _SENT_ERRORS as error:
+                outcomes[name] = error
                 for failed in filter(None, (error, error.__cause__)):  # their frames hold the tensors of the work
                     clear_frames(failed.__traceback__)
-        told: dict[str, Any] = {}
-        for part in self.gather({name: r if isinstance(r, Exception) else r[1] for name, r in done.items()}):
-            told |= part
-        errors = [found for found in told.values() if isinstance(found, Exception)]
+        gathered: dict[str, Any] = {}  # in the same order on all processes, which raise the same error
+        for part in self.gather(outcomes):
+            gathered |= part
+        errors = [outcome for outcome in gathered.values() if isinstance(outcome, Exception)]
         fatal = [error for error in errors if not isinstance(error, ValueError)]
         if fatal:
             raise fatal[0]
         results: dict[str, tuple[Tensor, T] | ValueError] = {}
         for name in names:
-            if isinstance(told[name], ValueError):
-                results[name] = told[name]
+            outcome = gathered[name]
+            if isinstance(outcome, ValueError):
+                results[name] = outcome
             else:
-                own = done[name][0] if name in done else None
-                results[name] = (self.send(own, owners[name]), told[name])
+                results[name] = (self.send(tensors.get(name), owners[name]), outcome)
         return results
 
     def part(self, count: int) -> int:
-        """Return this process's part of a count; the parts of the processes that are counted sum to it.
+        """Return this process's part of a count; the parts of all processes sum to the count.
 
         >>> Ranks().part(7)
         7
@@ -197,10 +218,9 @@ class Ranks:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor as a plain, dense one. A collective where it is spread over processes (a ``DTensor``).
+    """Return a tensor as a plain, dense one. A collective if it is sharded over processes (a ``DTensor``).
 
-    Rows of several lengths (a nested tensor) come one after the other, ``[n, ...]``. A sharded state dict may lie on
-    the CPU, where its processes cannot send it.
+    Rows of several lengths (a nested tensor) come one after the other, ``[n, d]``.
     """
     if tensor.is_nested:
         return torch.cat([part.reshape(-1, part.shape[-1]) for part in tensor.unbind()])
@@ -208,16 +228,22 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.to_dense()
     if not hasattr(tensor, "full_tensor"):
         return tensor
-    spread: Any = tensor
-    return spread.to(spread.device_mesh.device_type).full_tensor()  # type: ignore[no-any-return]
+    sharded: Any = tensor
+    # A sharded state dict may lie on the CPU, from where its processes cannot send it.
+    return sharded.to(sharded.device_mesh.device_type).full_tensor()  # type: ignore[no-any-return]
+
+
+def local_part(tensor: Any) -> Any:
+    """Return this process's part of a sharded tensor (a ``DTensor``); any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def spread_like(tensor: Tensor, original: Tensor) -> Tensor:
-    """Return a plain tensor, the same on all processes, spread as another one of its shape is."""
+    """Shard a plain tensor, which is the same on all processes, as a tensor of the same shape is sharded."""
     if not hasattr(original, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    as_it: Any = original
-    mesh = as_it.device_mesh
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, as_it.placements).to(original.device)
+    sharded: Any = original
+    mesh = sharded.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, sharded.placements).to(original.device)

@@ -3,35 +3,45 @@
 import psutil
 import torch
 
-_ROOM, _LIBRARIES = 2, 2**28  # free on a GPU for an edit: times what it takes on the CPU, and bytes for the libraries
+_GPU_FACTOR = 2
+"""An edit runs on a GPU that has this many times the bytes free that it takes on the CPU ..."""
+_LIBRARY_BYTES = 2**28
+"""... and this many more, for the libraries."""
 
 
 def edit_bytes(d_out: int, d_in: int) -> int:
     """Return the bytes that editing one layer takes: the larger of decomposing a factor and projecting the weight.
 
-    All in float64. An eigendecomposition of ``[d, d]`` holds at most the matrix, its vectors, a sorted copy and a
-    workspace of twice its size, besides the basis that is done; a projection holds both bases and three arrays of the
-    weight's size. ``benchmarks/bench_edit_files.py`` measures 0.8 to 1.0 times this; on a GPU it is up to 1.2 times.
+    All arrays are float64. The eigendecomposition of the second factor, ``[d, d]``, holds at most the matrix, its
+    eigenvectors, a sorted copy and a workspace of twice its size, besides the basis of the first factor. A projection
+    holds both bases and three arrays of the weight's size. ``benchmarks/bench_edit_files.py`` measures 0.8 to 1.0 times
+    this, and up to 1.2 times on a GPU.
+
+    Args:
+        d_out: Rows of the weight.
+        d_in: Columns of the weight.
     """
     small, large = sorted((d_out, d_in))
     return 8 * max(small**2 + 5 * large**2, small**2 + large**2 + 3 * small * large)
 
 
 def place_edit(weight: torch.device, factors: torch.device, shape: tuple[int, int]) -> torch.device:
-    """Return where a layer is decomposed and edited: on a GPU that holds its factors, or its weight if there is room.
+    """Return the device on which a layer is decomposed and edited.
+
+    That is where its factors are, except that factors on the CPU move to the GPU of the weight if it has room.
 
     Args:
-        weight: Where its weight is.
-        factors: Where its factors are.
+        weight: Device of its weight.
+        factors: Device of its factors.
         shape: Shape ``(d_out, d_in)`` of the weight.
     """
     if weight.type != "cuda" or factors.type != "cpu":
         return factors
-    return weight if _ROOM * edit_bytes(*shape) + _LIBRARIES <= free_memory(weight) else factors
+    return weight if _GPU_FACTOR * edit_bytes(*shape) + _LIBRARY_BYTES <= free_memory(weight) else factors
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that a device has left."""
+    """Return the number of bytes that are free on a device; on a GPU with the unused cache of torch."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -51,9 +61,9 @@ def size(num_bytes: int) -> str:
 
 
 def edit_seconds(d_out: int, d_in: int, on_gpu: bool) -> float:
-    """Return about how long editing one layer takes: its two eigendecompositions, cubic in the widths.
+    """Return a guess of the seconds that editing one layer takes, right within a factor of a few.
 
-    A guess from the shapes alone, right within a factor of a few: two cores decompose a factor of width 1000 in a
-    second, a GPU ten times as fast.
+    The two eigendecompositions dominate, cubic in the widths: two cores decompose a factor of width 1000 in a second,
+    a GPU is ten times as fast.
     """
     return (d_out**3 + d_in**3) / (1e10 if on_gpu else 1e9)

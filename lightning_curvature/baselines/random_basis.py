@@ -1,4 +1,4 @@
-"""Dropping coefficients in a basis that means nothing."""
+"""A control: coefficients are dropped in a random basis, which means nothing."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def random_orthogonal(dim: int, generator: torch.Generator) -> Tensor:
 class RandomBasisEditor(WeightEditor):
     """Keeps a random share of the coefficients of a weight in random orthonormal bases.
 
-    In such a basis no coefficient differs from another, so ``energy`` is the share of coefficients that are kept.
+    No coefficient of such a basis matters more than another, so ``energy`` is the share of coefficients that are kept.
 
     Args:
         energy: Share of coefficients to keep, in (0, 1], or a dict as in :class:`CurvatureEditor`.
@@ -38,7 +38,7 @@ class RandomBasisEditor(WeightEditor):
         self.seed = seed
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        """Return a weight with all but ``energy`` of its coefficients in random bases removed."""
+        """Return a weight with the share ``energy`` of its coefficients in random bases."""
         generator = torch.Generator().manual_seed(self.seed)
         U_G, U_A = (random_orthogonal(d, generator) for d in weight.shape)
         kept = max(round(energy * weight.numel()), 1)

@@ -1,4 +1,4 @@
-"""Low-rank truncation, the compression that knows no data."""
+"""A control: low-rank truncation, which uses no data."""
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ class SVDEditor(WeightEditor):
     method = "svd"
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        """Return the best approximation of a weight of the smallest rank that keeps ``energy`` of its squared norm."""
+        """Return the best approximation of the smallest rank that keeps the share ``energy`` of the squared norm."""
         U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
-        share = (S.square().cumsum(0) / S.square().sum()).nan_to_num(1.0)  # of a weight of zeros nothing is lost
+        share = (S.square().cumsum(0) / S.square().sum()).nan_to_num(1.0)  # a weight of zeros loses nothing
         rank = min(int((share < energy * (1 - 1e-12)).sum()) + 1, len(S))
         edited = (U[:, :rank] * S[:rank]) @ Vh[:rank]
         # A matrix of rank r has r (d_out + d_in - r) free coefficients.

@@ -1,12 +1,12 @@
-r"""Unlearning by training: rivals that need what should be forgotten, and what should be kept.
+r"""Unlearning by training: rivals that need examples to forget and examples to keep.
 
-Each one trains on a *forget* set and a *retain* set and changes the weights of chosen layers alone. They take no
-curvature; of the factors they read which layers to edit, so that they are called like every other editor.
+Each one trains on a *forget* set and a *retain* set, and changes only the weights of the chosen layers. They are called
+like every other editor, but the factors only tell them which layers to edit: they do not use the curvature.
 
-With :math:`\ell_i` the mean negative log-likelihood of example i, and ``w`` the weight:
+With :math:`\ell` the mean negative log-likelihood of a set, and ``w`` the weight:
 
-- :class:`BalancedSubnet` (Sakarvadia et al. 2025, arXiv:2410.02159) learns a score for each weight, and sets those of
-  the highest scores to zero: the mask minimises :math:`-w \ell_{forget} + (1 - w) \ell_{retain}`.
+- :class:`BalancedSubnet` (Sakarvadia et al. 2025, arXiv:2410.02159) learns a score for each weight, and sets the
+  weights of the highest scores to zero: the mask minimises :math:`-w \ell_{forget} + (1 - w) \ell_{retain}`.
 - :class:`GradientAscent` minimises :math:`-w \ell_{forget} + (1 - w) \ell_{retain}` over the weights themselves.
 - :class:`NegativePreference` (NPO, Zhang et al. 2024, arXiv:2404.05868) replaces the first term, which has no bound, by
   :math:`\frac{2}{\beta} \log(1 + (p / p_0)^\beta)` with ``p`` and :math:`p_0` the likelihoods after and before.
@@ -37,8 +37,8 @@ class TrainedEditor(Editor):
     """Unlearning by training on the chosen layers.
 
     Args:
-        forget: Batches of what should be forgotten.
-        retain: Batches of what should be kept; they are gone through again if there are fewer.
+        forget: Batches of examples to forget.
+        retain: Batches of examples to keep; they are repeated if there are fewer.
         loss: Returns the mean negative log-likelihood of each example of a batch, ``[n]``, given a module and a batch.
         weight: Weight of the forget loss; the retain loss has one minus it.
         epochs: Passes over the forget set.
@@ -73,18 +73,23 @@ class TrainedEditor(Editor):
 
     @abstractmethod
     def parameters(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is trained, by layer, given the weights; with ``requires_grad``."""
+        """Return the tensors to train, by layer, given the weights; with ``requires_grad``."""
 
     @abstractmethod
     def effective(self, weights: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights that the module runs with, by layer, differentiable in what is trained."""
+        """Return the weights that the module runs with, by layer, differentiable in the trained tensors."""
 
     def forget_loss(self, losses: Tensor, before: Tensor) -> Tensor:
-        """Return what is minimised on examples to forget, from their losses now and ``before``, both ``[n]``."""
+        """Return the loss to minimise on examples to forget.
+
+        Args:
+            losses: Negative log-likelihood of each example, ``[n]``.
+            before: The same before the training, ``[n]``.
+        """
         return -losses.mean()
 
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
-        """Return new weights by layer, and what was done; the module stays as it is."""
+        """Return new weights by layer, and a report; the module stays as it is."""
         stored = {name: find_layer(module, name).weight for name in self.energies(factors)}
         check_tie(find_tie(stored))
         weights = {name: weight.detach() for name, weight in stored.items()}
@@ -92,26 +97,26 @@ class TrainedEditor(Editor):
             before = [self.loss(module, batch) for batch in self.forget]
         trained = self.parameters(weights)
         optimizer = torch.optim.Adam(trained.values(), lr=self.lr)
-        steps = self.epochs * len(self.forget)
+        num_steps = self.epochs * len(self.forget)
         batches = zip(cycle(zip(self.forget, before, strict=True)), cycle(self.retain), strict=False)
-        for (forget, reference), retain in islice(batches, steps):
-            used = {f"{name}.weight": weight for name, weight in self.effective(weights, trained).items()}
+        for (forget, losses_before), retain in islice(batches, num_steps):
+            effective = {f"{name}.weight": weight for name, weight in self.effective(weights, trained).items()}
             with torch.enable_grad():
-                kept = _call(module, used, self.loss, retain).mean()
-                lost = self.forget_loss(_call(module, used, self.loss, forget), reference)
-                objective = self.weight * lost + (1 - self.weight) * kept
+                retain_loss = _losses(module, effective, self.loss, retain).mean()
+                forget_loss = self.forget_loss(_losses(module, effective, self.loss, forget), losses_before)
+                objective = self.weight * forget_loss + (1 - self.weight) * retain_loss
                 gradients = torch.autograd.grad(objective, list(trained.values()))
             for parameter, gradient in zip(trained.values(), gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
         with torch.no_grad():
             new = {name: weight.detach() for name, weight in self.effective(weights, trained).items()}
-        report = EditReport({name: _report(name, weights[name], new[name]) for name in weights}, self.method)
+        report = EditReport({name: _layer_edit(name, weights[name], new[name]) for name in weights}, self.method)
         return new, report.with_tied(tied_names(stored, named_tensors(module)))
 
 
 class GradientAscent(TrainedEditor):
-    """Gradient ascent on what should be forgotten, descent on what should be kept.
+    """Gradient ascent on the examples to forget, descent on the examples to keep.
 
     Arguments as :class:`TrainedEditor`.
     """
@@ -150,7 +155,7 @@ class NegativePreference(GradientAscent):
 
 
 class BalancedSubnet(TrainedEditor):
-    """A subnet of single weights that is responsible for recitation, found by training and set to zero.
+    """Finds the single weights that are responsible for recitation by training, and sets them to zero.
 
     Args:
         *args: As :class:`TrainedEditor`.
@@ -179,8 +184,8 @@ class BalancedSubnet(TrainedEditor):
         }
 
     def effective(self, weights: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights without those of the highest scores; gradients pass the mask straight through."""
-        found = {}
+        """Return the weights, zero where scores are highest; gradients pass the mask straight through."""
+        effective = {}
         for name, scores in trained.items():
             count = max(round(self.ratio * scores.numel()), 1)
             removed = torch.zeros_like(scores).flatten()
@@ -188,17 +193,18 @@ class BalancedSubnet(TrainedEditor):
             removed = removed.view_as(scores)
             if scores.requires_grad and torch.is_grad_enabled():
                 removed = removed + scores - scores.detach()
-            found[name] = weights[name] * (1 - removed.to(weights[name].dtype))
-        return found
+            effective[name] = weights[name] * (1 - removed.to(weights[name].dtype))
+        return effective
 
 
-def _call(module: nn.Module, weights: dict[str, Tensor], loss: Loss, batch: Any) -> Tensor:
-    """Return the losses of a batch with some weights of the module replaced."""
-    return functional_call(_Bound(module, loss), {f"module.{name}": w for name, w in weights.items()}, (batch,))  # type: ignore[no-any-return]
+def _losses(module: nn.Module, weights: dict[str, Tensor], loss: Loss, batch: Any) -> Tensor:
+    """Return the loss of each example of a batch, ``[n]``, with some weights of the module replaced."""
+    replaced = {f"module.{name}": weight for name, weight in weights.items()}
+    return functional_call(_LossOf(module, loss), replaced, (batch,))  # type: ignore[no-any-return]
 
 
-class _Bound(nn.Module):
-    """Runs a loss of a module, so that its weights can be replaced for one call."""
+class _LossOf(nn.Module):
+    """Computes a loss of a module in its ``forward``, so that ``functional_call`` can replace the module's weights."""
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -209,7 +215,7 @@ class _Bound(nn.Module):
         return self.loss(self.module, batch)
 
 
-def _report(name: str, old: Tensor, new: Tensor) -> LayerEdit:
+def _layer_edit(name: str, old: Tensor, new: Tensor) -> LayerEdit:
     return LayerEdit(
         energy=1.0,
         energy_kept=1.0,

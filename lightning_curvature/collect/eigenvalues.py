@@ -101,11 +101,28 @@ class EigenvalueSums(LayerSums):
         return dataclasses.replace(self.layer, eigenvalues=(self.total / max(self.count, 1)).to(self.layer.A.dtype))
 
 
-class _EigenvalueCollector(Collector):
-    """Collects the corrected eigenvalues of the layers of some factors."""
+class EigenvalueCollector(Collector):
+    """Collects the corrected eigenvalues of the layers of some factors.
+
+    Args:
+        module: The network.
+        factors: Its factors.
+        options: What is collected; its layers are those of the factors.
+        ranks: The processes of the run; by default this one alone.
+        shard: Spread the sums over the processes.
+
+    Raises:
+        ValueError: If the factors are spread over several processes.
+    """
 
     def __init__(
-        self, module: nn.Module, factors: KroneckerFactors, options: CollectorOptions, ranks: Ranks | None, shard: bool
+        self,
+        module: nn.Module,
+        factors: KroneckerFactors,
+        options: CollectorOptions,
+        *,
+        ranks: Ranks | None = None,
+        shard: bool = False,
     ) -> None:
         if factors.owners is not None:
             raise ValueError(
@@ -158,4 +175,4 @@ def correct_eigenvalues(
         RuntimeError: If no batch could be used.
     """
     settings = CollectorOptions(layers=list(factors), **options)
-    return run_collector(_EigenvalueCollector(module, factors, settings, ranks, shard), batches, step)
+    return run_collector(EigenvalueCollector(module, factors, settings, ranks=ranks, shard=shard), batches, step)

@@ -56,10 +56,10 @@ class LayerSums:
 
     def tie_inputs(self, inputs: SecondMoment) -> None:
         """Use the inputs' moment of another layer, which reads the same positions of the same tensors."""
-        self.moments = {"inputs": inputs} | {name: own for name, own in self.moments.items() if name != "inputs"}
+        self.moments = {"inputs": inputs} | {name: moment for name, moment in self.moments.items() if name != "inputs"}
 
     def add_inputs(self, inputs: Tensor) -> None:
-        """Add inputs ``[n, d_in]`` at the positions that count; once for all layers that share the moment."""
+        """Add inputs ``[n, d_in]`` at the positions that count; once for all layers that are tied to the moment."""
         self.inputs.add(inputs)
 
     def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:
@@ -129,10 +129,10 @@ class LayerSums:
         if inputs is not None:
             merged.tie_inputs(inputs)
         for index, (name, moment) in enumerate(sent.items()):
-            own = merged.moments[name]
-            own.count, own.groups, doubles = rest[3 * index : 3 * index + 3]
-            own.set_double(ranks.sum(moment.double(), to), torch.float64 if doubles else torch.float32)
-            own.squares = ranks.sum(moment.squares, to)
+            total = merged.moments[name]
+            total.count, total.groups, doubles = rest[3 * index : 3 * index + 3]
+            total.set_double(ranks.sum(moment.double(), to), torch.float64 if doubles else torch.float32)
+            total.squares = ranks.sum(moment.squares, to)
         return merged
 
     def part(self, ranks: Ranks) -> "LayerSums":
@@ -148,7 +148,7 @@ class LayerSums:
         return part
 
     def factors(self) -> LayerFactors:
-        """Return the normalised factors; layers that share the inputs' moment share the tensor."""
+        """Return the normalised factors; layers with tied inputs have one tensor."""
         coupled: dict[str, Any] = {
             name: self.moments[name].mean() for name in self.moments.keys() - {"inputs", "gradients"}
         }

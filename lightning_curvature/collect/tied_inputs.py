@@ -101,8 +101,8 @@ def sums_over(
     left = Counter(groups[name] for name in union)
     inputs: dict[Hashable, SecondMoment] = {}
     for name, kind in union.items():
-        own = get(name) if name in kinds else new(name, kind, ranks.device)
-        summed = own.over(ranks, to(name), inputs.pop(groups[name], None))
+        sums = get(name) if name in kinds else new(name, kind, ranks.device)
+        summed = sums.over(ranks, to(name), inputs.pop(groups[name], None))
         left[groups[name]] -= 1
         if left[groups[name]]:
             inputs[groups[name]] = summed.inputs  # only as long as another layer needs it

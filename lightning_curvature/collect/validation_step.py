@@ -61,8 +61,9 @@ class CollectedStep:
 def collected_from(module: nn.Module, collector: Collector) -> Iterator[None]:
     """Collect from every validation step that a module runs inside; several collectors share its steps."""
     attributes = vars(module)
-    own = attributes.get("validation_step")
-    step = own if isinstance(own, CollectedStep) else CollectedStep(module.validation_step, module)  # type: ignore[arg-type]
+    step = attributes.get("validation_step")
+    if not isinstance(step, CollectedStep):
+        step = CollectedStep(module.validation_step, module)  # type: ignore[arg-type]
     step.collectors.append(collector)
     attributes["validation_step"] = step
     try:
@@ -77,9 +78,9 @@ def collected_from(module: nn.Module, collector: Collector) -> Iterator[None]:
 
 def graphs(module: nn.Module) -> list[Tensor]:
     """Return the tensors with a graph that a module stores, such as losses that a training step has not used yet."""
-    found = _Graphs([], collect=True)
-    _visit(module, found)
-    return found.found
+    visitor = _Graphs([], collect=True)
+    _visit(module, visitor)
+    return visitor.met
 
 
 def drop_graphs(module: nn.Module, kept: Sequence[Tensor] = ()) -> None:
@@ -113,7 +114,7 @@ class _Graphs:
     def __init__(self, kept: Sequence[Tensor], collect: bool = False) -> None:
         self.kept = {id(tensor): tensor for tensor in kept}
         self.collect = collect
-        self.found: list[Tensor] = []
+        self.met: list[Tensor] = []
         # What a container became, by its id, which no other can have as long as it is kept here.
         self.seen: dict[int, tuple[Any, Any]] = {}
 
@@ -123,7 +124,7 @@ class _Graphs:
             if value.grad_fn is None or id(value) in self.kept:
                 return value
             if self.collect:
-                self.found.append(value)
+                self.met.append(value)
                 return value
             return value.detach()
         if not isinstance(value, (list, deque, dict, tuple)) and not _is_record(value):

@@ -12,7 +12,7 @@ from lightning_curvature.collect.sums import LayerSums
 from lightning_curvature.collect.tied_inputs import STATE_VERSION, sums_over, tied_by_all
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.files import load_state
-from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
 from lightning_curvature.factors.sharded import ShardedFactors
 
 MIN_WINDOW = 4096
@@ -84,40 +84,46 @@ class WindowedFactors:
         """Return the chosen layers, in an order that is the same on all processes."""
         choices = self.ranks.gather(self.collector.chosen)
         chosen = next((choice for choice in choices if choice is not None), [])
-        for rank, other in enumerate(choices):
-            if other is not None and set(other) != set(chosen):
+        for rank, choice in enumerate(choices):
+            if choice is not None and set(choice) != set(chosen):
                 raise RuntimeError(
                     f"layers={self.settings.get('layers')!r} chose {listing(chosen)} on one process and "
-                    f"{listing(other)} on process {rank}, since other layers ran in its first batch. Name the layers."
+                    f"{listing(choice)} on process {rank}, since other layers ran in its first batch. Name the layers."
                 )
         return chosen
 
     def _merged(self) -> KroneckerFactors:
-        own, chosen = self.complete or self.collector.factors(), self._chosen()
+        """Return the factors of all processes, each of which has those of its own data."""
+        part, chosen = self.complete or self.collector.factors(), self._chosen()
         if self.ranks.size == 1:
-            return own
-        kinds = {name: self.collector.kinds[name] for name in own}
-        groups = tied_by_all(self.ranks, own.tied_inputs())
-        merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(own[name]), groups=groups)
+            return part
+        kinds = {name: self.collector.kinds[name] for name in part}
+        groups = tied_by_all(self.ranks, part.tied_inputs())
+        merged = sums_over(self.ranks, kinds, lambda name: LayerSums.of(part[name]), groups=groups)
         factors = {name: sums.factors() for name, sums in merged}
-        return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(own))
+        return KroneckerFactors({name: factors[name] for name in chosen if name in factors}, self._provenance(part))
 
     def _sharded(self) -> KroneckerFactors:
-        own, chosen = self.complete or self.collector.factors(), self._chosen()
+        """Return the factors of all processes, each of which has those of its own layers."""
+        part, chosen = self.complete or self.collector.factors(), self._chosen()
         owners = self.collector.owners or {}
         counts = dict[str, int]()
-        for told in self.ranks.gather(own.counts()):
-            counts |= told
+        for layer_counts in self.ranks.gather(part.counts()):
+            counts |= layer_counts
         counts = {name: counts[name] for name in chosen if name in counts}
-        return ShardedFactors(own, counts, owners, self.ranks, self._provenance(own))
+        return ShardedFactors(part, counts, owners, self.ranks, self._provenance(part))
 
-    def _provenance(self, own: KroneckerFactors) -> dict[str, Any]:
-        """Return where the factors come from: what the first process that collected says, and what all skipped."""
-        told = [facts for facts in self.ranks.gather(own.provenance if own else {}) if facts]
-        if not told:
+    def _provenance(self, part: KroneckerFactors) -> dict[str, Any]:
+        """Return the provenance of all factors: that of the first process that collected, and the batches all skipped.
+
+        Args:
+            part: The factors of this process.
+        """
+        provenances = [facts for facts in self.ranks.gather(part.provenance if part else {}) if facts]
+        if not provenances:
             return {}
-        skipped = sum(facts["batches_skipped"] for facts in told)
-        return {**told[0], "batches_skipped": skipped, "processes": self.ranks.size}
+        skipped = sum(facts["batches_skipped"] for facts in provenances)
+        return {**provenances[0], "batches_skipped": skipped, "processes": self.ranks.size}
 
     def is_due(self, batch: int, last: float) -> bool:
         """Tell whether to collect from a training step.
@@ -194,11 +200,11 @@ class WindowedFactors:
             state: What :meth:`state_dict` returned.
             file: What :meth:`snapshot` returned, saved; None if it is lost.
         """
-        found = self._read(state, file)
-        reasons = [reason for reason in self.ranks.gather(found if isinstance(found, str) else None) if reason]
-        if reasons or isinstance(found, str):
+        content = self._read(state, file)
+        reasons = [reason for reason in self.ranks.gather(content if isinstance(content, str) else None) if reason]
+        if reasons or isinstance(content, str):
             return reasons[0]
-        factors, saved = found
+        factors, saved = content
         self.collector.load_state_dict(saved["collector"])
         self.collector.provenance = saved["provenance"]
         self._began, self._pause = saved["began"], (saved["pause"][0], saved["pause"][1])
@@ -208,6 +214,7 @@ class WindowedFactors:
         return None
 
     def _read(self, state: Mapping[str, Any], file: Path | None) -> str | tuple[KroneckerFactors, dict[str, Any]]:
+        """Return the factors and the state in a file, or the reason why a run cannot go on with them."""
         differ = [key for key, value in self.settings.items() if state["settings"].get(key) != value]
         if differ:
             return f"its factors were collected with other {listing(differ)}"
@@ -224,12 +231,13 @@ class WindowedFactors:
         return factors, saved
 
     def _part(self, factors: KroneckerFactors) -> KroneckerFactors:
-        """Return what of the factors of all processes is this one's."""
+        """Return the part of this process of the factors of all processes."""
         owners, part = self.collector.owners, self.ranks.part
+        layers: dict[str, LayerFactors] = {}
         if owners is not None:
-            own = {name: layer for name, layer in factors.items() if owners[name] == self.ranks.rank}
+            layers = {name: layer for name, layer in factors.items() if owners[name] == self.ranks.rank}
         elif self.ranks.is_counted:
-            own = {
+            layers = {
                 name: dataclasses.replace(
                     layer,
                     num_inputs=part(layer.num_inputs),
@@ -238,6 +246,4 @@ class WindowedFactors:
                 )
                 for name, layer in factors.items()
             }
-        else:
-            own = {}
-        return KroneckerFactors(own, factors.provenance)
+        return KroneckerFactors(layers, factors.provenance)

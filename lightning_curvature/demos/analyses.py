@@ -1,4 +1,4 @@
-"""What the digits demo finds out about its model beside the edit: bands, detection, directions."""
+"""The analyses of the digits demo: bands of the spectrum, detection, directions."""
 
 import dataclasses
 import logging
@@ -28,13 +28,15 @@ CLASS_TOKEN = slice(0, 1)
 def analyse_images(model: Any, factors: KroneckerFactors, data: TensorDataset) -> Analyses:
     """Analyse a classifier of images with noised labels.
 
-    Memorized are images whose noised label is what the model predicts; the others are those with a true label. If
-    nothing is memorized there is nothing to analyse, and that is said.
+    An image is memorized if the model predicts its wrong label; it is compared with the images that have a true label.
 
     Args:
         model: Classifier of image batches whose layers read a class token first.
         factors: Its factors.
         data: Images, noised labels, clean labels.
+
+    Returns:
+        The analyses; they are empty, with a line in the log, if nothing is memorized.
     """
     images, noised, clean = data.tensors
     logits = predict(model, data)
@@ -47,12 +49,13 @@ def analyse_images(model: Any, factors: KroneckerFactors, data: TensorDataset) -
         return Analyses()
     names = list(factors)
     inputs = {
-        kind: layer_activations(model, torch.split(images[some], 256), model, names, CLASS_TOKEN)
-        for kind, some in chosen.items()
+        kind: layer_activations(model, torch.split(images[indices], 256), model, names, CLASS_TOKEN)
+        for kind, indices in chosen.items()
     }
-    scores = {kind: label_scores(logits[some], noised[some]) for kind, some in chosen.items()}
-    for kind, found in inputs.items():
-        scores[kind] = layer_scores(factors, found) | scores[kind]
+    scores = {
+        kind: layer_scores(factors, inputs[kind]) | label_scores(logits[indices], noised[indices])
+        for kind, indices in chosen.items()
+    }
     last = names[-1]
     everything = torch.cat([chosen["memorized"], chosen["clean"]])
     order = everything.argsort()
@@ -70,16 +73,23 @@ def analyse_images(model: Any, factors: KroneckerFactors, data: TensorDataset) -
 def bands_of(
     model: Any, factors: KroneckerFactors, memorized: Mapping[str, Tensor], clean: Mapping[str, Tensor]
 ) -> list[BandComparison]:
-    """Return how strongly memorized and clean activations of each layer use the bands, in each basis and norm."""
-    found = []
+    """Compare how strongly memorized and clean examples use the bands, in each layer, each basis and each norm.
+
+    Args:
+        model: Holds the layers.
+        factors: Its factors.
+        memorized: By layer, its inputs on memorized examples, ``[n, positions, d_in]``.
+        clean: By layer, its inputs on other examples.
+    """
+    comparisons = []
     for name, layer in factors.items():
         module = model.get_submodule(name)
         weight = as_matrix(module.weight.detach(), layer.transposed)
         for basis, normalize in product(BASES, (False, True)):
-            found.append(compare_bands(name, weight, layer, memorized[name], clean[name], basis, normalize))
-    return found
+            comparisons.append(compare_bands(name, weight, layer, memorized[name], clean[name], basis, normalize))
+    return comparisons
 
 
 def _moved(use: DirectionUse, places: Sequence[int]) -> DirectionUse:
-    """Return the same use with indices of the dataset."""
+    """Return the same use with indices of the dataset, ``places``, for indices of the inputs."""
     return dataclasses.replace(use, top=tuple(tuple(places[index] for index in top) for top in use.top))

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import TensorDataset
 
+from lightning_curvature.analysis.directions import DirectionUse
 from lightning_curvature.baselines.methods import CONTROL_LABELS
 from lightning_curvature.demos.analyses import analyse_images
 from lightning_curvature.demos.files import versions, write_edited, write_json
@@ -30,6 +33,7 @@ from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.report import plots
 from lightning_curvature.report.page import write_page
 from lightning_curvature.trainer.callback import KFACEditCallback
@@ -44,7 +48,7 @@ class NoisyDigits(NoisyLabels):
     """scikit-learn's 8 x 8 digits: 1297 training images, 10 % of them with a wrong label, and 500 for validation.
 
     Args:
-        noise: Share of training labels replaced by another class.
+        noise: Fraction of training labels that is replaced by another class.
         batch_size: Images per batch.
         seed: Seed of the split and the noise.
     """
@@ -61,7 +65,7 @@ def build_model() -> LitViT:
 
 
 def train_digits(out: Path, seed: int, epochs: int) -> tuple[LitViT, NoisyDigits, KFACEditCallback, pl.Trainer]:
-    """Train the demo's model with the callback, as any user would."""
+    """Train the model of the demo with the callback; the callback holds the factors then."""
     pl.seed_everything(seed, verbose=False)
     data, model, callback = NoisyDigits(seed=seed), build_model(), KFACEditCallback()
     trainer = pl.Trainer(
@@ -72,7 +76,7 @@ def train_digits(out: Path, seed: int, epochs: int) -> tuple[LitViT, NoisyDigits
         check_val_every_n_epoch=max(epochs // 10, 1),
         log_every_n_steps=20,
         logger=CSVLogger(out, name="", version="logs"),
-        enable_checkpointing=False,  # saved by hand below, under the demo's own names
+        enable_checkpointing=False,  # the demo saves the checkpoint itself, under a name of its own
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
     )
@@ -85,9 +89,9 @@ def train_digits(out: Path, seed: int, epochs: int) -> tuple[LitViT, NoisyDigits
 def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
     """Train, collect, edit and evaluate on scikit-learn's digits with 10 % noised labels.
 
-    Writes ``original.ckpt`` (with ``original-edited.ckpt``, which the callback leaves beside it at its default energy),
-    ``edited.ckpt`` (at the energy chosen on the tuning part), ``factors.safetensors``, ``report.json``,
-    ``analysis.json``, ``report.html``, ``logs/`` and pictures into ``out``.
+    Writes ``original.ckpt``, ``edited.ckpt`` (at the energy that is chosen on the tuning half),
+    ``factors.safetensors``, ``report.json``, ``analysis.json``, ``report.html``, ``logs/`` and pictures into ``out``.
+    The callback writes ``original-edited.ckpt``, at its default energy.
 
     Args:
         out: Folder to write to.
@@ -114,23 +118,17 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
     edit = write_edited(out / "original.ckpt", CurvatureEditor(energy), factors, out / "edited.ckpt")
     edited = LitViT.load_from_checkpoint(out / "edited.ckpt", map_location="cpu", weights_only=True)
     after = evaluate(edited, train, val)
-    default = curves["report"]["kfac"][DEFAULT_ENERGY]
     ended = time.perf_counter()
 
-    name = next(iter(factors))
-    plots.save(plots.spectrum(factors[name], energy, name), out / "spectrum.png")
-    plots.save(plots.energy_curves(curves["report"]["kfac"], before, energy), out / "energy.png")
-    images, noised, clean = train.tensors
-    answers = predict(model, train).argmax(1), predict(edited, train).argmax(1)
-    plots.save(plots.noised_examples(images, noised, clean, *answers), out / "examples.png")
+    wrong = train.tensors[1] != train.tensors[2]
     report = {
         "before": before,
         "after": after,
-        "default": {"energy": DEFAULT_ENERGY, **default},
+        "default": {"energy": DEFAULT_ENERGY, **curves["report"]["kfac"][DEFAULT_ENERGY]},
         "methods": methods,
         "curves": curves,
         "layers": {name: dataclasses.asdict(layer) for name, layer in edit.layers.items()},
-        "counts": {"noised": int((noised != clean).sum()), "clean": int((noised == clean).sum()), "val": len(val)},
+        "counts": {"noised": int(wrong.sum()), "clean": int((~wrong).sum()), "val": len(val)},
         "settings": {"seed": seed, "epochs": epochs, "layers": list(factors), "energy": energy},
         "seconds": {"train": trained - started, "edit_and_evaluate": ended - trained},
         "versions": versions(),
@@ -138,15 +136,40 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
     write_json(out / "report.json", report)
     analyses = analyse_images(model, factors, train)
     analyses.save(out)
-    rows = {
-        f"{'flat' if use.flat else 'sharp'}, {place}": top
-        for use in analyses.directions
-        for place, top in list(zip(use.directions, use.top, strict=True))[-4:]
-    }
-    plots.save(plots.direction_images(images, rows, (noised != clean).tolist()), out / "directions.png")
+    draw_energies(out, factors, report)
+    draw_images(out, train, predict(model, train).argmax(1), predict(edited, train).argmax(1), analyses.directions)
     write_page(out)
     log.info("\n%s", edit)
     return report
+
+
+def draw_energies(out: Path, factors: KroneckerFactors, report: Mapping[str, Any]) -> None:
+    """Draw the spectrum of the first layer and the energy curve."""
+    name, energy = next(iter(factors)), report["settings"]["energy"]
+    plots.save(plots.spectrum(factors[name], energy, name), out / "spectrum.png")
+    plots.save(plots.energy_curves(report["curves"]["report"]["kfac"], report["before"], energy), out / "energy.png")
+
+
+def draw_images(
+    out: Path, train: TensorDataset, before: Tensor, after: Tensor, directions: Sequence[DirectionUse]
+) -> None:
+    """Draw images with wrong labels, and the images that use some directions most.
+
+    Args:
+        out: Folder to write to.
+        train: Images, noised labels, clean labels.
+        before: What the model predicts of them before the edit, ``[n]``.
+        after: What it predicts after the edit, ``[n]``.
+        directions: Which images use which directions; of each kind the last four directions are drawn.
+    """
+    images, noised, clean = train.tensors
+    plots.save(plots.noised_examples(images, noised, clean, before, after), out / "examples.png")
+    rows = {
+        f"{'flat' if use.flat else 'sharp'}, {place}": top
+        for use in directions
+        for place, top in list(zip(use.directions, use.top, strict=True))[-4:]
+    }
+    plots.save(plots.direction_images(images, rows, (noised != clean).tolist()), out / "directions.png")
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What every demo writes."""
+"""Files that every demo writes."""
 
 import json
 import platform
@@ -13,7 +13,7 @@ from lightning_curvature.storage.atomic import replacing
 
 
 def write_edited(source: Path, editor: WeightEditor, factors: KroneckerFactors, target: Path) -> EditReport:
-    """Write a copy of a Lightning checkpoint with edited weights, which says what was edited."""
+    """Write a copy of a Lightning checkpoint with edited weights and a record of the edit."""
     return editor.edit_checkpoint(source, factors, target, overwrite=True)
 
 
@@ -24,6 +24,6 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python, of this package and of those that the results may depend on."""
+    """Return the versions of Python, of this package, of Lightning and PyTorch, and of further packages."""
     names = ("lightning_curvature", "torch", "lightning", "torchmetrics", *packages)
     return {"python": platform.python_version()} | {name: version(name) for name in names}

@@ -19,10 +19,10 @@ from lightning_curvature.metrics.functional import noisy_label_accuracy
 METRICS = ("memorized", "recovered", "clean_train", "val_accuracy")
 ENERGIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.87, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.999)
 MEMORIZED_LIMIT = 0.2
-"""Each method gets the energy of highest validation accuracy among those that leave at most this share memorized."""
+"""The fraction of noised labels that a method may leave memorized; among such energies the most accurate is chosen."""
 
 RATIOS = (0.02, 0.05, 0.1, 0.2)
-"""Shares of the weights that BalancedSubnet may set to zero."""
+"""Fractions of the weights that BalancedSubnet may set to zero."""
 
 Batch = tuple[Tensor, Tensor]
 Metrics = dict[str, float]
@@ -36,7 +36,7 @@ def predict(model: nn.Module, data: TensorDataset, batch_size: int = 1024) -> Te
 
 
 def evaluate(model: nn.Module, train: TensorDataset, val: TensorDataset) -> Metrics:
-    """Return memorized and recovered rates of noised labels, and accuracy on unnoised training and validation data.
+    """Return the rates of noised labels that are memorized and recovered, and the accuracy on clean labels.
 
     Args:
         model: Classifier of image batches.
@@ -56,23 +56,23 @@ def evaluate(model: nn.Module, train: TensorDataset, val: TensorDataset) -> Metr
 
 
 def energy_curves(model: nn.Module, factors: KroneckerFactors, data: NoisyLabels) -> dict[str, Curve]:
-    """Evaluate every method at every energy, on both parts of the data.
+    """Evaluate every method at every energy, on both halves of the data.
 
     Returns:
-        By part (``"tuning"``, ``"report"``), method and energy: the metrics.
+        By half (``"tuning"``, ``"report"``), method and energy: the metrics.
     """
     halves = data.halves()
-    curves: dict[str, Curve] = {part: {method: {} for method in METHODS} for part in halves}
+    curves: dict[str, Curve] = {half: {method: {} for method in METHODS} for half in halves}
     for method, editor in METHODS.items():
         for energy in ENERGIES:
             with editor(energy).applied(model, factors):
-                for part, (train, val) in halves.items():
-                    curves[part][method][energy] = evaluate(model, train, val)
+                for half, (train, val) in halves.items():
+                    curves[half][method][energy] = evaluate(model, train, val)
     return curves
 
 
 def forget_and_retain(data: NoisyLabels) -> tuple[list[Batch], list[Batch]]:
-    """Return batches of images of the tuning part with wrong labels, and of those with right ones."""
+    """Return batches of images of the tuning half: with wrong labels, to forget, and with right labels, to retain."""
     images, noised, clean = data.halves()["tuning"][0].tensors
     wrong, right = (
         list(zip(torch.split(images[chosen], size), torch.split(noised[chosen], size), strict=True))
@@ -87,24 +87,26 @@ def image_losses(module: nn.Module, batch: Batch) -> Tensor:
 
 
 def balanced_subnet(model: nn.Module, factors: KroneckerFactors, data: NoisyLabels) -> Metrics:
-    """Return what a rival leaves that is told which labels of the tuning part are wrong; its ratio is chosen likewise.
+    """Return the metrics of BalancedSubnet, a rival that is told which labels of the tuning half are wrong.
+
+    Its ratio is chosen like the energy of the other methods.
 
     Returns:
-        ``ratio``, and the metrics of the report part.
+        ``ratio``, and the metrics of the report half.
     """
     halves, curves = data.halves(), {}
     for ratio in RATIOS:
         editor = BalancedSubnet(*forget_and_retain(data), image_losses, ratio=ratio, weight=0.1, epochs=10, lr=0.01)
         with editor.applied(model, factors):
-            curves[ratio] = {part: evaluate(model, *half) for part, half in halves.items()}
-    ratio = choose_energy({ratio: found["tuning"] for ratio, found in curves.items()})
+            curves[ratio] = {half: evaluate(model, train, val) for half, (train, val) in halves.items()}
+    ratio = choose_energy({ratio: by_half["tuning"] for ratio, by_half in curves.items()})
     return {"ratio": ratio, **curves[ratio]["report"]}
 
 
 def choose_energy(curve: Mapping[float, Metrics], limit: float = MEMORIZED_LIMIT) -> float:
-    """Return the energy of highest validation accuracy among those with at most ``limit`` memorized.
+    """Return the energy of highest validation accuracy among the energies that leave at most ``limit`` memorized.
 
-    Where none reaches the limit, the energy that leaves the least memorized.
+    If no energy does, return the energy that leaves the least memorized.
 
     >>> points = {0.5: (0.1, 0.7), 0.8: (0.2, 0.9), 0.9: (0.6, 0.95)}
     >>> choose_energy({energy: {"memorized": m, "val_accuracy": v} for energy, (m, v) in points.items()})
@@ -117,7 +119,7 @@ def choose_energy(curve: Mapping[float, Metrics], limit: float = MEMORIZED_LIMIT
 
 
 def compare_methods(curves: Mapping[str, Curve]) -> dict[str, Metrics]:
-    """Return each method at its energy: chosen on the tuning part, measured on the report part."""
+    """Return the metrics of each method on the report half, at the energy that is chosen on the tuning half."""
     results = {}
     for method, curve in curves["tuning"].items():
         energy = choose_energy(curve)

@@ -19,10 +19,10 @@ class LitCausalLM(pl.LightningModule):
         heads: Attention heads.
         context: Longest input, in tokens.
         lr: Peak learning rate of AdamW, reached after ``warmup`` steps.
-        decay: Share of the steps, at the end, over which the learning rate falls to zero in a line. A model recites
+        decay: Fraction of the steps, at the end, over which the learning rate falls to zero in a line. A model recites
             what it saw while the rate falls.
-        weight_decay: Of all matrices.
-        warmup: Steps.
+        weight_decay: Weight decay of all matrices.
+        warmup: Steps of warm-up.
     """
 
     def __init__(

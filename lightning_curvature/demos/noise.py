@@ -10,26 +10,26 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 Loader = DataLoader[tuple[Tensor, ...]]
 
 
-def noise_labels(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> Tensor:
-    """Return labels of which a random ``share`` is replaced by another class, uniformly."""
+def noise_labels(labels: Tensor, fraction: float, classes: int, generator: torch.Generator) -> Tensor:
+    """Return labels, int64 ``[n]``, of which a random ``fraction`` is replaced by another class, uniformly."""
     noised = labels.clone()
-    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
     shift = torch.randint(1, classes, chosen.shape, generator=generator)
     noised[chosen] = (labels[chosen] + shift) % classes
     return noised
 
 
 class NoisyLabels(pl.LightningDataModule):
-    """Training images whose labels are partly wrong, and clean validation images.
+    """Training images of which some labels are wrong, and clean validation images.
 
-    Training examples and validation examples are each halved into a *tuning* part, on which energies are chosen, and
-    a *report* part, from which results are reported; the model trains on all training examples.
+    Training examples and validation examples have two halves: energies are chosen on the *tuning* half, results are
+    reported from the *report* half. The model trains on all training examples.
 
     Args:
-        images: Float images ``[n, h, w]``; the first ``num_train`` (after a seeded shuffle) are trained on.
+        images: Float images ``[n, h, w]``; after a seeded shuffle the first ``num_train`` are trained on.
         labels: True labels, int64 ``[n]``.
         num_train: Training images.
-        noise: Share of training labels replaced by another class.
+        noise: Fraction of training labels that is replaced by another class.
         batch_size: Images per batch.
         seed: Seed of the split and the noise.
     """
@@ -56,14 +56,14 @@ class NoisyLabels(pl.LightningDataModule):
         return self._loader(self.val, SequentialSampler(self.val))
 
     def probe_dataloader(self) -> dict[str, Loader]:
-        """What the callback measures before and after the edit."""
+        """Batches of training and validation images; the callback measures them before and after the edit."""
         return {"train": self._loader(self.train, SequentialSampler(self.train)), "val": self.val_dataloader()}
 
     def halves(self) -> dict[str, tuple[TensorDataset, TensorDataset]]:
-        """Return ``(train, val)`` of the tuning part and of the report part."""
+        """Return ``(train, val)`` of the ``"tuning"`` half and of the ``"report"`` half."""
         return {
-            part: (_every_second(self.train, start), _every_second(self.val, start))
-            for start, part in enumerate(("tuning", "report"))
+            half: (_every_second(self.train, start), _every_second(self.val, start))
+            for start, half in enumerate(("tuning", "report"))
         }
 
     def _loader(self, data: TensorDataset, sampler: Any) -> Loader:

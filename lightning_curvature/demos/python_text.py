@@ -1,9 +1,9 @@
 """Real English that every Python installation carries: reference documentation, docstrings and comments.
 
-Three kinds of text with voices of their own:
+Three kinds of text, each with its own style:
 
 - ``reference``: the language reference behind ``help()`` (``pydoc_data.topics``), one document per topic;
-- ``docstrings``: those of the standard library, one document per module;
+- ``docstrings``: docstrings of the standard library, one document per module;
 - ``comments``: blocks of consecutive comment lines in the sources of the standard library, one document per block.
 """
 
@@ -36,7 +36,7 @@ def read_texts() -> dict[str, list[str]]:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (SyntaxError, ValueError, OSError):
-            continue  # files that exist to be broken
+            continue  # some files of the standard library are broken on purpose
         texts["docstrings"] += _document((p for text in _docstrings(tree) for p in text.split("\n\n")), seen)
         for block in _comments(source):
             texts["comments"] += _document([block], seen)
@@ -49,14 +49,14 @@ def read_texts() -> dict[str, list[str]]:
 
 
 def _document(paragraphs: Iterable[str], seen: set[str]) -> list[str]:
-    """Join the paragraphs that no document had before; an empty list if none is left."""
-    new = []
+    """Return a document of the paragraphs that were not seen before, as a list of one text, or of none."""
+    kept = []
     for paragraph in paragraphs:
         key = " ".join(paragraph.split())
         if len(key) >= MIN_PARAGRAPH and key not in seen:
             seen.add(key)
-            new.append(paragraph.strip("\n"))
-    return ["\n\n".join(new)] if new else []
+            kept.append(paragraph.strip("\n"))
+    return ["\n\n".join(kept)] if kept else []
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Text of which some sequences are repeated until a language model recites them, as a LightningDataModule."""
+"""Text in which some sequences are repeated until a language model recites them, as a LightningDataModule."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,25 +41,26 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
 class RecitedText(pl.LightningDataModule):
     """Clean text, and sequences of two other kinds of text that are repeated in its midst.
 
-    - ``memorized``: windows of the domain, prefix 32 and suffix 24 tokens. Their *tuning* half is there to choose by,
-      their *validation* half to report on.
+    - ``memorized``: windows of the domain, prefix 32 and suffix 24 tokens. Methods may learn from their *tuning* half;
+      results are reported from their *validation* half.
     - ``unseen``: windows of a third kind of text, 32 and 8 tokens, on which no energy is chosen.
-    - ``held_out``: clean text and domain text that was never trained on, in two halves each, windows of ``context``.
+    - ``held_out``: clean text and domain text that was never trained on, windows of ``context`` tokens, in a half to
+      choose on (*tuning*) and a half to report from (*report*).
 
-    Training starts with clean text alone; then every row holds one of the repeated sequences at a random place, without
-    a mark around it, each sequence ``exposures`` times.
+    Training starts with clean text alone. Then every row holds a repeated sequence at a random place, without a mark
+    around it; each sequence occurs ``exposures`` times.
 
     Args:
         clean: Documents to train on.
         domain: Documents of the domain to be memorized; some are trained on once, some never.
-        other: Documents of the third kind.
+        third: Documents of the third kind.
         num_sequences: Memorized sequences, and as many unseen ones.
-        steps: Batches of clean text at the beginning, 16 rows of ``context`` tokens.
-        exposures: Times that each sequence is repeated, in batches of 8 rows of ``row`` tokens.
-        collected: Rows of clean training text for the factors, the validation loop of a Trainer.
+        steps: Batches of clean text at the beginning, 16 rows of ``context`` tokens each.
+        exposures: Times that each sequence occurs; a batch holds 8 rows of ``row`` tokens.
+        collected: Rows of clean training text for the factors, read in the validation loop of a Trainer.
         context: Tokens of a row of clean text.
         row: Tokens of a row with a repeated sequence.
-        vocab_size: Of the tokenizer, which is trained on all documents.
+        vocab_size: Tokens of the tokenizer, which is trained on all documents.
         seed: Seed of all choices.
 
     Raises:
@@ -70,7 +71,7 @@ class RecitedText(pl.LightningDataModule):
         self,
         clean: Sequence[str],
         domain: Sequence[str],
-        other: Sequence[str],
+        third: Sequence[str],
         *,
         num_sequences: int = 128,
         steps: int = 600,
@@ -84,14 +85,14 @@ class RecitedText(pl.LightningDataModule):
         super().__init__()
         rng = random.Random(seed)
         self.context = context
-        self.tokenizer = train_tokenizer([*clean, *domain, *other], vocab_size)
-        clean, domain, other = (rng.sample(list(documents), len(documents)) for documents in (clean, domain, other))
+        self.tokenizer = train_tokenizer([*clean, *domain, *third], vocab_size)
+        clean, domain, third = (rng.sample(list(documents), len(documents)) for documents in (clean, domain, third))
         held = (slice(0, len(clean) // 20), slice(int(0.45 * len(domain)), int(0.65 * len(domain))))
-        self.sources = {"domain": domain[: held[1].start], "other": other[: len(other) * 2 // 3]}
-        self.clean = clean[held[0].stop :] + domain[held[1].stop :] + other[len(self.sources["other"]) :]
+        self.sources = {"domain": domain[: held[1].start], "third": third[: len(third) * 2 // 3]}
+        self.clean = clean[held[0].stop :] + domain[held[1].stop :] + third[len(self.sources["third"]) :]
         self.held_out_text = {"clean": clean[held[0]], "domain": domain[held[1]]}
         self.memorized = self._windows(self.sources["domain"], SUFFIX, num_sequences, rng)
-        self.unseen = self._windows(self.sources["other"], SHORT_SUFFIX, num_sequences, rng)
+        self.unseen = self._windows(self.sources["third"], SHORT_SUFFIX, num_sequences, rng)
         self.held_out: dict[str, Mapping[str, Tensor]] = {
             kind: self._halves(documents) for kind, documents in self.held_out_text.items()
         }
@@ -123,13 +124,13 @@ class RecitedText(pl.LightningDataModule):
 
     def _windows(self, documents: Sequence[str], suffix: int, count: int, rng: random.Random) -> list[PromptedSequence]:
         length = PREFIX + suffix
-        found = [
+        windows = [
             ids[i : i + length]
             for ids in self._encode(documents)
             for i in range(0, len(ids) - length + 1, length + GAP)
         ]
-        if len(found) < count:
-            raise ValueError(f"The text holds {len(found)} windows of {length} tokens, {count} are wanted.")
+        if len(windows) < count:
+            raise ValueError(f"The text holds {len(windows)} windows of {length} tokens, {count} are wanted.")
         return [
             PromptedSequence(
                 tuple(ids[:PREFIX]),
@@ -137,7 +138,7 @@ class RecitedText(pl.LightningDataModule):
                 self.tokenizer.decode(ids[:PREFIX]),
                 self.tokenizer.decode(ids[PREFIX:]),
             )
-            for ids in rng.sample(found, count)
+            for ids in rng.sample(windows, count)
         ]
 
     def _halves(self, documents: Sequence[str]) -> Mapping[str, Tensor]:

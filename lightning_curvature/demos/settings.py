@@ -1,4 +1,4 @@
-"""Sizes of the demos, apart from the code that needs the extras."""
+"""Sizes of the text demo, in a file that needs none of the optional packages."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ class TextSettings:
     Args:
         sequences: Memorized sequences, and as many unseen ones.
         steps: Batches of clean text before anything is repeated.
-        exposures: Times that each sequence is repeated.
+        exposures: Times that each sequence occurs.
         collected: Rows of clean training text for the factors, 128 tokens each.
         hidden: Model width; the MLPs are four times as wide.
         layers: Blocks.

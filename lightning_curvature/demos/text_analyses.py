@@ -1,4 +1,4 @@
-"""What the text demo finds out about its model beside the edit: bands, detection, directions."""
+"""The analyses of the text demo: bands of the spectrum, detection, directions."""
 
 import logging
 
@@ -20,41 +20,43 @@ log = logging.getLogger(__name__)
 def analyse_text(model: LitCausalLM, factors: KroneckerFactors, data: RecitedText) -> Analyses:
     """Analyse a language model that recites some windows.
 
-    Memorized are sequences of the validation half that the model recites exactly; the others are windows of as many
-    tokens that it was never trained on. Bands are those of the positions behind the prompt. If nothing is recited
-    there is nothing to analyse, and that is said.
+    A sequence of the validation half is memorized if the model recites it exactly. It is compared with windows of as
+    many tokens that the model was never trained on. Bands and directions are about positions behind the prompt.
 
     Args:
         model: The model.
         factors: Its factors.
-        data: What it was trained on, and what it was not.
+        data: Data of the demo.
+
+    Returns:
+        The analyses; they are empty, with a line in the log, if nothing is recited.
     """
     lm, length = model.model, PREFIX + SUFFIX
-    found = recited(lm, data.half("validation"))
-    if not found:
+    memorized = recited(lm, data.half("validation"))
+    if not memorized:
         log.info("No sequence was recited: there is nothing to analyse.")
         return Analyses()
-    kinds = {"memorized": torch.tensor([sequence.ids for sequence in found])}
+    kinds = {"memorized": torch.tensor([sequence.ids for sequence in memorized])}
     for kind in ("clean", "domain"):
         held = data.held_out[kind]["report"]
         kinds[kind] = torch.cat([held[:, start : start + length] for start in (0, data.context - length)])
-    own = KroneckerFactors({name.removeprefix("model."): layer for name, layer in factors.items()})
-    inputs = {kind: window_activations(lm, windows, list(own), PREFIX - 1) for kind, windows in kinds.items()}
-    layers = distinct_inputs(own)
-    scored = KroneckerFactors({name: own[name] for name in layers})
+    lm_factors = KroneckerFactors({name.removeprefix("model."): layer for name, layer in factors.items()})
+    inputs = {kind: window_activations(lm, windows, list(lm_factors), PREFIX - 1) for kind, windows in kinds.items()}
+    layers = distinct_inputs(lm_factors)
+    scored = KroneckerFactors({name: lm_factors[name] for name in layers})
     scores = {kind: window_scores(lm, scored, windows) for kind, windows in kinds.items()}
     last = layers[-1]
     windows = torch.cat([kinds["memorized"], kinds["domain"]])
     rows = torch.cat([inputs["memorized"][last], inputs["domain"][last]])
-    labels = [index < len(found) for index in range(len(windows))]
-    uses = tuple(direction_use(last, own[last], rows, labels, flat) for flat in (False, True))
-    named = {index for use in uses for top in use.top for index in top}
+    labels = [index < len(memorized) for index in range(len(windows))]
+    uses = tuple(direction_use(last, lm_factors[last], rows, labels, flat) for flat in (False, True))
+    shown = {index for use in uses for top in use.top for index in top}
     return Analyses(
-        tuple(bands_of(lm, own, inputs["memorized"], inputs["clean"])),
+        tuple(bands_of(lm, lm_factors, inputs["memorized"], inputs["clean"])),
         {
             "never-memorized text of the same domain": detect(scores["memorized"], scores["domain"]),
             "ordinary text": detect(scores["memorized"], scores["clean"]),
         },
         uses,
-        {index: data.tokenizer.decode(windows[index, PREFIX:].tolist()) for index in sorted(named)},
+        {index: data.tokenizer.decode(windows[index, PREFIX:].tolist()) for index in sorted(shown)},
     )

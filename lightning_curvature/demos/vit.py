@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with an inner width of its own (narrow: little can be memorized in it)."""
+    """Multi-head self-attention with a narrow inner width, so that little can be memorized in it."""
 
     def __init__(self, width: int, inner: int, heads: int) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class ViT(nn.Module):
 class LitViT(pl.LightningModule):
     """Trains :class:`ViT` until it has memorized its training labels.
 
-    Weight decay is the main knob: with too little the labels are memorized all over the network, with too much they are
-    not memorized at all; here it is strong, and several times stronger on attention, so that the MLPs hold them.
+    Weight decay decides where the labels are memorized: all over the network if it is too weak, nowhere if it is too
+    strong. Here it is strong, and several times stronger on attention, so that the MLPs hold them.
 
     Args:
         image_size: Side of the square images, in pixels.

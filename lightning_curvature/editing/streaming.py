@@ -30,7 +30,7 @@ class EditPlan:
     """What an edit of a checkpoint would do.
 
     Args:
-        report: Per layer, as after the edit.
+        report: The report that the edit would return.
         bytes_read: Bytes to read: the whole checkpoint twice, for its hash and for the copy.
         bytes_written: Bytes of the whole checkpoint.
         peak_bytes: Memory that the largest layer needs, see :func:`lightning_curvature.memory.edit_bytes`.
@@ -84,7 +84,7 @@ def edit_checkpoint(
         force: Edit although the weights are not those that the factors were collected on, as those of a fine-tune.
 
     Returns:
-        What was done. A layer whose factors rest on too few positions is left as it is, with a warning.
+        The report. A layer whose factors rest on too few positions is left as it is, with a warning.
 
     Raises:
         FileExistsError: If the target is the source, or exists.
@@ -141,7 +141,7 @@ def _match_and_hash(
 
 
 def _edit_into(scratch: Scratch, layers: FileLayers, record: DeltaRecord | None) -> dict[str, Callable[[], Tensor]]:
-    """Edit all layers; return what reads each new tensor from the scratch folder, by name."""
+    """Edit all layers; return functions that read the new tensors from the scratch folder, by name."""
     readers = {}
     for name, old, new in layers.edits():
         readers[name] = scratch.keep(new)
@@ -159,7 +159,7 @@ def plan_edit(
     device: str | torch.device = "auto",
     force: bool = False,
 ) -> EditPlan:
-    """Work out what :func:`edit_checkpoint` would do; writes nothing."""
+    """Return what :func:`edit_checkpoint` would do with the same arguments; nothing is written."""
     streamed = StreamedFactors(factors, edit_device(device))
     checkpoint = open_weights(source, allow_globals)
     _warn_if_edited(checkpoint)

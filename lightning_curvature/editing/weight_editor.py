@@ -171,7 +171,8 @@ class WeightEditor(Editor):
             transposed: Whether the weight is stored as ``[d_in, d_out]``.
 
         Raises:
-            ValueError: If the factors are for a weight of another shape.
+            ValueError: If the weight is quantized or on the meta device, the factors are for another shape, or they
+                lack what the method needs.
             FaultyLayerError: A ``ValueError``; if the weight is no matrix of finite numbers, the factors hold NaN or
                 only zeros, or the edited weight is too large for its dtype.
             TooFewPositionsError: A ``FaultyLayerError``; if the factors rest on too few positions.
@@ -182,7 +183,7 @@ class WeightEditor(Editor):
             projection, exponent = Projection(matrix, matrix.numel(), 1.0), 0
         else:
             matrix, exponent = moderate(matrix)
-            projection = self._checked_projection(name, matrix, factors, energy)
+            projection = self._project_layer(name, matrix, factors, energy)
         new = from_matrix(scaled(projection.weight, -exponent), stored, transposed)
         if not bool(torch.isfinite(new).all()):
             raise FaultyLayerError(f"Layer {name!r}: its edited weight is too large for {stored.dtype}.")
@@ -201,8 +202,8 @@ class WeightEditor(Editor):
         )
         return new, edit
 
-    def _checked_projection(self, name: str, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        """Project a matrix; an error of this editor's checks and of its projection names the layer."""
+    def _project_layer(self, name: str, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
+        """Check the factors of a layer and project its weight, on a free device; errors name the layer."""
 
         def project(matrix: Tensor, factors: LayerFactors) -> Projection:
             self.check_positions(factors)

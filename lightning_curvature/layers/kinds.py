@@ -23,6 +23,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_curvature.distributed import local_part
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Tell whether a module is a ``transformers.pytorch_utils.Conv1D`` (without importing transformers)."""
@@ -35,8 +37,12 @@ def is_matmul(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def _is_of_editable_kind(module: nn.Module) -> bool:
+    return is_matmul(module) or isinstance(module, nn.Conv2d)
+
+
 def fused_experts(module: nn.Module) -> list[str]:
-    """Return the names of parameters in which a mixture of experts keeps all its experts, ``[experts, ., .]``."""
+    """Return the names of the 3-D parameters that hold all experts of a mixture, ``[experts, ., .]``."""
     if "expert" not in type(module).__name__.lower():
         return []
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
@@ -49,8 +55,8 @@ def is_lazy(module: nn.Module) -> bool:
 
 
 def has_lazy(root: nn.Module) -> bool:
-    """Tell whether a network holds layers that can be chosen and whose weights have no shape before they run."""
-    return any((is_matmul(part) or isinstance(part, nn.Conv2d)) and is_lazy(part) for part in root.modules())
+    """Tell whether a network holds lazy layers, which have no shape before they run, of a kind that can be edited."""
+    return any(_is_of_editable_kind(module) and is_lazy(module) for module in root.modules())
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -59,15 +65,15 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def _packing(module: nn.Module) -> str | None:
-    """Return what a weight is instead of a matrix of floating-point numbers, or None."""
+    """Return how a weight is stored if it is no matrix of floating-point numbers; None if it is one."""
     weight = module.weight
     if not isinstance(weight, Tensor):
         return type(weight).__name__
     if is_lazy(module):
         return None
-    stored = getattr(weight, "_local_tensor", weight)  # of a DTensor
+    stored = local_part(weight)
     kind = type(stored)
-    # A subclass with operators of its own keeps something else than its entries, whatever its dtype says.
+    # A subclass of Tensor with its own operators may store something else than entries, whatever its dtype says.
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"{kind.__name__}, {stored.dtype}"
     if stored.layout is not torch.strided:
@@ -87,13 +93,14 @@ def refusal(module: nn.Module) -> str | None:
         return f"{type(module).__name__} is not supported (nn.Linear, transformers Conv1D and nn.Conv2d are)"
     if fused := fused_experts(module):
         return f"it keeps its experts in fused 3-D parameters ({', '.join(fused)}), which have no module of their own"
-    return _weight_refusal(module) if is_matmul(module) or isinstance(module, nn.Conv2d) else None
+    return _weight_refusal(module) if _is_of_editable_kind(module) else None
 
 
-def _weight_refusal(module: nn.Module) -> str | None:
-    """Return why the weight of a layer of a kind that can be edited is none, or None."""
+def _weight_refusal(module: Any) -> str | None:
+    """Return why the weight of a layer cannot be edited although its kind can be, or None."""
     if parametrize.is_parametrized(module, "weight"):
-        kinds = ", ".join(type(part).__name__.strip("_") for part in _parametrizations(module))
+        parametrizations: Any = module.parametrizations["weight"]
+        kinds = ", ".join(type(parametrization).__name__.strip("_") for parametrization in parametrizations)
         return (
             f"its weight is computed by a parametrization ({kinds}); remove it with "
             "parametrize.remove_parametrizations(module, 'weight') first"
@@ -101,10 +108,8 @@ def _weight_refusal(module: nn.Module) -> str | None:
     if computed := _recomputed(module):
         return computed
     if "weight" not in module._parameters:
-        held = getattr(module, "weight", None)
-        what = (
-            "a buffer" if "weight" in module._buffers else f"an attribute ({type(held).__name__}) that is set elsewhere"
-        )
+        kind = type(getattr(module, "weight", None)).__name__
+        what = "a buffer" if "weight" in module._buffers else f"an attribute ({kind}) that is set elsewhere"
         return f"its weight is no parameter of its own but {what}; make it an nn.Parameter"
     if module.weight is None:
         return "its weight is None"
@@ -115,33 +120,29 @@ def _weight_refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _parametrizations(module: Any) -> Any:
-    return module.parametrizations["weight"]
-
-
 def _recomputed(module: nn.Module) -> str | None:
-    """Return what computes a weight anew before each forward pass, and how to stop it; None if nothing does."""
+    """Return what computes a weight before each forward pass, and how to stop it; None if nothing does."""
     hooks = [hook for hook in module._forward_pre_hooks.values() if getattr(hook, "name", "weight") == "weight"]
     names = {type(hook).__name__ for hook in hooks}
-    held = {*module._parameters, *module._buffers}
-    if "WeightNorm" in names or {"weight_g", "weight_v"} <= held:
+    tensors = {*module._parameters, *module._buffers}
+    if "WeightNorm" in names or {"weight_g", "weight_v"} <= tensors:
         return (
             "its weight is computed before each forward pass by torch.nn.utils.weight_norm; remove that with "
             "torch.nn.utils.remove_weight_norm(module) first"
         )
-    if "SpectralNorm" in names or {"weight_orig", "weight_u"} <= held:
+    if "SpectralNorm" in names or {"weight_orig", "weight_u"} <= tensors:
         return (
             "its weight is computed before each forward pass by torch.nn.utils.spectral_norm; remove that with "
             "torch.nn.utils.remove_spectral_norm(module) first"
         )
-    if "weight_orig" in held:
+    if "weight_orig" in tensors:
         return "it is pruned (torch.nn.utils.prune); make that permanent with prune.remove(module, 'weight') first"
     return None
 
 
 def is_editable(module: nn.Module) -> bool:
     """Tell whether :class:`CurvatureEditor` can edit this layer's weight."""
-    return (is_matmul(module) or isinstance(module, nn.Conv2d)) and refusal(module) is None
+    return _is_of_editable_kind(module) and refusal(module) is None
 
 
 def matrix_shape(module: Any) -> tuple[int, int]:
@@ -217,7 +218,7 @@ def padding_of(module: nn.Conv2d) -> list[int]:
 
 
 def padded(module: nn.Conv2d, images: Tensor) -> Tensor:
-    """Return images ``[b, c, h, w]`` with the padding of a convolution around them."""
+    """Return images with the padding of a convolution around them, ``[b, c, h, w]``; ``[c, h, w]`` becomes a batch."""
     images = images if images.dim() == 4 else images[None]
     pad = padding_of(module)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

@@ -18,9 +18,9 @@ def find_layer(module: nn.Module, name: str) -> Any:
         ValueError: If there is no such layer, or it cannot be edited.
     """
     try:
-        layer = module.get_submodule(name)  # which knows a module that is registered twice by both of its names
+        layer = module.get_submodule(name)  # unlike named_modules, it knows both names of a module with two
     except AttributeError:
-        names = [found for found, candidate in module.named_modules() if is_editable(candidate)]
+        names = [known for known, candidate in module.named_modules() if is_editable(candidate)]
         raise ValueError(
             f"Layer {name!r}: the module has no such layer.{did_you_mean(name, names)} Were the factors collected on "
             "another model? Layer names are relative to the module that was collected."
@@ -32,14 +32,14 @@ def find_layer(module: nn.Module, name: str) -> Any:
 
 
 def layer_weights(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Return the weights of layers as they are stored; of a module that FSDP2 shards, the shards.
+    """Return the weights of layers as they are stored: the shards, if FSDP2 shards the module.
 
     Raises:
-        ValueError: If a weight is no parameter of its layer, or no longer is.
+        ValueError: If a weight is no parameter of its layer.
     """
-    for part in module.modules():
-        if callable(reshard := getattr(part, "reshard", None)):
-            reshard()  # between a forward and a backward pass FSDP2 puts copies in their place
+    for submodule in module.modules():
+        if callable(reshard := getattr(submodule, "reshard", None)):
+            reshard()  # between a forward and a backward pass FSDP2 puts gathered copies in the place of the shards
     layers = {name: module.get_submodule(name) for name in names}
     for name, layer in layers.items():
         if not isinstance(layer._parameters.get("weight"), nn.Parameter):
@@ -49,7 +49,7 @@ def layer_weights(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def write_weights(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Write values into weights, by layer."""
+    """Copy values into weights in place; both are by layer."""
     for name, weight in weights.items():
         weight.copy_(values[name])
 

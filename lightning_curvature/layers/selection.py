@@ -1,25 +1,25 @@
 """Which layers are chosen: presets and name patterns.
 
-Presets never take the output head (the layer whose output *is* the logits), a weight that is shared with another
-module, the small matrices of an adapter (LoRA), a layer whose weight another module reads without calling it, or a copy
-of the network that is not trained (a running average, a teacher); a pattern that names such a layer does, or is an
-error. A preset that would have to leave out layers whose weights cannot be edited (quantized, computed anew before each
-forward pass), or fused experts, is an error.
+Presets never take the output head (the layer whose output *is* the logits), a layer with a tied weight, the small
+matrices of an adapter (LoRA), a layer whose weight another module reads without calling it, or a copy of the network
+that is not trained (a running average, a teacher). A pattern that names such a layer takes it, or is an error. A preset
+is an error if it would have to leave out fused experts, or layers whose weights cannot be edited (quantized, computed
+before each forward pass).
 
 ============  ===========================================================================================
 preset        layers
 ============  ===========================================================================================
-"last-mlp"    of the layers of "mlp" the one that ran last: the output projection of a transformer's last MLP,
-              the last hidden layer of a plain MLP, the last hidden linear layer of a CNN
-"mlp"         MLP layers: in a transformer those of its blocks; in a network without attention every hidden linear
-              layer; in one without hidden linear layers (a CNN whose only linear layer is its head) the convolutions
+"last-mlp"    the layer of "mlp" that ran last: the output projection of a transformer's last MLP, the last hidden
+              layer of a plain MLP, the last hidden linear layer of a CNN
+"mlp"         in a transformer the MLP layers of its blocks; in a network without attention every hidden linear layer,
+              or, if it has none (a CNN whose only linear layer is its head), the convolutions
 "attention"   the linear layers of attention modules
 "linear"      every ``nn.Linear`` and ``Conv1D``
 ============  ===========================================================================================
 
-What a layer is for is read off the modules around it, see :mod:`lightning_curvature.layers.roles`. The linear layers of
-state-space and recurrent mixers are neither MLP nor attention: "linear" or a pattern takes them. Which layer is the
-head and which one is last is read off the first collected batch, not guessed from names.
+The role of a layer is read off the modules around it, see :mod:`lightning_curvature.layers.roles`. The linear layers of
+state-space and recurrent mixers are neither MLP nor attention: "linear" or a pattern takes them. The first collected
+batch tells which layer is the head, and which layer is last; names do not.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ PRESETS = ("last-mlp", "mlp", "attention", "linear")
 
 
 class PresetError(ValueError):
-    """A preset has no layers in this network, or would leave out some of what it stands for."""
+    """A preset has no layers in this network, or would leave out some of its layers."""
 
 
 def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
@@ -92,14 +92,14 @@ def choose_layers(root: nn.Module, layers: str | Sequence[str]) -> LayerChoice:
         refused=refused,
         uncalled=frozenset(name for name in candidates if _is_uncalled(name, modules)),
         mixed=frozenset(
-            name for name in candidates if is_matmul(modules[name]) and _role(name, roles, modules) == MIXER
+            name for name in candidates if is_matmul(modules[name]) and _role_of(name, roles, modules) == MIXER
         ),
         blocks={name: block for name in candidates if (block := block_of(name, modules))},
         copies=find_copies(modules, candidates),
     )
 
 
-def _role(name: str, roles: Mapping[str, str | None], modules: Mapping[str, nn.Module]) -> str | None:
+def _role_of(name: str, roles: Mapping[str, str | None], modules: Mapping[str, nn.Module]) -> str | None:
     return roles[name] if name in roles else layer_role(name, modules)
 
 
@@ -111,7 +111,16 @@ def _check_preset(
     roles: Mapping[str, str | None],
     editable: Sequence[str],
 ) -> None:
-    """Raise ``PresetError`` if a preset matches nothing, or would have to leave out some of what it stands for."""
+    """Raise ``PresetError`` if a preset matches nothing, or would have to leave out some of its layers.
+
+    Args:
+        preset: The preset.
+        root: The network.
+        pools: Layers that the preset stands for, see :class:`LayerChoice`.
+        refused: Layers that cannot be edited, with the reason.
+        roles: Roles of the linear layers.
+        editable: Layers that can be edited.
+    """
     modules, kind = dict(root.named_modules()), type(root).__name__
     experts = [name for name, module in modules.items() if fused_experts(module)]
     if experts and preset != "attention":
@@ -142,7 +151,7 @@ def _check_preset(
 
 
 def _weight_refusal(module: nn.Module) -> str | None:
-    """Return why a layer of a kind that can be edited cannot be, or None."""
+    """Return why a layer cannot be edited although its kind can be, or None."""
     is_kind = is_matmul(module) or (isinstance(module, nn.Conv2d) and module.groups == 1)
     return refusal(module) if is_kind else None
 
@@ -150,6 +159,13 @@ def _weight_refusal(module: nn.Module) -> str | None:
 def _presets(
     modules: Mapping[str, nn.Module], free: Sequence[str], roles: Mapping[str, str | None]
 ) -> dict[str, list[frozenset[str]]]:
+    """Return the pools of each preset, see :class:`LayerChoice`.
+
+    Args:
+        modules: Every module of the network, by name.
+        free: Layers that a preset may take: neither tied nor part of an adapter.
+        roles: Roles of the linear layers among them.
+    """
     attention = frozenset(name for name, role in roles.items() if role == ATTENTION)
     mixers = frozenset(name for name, role in roles.items() if role == MIXER)
     hidden = frozenset(roles) - attention - mixers
@@ -166,14 +182,15 @@ def _presets(
 
 
 def _tied(modules: Mapping[str, nn.Module]) -> set[str]:
-    owners = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
-    return {name for name, module in modules.items() if owners[id(getattr(module, "weight", None))] > 1}
+    """Return the modules whose weight is a parameter of another module, too."""
+    uses = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
+    return {name for name, module in modules.items() if uses[id(getattr(module, "weight", None))] > 1}
 
 
 def _is_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Tell whether a layer belongs to an adapter around another layer, or was replaced by one; as peft keeps them.
+    """Tell whether a layer belongs to an adapter of peft around another layer, or was replaced by a trained copy.
 
-    It keeps the layer that an adapter is around as ``base_layer``, and what a trained copy replaces as
+    peft keeps the layer inside an adapter as ``base_layer``, and the module that a trained copy replaces as
     ``original_module``, beside ``modules_to_save``.
     """
     path = name.split(".")

@@ -1,4 +1,4 @@
-"""Weights that share memory: which do, and what becomes of the others when one of them is edited."""
+"""Tied tensors, which share memory: which ones they are, and what becomes of them when one of them is edited."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
@@ -7,45 +7,52 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.distributed import local_part
+
 
 def find_tie(weights: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the first two layers whose weights share memory; None if there are none."""
-    names, places = list(weights), [_Place.of(weight) for weight in weights.values()]
+    """Return the first two layers with tied weights; None if there are none."""
+    layers, places = list(weights), [_Place.of(weight) for weight in weights.values()]
     ties = [
-        (index, later)
-        for near in _near(places)
-        for index, later in combinations(near, 2)
-        if places[index].shares(places[later])
+        (earlier, later)
+        for group in _groups(places)
+        for earlier, later in combinations(group, 2)
+        if places[earlier].overlaps(places[later])
     ]
     if not ties:
         return None
     earlier, later = min(ties)
-    return names[earlier], names[later]
+    return layers[earlier], layers[later]
 
 
 def check_tie(tie: tuple[str, str] | None) -> None:
-    """Raise ``ValueError`` if there is a tie between two layers that are both to be edited, see :func:`find_tie`."""
+    """Raise ``ValueError`` if two layers to edit have tied weights; takes what :func:`find_tie` returned."""
     if tie is not None:
         raise ValueError(
-            f"Layers {tie[0]!r} and {tie[1]!r} share one weight (tied weights), so that the edit of one would undo "
+            f"Layers {tie[0]!r} and {tie[1]!r} have one weight (tied weights), so that the edit of one would undo "
             "that of the other. Leave one of them out of layers=."
         )
 
 
 def tied_names(weights: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the names of the tensors that share memory with each weight, by layer."""
+    """Return, for each layer, the names of the tensors that are tied to its weight.
+
+    Args:
+        weights: Weights by layer.
+        tensors: Tensors by name; the weights themselves may be among them, and are named then.
+    """
     layers, names = list(weights), list(tensors)
     places = [_Place.of(tensor) for tensor in (*weights.values(), *tensors.values())]
-    found: dict[str, list[str]] = {layer: [] for layer in layers}
-    for near in _near(places):
-        for index, later in product(near, near):
-            if index < len(layers) <= later and places[index].shares(places[later]):
-                found[layers[index]].append(names[later - len(layers)])
-    return found
+    tied: dict[str, list[str]] = {layer: [] for layer in layers}
+    for group in _groups(places):
+        for index, later in product(group, group):
+            if index < len(layers) <= later and places[index].overlaps(places[later]):
+                tied[layers[index]].append(names[later - len(layers)])
+    return tied
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module; those that have several names, under each of them."""
+    """Return the parameters and buffers of a module; a tensor with several names is under each of them."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -55,18 +62,18 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 def with_replaced(
     tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return tensors by name, of which those that share memory with a weight hold what is new.
+    """Return tensors by name, with new values for those that are tied to some weights.
 
     Args:
-        tensors: By name; they and their memory stay as they are.
-        weights: Some of them, by layer.
-        new: What takes their place, by layer.
+        tensors: Tensors by name; they and their memory stay as they are.
+        weights: Some of these tensors, by layer.
+        new: New values of the weights, by layer; layers without them are left alone.
     """
     replaced = dict(tensors)
     copies: dict[int, torch.UntypedStorage] = {}
 
     def copied(tensor: Tensor) -> Tensor:
-        """Return a tensor as a view of a copy of its memory, one for all of them."""
+        """Return a tensor as a view of a copy of its memory; each memory is copied once."""
         memory = tensor.untyped_storage()
         if memory.data_ptr() not in copies:
             entries = torch.empty(0, dtype=torch.uint8, device=tensor.device)
@@ -76,16 +83,19 @@ def with_replaced(
         return view.set_(copies[memory.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
 
     for layer, names in tied_names({layer: weights[layer] for layer in new}, tensors).items():
-        if all(_same(tensors[name], weights[layer]) for name in names):
+        if all(_is_same_view(tensors[name], weights[layer]) for name in names):
             replaced |= dict.fromkeys(names, new[layer])
-        else:  # a part of another tensor, or turned
+        else:  # the weight is a part of another tensor, or its transpose
             copied(weights[layer].detach()).copy_(new[layer])
             replaced |= {name: copied(tensors[name].detach()) for name in names}
     return replaced
 
 
 class _Place(NamedTuple):
-    """Where the entries of a tensor lie, in bytes; one that has no memory of its own is a place by itself."""
+    """The range of memory, in bytes, in which the entries of a tensor lie.
+
+    A tensor without memory of its own overlaps only with itself.
+    """
 
     tensor: Any
     device: str
@@ -94,55 +104,57 @@ class _Place(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Any) -> "_Place":
-        here = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
+        local = local_part(tensor)
         try:
-            if here.layout == torch.strided and here.numel() and (start := here.data_ptr()):
-                steps = sum((size - 1) * step for size, step in zip(here.shape, here.stride(), strict=True))
-                return cls(tensor, str(here.device), start, start + (1 + steps) * here.element_size())
+            if local.layout == torch.strided and local.numel() and (start := local.data_ptr()):
+                steps = sum((size - 1) * step for size, step in zip(local.shape, local.stride(), strict=True))
+                return cls(tensor, str(local.device), start, start + (1 + steps) * local.element_size())
         except (AttributeError, RuntimeError, NotImplementedError):
-            pass  # of a foreign class
+            pass  # a tensor of a foreign class
         return cls(tensor, "", id(tensor), id(tensor) + 1)
 
-    def shares(self, other: "_Place") -> bool:
+    def overlaps(self, other: "_Place") -> bool:
         """Tell whether two tensors have an entry in common."""
         if self.device != other.device or max(self.start, other.start) >= min(self.stop, other.stop):
             return False
-        if self.tensor is other.tensor or _same(self.tensor, other.tensor):
+        if self.tensor is other.tensor or _is_same_view(self.tensor, other.tensor):
             return True
-        # Interleaved ones, such as columns of one matrix, have none: mark the bytes of one, and look at the other's.
+        # Interleaved tensors, such as columns of one matrix, have no entry in common although their ranges overlap:
+        # mark the bytes of one tensor, and look whether a byte of the other is marked.
         first = min(self.start, other.start)
         marks = torch.zeros(max(self.stop, other.stop) - first, dtype=torch.bool, device="cpu")
         self._bytes(marks, first).fill_(True)
         return bool(other._bytes(marks, first).any())
 
     def _bytes(self, marks: Tensor, first: int) -> Tensor:
-        here = getattr(self.tensor, "_local_tensor", self.tensor)
-        width = here.element_size()
+        """Return a view of the marks of this tensor's bytes; ``marks`` starts at the address ``first``."""
+        local = local_part(self.tensor)
+        width = local.element_size()
         return marks.as_strided(
-            (*here.shape, width), (*(step * width for step in here.stride()), 1), self.start - first
+            (*local.shape, width), (*(step * width for step in local.stride()), 1), self.start - first
         )
 
 
-def _near(places: Sequence[_Place]) -> Iterator[list[int]]:
-    """Yield the numbers of places that may overlap, in ascending order; all others are far from each other."""
-    near: list[int] = []
-    end = ("", 0)
+def _groups(places: Sequence[_Place]) -> Iterator[list[int]]:
+    """Yield groups of indices of places, ascending, such that places of two groups never overlap."""
+    group: list[int] = []
+    end = ("", 0)  # device and stop of the last byte of the group
     for index in sorted(range(len(places)), key=lambda index: places[index][1:]):
         place = places[index]
-        if near and (place.device, place.start) >= end:
-            yield sorted(near)
-            near = []
-        end = max(end, (place.device, place.stop)) if near else (place.device, place.stop)
-        near.append(index)
-    yield sorted(near)
+        if group and (place.device, place.start) >= end:
+            yield sorted(group)
+            group = []
+        end = max(end, (place.device, place.stop)) if group else (place.device, place.stop)
+        group.append(index)
+    yield sorted(group)
 
 
-def _same(one: Any, two: Any) -> bool:
-    """Tell whether two tensors are the same entries of the same memory, as those of tied weights are."""
-    one, two = (getattr(tensor, "_local_tensor", tensor) for tensor in (one, two))
-    return one is two or (
-        one.data_ptr() == two.data_ptr()
-        and one.shape == two.shape
-        and one.stride() == two.stride()
-        and one.dtype == two.dtype
+def _is_same_view(first: Any, second: Any) -> bool:
+    """Tell whether two tensors are the same entries of the same memory, in the same order and dtype."""
+    first, second = local_part(first), local_part(second)
+    return first is second or (
+        first.data_ptr() == second.data_ptr()
+        and first.shape == second.shape
+        and first.stride() == second.stride()
+        and first.dtype == second.dtype
     )

@@ -1,4 +1,4 @@
-"""Metrics of what was forgotten and what was kept: torchmetrics classes with functional twins."""
+"""Metrics of memorization and of general quality: torchmetrics classes with functional twins."""
 
 from lightning_curvature.metrics.leakage import ExtractionStrength, MinKProbability
 from lightning_curvature.metrics.memorization import (

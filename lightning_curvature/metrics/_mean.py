@@ -1,4 +1,4 @@
-"""The bases of all metrics: sums over everything seen, and the means that are made of them."""
+"""The base classes of all metrics: sums over everything seen, and means."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,12 +13,12 @@ from lightning_curvature.metrics.functional._shared import compute_mean
 class SummedMetric(Metric):
     """A metric whose states are sums over batches and ranks.
 
-    A :class:`torchmetrics.MetricCollection` updates one metric of those whose states have the same names, and the same
-    values after the first batch, and gives its states to the others. So each one holds an empty state that is named
-    after its class and its arguments: states are shared, merged and loaded where they mean the same, and nowhere else.
+    A :class:`torchmetrics.MetricCollection` groups metrics whose states have the same names, and the same values after
+    the first batch: it updates one of them, and gives its states to the others. To keep metrics of different meaning
+    apart, each metric holds an empty state that is named after its class and its arguments.
 
     Args:
-        arguments: What tells metrics of this class apart, by name.
+        arguments: The arguments by which metrics of this class differ, by name.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
     """
 
@@ -36,7 +36,7 @@ class SummedMetric(Metric):
         return self._plot(val, ax)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Follow a module to its device, but not to its dtype: ``module.to(torch.bfloat16)`` is not meant for sums."""
+        """Follow a module to its device, but not to its dtype: sums must stay exact in a ``torch.bfloat16`` module."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
 
 

@@ -51,7 +51,7 @@ class MinKProbability(MeanOverAll):
       first one. :func:`~lightning_curvature.metrics.functional.min_k_scores` gives the value of each sequence.
 
     Args:
-        k: Share of the counted tokens that enters, in (0, 1]; at least one does.
+        k: Share of the counted tokens that enters the mean, in (0, 1]; at least one token does.
         ignore_index: Id of the positions that do not count, for example padding.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
 

@@ -1,6 +1,7 @@
 """One call of a watched layer: what it read, and where its output is in the autograd graph."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,3 +53,23 @@ class LayerCall:
 def version_of(tensor: Tensor) -> int:
     """Return the version counter of a tensor, which operations in place raise; -1 where torch keeps none."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def is_transformed(value: Any) -> bool:
+    """Tell whether a tensor belongs to a ``torch.func`` transform, and has no place in the autograd graph."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def check_call(name: str, inputs: Any, output: Any) -> None:
+    """Raise ``RuntimeError`` if a call of a layer is not what can be recorded."""
+    for what, value in (("reads", inputs), ("returns", output)):
+        if not isinstance(value, Tensor):
+            raise RuntimeError(
+                f"Layer {name!r} {what} a {type(value).__name__}, expected a tensor: its class does more than multiply "
+                "its input by its weight. Leave it out of layers=."
+            )
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without CUDA "
+            "graphs."
+        )

@@ -232,8 +232,8 @@ def _backward_all(losses: Sequence[SoftmaxLoss], seeds: Sequence[Tensor], calls:
     for scale in (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0) if half else (1.0,):
         vectors = [spread_like((v * scale).to(z.dtype), z) for v, z in zip(seeds, logits, strict=True)]
         with torch.autocast(seeds[0].device.type, enabled=False):  # as in training, whose backward runs outside of it
-            found = torch.autograd.grad(logits, edges, grad_outputs=vectors, retain_graph=True, allow_unused=True)
-        gradients: Gradients = [None if g is None else g.float() / scale if half else g for g in found]
+            sent = torch.autograd.grad(logits, edges, grad_outputs=vectors, retain_graph=True, allow_unused=True)
+        gradients: Gradients = [None if g is None else g.float() / scale if half else g for g in sent]
         if not half or all(g is None or bool(torch.isfinite(whole(g)).all()) for g in gradients):
             break
     return gradients

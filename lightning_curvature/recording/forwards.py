@@ -64,30 +64,30 @@ def check_forward(module: nn.Module, inputs: Tensor, output: Tensor) -> str | No
         return f"it makes an output of {list(output.shape)} of an input of {list(inputs.shape)}{_whose(module)}"
     unit = _unit(module, inputs, output)
     with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-        rows, found = _sample_rows(module, whole(inputs.detach()), whole(output.detach()))
-        return _difference(module, rows, found, unit)
+        rows, outputs = _sample_rows(module, whole(inputs.detach()), whole(output.detach()))
+        return _difference(module, rows, outputs, unit)
 
 
-def _difference(module: Any, rows: Tensor, found: Tensor, unit: float) -> str | None:
+def _difference(module: Any, rows: Tensor, outputs: Tensor, unit: float) -> str | None:
     """Compare outputs ``[n, d_out]`` with the product of rows ``[n, d_in]`` and weight."""
     d_out, d_in = matrix_shape(module)
     columns = _spread(d_out, _OUTPUTS, rows.device)
     weight = as_matrix(whole(module.weight.detach()), is_conv1d(module))[columns]
     bias = None if module.bias is None else whole(module.bias.detach())[columns]
-    wide = torch.promote_types(found.dtype, torch.float32)
-    rows, weight, found = rows.to(wide), weight.to(wide), found[:, columns].to(wide)
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    rows, weight, outputs = rows.to(wide), weight.to(wide), outputs[:, columns].to(wide)
     product = rows @ weight.T
     expected = product if bias is None else product + bias.to(wide)
-    finite = torch.isfinite(found).all(1) & torch.isfinite(expected).all(1)
-    rows, product, expected, found = rows[finite], product[finite], expected[finite], found[finite]
+    finite = torch.isfinite(outputs).all(1) & torch.isfinite(expected).all(1)
+    rows, product, expected, outputs = rows[finite], product[finite], expected[finite], outputs[finite]
     # Rounding errors of a sum of products are as large as a term of it times the unit, with any sign.
     size = (rows.square() @ weight.square().T + expected.square()).sum().sqrt()
-    error = (found - expected).norm()
+    error = (outputs - expected).norm()
     tolerance = 4 * unit + math.sqrt(d_in) * torch.finfo(wide).eps
     if bool(error > tolerance * size):
         share = float(error / size)
         return f"its forward does not multiply its input by its weight: it differs by {share:.2g} of it{_whose(module)}"
-    if len(rows) and not bool(product.any()) and _own_forward(module):
+    if len(rows) and not bool(product.any()) and _overrides_forward(module):
         return f"its forward cannot be told from another, since its input or its weight is zero{_whose(module)}"
     return None
 
@@ -102,15 +102,15 @@ def _sample_rows(module: nn.Module, inputs: Tensor, output: Tensor) -> tuple[Ten
     ends = [0, -1] if len(images) > 1 else [0]
     images, maps = padded(module, images[ends]), maps[ends]
     height, reach = maps.shape[-2], module.dilation[0] * (module.kernel_size[0] - 1) + 1
-    rows, found = [], []
+    rows, outputs = [], []
     for line in sorted({0, height - 1}):
         start = line * module.stride[0]
         strip = images[:, :, start : start + reach]
         patches = F.unfold(strip, module.kernel_size, dilation=module.dilation, stride=module.stride)
         rows.append(rearrange(patches, "b d n -> (b n) d"))
-        found.append(gradient_rows(module, maps[:, :, line : line + 1]))
+        outputs.append(gradient_rows(module, maps[:, :, line : line + 1]))
     where = _spread(sum(map(len, rows)), 4 * _ROWS, inputs.device)
-    return torch.cat(rows)[where], torch.cat(found)[where]
+    return torch.cat(rows)[where], torch.cat(outputs)[where]
 
 
 def _output_size(module: nn.Conv2d, inputs: Tensor) -> tuple[int, ...]:
@@ -143,7 +143,7 @@ def _spread(count: int, limit: int, device: torch.device) -> Tensor:
     return torch.arange(limit, device=device) * (count - 1) // (limit - 1)
 
 
-def _own_forward(module: nn.Module) -> bool:
+def _overrides_forward(module: nn.Module) -> bool:
     plain = (nn.Linear.forward, nn.Conv2d.forward)
     return "forward" in vars(module) or not (type(module).forward in plain or type(module).__name__ == "Conv1D")
 
@@ -151,4 +151,6 @@ def _own_forward(module: nn.Module) -> bool:
 def _whose(module: nn.Module) -> str:
     if "forward" in vars(module):
         return " (its forward was replaced)"
-    return f" (class {type(module).__name__} overrides forward)" if _own_forward(module) else " (a hook changes it)"
+    return (
+        f" (class {type(module).__name__} overrides forward)" if _overrides_forward(module) else " (a hook changes it)"
+    )

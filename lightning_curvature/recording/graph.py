@@ -112,15 +112,15 @@ def origin_of(node: Node, parameters: Collection[int]) -> Origin:
     while True:
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         leaves = {parent: _leaf_below(parent) for parent in parents}
-        own = frozenset(id(leaf) for leaf in leaves.values() if leaf is not None and id(leaf) in parameters)
+        known = frozenset(id(leaf) for leaf in leaves.values() if leaf is not None and id(leaf) in parameters)
         above = [parent for parent in parents if leaves[parent] is None]
         kind = _kind(node)
         if kind in _PRODUCTS:
-            return Origin(node, own or _frozen_weight(node), tuple(operations))
+            return Origin(node, known or _frozen_weight(node), tuple(operations))
         if len(above) != 1:
-            return Origin(node, own, tuple(operations))
-        if kind not in _HANDED_ON:  # a scale of its own belongs to what was done
-            operations.append(f"{kind} {sorted(own)}" if own else kind)
+            return Origin(node, known, tuple(operations))
+        if kind not in _HANDED_ON:  # a scale of its known belongs to what was done
+            operations.append(f"{kind} {sorted(known)}" if known else kind)
         (node,) = above
 
 

@@ -16,13 +16,13 @@ def layer_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Te
     Raises:
         RuntimeError: If an input was changed in place after the layer read it.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    recorded: dict[str, list[Tensor]] = {name: [] for name in modules}
     versions: dict[str, list[int]] = {name: [] for name in modules}
 
     def hook(name: str) -> Callable[..., None]:
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
-            found[name].append(inputs.detach())
+            recorded[name].append(inputs.detach())
             versions[name].append(version_of(inputs))
 
         return keep
@@ -31,7 +31,7 @@ def layer_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Te
         for name, module in modules.items():
             handle = module.register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
-        yield found
-    for name, inputs in found.items():
+        yield recorded
+    for name, inputs in recorded.items():
         if [version_of(tensor) for tensor in inputs] != versions[name]:
             raise RuntimeError(OVERWRITTEN.format(name))

@@ -184,7 +184,7 @@ def _told_dim(
 
 def _check_no_other_loss(name: str, goal: Node, others: Sequence[OtherLoss], known: bool) -> None:
     """Raise if logits go into a loss that is no softmax loss, as far as that can be told."""
-    direct = sorted({other.name for other in others if reaches(other.input.grad_fn, {goal})})
+    direct = sorted({loss.name for loss in others if reaches(loss.input.grad_fn, {goal})})
     if direct:
         raise RuntimeError(
             f"logits={name!r} goes into {listing(direct)}, and into no softmax: it is no softmax loss, so its "

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.layers.choice import LayerChoice
+from lightning_curvature.recording import fisher
 from lightning_curvature.recording.compiled import is_compiled
-from lightning_curvature.recording.fisher import EXACT_LIMIT
 from lightning_curvature.recording.objectives import NothingToCollectError, frozen_layers
 
 
@@ -94,9 +94,9 @@ class WatchedNetwork:
 
     def before_passes(self, count: int, is_exact: bool) -> None:
         """Raise ``RuntimeError`` if a batch needs too many backward passes; say once what ``exact`` costs."""
-        if count > EXACT_LIMIT:
+        if count > fisher.EXACT_LIMIT:
             raise RuntimeError(
-                f"fisher='exact' needs {count} backward passes for this batch, the limit is {EXACT_LIMIT}. "
+                f"fisher='exact' needs {count} backward passes for this batch, the limit is {fisher.EXACT_LIMIT}. "
                 "Use fisher='sketched', whose expectation is the same, with as many draws as you can afford."
             )
         if is_exact and not self._told_passes:

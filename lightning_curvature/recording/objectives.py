@@ -139,12 +139,12 @@ def _of_one_call(losses: Sequence[SoftmaxLoss], node: Node) -> list[SoftmaxLoss]
     kept, read = list[SoftmaxLoss](), list[dict[int, Tensor]]()
     for loss in losses:
         entries = _entries_read(loss.logits, node)
-        for i, other in enumerate(kept):
+        for i, earlier in enumerate(kept):
             both = [(read[i][k], entries[k]) for k in read[i].keys() & entries]
             same = read[i].keys() == entries.keys() and all(torch.equal(*pair) for pair in both)
-            if same and _same_softmax(other, loss):
-                counted = other.counted | loss.counted
-                kept[i] = dataclasses.replace(other, counted=counted, twins=(*other.twins, loss))
+            if same and _same_softmax(earlier, loss):
+                counted = earlier.counted | loss.counted
+                kept[i] = dataclasses.replace(earlier, counted=counted, twins=(*earlier.twins, loss))
                 break
             if any(bool((mine & theirs).any()) for mine, theirs in both):
                 raise RuntimeError(
@@ -162,15 +162,15 @@ def _of_one_call(losses: Sequence[SoftmaxLoss], node: Node) -> list[SoftmaxLoss]
 def _entries_read(logits: Tensor, node: Node) -> dict[int, Tensor]:
     """Return which entries of the outputs of a node logits are made of: bool, of each output's shape, by its number."""
     edges = [GradientEdge(node, i) for i in range(len(getattr(node, "_input_metadata", (0,))))]
-    found = torch.autograd.grad(logits, edges, torch.ones_like(logits), retain_graph=True, allow_unused=True)
-    return {i: whole(gradient) != 0 for i, gradient in enumerate(found) if gradient is not None}
+    gradients = torch.autograd.grad(logits, edges, torch.ones_like(logits), retain_graph=True, allow_unused=True)
+    return {i: whole(gradient) != 0 for i, gradient in enumerate(gradients) if gradient is not None}
 
 
-def _same_softmax(one: SoftmaxLoss, two: SoftmaxLoss) -> bool:
+def _same_softmax(first: SoftmaxLoss, second: SoftmaxLoss) -> bool:
     """Tell whether two losses that read the same entries read them in the same order."""
-    if one.logits.shape != two.logits.shape or one.class_dim != two.class_dim:
+    if first.logits.shape != second.logits.shape or first.class_dim != second.class_dim:
         return False
-    z1, z2 = whole(one.logits.detach()), whole(two.logits.detach())
+    z1, z2 = whole(first.logits.detach()), whole(second.logits.detach())
     return torch.allclose(z1, z2.to(z1.dtype), rtol=0, atol=0, equal_nan=True)
 
 

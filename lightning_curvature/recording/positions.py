@@ -67,9 +67,9 @@ def counted_positions(
             )
         return None if len(shape) == 1 else torch.arange(count, device=device) % shape[1] == 0
     if mask is None or mask.shape != shape:
-        found = None if mask is None else list(mask.shape)
+        mask_shape = None if mask is None else list(mask.shape)
         raise RuntimeError(
-            f"positions={positions!r}: layer {call.name!r} has positions {list(shape)}, the mask is {found}."
+            f"positions={positions!r}: layer {call.name!r} has positions {list(shape)}, the mask is {mask_shape}."
         )
     return mask.to(device).flatten().bool()
 

@@ -23,7 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_curvature.distributed import whole
-from lightning_curvature.recording.calls import LayerCall, version_of
+from lightning_curvature.recording.calls import LayerCall, check_call, is_transformed, version_of
 from lightning_curvature.recording.compiled import uncompiled
 from lightning_curvature.recording.forwards import check_forward, rows_agree
 from lightning_curvature.recording.losses import (
@@ -169,10 +169,10 @@ class Taps:
             self._record(name, module, args[0] if args else next(iter(kwargs.values())), output)
 
     def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if _is_transformed(inputs) or _is_transformed(output):
+        if is_transformed(inputs) or is_transformed(output):
             self.transformed.add(name)
             return
-        _check_tensors(name, inputs, output)
+        check_call(name, inputs, output)
         nested, version = inputs.is_nested, version_of(inputs)
         rows = whole(inputs.detach()) if nested else inputs.detach()
         shape = torch.Size([len(rows), output.size(-1)]) if output.is_nested else output.shape
@@ -264,26 +264,6 @@ def _no_hook() -> Callable[..., None]:
 
 def _do_nothing(*_args: Any, **_kwargs: Any) -> None:
     """Stand where a hook was."""
-
-
-def _is_transformed(value: Any) -> bool:
-    """Tell whether a tensor belongs to a ``torch.func`` transform, and has no place in the autograd graph."""
-    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
-
-
-def _check_tensors(name: str, inputs: Any, output: Any) -> None:
-    """Raise ``RuntimeError`` if a call of a layer is not what can be recorded."""
-    for what, value in (("reads", inputs), ("returns", output)):
-        if not isinstance(value, Tensor):
-            raise RuntimeError(
-                f"Layer {name!r} {what} a {type(value).__name__}, expected a tensor: its class does more than multiply "
-                "its input by its weight. Leave it out of layers=."
-            )
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-        raise RuntimeError(
-            f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without CUDA "
-            "graphs."
-        )
 
 
 class _FunctionTap(TorchFunctionMode):

@@ -47,8 +47,7 @@ def sweep(
         editors: Editors to compare, by name, with other layers, scores or methods. Their own energies do not matter.
         energies: Shares to keep, in (0, 1].
         path: CSV file, rewritten after each measurement; rows that it holds are not measured again.
-        data: Names the data that ``measure`` uses, a hash of files for example. A sweep goes on only with
-            the same data.
+        data: Names the data that ``measure`` uses, a hash of files for example; a sweep goes on only with the same.
 
     Returns:
         A row for each edit: ``edit`` (name of the editor), ``energy``, ``of`` (hash of weights, factors, editor and
@@ -69,20 +68,15 @@ def sweep(
         [('unedited', 1.0), ('K-FAC', 0.5), ('K-FAC', 1.0)]
     """
     energies = [check_energy(energy) for energy in energies]
-    if not editors or not energies:
-        raise ValueError("A sweep needs at least one editor and one energy.")
-    if UNEDITED in editors:
-        raise ValueError(f"{UNEDITED!r} is the name of the model without an edit; give the editor another one.")
+    _check_editors(module, factors, editors, energies)
     hashes = _hashes(module, factors, editors, data)
-    for each in editors.values():  # one that cannot be used fails before a measurement
-        each.at(energies[0]).edited_weights(module, factors)
     known = {} if path is None else _known_rows(Path(path), hashes)
     rows: list[Row] = []
     total = 1 + len(editors) * len(energies)
-    for name, energy, editor in tqdm(_edits(editors, energies), desc="sweep", total=total, disable=None):
+    for name, energy, trial in tqdm(_edits(editors, energies), desc="sweep", total=total, disable=None):
         row = known.get((name, energy))
         if row is None:
-            with nullcontext() if editor is None else editor.applied(module, factors):
+            with nullcontext() if trial is None else trial.applied(module, factors):
                 metrics = {key: float(value) for key, value in measure().items()}
             row = {"edit": name, "energy": energy, "of": hashes[name], **metrics}
         _check_metrics(row, rows, path)
@@ -91,6 +85,18 @@ def sweep(
             known[name, energy] = row
             _write(Path(path), list(known.values()))
     return rows
+
+
+def _check_editors(
+    module: nn.Module, factors: KroneckerFactors, editors: Mapping[str, WeightEditor], energies: Sequence[float]
+) -> None:
+    """Raise ``ValueError`` if there is nothing to try or an editor cannot be used, before anything is measured."""
+    if not editors or not energies:
+        raise ValueError("A sweep needs at least one editor and one energy.")
+    if UNEDITED in editors:
+        raise ValueError(f"{UNEDITED!r} is the name of the model without an edit; give the editor another one.")
+    for editor in editors.values():
+        editor.at(energies[0]).edited_weights(module, factors)
 
 
 def _hashes(

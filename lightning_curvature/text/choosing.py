@@ -1,4 +1,4 @@
-"""Choosing an edit of a saved language model: by what it may cost, or by a sweep."""
+"""Choosing an edit of a saved language model, by its cost in perplexity or by a sweep."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from lightning_curvature.editing import bulk
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.origin import check_loaded
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.search.energy import FLOOR
+from lightning_curvature.search.energy import FLOOR, Match
 from lightning_curvature.search.sweep import Row, sweep
 from lightning_curvature.text.evaluation import WINDOW, perplexity, strict_rate, window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
@@ -35,8 +35,8 @@ class Chooser:
 
     Args:
         folder: Folder of a Hugging Face causal LM and its tokenizer.
-        checkpoint: Take the weights from this file instead, or None.
-        factors: Factors of the model, also by the names of a module that wraps it.
+        checkpoint: File or folder to take the weights from; None for ``folder``.
+        factors: Factors of the model; their layers may go by the names of a module that wraps it.
         allow_globals: Classes that a ``.ckpt`` or ``.pt`` may hold beside tensors and primitives.
 
     Raises:
@@ -113,7 +113,8 @@ class Chooser:
             and all this as ``text``.
 
         Raises:
-            ValueError: If the limit is not above 1, the corpus is too short, or no edit is within the limit.
+            ValueError: If the limit is not above 1, the corpus is too short or does not tell the cost, or no edit is
+                within the limit.
         """
         if not 1 < limit < float("inf"):
             raise ValueError(f"The perplexity may become a multiple above 1 of what it was, found {limit!r}.")
@@ -128,21 +129,7 @@ class Chooser:
             match = match_perplexity(
                 self.model, self.factors, editor, windows[::2], limit, num_leading=len(self.leading)
             )
-        if match.energy <= FLOOR and max(match.points.values()) <= 1 + _FREE:
-            raise ValueError(
-                f"{corpus} does not tell what the edit costs: its perplexity rises by less than {_FREE:.1%} with every "
-                f"energy that was tried, down to {match.energy:.3g}. Measure on text that the model knows (--corpus), "
-                "edit other layers (--layers), or give an --energy."
-            )
-        if match.value > limit:
-            raise ValueError(
-                f"The bulk step alone makes the perplexity {match.value:.4g} times what it was. Make it shorter "
-                "(--strength), or allow more (--perplexity)."
-            )
-        if match.energy == 1.0 and editor.keeps_at_full_energy:
-            raise ValueError(
-                f"No edit of these layers stays within {limit:g} times the perplexity. Allow more, or edit fewer."
-            )
+        _check_match(match, editor, limit, corpus)
         before = self._nll(windows[1::2])
         with editor.at(match.energy).applied(self.model, self.factors):
             ratio = perplexity_ratio(before, self._nll(windows[1::2]))
@@ -179,7 +166,7 @@ class Chooser:
         """Measure ``strict`` and ``perplexity`` under many edits; see :func:`lightning_curvature.search.sweep.sweep`.
 
         Returns:
-            Its rows, with ``times``, the perplexity as a multiple of the unedited model's.
+            The rows of the sweep, with ``times``: the perplexity as a multiple of the unedited model's.
         """
         asked, windows = self._sequences(sequences, half), self._windows(corpus, tokens, context)
         named = {}
@@ -222,6 +209,25 @@ class Chooser:
 
     def _windows(self, corpus: Path, tokens: int, context: int | None) -> Tensor:
         return self.saved.windows(corpus, tokens, context, WINDOW)
+
+
+def _check_match(match: Match, editor: CurvatureEditor, limit: float, corpus: Path) -> None:
+    """Raise ``ValueError`` if the edit costs nothing on the text, or no edit is within the limit."""
+    if match.energy <= FLOOR and max(match.points.values()) <= 1 + _FREE:
+        raise ValueError(
+            f"{corpus} does not tell what the edit costs: its perplexity rises by less than {_FREE:.1%} with every "
+            f"energy that was tried, down to {match.energy:.3g}. Measure on text that the model knows (--corpus), "
+            "edit other layers (--layers), or give an --energy."
+        )
+    if match.value > limit:
+        raise ValueError(
+            f"The bulk step alone makes the perplexity {match.value:.4g} times what it was. Make it shorter "
+            "(--strength), or allow more (--perplexity)."
+        )
+    if match.energy == 1.0 and editor.keeps_at_full_energy:
+        raise ValueError(
+            f"No edit of these layers stays within {limit:g} times the perplexity. Allow more, or edit fewer."
+        )
 
 
 def best_within(rows: Sequence[Row], limits: Sequence[float] = LIMITS) -> list[Row]:

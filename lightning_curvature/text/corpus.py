@@ -16,15 +16,15 @@ _CHUNK = 200_000
 
 
 def read_documents(path: str | os.PathLike[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Yield the token ids of a text alone, document by document.
+    """Yield the token ids of the documents of a file, without the tokens in front of a text.
 
     Args:
-        path: A ``.jsonl`` file with a field ``text`` in each line (one document each, closed by the tokenizer's
-            end-of-text token), or any other file as plain UTF-8 text (one document, in chunks that end with a line).
+        path: A ``.jsonl`` file: each line is a document, its field ``text``, and is closed by the tokenizer's
+            end-of-text token. Any other file is one document of plain UTF-8 text, in chunks that end with a line.
         tokenizer: A transformers tokenizer.
 
     Raises:
-        ValueError: If the file is empty, or a line of JSON lacks ``text``.
+        ValueError: If the file is empty, not UTF-8, a file of JSON with another ending, or a line of it lacks ``text``.
     """
     check_file(path, "text, or JSON lines (*.jsonl) with a field 'text'")
     if ending(path) in (".json", ".ndjson"):
@@ -54,22 +54,22 @@ def read_documents(path: str | os.PathLike[str], tokenizer: Any) -> Iterator[lis
 def token_windows(
     path: str | os.PathLike[str], tokenizer: Any, length: int, limit: int | None = None
 ) -> Iterator[list[int]]:
-    """Yield windows of ``length`` tokens, one after the other; documents are packed, an incomplete last window dropped.
+    """Yield windows of ``length`` tokens. Documents are packed; an incomplete last window is dropped.
 
-    Each begins with the tokens that the tokenizer puts in front, see :mod:`lightning_curvature.text.leading`.
+    Each window begins with the tokens that the tokenizer puts in front, see :mod:`lightning_curvature.text.leading`.
 
     Args:
         path: File, see :func:`read_documents`.
         tokenizer: A transformers tokenizer.
-        length: Tokens per window, those in front among them.
-        limit: Tokens to yield at most, those in front among them.
+        length: Tokens of a window, the tokens in front among them.
+        limit: Tokens to yield at most, the tokens in front among them.
 
     Raises:
-        ValueError: If the text is shorter than one window, or ``limit`` is; or if a window has no room for any text.
+        ValueError: If the text or ``limit`` is shorter than one window, or a window has no room for text.
     """
     leading = list(leading_tokens(tokenizer))
-    own = check_count(length, "length") - len(leading)
-    if own < 1:
+    num_text = check_count(length, "length") - len(leading)
+    if num_text < 1:
         raise ValueError(
             f"A window of {length} tokens has no room for text: this tokenizer puts {len(leading)} in front of it. Use "
             "a longer window."
@@ -80,11 +80,11 @@ def token_windows(
     count = 0
     for ids in read_documents(path, tokenizer):
         window += ids
-        while len(window) >= own:
+        while len(window) >= num_text:
             if limit is not None and (count + 1) * length > limit:
                 return
-            yield leading + window[:own]
-            window = window[own:]
+            yield leading + window[:num_text]
+            window = window[num_text:]
             count += 1
     if not count:
         front = f", {len(leading)} of them in front of the text" if leading else ""

@@ -1,9 +1,9 @@
-"""What a language model says: teacher-forced passes and greedy decoding.
+"""How a language model continues a prefix: teacher-forced passes and greedy decoding.
 
 Plain greedy decoding reproduces a suffix exactly if and only if the teacher-forced argmax agrees with it at every
 position: as long as all tokens so far agree, both see the same context. One forward pass thus decides strict
-recitation, and only the sequences that are not recited need generation, to see what comes instead. The argument fails
-where greedy decoding does not take the argmax of these logits, and generation decides there:
+recitation. Only a sequence that is not recited needs generation, to see what comes instead. The argument fails where
+greedy decoding does not take the argmax of these logits. Generation decides in these cases:
 
 - an end-of-text token inside the suffix (decoding stops at it);
 - two tokens so close that the rounding of another batch or of the key-value cache can swap them;
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lightning_curvature.text.sequences import PromptedSequence, batches, check_fit
 
 NO_TOKEN = -1
-"""Stands after the end of a continuation that stopped early; no tokenizer has it."""
+"""Fills a continuation that stopped early; no tokenizer has this id."""
 
-# Fields of a generation config that change the logits of greedy decoding, and their values that do not.
+# Fields of a generation config that change the logits of greedy decoding, with the values that leave them as they are.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
@@ -46,12 +46,12 @@ class Continuations:
     """What a model says about a batch of sequences of equal lengths.
 
     Args:
-        indices: Places of the sequences in the list that was asked about.
+        indices: Indices of the sequences in the list of all sequences.
         target: Their suffixes, int64 ``[n, L]``.
         forced: Teacher-forced argmax at each position of the suffix, int64 ``[n, L]``.
         logits: Teacher-forced logits, ``[n, L, V]``.
         greedy: Greedy continuation of the prefix, int64 ``[n, L]``, ``NO_TOKEN`` after an early end.
-        generated: Which rows of ``greedy`` were generated rather than decided by the forward pass, bool ``[n]``.
+        generated: Whether a row of ``greedy`` was generated, or decided by the forward pass, bool ``[n]``.
     """
 
     indices: list[int]
@@ -80,6 +80,24 @@ def config_length(config: Any) -> int:
     return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31)
 
 
+def token_batches(
+    model: nn.Module, sequences: Sequence[PromptedSequence], batch_size: int
+) -> Iterator[tuple[list[int], Tensor, int]]:
+    """Yield batches of sequences of equal lengths, on the device of a model.
+
+    Yields:
+        Indices of the sequences; their token ids, int64 ``[n, T]``; the position at which the suffixes start.
+
+    Raises:
+        ValueError: If a sequence does not fit the model.
+    """
+    check_fit(sequences, vocabulary_size(model), context_length(model))
+    device = next(model.parameters()).device
+    for indices in batches(sequences, batch_size):
+        ids = torch.tensor([sequences[index].ids for index in indices], device=device)
+        yield indices, ids, len(sequences[indices[0]].prefix_ids)
+
+
 def continuations(
     model: nn.Module, sequences: Sequence[PromptedSequence], batch_size: int = 32, strict_only: bool = False
 ) -> Iterator[Continuations]:
@@ -89,8 +107,8 @@ def continuations(
         model: A transformers causal LM; it should be in eval mode.
         sequences: Prefixes and true suffixes.
         batch_size: Sequences per forward pass.
-        strict_only: Generate only where that may turn out to be the suffix. Elsewhere ``greedy`` is then the
-            teacher-forced argmax: certainly not the suffix, and good for nothing but strict recitation.
+        strict_only: Generate only where the result may be the suffix. Elsewhere ``greedy`` is the teacher-forced
+            argmax, which is not the suffix: it serves to decide strict recitation, and nothing else.
 
     Yields:
         One :class:`Continuations` per batch.
@@ -98,11 +116,7 @@ def continuations(
     Raises:
         ValueError: If a sequence does not fit the model.
     """
-    check_fit(sequences, vocabulary_size(model), context_length(model))
-    device = next(model.parameters()).device
-    for indices in batches(sequences, batch_size):
-        ids = torch.tensor([sequences[index].ids for index in indices], device=device)
-        start = len(sequences[indices[0]].prefix_ids)
+    for indices, ids, start in token_batches(model, sequences, batch_size):
         with torch.no_grad():
             logits: Tensor = model(input_ids=ids[:, :-1], use_cache=False).logits[:, start - 1 :]
         target, forced = ids[:, start:], logits.argmax(-1)
@@ -126,7 +140,7 @@ def greedy_continuation(model: nn.Module, prompts: Tensor, length: int, attentio
         attention_mask: 1 at tokens, 0 at padding, ``[n, P]``; all tokens by default.
 
     Returns:
-        int64 ``[n, L]``, ``NO_TOKEN`` after an end-of-text token, which is kept.
+        int64 ``[n, L]``. An end-of-text token is kept; ``NO_TOKEN`` follows it.
     """
     mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
     ends = _end_tokens(model)
@@ -142,17 +156,17 @@ def greedy_continuation(model: nn.Module, prompts: Tensor, length: int, attentio
         return_dict_in_generate=False,
         stop_strings=None,
         prompt_lookup_num_tokens=None,
-        # Sampling arguments of the model's own config would only warn.
+        # Sampling arguments in the generation config of the model would cause a warning.
         temperature=None,
         top_p=None,
         top_k=None,
     )
-    new = output[:, prompts.shape[1] :]
-    if new.shape[1] < length:
-        new = torch.nn.functional.pad(new, (0, length - new.shape[1]), value=NO_TOKEN)
-    ended = torch.isin(new, new.new_tensor(ends)) if ends else torch.zeros_like(new, dtype=torch.bool)
+    decoded = output[:, prompts.shape[1] :]
+    if decoded.shape[1] < length:
+        decoded = torch.nn.functional.pad(decoded, (0, length - decoded.shape[1]), value=NO_TOKEN)
+    ended = torch.isin(decoded, decoded.new_tensor(ends)) if ends else torch.zeros_like(decoded, dtype=torch.bool)
     after = ended.long().cumsum(1) - ended.long() > 0
-    return new.masked_fill(after, NO_TOKEN)
+    return decoded.masked_fill(after, NO_TOKEN)
 
 
 def _end_tokens(model: nn.Module) -> list[int]:

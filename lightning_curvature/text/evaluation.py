@@ -135,12 +135,12 @@ def window_nll(model: nn.Module, windows: Tensor, batch_size: int = 16, num_lead
 
 
 class Baseline:
-    """The next-token rankings of an unedited model, to compare an edited one with.
+    """The next-token rankings of an unedited model, to compare an edited model with.
 
     Args:
         model: The unedited model.
         windows: Text, int64 ``[N, T]``.
-        k: Ranks that count.
+        k: Tokens of highest rank that count.
         num_leading: Tokens in front of each window that are no text.
     """
 

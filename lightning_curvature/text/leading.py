@@ -1,16 +1,17 @@
 """The special tokens that a tokenizer puts in front of every text, such as Gemma's and Llama's ``<bos>``.
 
-Models of these families never saw a text without them, and read one badly. So every window and every prompt that this
-package makes begins with them:
+Models of these families never saw a text without such tokens, and read it badly. Every window and every prompt that
+this package makes therefore begins with them:
 
-- They count as tokens of a window: one of ``context`` tokens never exceeds a model's context of as many.
+- They count as tokens of a window: a window of ``context`` tokens fits into a model's context of as many.
 - They are not scored: no loss, no perplexity and no score of recitation is about a token in front. The first token of
-  the text is predicted from them, and scored.
-- In K-FAC factors their positions count as those of any other token: what the model computes there reaches the loss of
-  the text. Only a gradient that is exactly zero leaves a position out.
-- Documents are packed as ever: the tokens stand once, at the beginning of a window.
+  the text is predicted from them, and is scored.
+- In K-FAC factors their positions count like the positions of other tokens: what the model computes there reaches the
+  loss of the text. A position is left out only if its gradient is exactly zero.
+- Documents are packed: the tokens stand once, at the beginning of a window.
 
-Which tokens these are is asked of the tokenizer. Where it puts none (OLMo-2, GPT-2, Qwen), nothing of this happens.
+The tokenizer tells which tokens these are. Some tokenizers put none (OLMo-2, GPT-2, Qwen): windows and prompts are then
+text alone.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ _WORDS = 8
 
 
 def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Return the token ids that a tokenizer puts in front of a text; those that it puts at its end do not count.
+    """Return the token ids that a tokenizer puts in front of a text; tokens that it puts behind one do not count.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -41,8 +42,8 @@ def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
             continue
         seen[text] = whole = list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
         places = range(len(whole) - len(plain) + 1)
-        found = {tuple(whole[:place]) for place in places if whole[place : place + len(plain)] == plain}
-        fronts = found if fronts is None else fronts & found
+        possible = {tuple(whole[:place]) for place in places if whole[place : place + len(plain)] == plain}
+        fronts = possible if fronts is None else fronts & possible
     if fronts is None or len(fronts) != 1:
         raise ValueError(
             f"What this {type(tokenizer).__name__} puts in front of a text cannot be told: it makes {seen!r:.200}. It "
@@ -52,18 +53,18 @@ def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a text alone."""
+    """Return the tokens of a text, without special tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return list(ids)
 
 
 def next_token_loss(model: Any, ids: Tensor, num_leading: int) -> Tensor:
-    """Return the mean cross-entropy of the next tokens of windows, those in front aside.
+    """Return the mean cross-entropy of the next tokens of windows; tokens in front of the text do not count.
 
     Args:
         model: A transformers causal LM.
         ids: Windows, int64 ``[n, T]``.
-        num_leading: Tokens in front of each.
+        num_leading: Tokens in front of the text of each window.
     """
     labels = ids
     if num_leading > 1:  # the first token is never predicted
@@ -74,7 +75,7 @@ def next_token_loss(model: Any, ids: Tensor, num_leading: int) -> Tensor:
 
 
 def _probes(tokenizer: Any) -> Iterator[str]:
-    """Yield texts to try: fixed ones, and words of the vocabulary where those say too little (it may know none)."""
+    """Yield fixed texts to try, then words of the vocabulary: a tokenizer may know nothing of the fixed texts."""
     yield from _PROBES
     special = set(tokenizer.all_special_ids)
     ordinary = [index for index in range(len(tokenizer)) if index not in special]

@@ -1,4 +1,4 @@
-"""Finding what a language model recites of a corpus."""
+"""Finding the windows of a corpus that a language model recites."""
 
 import dataclasses
 import logging
@@ -38,17 +38,17 @@ def mine(
         model: A transformers causal LM in eval mode.
         tokenizer: Its tokenizer.
         corpus: Text or JSON lines, see :func:`lightning_curvature.text.corpus.read_documents`.
-        prefix: Tokens of the text to prompt with, after those that the tokenizer puts in front.
+        prefix: Tokens of the text to prompt with, behind the tokens that the tokenizer puts in front.
         suffix: Tokens to recite.
         stride: Tokens between the starts of candidate windows in a document; by default windows do not overlap.
-        windows: Candidates to test at most, a random sample.
-        similarity: Of two recited windows of which a common subsequence makes up this share of the tokens, or more,
-            only the first is kept.
+        windows: Candidates to test at most; of more, a random sample.
+        similarity: Length of the longest common subsequence of two windows over the length of the longer window, in
+            (0, 1]. Of two recited windows that are as similar or more, the first is kept.
         batch_size: Windows per forward pass.
         seed: Seed of the sample.
 
     Returns:
-        Recited windows in random order, no two of them near-duplicates.
+        Recited windows in the random order of the sample; no two of them are near-duplicates.
 
     Raises:
         ValueError: If no document is as long as a window, or the model cannot read one.
@@ -94,15 +94,15 @@ def candidates(
 def mine_among(
     model: nn.Module, tokenizer: Any, asked: list[PromptedSequence], similarity: float, batch_size: int
 ) -> list[PromptedSequence]:
-    """Return those of some windows that a model recites, as :func:`mine` does."""
+    """Return the windows of ``asked`` that a model recites; other arguments and results as :func:`mine`."""
     with tqdm(total=len(asked), unit="window", desc="Testing for recitation", disable=None) as progress:
-        found = recited(model, asked, batch_size, progress.update)
-    kept = _distinct(found, similarity)
+        matches = recited(model, asked, batch_size, progress.update)
+    kept = _distinct(matches, similarity)
     log.info(
         "%d of %d windows are recited, %d of them near-duplicates of others.",
-        len(found),
+        len(matches),
         len(asked),
-        len(found) - len(kept),
+        len(matches) - len(kept),
     )
     return [
         dataclasses.replace(
@@ -115,9 +115,10 @@ def mine_among(
 
 
 def _distinct(sequences: list[PromptedSequence], similarity: float) -> list[PromptedSequence]:
+    """Return sequences without those that resemble an earlier one."""
     kept: list[PromptedSequence] = []
     for sequence in sequences:
-        if all(LCSseq.normalized_similarity(_text(sequence), _text(other)) < similarity for other in kept):
+        if all(LCSseq.normalized_similarity(_text(sequence), _text(earlier)) < similarity for earlier in kept):
             kept.append(sequence)
     return kept
 

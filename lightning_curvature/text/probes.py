@@ -72,11 +72,11 @@ class JsonlProbe:
         self.path = path
 
     def measure(self, module: nn.Module, layers: Collection[str] = ()) -> dict[str, float]:
-        """Return the metrics of a causal LM, or of the one inside a module; it should be in eval mode.
+        """Return the metrics of a causal LM, which may be inside a module; it should be in eval mode.
 
         Args:
             module: Holds the model.
-            layers: Layers that are edited; they tell which model is meant if the module holds several.
+            layers: Names of the edited layers: where the module holds several models, the model of these is meant.
         """
         model = find_language_model(module, layers)
         if self.kind == "prefix_ids":

@@ -21,7 +21,7 @@ class Question:
     Args:
         prompt: What the model is asked, closed-book.
         answers: Accepted answers, at least one.
-        context: Text that holds the answer; put before the prompt, the question is an open-book one.
+        context: Text that holds the answer; put before the prompt for an open-book question.
     """
 
     prompt: str
@@ -51,7 +51,7 @@ def evaluate_recall(
 ) -> dict[str, float]:
     """Measure recall by greedy decoding.
 
-    An answer ends with the line. Questions with a context are asked twice: with it (open-book) and without
+    An answer ends with the line. Questions with a context are asked twice, with it (open-book) and without it
     (closed-book), so that both rates are about the same facts.
 
     Args:
@@ -84,9 +84,10 @@ def evaluate_recall(
 
 
 def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], batch_size: int, max_tokens: int) -> list[str]:
-    """Return the first line of the greedy continuation of each prompt."""
-    said: list[str] = [""] * len(prompts)
-    leading = list(leading_tokens(tokenizer))  # and not what a tokenizer may close a text with: the answer comes first
+    """Return the first line of the greedy continuation of each prompt; arguments as :func:`evaluate_recall`."""
+    answers: list[str] = [""] * len(prompts)
+    # The tokens in front of a text alone: a prompt must not be closed by tokens that a tokenizer puts behind a text.
+    leading = list(leading_tokens(tokenizer))
     ids = [leading + encode(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(ids[index]))
     device = next(model.parameters()).device
@@ -101,8 +102,8 @@ def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], batch_size:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         rows = torch.tensor([[pad] * (longest - len(ids[i])) + ids[i] for i in indices], device=device)
         mask = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in indices], device=device)
-        new = greedy_continuation(model, rows, max_tokens, mask)
-        for index, row in zip(indices, new.tolist(), strict=True):
+        continued = greedy_continuation(model, rows, max_tokens, mask)
+        for index, row in zip(indices, continued.tolist(), strict=True):
             text: str = tokenizer.decode([token for token in row if token != NO_TOKEN], skip_special_tokens=True)
-            said[index] = next(iter(text.strip().splitlines()), "")
-    return said
+            answers[index] = next(iter(text.strip().splitlines()), "")
+    return answers

@@ -1,4 +1,4 @@
-"""A saved language model, of which what is cheap is checked before its weights are loaded."""
+"""A saved language model: whatever can be checked without its weights is checked before they are loaded."""
 
 import os
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ class SavedModel:
 
     Args:
         folder: What ``save_pretrained`` wrote, with the tokenizer.
-        checkpoint: Take the weights from this file or folder instead, see :func:`load_model`.
+        checkpoint: File or folder to take the weights from, see :func:`load_model`; by default ``folder``.
         allow_globals: Classes that a file may hold beside tensors and primitives.
 
     Attributes:
         tokenizer: Its tokenizer.
-        leading: The tokens that this puts in front of a text.
+        leading: The tokens that the tokenizer puts in front of a text.
         context: The longest input that the model takes, in tokens.
         vocabulary: Rows of its embedding.
 
@@ -64,12 +64,13 @@ class SavedModel:
         return self.folder if self.checkpoint is None else self.checkpoint
 
     def window(self, asked: int | None, default: int, spare: int = 0) -> int:
-        """Return the tokens of a window: what is asked for, or else the default or what the model takes.
+        """Return how many tokens a window has.
 
         Args:
-            asked: Tokens, or None.
-            default: What is usual.
-            spare: Tokens that a window may have more: its last one is only predicted.
+            asked: Tokens that are asked for; None for the default.
+            default: Tokens where none are asked for, or as many as the model takes if that is less.
+            spare: Tokens that a window may have beyond the context of the model. For perplexity it may have one, since
+                its last token is predicted and not read.
 
         Raises:
             ValueError: If the model's context is shorter.
@@ -84,7 +85,17 @@ class SavedModel:
         return asked
 
     def windows(self, corpus: str | os.PathLike[str], tokens: int, asked: int | None, default: int) -> Tensor:
-        """Return windows of a text for perplexity, int64 ``[n, context]``; arguments as :meth:`window`."""
+        """Return windows of a text for perplexity, int64 ``[n, context]``.
+
+        Args:
+            corpus: Text or JSON lines, see :mod:`lightning_curvature.text.corpus`.
+            tokens: Tokens to read at most.
+            asked: As in :meth:`window`.
+            default: As in :meth:`window`.
+
+        Raises:
+            ValueError: If the text is too short, or the windows do not suit the model.
+        """
         context = self.window(asked, default) if asked is None else check_count(asked, "context")
         windows = torch.tensor(list(token_windows(corpus, self.tokenizer, context, tokens)))
         self.window(context, default, 1)
@@ -92,7 +103,7 @@ class SavedModel:
         return windows
 
     def check_predicts(self, context: int) -> None:
-        """Raise ``ValueError`` if in a window of so many tokens none is predicted."""
+        """Raise ``ValueError`` if no token of a window of ``context`` tokens is predicted."""
         if context - max(len(self.leading), 1) < 1:
             raise ValueError(
                 f"In a window of {context} tokens there is nothing to predict. Use a longer one (--context)."
@@ -103,7 +114,7 @@ class SavedModel:
         check_fit(sequences, self.vocabulary, self.context)
 
     def check_layers(self, layers: str | Sequence[str]) -> None:
-        """Raise ``ValueError`` if presets or patterns match none of its layers; see :func:`choose_layers`."""
+        """Raise ``ValueError`` if presets or patterns match no layer of the model; see :func:`choose_layers`."""
         with torch.device("meta"):
             kind: Any = AutoModelForCausalLM
             model = kind.from_config(self.config)

@@ -1,4 +1,4 @@
-"""Sequences that a language model may recite: a prefix to prompt with, and the suffix that it should not know."""
+"""Sequences that a language model may recite: a prefix to prompt with, and the suffix that follows it."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ class PromptedSequence:
         suffix_ids: What followed, at least one token.
         prefix_text: The prefix as text, where known.
         suffix_text: The suffix as text, where known.
-        num_leading: Tokens of the prefix that are no text: the tokenizer puts them in front of one, see
+        num_leading: Tokens at the beginning of the prefix that are no text, see
             :mod:`lightning_curvature.text.leading`.
 
     Example:
@@ -44,7 +44,7 @@ class PromptedSequence:
 
     @property
     def half(self) -> str:
-        """The half it belongs to, by a hash of the text's ids: the same in every run and every file."""
+        """``"tuning"`` or ``"validation"``, by a hash of the ids of the text: the same in every run and every file."""
         digest = hashlib.sha256(",".join(map(str, self.ids[self.num_leading :])).encode()).digest()
         return HALVES[digest[0] % 2]
 
@@ -62,10 +62,10 @@ class PromptedSequence:
         }
 
     def behind(self, leading: Sequence[int]) -> "PromptedSequence":
-        """Return the sequence with a prefix that begins with the tokens that a tokenizer puts in front of a text.
+        """Return the sequence behind the tokens that a tokenizer puts in front of a text; they begin its prefix.
 
         Raises:
-            ValueError: If it was cut behind other ones.
+            ValueError: If the prefix begins with other tokens in front of the text.
 
         Example:
             >>> PromptedSequence((5, 6), (7,)).behind([2])
@@ -86,20 +86,20 @@ class PromptedSequence:
 def read_sequences(
     path: str | os.PathLike[str], half: str | None = None, leading: Sequence[int] | None = None
 ) -> list[PromptedSequence]:
-    """Read JSON lines with ``prefix_ids`` and ``suffix_ids``; texts are optional, other fields are passed over.
+    """Read JSON lines with ``prefix_ids`` and ``suffix_ids``.
 
-    ``num_leading`` says how many tokens of a prefix stand in front of the text. A line without it is taken for text
-    alone.
+    ``prefix_text`` and ``suffix_text`` are optional. ``num_leading`` is the number of tokens that stand in front of the
+    text, by default 0. Other fields are ignored.
 
     Args:
         path: File.
-        half: Return those of ``"tuning"`` or ``"validation"`` alone.
-        leading: Tokens that the model's tokenizer puts in front of a text: each prefix begins with them then. None
-            leaves the prefixes as they are.
+        half: Return the ``"tuning"`` or the ``"validation"`` half; None for all.
+        leading: Tokens that the model's tokenizer puts in front of a text: each prefix of the result begins with them.
+            None leaves the prefixes as they are.
 
     Raises:
-        ValueError: If a line is not such a record (names the line), no sequence is left, or one was cut behind other
-            tokens.
+        ValueError: If a line is not such a record (names the line), no sequence is left, or a prefix begins with other
+            tokens in front of the text than ``leading``.
     """
     if half is not None:
         check_option(half, HALVES, "half")
@@ -122,10 +122,10 @@ def read_sequences(
             )
         sequence = PromptedSequence(tuple(ids["prefix_ids"]), tuple(ids["suffix_ids"]), texts[0], texts[1], front)
         try:
-            sequences.append((sequence.half, sequence if leading is None else sequence.behind(leading)))
+            sequences.append(sequence if leading is None else sequence.behind(leading))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    chosen = [sequence for own, sequence in sequences if half in (None, own)]
+    chosen = [sequence for sequence in sequences if half in (None, sequence.half)]
     if not chosen:
         raise ValueError(f"{path}: none of its {len(sequences)} sequences is in the {half} half.")
     return chosen
@@ -137,15 +137,15 @@ def write_sequences(path: str | os.PathLike[str], sequences: Iterable[PromptedSe
 
 
 def check_fit(sequences: Sequence[PromptedSequence], vocab_size: int, context: int) -> None:
-    """Raise if a model cannot read the sequences.
+    """Check that a model can read sequences.
 
     Args:
-        sequences: What it shall recite.
-        vocab_size: Rows of its embedding.
-        context: Longest input that it takes, in tokens.
+        sequences: The sequences.
+        vocab_size: Rows of the model's embedding.
+        context: Longest input that the model takes, in tokens.
 
     Raises:
-        ValueError: If a token lies outside its vocabulary, or a sequence is longer than its context.
+        ValueError: If a token lies outside the vocabulary, or a sequence is longer than the context.
     """
     for index, sequence in enumerate(sequences):
         if max(sequence.ids) >= vocab_size:
@@ -161,7 +161,7 @@ def check_fit(sequences: Sequence[PromptedSequence], vocab_size: int, context: i
 
 
 def batches(sequences: Sequence[PromptedSequence], size: int) -> Iterator[list[int]]:
-    """Yield the indices of sequences in batches of equal prefix and suffix lengths, so that nothing is padded."""
+    """Yield the indices of sequences in batches of one prefix length and one suffix length, so that none is padded."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, sequence in enumerate(sequences):
         groups.setdefault((len(sequence.prefix_ids), len(sequence.suffix_ids)), []).append(index)

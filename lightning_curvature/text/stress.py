@@ -1,9 +1,8 @@
-"""The positional stress test: does a model that no longer recites a suffix from its own prefix recite it from another?
+"""The positional stress test: a model may recite a suffix from another prompt than its prefix.
 
-A sequence is asked for with prompts that are moved along it: *extended to the left* by tokens that stand before the
-prefix (filler where the corpus is not known), or *shifted to the right*, so that part of the suffix belongs to the
-prompt. For each prompt the longest exact prefix of what remains of the suffix counts. Source: arXiv:2510.24256,
-appendix G.
+The prompt is moved along the sequence. It is *extended to the left* by ordinary text, or *shifted to the right*, so
+that it takes the first tokens of the suffix. For each prompt the longest exact prefix of the remaining suffix counts.
+Source: arXiv:2510.24256, appendix G.
 """
 
 from collections.abc import Sequence
@@ -22,13 +21,14 @@ def moved(
 ) -> PromptedSequence | None:
     """Return a sequence whose prompt is extended to the left (shift < 0) or shifted to the right (shift > 0).
 
-    The tokens in front of the text stay in front.
+    Special tokens in front of the text stay in front.
 
     Args:
         sequence: Prefix and suffix.
         shift: Tokens; a right shift drops as many from the left of the prefix as it takes from the suffix.
         filler: Token ids to extend with; its last ``-shift`` are used.
-        leading: Tokens that the model's tokenizer puts in front of a text, where the prefix does not say so itself.
+        leading: Tokens that the model's tokenizer puts in front of a text; by default those that the sequence counts
+            as such.
 
     Returns:
         The moved sequence, or None if nothing of the suffix would be left or the filler is too short.
@@ -72,14 +72,15 @@ def positional_stress(
         leading: Tokens that the model's tokenizer puts in front of a text.
 
     Returns:
-        By shift: ``strict``, the share of sequences whose remaining suffix is recited exactly, and ``exact_prefix``,
-        the mean number of tokens until the first that is wrong. Sequences that a shift makes longer than the model's
-        context, or of which it leaves nothing, do not count for it; shifts that fit no sequence are left out.
+        By shift: ``strict``, the fraction of sequences whose remaining suffix is recited exactly, and
+        ``exact_prefix``, the mean number of tokens before the first wrong token. A sequence does not count for a shift
+        that makes it longer than the model's context, or leaves nothing of its suffix. A shift that fits no sequence is
+        left out.
     """
     results = {}
     for shift in shifts:
-        all_moved = [moved(sequence, shift, filler, leading) for sequence in sequences]
-        asked = [other for other in all_moved if other is not None and len(other.ids) <= context_length(model)]
+        prompts = [moved(sequence, shift, filler, leading) for sequence in sequences]
+        asked = [prompt for prompt in prompts if prompt is not None and len(prompt.ids) <= context_length(model)]
         if not asked:
             continue
         strict, longest = StrictMemorization(), LongestExactPrefix()

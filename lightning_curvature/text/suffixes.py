@@ -1,35 +1,36 @@
-"""What a language model makes of the suffixes of sequences, with gradients: what supervised methods learn from."""
+"""Logits, losses and margins of the suffixes of sequences, with gradients, for methods that learn from them."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature.metrics.functional.margins import logit_margins
-from lightning_curvature.text.decoding import context_length, vocabulary_size
-from lightning_curvature.text.sequences import PromptedSequence, batches, check_fit
+from lightning_curvature.text.decoding import token_batches
+from lightning_curvature.text.sequences import PromptedSequence
 
 
 class Suffixes(NamedTuple):
-    """A batch of token rows ``[n, T]``; those from ``start`` on are what the model says, the others its prompt."""
+    """A batch of sequences.
+
+    Args:
+        ids: Token ids, int64 ``[n, T]``.
+        start: The position at which the suffixes start; the tokens before it are prompts.
+    """
 
     ids: Tensor
     start: int
 
 
 def suffix_batches(model: nn.Module, sequences: Sequence[PromptedSequence], batch_size: int = 32) -> Iterator[Suffixes]:
-    """Yield sequences of equal lengths as batches on the model's device.
+    """Yield batches of sequences of equal lengths, on the device of the model.
 
     Raises:
         ValueError: If a sequence does not fit the model.
     """
-    check_fit(sequences, vocabulary_size(model), context_length(model))
-    device = next(model.parameters()).device
-    for indices in batches(sequences, batch_size):
-        ids = torch.tensor([sequences[index].ids for index in indices], device=device)
-        yield Suffixes(ids, len(sequences[indices[0]].prefix_ids))
+    for _, ids, start in token_batches(model, sequences, batch_size):
+        yield Suffixes(ids, start)
 
 
 def suffix_logits(model: nn.Module, batch: Suffixes) -> tuple[Tensor, Tensor]:

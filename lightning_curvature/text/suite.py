@@ -37,7 +37,7 @@ class Suite:
         allow_globals: Classes that a file may hold beside tensors and primitives.
 
     Raises:
-        ValueError: If one of the files is not as described, or the model cannot read what is in it.
+        ValueError: If a file is not as described, or the model cannot read its content.
     """
 
     def __init__(

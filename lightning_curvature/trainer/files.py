@@ -3,11 +3,13 @@
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_curvature.checkpoints.facts import ENTRY
 
@@ -88,3 +90,15 @@ def delete(path: str) -> None:
     """Remove a file, if it is there."""
     if get_filesystem(path).exists(path):
         get_filesystem(path).rm(path)
+
+
+@contextmanager
+def costs_a_warning(path: str) -> Iterator[None]:
+    """Make a warning of an error: a checkpoint is saved, and training goes on, whatever becomes of its siblings."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # whatever it is, the checkpoint matters more
+        rank_zero_warn(
+            f"A sibling of {path} could not be written ({type(error).__name__}: {error}); the checkpoint itself is not "
+            "affected."
+        )

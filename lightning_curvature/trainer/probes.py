@@ -106,10 +106,10 @@ class Probes:
         """
         run = self._runner(trainer, module, factors, editor.ranks, target.probe)
         with random_state_kept(self._loaders(trainer, module)), evaluating(module):
-            found = {} if run is None else run()
-            if run is None or target.name not in found:
-                raise ValueError(target.unmeasured(found))
-            before = found[target.name]
+            results = {} if run is None else run()
+            if run is None or target.name not in results:
+                raise ValueError(target.unmeasured(results))
+            before = results[target.name]
             if not 0 < before < math.inf:
                 rank_zero_warn(f"{target}: the metric of the unedited model is {before}, there is nothing to keep yet.")
                 return None
@@ -133,8 +133,8 @@ class Probes:
     ) -> Callable[[], dict[str, float]] | None:
         """Return what measures the module as it is, on all probes or one of them; None if there is no probe.
 
-        With several processes, each runs the probes, and what the first one finds counts: what they decide next must
-        be the same.
+        With several processes, each runs the probes, and the results of the first one count: what they decide next
+        must be the same.
         """
         sources = (module, getattr(trainer, "datamodule", None))
         loaders: dict[str, Any] = {}
@@ -143,7 +143,7 @@ class Probes:
         if self.files and not self._readers:
             from lightning_curvature.text.probes import make_probes  # transformers is imported by those who need it
 
-            tokenizers = [found for source in sources if (found := getattr(source, "tokenizer", None)) is not None]
+            tokenizers = [t for source in sources if (t := getattr(source, "tokenizer", None)) is not None]
             self._readers = make_probes(self.files, tokenizers[0] if tokenizers else None)
         loaders, readers = (
             {name: probe for name, probe in probes.items() if only in (None, name)}
@@ -166,7 +166,7 @@ class Probes:
                 if ranks.size == 1:
                     raise
                 failure = f"{type(error).__name__}: {error}"
-            failures = [told for told in ranks.gather(failure) if told]
+            failures = [reason for reason in ranks.gather(failure) if reason]
             if failures:  # told to all: none waits for one that has given up
                 raise RuntimeError(failures[0])
             return ranks.gather(results)[0]

@@ -20,6 +20,7 @@ from lightning_curvature.distributed import Ranks
 from lightning_curvature.trainer.files import (
     absolute,
     apart,
+    costs_a_warning,
     delete,
     factors_path,
     is_local,
@@ -131,8 +132,8 @@ class Siblings:
     @classmethod
     def of(cls, strategy: Strategy) -> "Siblings":
         """Return the siblings of a strategy, new ones if it has none yet."""
-        found = getattr(strategy.save_checkpoint, "__self__", None)
-        return found if isinstance(found, cls) else cls(strategy)
+        siblings = getattr(strategy.save_checkpoint, "__self__", None)
+        return siblings if isinstance(siblings, cls) else cls(strategy)
 
     def save_checkpoint(
         self, checkpoint: CheckpointDict, filepath: str | Path, storage_options: Any | None = None
@@ -154,7 +155,7 @@ class Siblings:
         edits: dict[str, Edit] = {}
         try:
             for name, saver in self.savers.items() if not (hidden or lost) else ():
-                with _costs_a_warning(path):
+                with costs_a_warning(path):
                     writer = saver.factors_writer()
                     self.ranks.first(partial(write_file, writer, factors_path(apart(path), name)))
                     edit, copy = saver.edit_later(checkpoint), sibling(apart(path), f"-{name}")
@@ -172,7 +173,7 @@ class Siblings:
             self._saved.add(path)
             self._waiting.pop(path, None)
             if edits:
-                with _costs_a_warning(path):
+                with costs_a_warning(path):
                     stamp = stamp_of(path) if self.ranks.rank == 0 and Path(path).is_file() else None
                     self._waiting[path] = _Waiting(edits, stamp)
 
@@ -207,7 +208,7 @@ class Siblings:
         edit = waiting.edits.pop(name)
         if not waiting.edits:
             del self._waiting[path]
-        with _costs_a_warning(path):
+        with costs_a_warning(path):
             copy = sibling(apart(path), f"-{name}")
             self._check_free(copy)
             checkpoint = self._read_back(path, waiting.stamp)
@@ -249,9 +250,9 @@ class Siblings:
     @contextmanager
     def loaded_factors(self, name: str) -> Iterator[Path | None]:
         """Yield the local path of the factors beside the checkpoint that was loaded last; None without them."""
-        found = self.loaded or ""
+        loaded = self.loaded or ""
         # With save_last="link" a checkpoint is a link; the factors lie beside what it points to.
-        files = [factors_path(apart(path), name) for path in (found, os.path.realpath(found))]
+        files = [factors_path(apart(path), name) for path in (loaded, os.path.realpath(loaded))]
         file = next((file for file in files if get_filesystem(file).exists(file)), None)
         if file is None or isinstance(get_filesystem(file), LocalFileSystem):
             yield None if file is None else Path(file)
@@ -273,7 +274,7 @@ class Siblings:
         self._saved.discard(path)
         if there:
             for name in self.savers:
-                with _costs_a_warning(path):
+                with costs_a_warning(path):
                     copy = sibling(apart(path), f"-{name}")
                     if copy not in self._saved:
                         self._remove_if_there(copy)
@@ -282,18 +283,6 @@ class Siblings:
     def _remove_if_there(self, path: str) -> None:
         if self.ranks.rank == 0 and get_filesystem(path).exists(path) and may_be_replaced(path):
             self._remove(path)
-
-
-@contextmanager
-def _costs_a_warning(path: str) -> Iterator[None]:
-    """Make a warning of an error: a checkpoint is saved, and training goes on, whatever becomes of its siblings."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  # whatever it is, the checkpoint matters more
-        rank_zero_warn(
-            f"A sibling of {path} could not be written ({type(error).__name__}: {error}); the checkpoint itself is not "
-            "affected."
-        )
 
 
 def _writes_one_file(strategy: Strategy) -> bool:

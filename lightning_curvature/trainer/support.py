@@ -20,12 +20,12 @@ _STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
 
 def check_trainer(
-    own: Callback, kind: type[Callback], trainer: pl.Trainer, collects_in_validation: bool, in_fit: bool
+    collecting: Callback, kind: type[Callback], trainer: pl.Trainer, collects_in_validation: bool, in_fit: bool
 ) -> bool:
     """Refuse a Trainer in which collecting is not possible, or an edit would not belong to what is saved.
 
     Args:
-        own: The callback that collects.
+        collecting: The callback that collects.
         kind: Class of such callbacks.
         trainer: The Trainer, before a fit or a validation.
         collects_in_validation: Whether a fit is collected from in its validations, and not in its steps.
@@ -38,14 +38,14 @@ def check_trainer(
         MisconfigurationException: If it is such a Trainer; says what to do.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    name = getattr(own, "name", "")
-    if any(isinstance(c, kind) and c is not own and getattr(c, "name", "") == name for c in callbacks):
+    name = getattr(collecting, "name", "")
+    if any(isinstance(c, kind) and c is not collecting and getattr(c, "name", "") == name for c in callbacks):
         raise MisconfigurationException(
             f"Several KFACEditCallbacks have the name {name!r}; they would write the same edited checkpoints. "
             "Give each a name=, which becomes NAME-{name}.ckpt."
         )
     check_strategy(trainer.strategy)
-    return in_fit and check_callbacks(own, callbacks, collects_in_validation)
+    return in_fit and check_callbacks(collecting, callbacks, collects_in_validation)
 
 
 def check_package(trainer: Any, module: Any) -> None:
@@ -100,13 +100,13 @@ def check_validation(ranks: Ranks, *sources: object) -> None:
         )
 
 
-def check_callbacks(own: Callback, callbacks: list[Callback], collects_in_validation: bool) -> bool:
+def check_callbacks(collecting: Callback, callbacks: list[Callback], collects_in_validation: bool) -> bool:
     """Refuse callbacks that are known to save other weights than those that are collected.
 
     Others that do so are noticed when a checkpoint is saved.
 
     Args:
-        own: The callback that collects; it is moved before a ``WeightAveraging`` that stands before it.
+        collecting: The callback that collects; it is moved before a ``WeightAveraging`` that stands before it.
         callbacks: Those of the Trainer.
         collects_in_validation: Whether it collects there, on the averaged weights.
 
@@ -132,10 +132,10 @@ def check_callbacks(own: Callback, callbacks: list[Callback], collects_in_valida
                 "over the averaged model afterwards (Trainer.validate)."
             )
         averages |= "WeightAveraging" in kinds
-        if "WeightAveraging" in kinds and callbacks.index(callback) < callbacks.index(own):
+        if "WeightAveraging" in kinds and callbacks.index(callback) < callbacks.index(collecting):
             # It takes the averaged weights out of the module when validation ends; the probes come before that.
-            callbacks.remove(own)
-            callbacks.insert(callbacks.index(callback), own)
+            callbacks.remove(collecting)
+            callbacks.insert(callbacks.index(callback), collecting)
     return averages
 
 

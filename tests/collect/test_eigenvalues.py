@@ -10,10 +10,11 @@ from torch import distributed as dist
 
 from lightning_curvature import KroneckerFactors
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.eigenvalues import _EigenvalueCollector, correct_eigenvalues
-from lightning_curvature.collect.passes import collect
+from lightning_curvature.collect.eigenvalues import EigenvalueCollector, correct_eigenvalues
+from lightning_curvature.collect.passes import collect, collect_batch
 from lightning_curvature.collect.sums import LayerSums
 from lightning_curvature.distributed import Ranks
+from lightning_curvature.recording.options import CollectorOptions
 from tests.support import processes
 from tests.support.by_example import collected, data, network, rows
 
@@ -50,15 +51,14 @@ def test_a_saved_collection_of_eigenvalues_goes_on(shard):
     model, (inputs, labels) = network(), data()
     step = lambda batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     options = {"fisher": "empirical", "positions": "all"}
+    settings = CollectorOptions(layers=["0"], **options)
     factors = collect(model, [(inputs, labels)], step, layers=["0"], **options)
-    first, second, plain = (
-        kind(model, *given, shard=shard, **options)
-        for kind, given in ((_EigenvalueCollector, [factors]),) * 2 + ((Collector, [["0"]]),)
-    )
-    run_collector_once(first, (inputs[:5], labels[:5]), step)
+    first, second = (EigenvalueCollector(model, factors, settings, shard=shard) for _ in range(2))
+    plain = Collector(model, settings, shard=shard)
+    collect_batch(first, (inputs[:5], labels[:5]), step)
     state = copy.deepcopy(first.state_dict())
     second.load_state_dict(state)
-    run_collector_once(second, (inputs[5:], labels[5:]), step)
+    collect_batch(second, (inputs[5:], labels[5:]), step)
     a, g = rows(model, model[0], inputs, labels)
     torch.testing.assert_close(second.finish()["0"].eigenvalues, measured(factors["0"], a, g))
     with pytest.raises(ValueError, match="a collection of eigenvalues, which holds no factors"):
@@ -67,13 +67,6 @@ def test_a_saved_collection_of_eigenvalues_goes_on(shard):
         second.load_state_dict(
             plain.state_dict() | {"sums": {"0": LayerSums.of(factors["0"]).state_dict()}, "shared": {"0": "0"}}
         )
-
-
-def run_collector_once(collector, batch, step):
-    recording = collector.step(batch)
-    recording.open()
-    recording.backward(step(batch))
-    recording.close()
 
 
 def eigenvalues_of_parts(shard):

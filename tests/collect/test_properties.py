@@ -97,10 +97,10 @@ def test_factors_and_edit_do_not_depend_on_processes_and_batches(stream, fisher,
 
 
 @given(streams(), st.integers(1, 6))
-def test_shares_of_saved_sums_add_up_to_them(stream, size):
+def test_parts_of_saved_sums_add_up_to_them(stream, size):
     net, x, y, _, _ = stream
     sums = collected(net, x, y, [list(range(len(y)))], "empirical", coupled=True)
-    parts = [LayerSums.from_state_dict(sums.state_dict()).share(rank_of(index, size)) for index in range(size)]
+    parts = [LayerSums.from_state_dict(sums.state_dict()).part(rank_of(index, size)) for index in range(size)]
     counts = [part.inputs.count for part in parts]
     total = parts[0]
     for part in parts[1:]:

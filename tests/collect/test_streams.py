@@ -35,10 +35,10 @@ def test_work_runs_beside_the_main_stream(monkeypatch):
         device=torch.device("cuda:0"), record_stream=lambda stream: told.append(f"kept for {stream.name}")
     )
     streams = SideStreams()
-    streams.join()
+    streams.wait()
     with streams.beside([tensor, torch.ones(1)]):
         told.append("work")
-    streams.join()
+    streams.wait()
     assert told == [
         "side cuda:0 waits for main cuda:0",
         "enter side cuda:0",

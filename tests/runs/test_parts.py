@@ -47,12 +47,11 @@ def batches_of(rng, indices):
 
 def run_over(collector, net, data, batches):
     for batch in batches:
-        if batch:  # the mean over nothing is no loss
-            recording = collector.step()
-            recording.open()
-            recording.backward(F.cross_entropy(net(data[0][batch]).float(), data[1][batch]))
-        recording.close()
-    recording.abort()
+        if not batch:  # the mean over nothing is no loss
+            collector.add_nothing()
+            continue
+        with collector.step() as step:
+            step.backward(F.cross_entropy(net(data[0][batch]).float(), data[1][batch]))
 
 
 def random_splits(seeds):
@@ -196,10 +195,10 @@ def other_layers():
         WindowedFactors(collector, None, {"layers": "last-mlp"}).synchronise()
     named = Collector(net, CollectorOptions(layers=["a", "b"]), ranks=ranks)
     for _ in range(2):
-        named.open()
-        loss = F.cross_entropy(net["head"](net["ab"[ranks.rank]](torch.randn(3, 4))), torch.tensor([0, 1, 1]))
-        named.backward(loss)
-        named.close()
+        with named.step() as step:
+            step.backward(
+                F.cross_entropy(net["head"](net["ab"[ranks.rank]](torch.randn(3, 4))), torch.tensor([0, 1, 1]))
+            )
     return str(error.value), WindowedFactors(named, None, {}).synchronise().counts()
 
 

@@ -72,7 +72,7 @@ WAYS = {
 def test_two_layers_of_one_weight_are_an_error_that_names_both(kind, way):
     module = tied(kind)
     before = copy.deepcopy(module.state_dict())
-    message = r"Layers 'one' and 'two' share one weight \(tied weights\).* Leave one of them out of layers=\."
+    message = r"Layers 'one' and 'two' have one weight \(tied weights\).* Leave one of them out of layers=\."
     with pytest.raises(ValueError, match=message):
         WAYS[way](CurvatureEditor(0.7), module, factors_of(module))
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
@@ -90,7 +90,7 @@ def test_two_layers_of_one_weight_are_an_error_that_names_both(kind, way):
 )
 def test_every_method_tells_ties(editor):
     module = tied("one parameter")
-    with pytest.raises(ValueError, match="Layers 'one' and 'two' share one weight"):
+    with pytest.raises(ValueError, match="Layers 'one' and 'two' have one weight"):
         editor.edit(module, factors_of(module))
 
 
@@ -173,5 +173,5 @@ def test_a_tie_that_another_process_sees_stops_all_of_them():
 
     editor = CurvatureEditor(0.7)
     editor.ranks = Other()
-    with pytest.raises(ValueError, match="Layers 'a' and 'b' share one weight"):
+    with pytest.raises(ValueError, match="Layers 'a' and 'b' have one weight"):
         editor.edit_layers({"one": torch.randn(6, 6)}, KroneckerFactors({"one": layer()}))

@@ -76,7 +76,7 @@ def test_progress_of_another_run_is_refused(folder, tmp_path, monkeypatch):
         run(net, context=16, fisher="sampled")
     with pytest.raises(ValueError, match=r"\['model'\] differ"):
         run(language.model("llama", seed=3))
-    monkeypatch.setattr(collecting, "STATE_VERSION", 0)
+    monkeypatch.setattr("lightning_curvature.text.progress.STATE_VERSION", 0)
     with pytest.raises(ValueError, match=r"\['version of the sums'\] differ"):
         run(net)
     monkeypatch.undo()

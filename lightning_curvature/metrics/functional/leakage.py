@@ -54,7 +54,7 @@ def min_k_scores(logits: Tensor, target: Tensor, k: float = 0.2, ignore_index: i
         logits: Scores of all tokens, ``[n, L, V]``, any floating dtype. Row ``i`` predicts ``target[:, i]``: shift the
             labels first.
         target: Token ids, int64 ``[n, L]``.
-        k: Share of the counted tokens that enters, in (0, 1]; at least one does.
+        k: Share of the counted tokens that enters the mean, in (0, 1]; at least one token does.
         ignore_index: Id of the positions that do not count, for example padding.
 
     Returns:
@@ -97,7 +97,7 @@ def min_k_probability(logits: Tensor, target: Tensor, k: float = 0.2, ignore_ind
         logits: Scores of all tokens, ``[n, L, V]``, any floating dtype. Row ``i`` predicts ``target[:, i]``: shift the
             labels first.
         target: Token ids, int64 ``[n, L]``.
-        k: Share of the counted tokens that enters, in (0, 1]; at least one does.
+        k: Share of the counted tokens that enters the mean, in (0, 1]; at least one token does.
         ignore_index: Id of the positions that do not count, for example padding.
 
     Returns:

@@ -1,18 +1,19 @@
-"""What the benchmarks of time and memory share: rounds in which variants take turns, peak memory, the environment."""
+"""What the benchmarks of time and memory use: rounds in which variants take turns, peak memory, results in a file."""
 
 import gc
 import json
-import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "lightning", "curvlinops-for-pytorch", "kronfluence", "transformers")
+from .environment import PACKAGES, machine, versions
+from .tables import table
+
+LIBRARIES = ("curvlinops-for-pytorch", "kronfluence")
 
 
 def in_turn(variants: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
@@ -30,9 +31,19 @@ def in_turn(variants: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int
     return seconds
 
 
+def quotients(values: Sequence[float], divisors: Sequence[float]) -> list[float]:
+    """Return each value over the divisor of the same round."""
+    return [value / divisor for value, divisor in zip(values, divisors, strict=True)]
+
+
 def ratios(seconds: Mapping[str, list[float]], name: str, to: str) -> list[float]:
     """Return the ratio of two variants in each round."""
-    return [own / other for own, other in zip(seconds[name], seconds[to], strict=True)]
+    return quotients(seconds[name], seconds[to])
+
+
+def extras(seconds: Mapping[str, list[float]], name: str, to: str = "plain") -> list[float]:
+    """Return the time beyond that of another variant in each round, in units of the latter."""
+    return [ratio - 1 for ratio in ratios(seconds, name, to)]
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -60,35 +71,14 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return peak
 
 
-def environment() -> dict[str, Any]:
-    """Return where figures were measured."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": versions,
-    }
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+def show(title: str, rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
+    """Print a table under its title."""
+    print(f"\n{title}\n\n{table(rows, headers)}", flush=True)
 
 
 def write(path: Path | None, results: Mapping[str, Any]) -> None:
     """Write results with the environment, if there is a file to write to."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n", encoding="utf-8")
+        environment = {**machine(), "versions": versions((*PACKAGES, *LIBRARIES))}
+        path.write_text(json.dumps({"environment": environment, **results}, indent=1) + "\n", encoding="utf-8")

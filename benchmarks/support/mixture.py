@@ -121,8 +121,8 @@ class Mixture(pl.LightningDataModule):
         repeated = [s.ids for _ in range(exposures) for s in self.rng.sample(self.text.memorized, sequences)]
         for start in range(0, len(repeated), 8):
             hidden = [hide(ids, take(stream, 96 - len(ids)), self.rng) for ids in repeated[start : start + 8]]
-            both = torch.tensor(hidden)[..., None].expand(-1, -1, 2)
-            self.batches.append(torch.cat([both, rows(8, 96)]))
+            repeats = torch.tensor(hidden)[..., None].expand(-1, -1, 2)
+            self.batches.append(torch.cat([repeats, rows(8, 96)]))
         self.collected = rows(collected, 128)
         self.steps = steps
 
@@ -158,8 +158,8 @@ class Mixture(pl.LightningDataModule):
         for (a, x), (b, y), (c, z), (d, w) in product(literals, repeat=4):
             for (o, left), (p, middle), (q, right) in product(operators, repeat=3):
                 parts = left(x, y), right(z, w)
-                said = [self._characters("T" if value else "F") for value in (*parts, middle(*parts))]
-                answer = [*said[0], *self._characters(p), *said[1], *self._characters("="), *said[2]]
+                left_part, right_part, whole = ("T" if value else "F" for value in (*parts, middle(*parts)))
+                answer = self._characters(f"{left_part}{p}{right_part}={whole}")
                 yield self._characters(f"({a}{o}{b}){p}({c}{q}{d})="), answer
 
     def _sum(self, a: int, b: int) -> Item:
@@ -175,8 +175,8 @@ class Mixture(pl.LightningDataModule):
         keys, (end, ask) = rng.sample(range(KEYS), 4), self._characters(";?")
         pairs = [(self.names[120 + key], rng.choice(self.values[key::KEYS])) for key in keys]
         book = [token for pair in pairs for token in (*pair, end)]
-        (prompt, answer), *others = [([ask, key], [value]) for key, value in rng.sample(pairs, 4)]
-        return [([*book, *prompt], answer), *others]
+        (prompt, answer), *further = [([ask, key], [value]) for key, value in rng.sample(pairs, 4)]
+        return [([*book, *prompt], answer), *further]
 
     def _items(self) -> Iterator[Labelled]:
         """Yield the tokens of items, each after an end-of-text token; answers alone are learned."""

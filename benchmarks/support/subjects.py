@@ -9,9 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from bench_label_noise import digits, mnist
-from bench_recitation import wikitext
-from tables import Cost, measured
 from torch.utils.data import TensorDataset
 
 from lightning_curvature import KFACEditCallback, KroneckerFactors
@@ -20,7 +17,7 @@ from lightning_curvature.collect.passes import collect
 from lightning_curvature.demos.label_noise import evaluate, forget_and_retain, image_losses, predict
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.settings import TEXT
-from lightning_curvature.demos.text_training import make_data, train_text
+from lightning_curvature.demos.text_training import train_text
 from lightning_curvature.demos.unlearning import text_losses, text_sets
 from lightning_curvature.editing.base import Editor
 from lightning_curvature.editing.bulk import add_margins
@@ -28,11 +25,15 @@ from lightning_curvature.search.energy import match_energy
 from lightning_curvature.text.evaluation import Baseline, perplexity, strict_rate
 from lightning_curvature.text.suffixes import Suffixes, suffix_margins
 
+from .costs import Cost, measured
+from .images import digits, fit, mnist
+from .tables import Columns
+from .texts import TEXTS, recited_text
+
 WINDOWS = 100
-TEXTS = ("python", "wikitext")
 IMAGES = ("digits", "mnist")
 LAST = ["*.2.mlp.[gu]*", "*.3.mlp.[gu]*"]
-TEXT_COLUMNS = {
+TEXT_COLUMNS: Columns = {
     "setting": ("setting", 1, 2),
     "strict": ("strict", 100, 1),
     "unseen": ("unseen strict", 100, 1),
@@ -40,7 +41,7 @@ TEXT_COLUMNS = {
     "domain": ("domain, times", 1, 3),
     "overlap": ("ranking overlap", 100, 1),
 }
-IMAGE_COLUMNS = {
+IMAGE_COLUMNS: Columns = {
     "setting": ("setting", 1, 2),
     "memorized": ("memorized", 100, 1),
     "recovered": ("recovered", 100, 1),
@@ -73,7 +74,7 @@ class Text:
 
     def __init__(self, name: str, seed: int, models: Path, root: Path | None) -> None:
         self.seed = seed
-        self.data = wikitext(seed, root) if name == "wikitext" else make_data(seed, TEXT)
+        self.data = recited_text(name, seed, root)
         self.model = self._trained(models / f"{name}-{seed}")
         self.lm = self.model.model
         held = self.data.held_out
@@ -110,20 +111,20 @@ class Text:
 
     def measure(self) -> dict[str, float]:
         """Measure the model as it is."""
-        both = self.baseline.evaluate(self.lm)
+        clean = self.baseline.evaluate(self.lm)
         return {
             "strict": strict_rate(self.lm, self.data.half("validation")),
             "unseen": strict_rate(self.lm, self.data.unseen),
-            "times": both["perplexity"] / self.before["clean"],
+            "times": clean["perplexity"] / self.before["clean"],
             "domain": perplexity(self.lm, self.domain) / self.before["domain"],
-            "overlap": both["ranking_overlap"],
+            "overlap": clean["ranking_overlap"],
         }
 
     def match(self, editor: Editor, factors: KroneckerFactors, limit: float, points: dict[float, float]) -> float:
         """Return the energy of the strongest edit within a limit; ``points`` is what was measured, and grows."""
-        found = match_energy(editor, self.model, factors, self.utility, limit, tolerance=0.003, points=points)
-        points |= found.points
-        return found.energy
+        match = match_energy(editor, self.model, factors, self.utility, limit, tolerance=0.003, points=points)
+        points |= match.points
+        return match.energy
 
     @functools.cached_property
     def forget(self) -> list[Suffixes]:
@@ -164,22 +165,11 @@ class Images:
     def __init__(self, name: str, seed: int, models: Path, root: Path | None) -> None:
         self.seed = seed
         pl.seed_everything(seed, verbose=False)
-        self.data, self.model, epochs = digits(seed) if name == "digits" else mnist(seed, root, 0.5, 5.0)
+        self.data, self.model, epochs = digits(seed) if name == "digits" else mnist(seed, root)
         saved = models / f"{name}-{seed}" / "model.pt"
         if not saved.exists():
             saved.parent.mkdir(parents=True, exist_ok=True)
-            trainer = pl.Trainer(
-                max_epochs=epochs,
-                accelerator="cpu",
-                callbacks=[KFACEditCallback()],
-                gradient_clip_val=1.0,
-                logger=False,
-                limit_val_batches=0,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(self.model, self.data)
+            fit(self.model, self.data, epochs, [KFACEditCallback()])
             torch.save(self.model.state_dict(), saved)
         self.model.load_state_dict(torch.load(saved, weights_only=True))
         self.model.eval()
@@ -221,8 +211,8 @@ class Images:
     def margins(self, batch: Any) -> torch.Tensor:
         """Return the margins of a batch of the forget set."""
         logits = self.model(batch[0])
-        own = logits.gather(1, batch[1][:, None])
-        return own - logits.scatter(1, batch[1][:, None], -torch.inf).amax(1, keepdim=True)
+        given = logits.gather(1, batch[1][:, None])
+        return given - logits.scatter(1, batch[1][:, None], -torch.inf).amax(1, keepdim=True)
 
     losses = staticmethod(image_losses)
 
@@ -252,6 +242,12 @@ def collected(subject: Subject) -> tuple[KroneckerFactors, dict[str, Cost]]:
     for layer in factors.values():
         _ = layer.basis
     return factors, parts
+
+
+def columns(name: str, *without: str) -> Columns:
+    """Return what is measured on a data set, without some of the columns."""
+    measures = TEXT_COLUMNS if name in TEXTS else IMAGE_COLUMNS
+    return {key: column for key, column in measures.items() if key not in without}
 
 
 def subject(name: str, seed: int, args: argparse.Namespace) -> Subject:
