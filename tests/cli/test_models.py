@@ -196,15 +196,7 @@ def test_progress_that_is_damaged_is_named(folder, tmp_path, monkeypatch, what):
         "--save-every",
         "1",
     ]
-    step, steps = collecting._step, []
-
-    def interrupted(*given):
-        steps.append(1)
-        if len(steps) == 11:  # in the second pass
-            raise KeyboardInterrupt
-        step(*given)
-
-    monkeypatch.setattr(collecting, "_step", interrupted)
+    language.interrupt(monkeypatch, 11)  # in the second pass
     with pytest.raises(SystemExit) as stop:
         run("collect", *args)
     assert stop.value.code == 130

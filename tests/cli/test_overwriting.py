@@ -4,8 +4,8 @@ import os
 import shutil
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from lightning_curvature.text import models
 from tests.support.commands import arguments, replaced, run
 
 
@@ -33,7 +33,7 @@ def test_what_is_there_is_not_written_over_without_a_word(folder, tmp_path, monk
 @pytest.mark.parametrize("place", ["model/config.json", "model/new.x", "edited/config.json", "model", "linked"])
 @pytest.mark.parametrize("command", ["collect", "mine", "evaluate", "sweep", "detect"])
 def test_no_output_lies_in_a_model_that_is_read(folder, tmp_path, monkeypatch, command, place, more):
-    monkeypatch.setattr(models, "_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     for name in ("model", "edited"):
         shutil.copytree(folder / name, tmp_path / name)
     (tmp_path / "model" / "config.json").rename(tmp_path / "linked")

@@ -3,8 +3,8 @@
 import re
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from lightning_curvature.text import models
 from tests.support.commands import arguments, replaced, run
 
 WRONG = [
@@ -86,7 +86,7 @@ WRONG = [
 def test_a_wrong_argument_is_told_before_the_model_is_loaded(
     folder, tmp_path, monkeypatch, command, option, value, message
 ):
-    monkeypatch.setattr(models, "_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     given = folder / value[1:] if value is not None and value.startswith("@") else value
     args = (
         [*arguments(folder, tmp_path, command), option]

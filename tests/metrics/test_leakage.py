@@ -79,21 +79,24 @@ def test_very_unlikely_tokens_stay_finite():
     assert float(F.min_k_probability(logits, target)) == pytest.approx(-40)
 
 
+LOGITS, IDS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+REFUSED = {
+    "shapes": (LOGITS, IDS[:, 1:], r"logits \[\.\.\., V\] and target \[\.\.\.\], found \[2, 3, 5\] and \[2, 2\]"),
+    "integer logits": (LOGITS.long(), IDS, "found torch.int64 and torch.int64"),
+    "int32 ids": (LOGITS, IDS.int(), "found torch.float32 and torch.int32"),
+    "ids too large": (LOGITS, IDS + 5, r"ids in \[0, 5\), found 5\. .* ignore_index, here -100"),
+    "negative ids": (LOGITS, IDS - 1, r"ids in \[0, 5\), found -1\."),
+}
+
+
 @pytest.mark.parametrize("name", ["min-k", "perplexity"])
 @pytest.mark.parametrize("through", ["class", "twin"])
-def test_scored_tokens_are_checked(name, through):
-    case = CASES[name]
+@pytest.mark.parametrize("fault", REFUSED)
+def test_scored_tokens_are_checked(fault, name, through):
+    case, (scores, target, message) = CASES[name], REFUSED[fault]
     call = case.metric().update if through == "class" else case.twin
-    logits, ids = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
-    for scores, target, message in (
-        (logits, ids[:, 1:], r"logits \[\.\.\., V\] and target \[\.\.\.\], found \[2, 3, 5\] and \[2, 2\]"),
-        (logits.long(), ids, "found torch.int64 and torch.int64"),
-        (logits, ids.int(), "found torch.float32 and torch.int32"),
-        (logits, ids + 5, r"ids in \[0, 5\), found 5\. .* ignore_index, here -100"),
-        (logits, ids - 1, r"ids in \[0, 5\), found -1\."),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(scores, target)
+    with pytest.raises(ValueError, match=message):
+        call(scores, target)
 
 
 def test_dimensions_and_ignore_index_are_checked():

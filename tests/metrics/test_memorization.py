@@ -65,21 +65,24 @@ def test_extraction_strength_looks_at_the_end(preds, expected):
     assert F.extraction_strength(torch.tensor([preds]), target) == expected
 
 
+IDS = torch.zeros(2, 3, dtype=torch.int64)
+REFUSED = {
+    "lengths": (IDS[:, :2], IDS, r"\[2, 2\] and \[2, 3\]\. Fill shorter sequences .* -1"),
+    "one dimension": (IDS[0], IDS[0], r"L >= 1, found \[3\] and \[3\]"),
+    "no token": (IDS[:, :0], IDS[:, :0], r"L >= 1, found \[2, 0\] and \[2, 0\]"),
+    "int32 predictions": (IDS.int(), IDS, r"found torch.int32 and torch.int64\. Take the argmax"),
+    "floating target": (IDS, IDS.float(), "found torch.int64 and torch.float32"),
+}
+
+
 @pytest.mark.parametrize("name", ["strict", "loose", "edit", "extraction", "prefix"])
 @pytest.mark.parametrize("through", ["class", "twin"])
-def test_token_pairs_are_checked(name, through):
-    case = CASES[name]
+@pytest.mark.parametrize("fault", REFUSED)
+def test_token_pairs_are_checked(fault, name, through):
+    case, (preds, target, message) = CASES[name], REFUSED[fault]
     call = case.metric().update if through == "class" else case.twin
-    ids = torch.zeros(2, 3, dtype=torch.int64)
-    for preds, target, message in (
-        (ids[:, :2], ids, r"\[2, 2\] and \[2, 3\]\. Fill shorter sequences .* -1"),
-        (ids[0], ids[0], r"L >= 1, found \[3\] and \[3\]"),
-        (ids[:, :0], ids[:, :0], r"L >= 1, found \[2, 0\] and \[2, 0\]"),
-        (ids.int(), ids, r"found torch.int32 and torch.int64\. Take the argmax"),
-        (ids, ids.float(), "found torch.int64 and torch.float32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(preds, target)
+    with pytest.raises(ValueError, match=message):
+        call(preds, target)
 
 
 @pytest.mark.parametrize("bad", [0, 0.0, -0.5, 1.01, True, "0.5", None, math.nan])

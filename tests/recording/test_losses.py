@@ -7,19 +7,20 @@ from torch import nn
 
 from tests.support.steps import data, gather, network, same
 
+WAYS = {
+    "a module": lambda z, y: nn.CrossEntropyLoss()(z, y),
+    "keywords": lambda z, y: nn.CrossEntropyLoss()(input=z, target=y),
+    "NLL of log-softmax": lambda z, y: F.nll_loss(z.log_softmax(-1), y),
+    "modules of both": lambda z, y: nn.NLLLoss()(nn.LogSoftmax(-1)(z), y),
+    "weights and smoothing": lambda z, y: F.cross_entropy(z, y, weight=torch.ones(3).double(), label_smoothing=0.2),
+}
 
-def test_all_ways_to_write_the_loss():
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_to_write_the_loss(way):
     model, (x, y) = network(), data()
     expected = gather(model, lambda _: F.cross_entropy(model(x), y), fisher="exact")
-    ways = [
-        lambda _: nn.CrossEntropyLoss()(model(x), y),
-        lambda _: nn.CrossEntropyLoss()(input=model(x), target=y),
-        lambda _: F.nll_loss(model(x).log_softmax(-1), y),
-        lambda _: nn.NLLLoss()(nn.LogSoftmax(-1)(model(x)), y),
-        lambda _: F.cross_entropy(model(x), y, weight=torch.ones(3).double(), label_smoothing=0.2),
-    ]
-    for way in ways:
-        same(gather(model, way, fisher="exact"), expected)
+    same(gather(model, lambda _: WAYS[way](model(x), y), fisher="exact"), expected)
 
 
 def test_a_metric_is_not_the_loss():
@@ -63,18 +64,16 @@ def test_named_logits_of_a_submodule_and_of_a_method():
         gather(model, lambda _: model.loss_pair(), layers=["net.2"], logits="loss_pair")
 
 
-def test_losses_that_are_refused():
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "mse_loss"])
+def test_losses_that_are_no_cross_entropy_are_refused_by_name(name):
     model, (x, y) = network(), data()
-    hot = F.one_hot(y, 3).double()
-    refused = {
-        "binary_cross_entropy_with_logits": lambda _: F.binary_cross_entropy_with_logits(model(x), hot),
-        "mse_loss": lambda _: F.mse_loss(model(x), hot),
-    }
-    for name, step in refused.items():
-        with pytest.raises(
-            RuntimeError, match=f"No softmax cross-entropy reaches the training loss. It computes '{name}'"
-        ):
-            gather(model, step)
+    loss, hot = getattr(F, name), F.one_hot(y, 3).double()
+    with pytest.raises(RuntimeError, match=f"No softmax cross-entropy reaches the training loss. It computes '{name}'"):
+        gather(model, lambda _: loss(model(x), hot))
+
+
+def test_two_losses_and_values_that_are_no_log_probabilities_are_refused():
+    model, (x, y) = network(), data()
     with pytest.raises(RuntimeError, match=r"2 softmax losses reach .* logits='...'"):
         gather(model, lambda _: F.cross_entropy(model(x), y) + F.cross_entropy(2 * model(x), y))
     with pytest.raises(RuntimeError, match="values that are not log-probabilities"):

@@ -1,6 +1,7 @@
 """Small causal language models of several families, and a tokenizer for them."""
 
 import copy
+import functools
 
 import lightning.pytorch as pl
 import torch
@@ -95,6 +96,21 @@ def fronted_tokenizer(template, size=VOCABULARY):
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=plain, bos_token="<s>", eos_token="<end>", pad_token="<end>", additional_special_tokens=["<i>"]
     )
+
+
+def interrupt(monkeypatch, number):
+    """Interrupt one forward pass of Llama models, as the user does; return a list that grows with each."""
+    passes, forward = [], hf.LlamaForCausalLM.forward
+
+    @functools.wraps(forward)
+    def counted(self, *args, **options):
+        passes.append(self)
+        if len(passes) == number:
+            raise KeyboardInterrupt
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(hf.LlamaForCausalLM, "forward", counted)
+    return passes
 
 
 def words(ids):

@@ -7,7 +7,6 @@ from lightning_curvature import KroneckerFactors
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.text import collecting, corpus
 from lightning_curvature.text import models as text_models
-from lightning_curvature.text.progress import Progress, fingerprint
 from tests.support import language
 
 OPTIONS = {"layers": "mlp", "context": 8, "batch_size": 3, "save_every": 2}
@@ -47,15 +46,7 @@ def test_a_saved_model_over_a_file(folder, tmp_path):
 @pytest.mark.parametrize("stop", [1, 3, 6, 9, 17])
 def test_an_interrupted_collection_goes_on_where_it_was(folder, tmp_path, monkeypatch, passes, stop):
     whole = collected(folder, tmp_path / "whole.safetensors")
-    step, steps = collecting._step, []
-
-    def interrupted(*args):
-        steps.append(1)
-        if len(steps) == stop:
-            raise KeyboardInterrupt
-        step(*args)
-
-    monkeypatch.setattr(collecting, "_step", interrupted)
+    forward_passes = language.interrupt(monkeypatch, stop)
     out = tmp_path / "f.safetensors"
     total = 12 * passes
     if stop <= total:
@@ -64,12 +55,12 @@ def test_an_interrupted_collection_goes_on_where_it_was(folder, tmp_path, monkey
         assert not out.exists()
     factors = collected(folder, out, passes=passes)
     same(factors, whole)
-    assert len(steps) <= total + 2  # at most one step since the last save was done again
+    # Loading runs the model once, and is done twice; at most two batches since the last save are done again.
+    assert len(forward_passes) <= total + 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.safetensors", "whole.safetensors"]
 
 
 def test_progress_of_another_run_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(collecting, "tqdm", pytest.fail)
     out = tmp_path / "f.safetensors"
     tokenizer = text_models.load_tokenizer(folder / "model")
 
@@ -77,9 +68,10 @@ def test_progress_of_another_run_is_refused(folder, tmp_path, monkeypatch):
         collecting.collect_text(net, tokenizer, folder / "corpus.jsonl", out, **OPTIONS | options)
 
     net = text_models.load_model(folder / "model")
-    facts = {"tokens": None, "context": 8, "batch_size": 3, "passes": 1, "layers": "mlp"}
-    run_id = fingerprint(net, tokenizer, folder / "corpus.jsonl", **facts)
-    Progress(out, run_id, 1).save(0, 2, None)
+    language.interrupt(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(net)
+    monkeypatch.setattr(collecting, "tqdm", pytest.fail)
     with pytest.raises(ValueError, match=r"progress of another run: \['context', 'fisher'\] differ. Finish that run"):
         run(net, context=16, fisher="sampled")
     with pytest.raises(ValueError, match=r"\['model'\] differ"):

@@ -36,17 +36,16 @@ def test_halves_depend_on_the_tokens_alone():
     assert "".join(PromptedSequence((i,), (9,)).half[0] for i in range(8)) == "tvvtvvtv"
 
 
-def test_bad_sequences(tmp_path):
+@pytest.mark.parametrize(("prefix", "suffix"), [([], [1]), ([1], ["a"]), ([1], [-1]), ("1", [1])])
+def test_ids_that_are_none_are_refused(prefix, suffix, tmp_path):
+    records = {"prefix_ids": [1], "suffix_ids": [2]}, {"prefix_ids": prefix, "suffix_ids": suffix}
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(ValueError, match=r"line 2: (prefix|suffix)_ids must be a list of token ids"):
+        sequences.read_sequences(tmp_path / "s.jsonl")
+
+
+def test_halves_that_hold_nothing_are_refused(tmp_path):
     path = tmp_path / "s.jsonl"
-    for bad in (
-        {"prefix_ids": [], "suffix_ids": [1]},
-        {"prefix_ids": [1], "suffix_ids": ["a"]},
-        {"prefix_ids": [1], "suffix_ids": [-1]},
-        {"prefix_ids": "1", "suffix_ids": [1]},
-    ):
-        path.write_text(json.dumps({"prefix_ids": [1], "suffix_ids": [2]}) + "\n" + json.dumps(bad))
-        with pytest.raises(ValueError, match=r"line 2: (prefix|suffix)_ids must be a list of token ids"):
-            sequences.read_sequences(path)
     path.write_text(json.dumps({"prefix_ids": [1], "suffix_ids": [2]}))
     wrong_half = next(half for half in sequences.HALVES if half != sequences.read_sequences(path)[0].half)
     with pytest.raises(ValueError, match=f"none of its 1 sequences is in the {wrong_half} half"):
