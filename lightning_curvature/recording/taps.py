@@ -121,7 +121,7 @@ class Taps:
 
     @contextmanager
     def own_pass(self) -> Iterator[None]:
-        """Mark the backward passes of a ``with`` block as this recorder's own, which hooks of other recorders ignore."""
+        """Mark the backward passes of a ``with`` block as this recorder's own; other recorders ignore them."""
         _passes.append(self._token)
         try:
             with self.paused():
