@@ -2,16 +2,13 @@
 
 import dataclasses
 import logging
-import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -20,6 +17,7 @@ from lightning_curvature.analysis.directions import DirectionUse
 from lightning_curvature.baselines.methods import CONTROL_LABELS
 from lightning_curvature.demos.analyses import analyse_images
 from lightning_curvature.demos.files import versions, write_edited, write_json
+from lightning_curvature.demos.fitting import fit
 from lightning_curvature.demos.label_noise import (
     MEMORIZED_LIMIT,
     balanced_subnet,
@@ -68,21 +66,8 @@ def train_digits(out: Path, seed: int, epochs: int) -> tuple[LitViT, NoisyDigits
     """Train the model of the demo with the callback; the callback holds the factors then."""
     pl.seed_everything(seed, verbose=False)
     data, model, callback = NoisyDigits(seed=seed), build_model(), KFACEditCallback()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=[callback],
-        gradient_clip_val=1.0,
-        check_val_every_n_epoch=max(epochs // 10, 1),
-        log_every_n_steps=20,
-        logger=CSVLogger(out, name="", version="logs"),
-        enable_checkpointing=False,  # the demo saves the checkpoint itself, under a name of its own
-        enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # the data are in memory
-        trainer.fit(model, data)
+    often = max(epochs // 10, 1)
+    trainer = fit(model, data, callback, out, max_epochs=epochs, check_val_every_n_epoch=often)
     return model, data, callback, trainer
 
 

@@ -1,12 +1,10 @@
 """The data and the model of the text demo, and how it is trained."""
 
-import sys
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import CSVLogger
 
+from lightning_curvature.demos.fitting import fit
 from lightning_curvature.demos.language_model import LitCausalLM
 from lightning_curvature.demos.python_text import read_texts
 from lightning_curvature.demos.recitation import RecitedText
@@ -56,21 +54,6 @@ def train_text(
         decay=0.5 * (len(data.batches) - settings.steps) / len(data.batches),  # the second half of the repetitions
     )
     callback = KFACEditCallback(layers="mlp", loop="validation", seed=seed)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        precision="bf16-mixed",
-        callbacks=[callback],
-        gradient_clip_val=1.0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=20,
-        logger=CSVLogger(out, name="", version="logs"),
-        enable_checkpointing=False,  # the demo saves the checkpoint itself, under a name of its own
-        enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # the data are in memory
-        trainer.fit(model, data)
+    trainer = fit(model, data, callback, out, max_epochs=1, precision="bf16-mixed", num_sanity_val_steps=0)
     model.eval()
     return model, callback, trainer

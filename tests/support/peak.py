@@ -6,7 +6,10 @@ import torch
 
 
 def peak_bytes(work):
-    """Return how many bytes more than before are allocated at the worst moment of some work."""
+    """Return how many bytes more than before are allocated at the worst moment of some work.
+
+    benchmarks/support/measuring.py has the same for any device: tests and benchmarks do not import each other.
+    """
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()

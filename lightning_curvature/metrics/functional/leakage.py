@@ -93,12 +93,7 @@ def min_k_probability(logits: Tensor, target: Tensor, k: float = 0.2, ignore_ind
     A text that was trained on has few very unlikely tokens, so a higher value looks more memorized. Source: Shi et al.
     2024, arXiv:2310.16789.
 
-    Args:
-        logits: Scores of all tokens, ``[n, L, V]``, any floating dtype. Row ``i`` predicts ``target[:, i]``: shift the
-            labels first.
-        target: Token ids, int64 ``[n, L]``.
-        k: Share of the counted tokens that enters the mean, in (0, 1]; at least one token does.
-        ignore_index: Id of the positions that do not count, for example padding.
+    Arguments as :func:`min_k_scores`.
 
     Returns:
         A mean log-probability of at most 0, float64 scalar; NaN without such a sequence.
