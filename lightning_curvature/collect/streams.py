@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_curvature.distributed import local_part
+
 
 class SideStreams:
     """One side stream for each CUDA device; on other devices, work runs as usual.
@@ -26,7 +28,7 @@ class SideStreams:
             tensors: What the work reads: its devices are among them, and its memory is kept until the work is done.
             devices: Further devices.
         """
-        local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+        local = [local_part(tensor) for tensor in tensors]
         on_cuda = [tensor for tensor in local if tensor.device.type == "cuda"]
         others = {device for device in devices if device.type == "cuda"}
         with ExitStack() as stack:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.distributed import whole
+from lightning_curvature.distributed import local_part, whole
 from lightning_curvature.layers.kinds import gradient_rows, input_rows, is_matmul, num_rows
 from lightning_curvature.recording.calls import LayerCall
 from lightning_curvature.recording.one_read import OneRead
@@ -225,7 +225,7 @@ def same_inputs(rows: Sequence[CallRows]) -> list[dict[str, list[CallRows]]]:
 def _reading(call: LayerCall) -> tuple[Any, ...]:
     """Return a key that is equal for two calls if they read the same tensor, unchanged in between, in the same way."""
     inputs, module = call.inputs, call.module
-    local = getattr(inputs, "_local_tensor", inputs)
+    local = local_part(inputs)
     how = None
     if isinstance(module, nn.Conv2d):
         how = (module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode)

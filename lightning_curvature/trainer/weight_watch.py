@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_curvature.distributed import whole
+from lightning_curvature.distributed import local_part, whole
 from lightning_curvature.storage.hashes import tensor_hash
 
 
@@ -66,5 +66,5 @@ class WeightWatch:
 
     @torch.no_grad()
     def _look(self) -> list[Tensor]:
-        local = [getattr(weight, "_local_tensor", weight).detach().flatten() for weight in self._weights().values()]
+        local = [local_part(weight).detach().flatten() for weight in self._weights().values()]
         return [weight[:: max(len(weight) // _SAMPLED, 1)].to(torch.float32, copy=True) for weight in local]
