@@ -21,17 +21,15 @@ from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.facts import check_facts
 from lightning_curvature.checkpoints.model_card import AS_IT_IS, CARD
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.checkpoints.opening import open_checkpoint
+from lightning_curvature.checkpoints.opening import open_weights
 from lightning_curvature.checkpoints.safetensors import SafetensorsFile, check_header, join_files
 from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.storage.hashes import tensor_hash, values_hash
-from lightning_curvature.storage.outputs import FACTORS, NOTE, check_name, check_outputs
+from lightning_curvature.storage.outputs import DELTA, NOTE, check_name, check_outputs
 from lightning_curvature.storage.scratch import Scratch
 from lightning_curvature.storage.sniff import looks_like_safetensors
 from lightning_curvature.storage.tree import COPY_AGAIN, is_text, parse_json
 
-DELTA = "lightning_curvature.delta"
-"""Metadata entry of a delta file, JSON."""
 _VERSION = 1
 _OLD = "old"  # file that holds the delta that is replaced
 
@@ -189,21 +187,6 @@ def _flipped(tensor: Tensor, difference: Tensor) -> Tensor | None:
     if difference.shape != bits.shape or difference.dtype != bits.dtype:
         return None
     return (bits ^ difference).view(tensor.dtype).view(tensor.shape)
-
-
-def open_weights(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> Checkpoint:
-    """Open a checkpoint to edit; arguments and errors as :func:`open_checkpoint`.
-
-    Raises:
-        ValueError: Also if it is a file of factors, or a delta.
-    """
-    checkpoint = open_checkpoint(path, allow_globals)
-    if isinstance(checkpoint, SafetensorsFile):
-        if DELTA in checkpoint.metadata:
-            raise ValueError(f"{path} is a delta, not a checkpoint: revert and apply take it as --delta.")
-        if FACTORS in checkpoint.metadata:
-            raise ValueError(f"{path} holds K-FAC factors, not weights: edit takes it as --factors.")
-    return checkpoint
 
 
 def open_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Any], SafetensorsFile]:

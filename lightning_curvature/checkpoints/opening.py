@@ -8,7 +8,13 @@ from lightning_curvature.checkpoints.archive import ArchiveFile
 from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
 from lightning_curvature.checkpoints.safetensors import SafetensorsFile
-from lightning_curvature.storage.outputs import ARCHIVES, SAFETENSORS, ending
+from lightning_curvature.storage.outputs import (
+    ARCHIVES,
+    DELTA,
+    FACTORS,
+    SAFETENSORS,
+    ending,
+)
 from lightning_curvature.storage.sniff import looks_like_safetensors
 
 
@@ -31,3 +37,18 @@ def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] =
     if ending(path) == SAFETENSORS or (ending(path) not in ARCHIVES and looks_like_safetensors(path)):
         return SafetensorsFile(path)
     return ArchiveFile(path, allow_globals)
+
+
+def open_weights(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> Checkpoint:
+    """Open a checkpoint to edit; arguments and errors as :func:`open_checkpoint`.
+
+    Raises:
+        ValueError: Also if it is a file of factors, or a delta.
+    """
+    checkpoint = open_checkpoint(path, allow_globals)
+    if isinstance(checkpoint, SafetensorsFile):
+        if DELTA in checkpoint.metadata:
+            raise ValueError(f"{path} is a delta, not a checkpoint: revert and apply take it as --delta.")
+        if FACTORS in checkpoint.metadata:
+            raise ValueError(f"{path} holds K-FAC factors, not weights: edit takes it as --factors.")
+    return checkpoint

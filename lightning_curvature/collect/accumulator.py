@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from lightning_curvature.collect.moments import full_precision
+from lightning_curvature.collect.precision import full_precision
 from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.collect.sums import LayerKind, LayerSums
 from lightning_curvature.collect.tied_inputs import state_of, sums_from, sums_over, tie_again, tied_by_all, tied_inputs
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.kronecker import LayerFactors
-from lightning_curvature.recording.rows import BatchGradients, CallRows, read_batch, same_inputs
+from lightning_curvature.recording.calls import BatchGradients
+from lightning_curvature.recording.rows import CallRows, read_batch, same_inputs
 
 NewSums = Callable[[str, LayerKind, torch.device], LayerSums]
 """Returns empty sums of a layer, given its name, its kind, and the device on which they live."""

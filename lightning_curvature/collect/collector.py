@@ -20,11 +20,11 @@ from lightning_curvature.factors.fingerprints import fingerprint
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.kinds import is_conv1d, matrix_shape
 from lightning_curvature.layers.selection import choose_layers
+from lightning_curvature.recording.calls import BatchGradients
 from lightning_curvature.recording.compiled import check_graphed
 from lightning_curvature.recording.named_logits import named_target
 from lightning_curvature.recording.network import WatchedNetwork
 from lightning_curvature.recording.options import CollectorOptions
-from lightning_curvature.recording.rows import BatchGradients
 from lightning_curvature.recording.step import Step
 
 

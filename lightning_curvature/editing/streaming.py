@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.archive import ArchiveFile
 from lightning_curvature.checkpoints.base import Checkpoint
-from lightning_curvature.checkpoints.deltas import DeltaRecord, open_weights
+from lightning_curvature.checkpoints.deltas import DeltaRecord
+from lightning_curvature.checkpoints.opening import open_weights
 from lightning_curvature.editing.file_layers import FileLayers, LayerEditor, StreamedFactors
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.kronecker import KroneckerFactors

@@ -1,5 +1,6 @@
 """One call of a watched layer: what it read, and where its output is in the autograd graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,3 +74,31 @@ def check_call(name: str, inputs: Any, output: Any) -> None:
             f"Layer {name!r} runs while a CUDA graph is captured, whose replay calls no hook. Collect without CUDA "
             "graphs."
         )
+
+
+@dataclass
+class BatchGradients:
+    """The inputs and gradients of one batch.
+
+    Args:
+        calls: Calls of the chosen layers.
+        gradients: Of each call, the gradients at its output, from every backward pass that reached it.
+        scales: Of each call, the factor of the products of its gradients: one over the number of passes, or the square
+            of the gradients' unit (a scalar float64 tensor).
+        mask: Mask of the batch, for ``positions="mask:KEY"``.
+        share: Share of the positions that is used, chosen at random.
+        seed: Seed of that choice.
+    """
+
+    calls: Sequence[LayerCall]
+    gradients: Sequence[Sequence[Tensor]]
+    scales: Sequence[float | Tensor] = ()
+    mask: Tensor | None = None
+    share: float = 1.0
+    seed: int = 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is read."""
+        gradients = [gradient for received in self.gradients for gradient in received]
+        return [*(call.inputs for call in self.calls), *gradients, *([] if self.mask is None else [self.mask])]

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curvature.recording import detached, empirical, fisher, objectives
-from lightning_curvature.recording.calls import LayerCall
+from lightning_curvature.recording.calls import BatchGradients, LayerCall
 from lightning_curvature.recording.detached import DetachedCopy
 from lightning_curvature.recording.graph import node_of, origin_of, reached
 from lightning_curvature.recording.losses import SoftmaxLoss
 from lightning_curvature.recording.named_logits import find_class_dim, losses_above, with_classes
 from lightning_curvature.recording.network import WatchedNetwork
 from lightning_curvature.recording.options import CollectorOptions
-from lightning_curvature.recording.rows import BatchGradients
 from lightning_curvature.recording.taps import Taps
 
 _GOLDEN = 0x9E3779B1  # spreads the seeds of the backward passes of one step

@@ -13,37 +13,9 @@ from torch import Tensor, nn
 
 from lightning_curvature.distributed import local_part, whole
 from lightning_curvature.layers.kinds import gradient_rows, input_rows, is_matmul, num_rows
-from lightning_curvature.recording.calls import LayerCall
+from lightning_curvature.recording.calls import BatchGradients, LayerCall
 from lightning_curvature.recording.one_read import OneRead
 from lightning_curvature.recording.positions import counted_positions
-
-
-@dataclass
-class BatchGradients:
-    """The inputs and gradients of one batch.
-
-    Args:
-        calls: Calls of the chosen layers.
-        gradients: Of each call, the gradients at its output, from every backward pass that reached it.
-        scales: Of each call, the factor of the products of its gradients: one over the number of passes, or the square
-            of the gradients' unit (a scalar float64 tensor).
-        mask: Mask of the batch, for ``positions="mask:KEY"``.
-        share: Share of the positions that is used, chosen at random.
-        seed: Seed of that choice.
-    """
-
-    calls: Sequence[LayerCall]
-    gradients: Sequence[Sequence[Tensor]]
-    scales: Sequence[float | Tensor] = ()
-    mask: Tensor | None = None
-    share: float = 1.0
-    seed: int = 0
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Everything that is read."""
-        gradients = [gradient for received in self.gradients for gradient in received]
-        return [*(call.inputs for call in self.calls), *gradients, *([] if self.mask is None else [self.mask])]
 
 
 @dataclass

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_curvature.recording.calls import BatchGradients
 from lightning_curvature.recording.gradients import StepGradients
 from lightning_curvature.recording.network import WatchedNetwork
 from lightning_curvature.recording.objectives import NothingToCollectError
 from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.recording.positions import batch_mask
-from lightning_curvature.recording.rows import BatchGradients
 from lightning_curvature.recording.taps import Taps
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from lightning_curvature.checkpoints.deltas import DELTA, read_header
+from lightning_curvature.checkpoints.deltas import read_header
 from lightning_curvature.checkpoints.opening import open_checkpoint
 from lightning_curvature.checkpoints.safetensors import SafetensorsFile
 from lightning_curvature.factors.basis import select_staircase
@@ -14,6 +14,7 @@ from lightning_curvature.factors.files import is_factor_file
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.factors.layer import ERRORS
 from lightning_curvature.memory import size
+from lightning_curvature.storage.outputs import DELTA
 
 ENERGIES = (0.5, 0.9, 0.99)
 """Shares of the curvature mass of which a factor file's description says how few pairs hold them."""

@@ -16,6 +16,8 @@ _OTHERS = (".json", ".jsonl", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".npy
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 NOTE = "curvature_edit.json"
 """File of a Hugging Face folder that says what was edited."""
+DELTA = "lightning_curvature.delta"
+"""Metadata entry of a delta file, JSON."""
 FACTORS = "lightning_curvature.factors"
 """Metadata entry of a factor file, JSON."""
 _WRITTEN = {

@@ -12,9 +12,9 @@ from lightning_curvature.collect.validation_step import collected_from
 from lightning_curvature.layers.selection import PresetError
 from lightning_curvature.trainer.base import CallbackBase
 from lightning_curvature.trainer.problems import Problems, never_ends_a_fit
+from lightning_curvature.trainer.refusals import check_package, check_trainer, check_validation
 from lightning_curvature.trainer.run import CollectedRun, no_data
 from lightning_curvature.trainer.siblings import Siblings
-from lightning_curvature.trainer.support import check_package, check_trainer, check_validation
 
 
 class KFACEditCallback(CallbackBase):

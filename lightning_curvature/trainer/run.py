@@ -15,8 +15,8 @@ from lightning_curvature.layers.modules import layer_weights
 from lightning_curvature.recording.objectives import NothingToCollectError
 from lightning_curvature.recording.step import Step
 from lightning_curvature.trainer.edited_copy import Measured, why_no_copy
+from lightning_curvature.trainer.run_length import RunLength, batches_before
 from lightning_curvature.trainer.siblings import CheckpointDict
-from lightning_curvature.trainer.support import RunLength, batches_before
 from lightning_curvature.trainer.weight_watch import WeightWatch, weight_hashes
 
 

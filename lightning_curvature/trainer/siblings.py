@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_curvature.distributed import Ranks
-from lightning_curvature.trainer.files import (
+from lightning_curvature.trainer.sibling_files import (
     absolute,
     apart,
     costs_a_warning,

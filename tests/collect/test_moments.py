@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lightning_curvature.collect import moments
-from lightning_curvature.collect.moments import SecondMoment, block_columns, full_precision, packed_size
+from lightning_curvature.collect.moments import SecondMoment, block_columns, packed_size
+from lightning_curvature.collect.precision import full_precision
 
 
 def test_a_million_small_batches_lose_nothing():

@@ -18,8 +18,8 @@ from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.collect.sums import LayerSums
 from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.recording import fisher, taps
+from lightning_curvature.recording.calls import BatchGradients
 from lightning_curvature.recording.options import CollectorOptions
-from lightning_curvature.recording.rows import BatchGradients
 from tests.support.peak import peak_bytes
 
 ROWS, IN, HIDDEN = 96, 256, 512

@@ -14,7 +14,7 @@ from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.recording.options import CollectorOptions
-from lightning_curvature.trainer.support import check_validation
+from lightning_curvature.trainer.refusals import check_validation
 from tests.support import cells, models, processes
 from tests.support.matrix import DDP3, ONE
 from tests.support.processes import here

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_curvature import KFACEditCallback
-from lightning_curvature.trainer.support import RunLength
+from lightning_curvature.trainer.run_length import RunLength
 from tests.support.rows import Plain, fit, loader, rows
 
 

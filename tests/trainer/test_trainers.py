@@ -26,7 +26,7 @@ from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.recording.compiled import check_graphed
 from lightning_curvature.recording.options import CollectorOptions
-from lightning_curvature.trainer.support import check_strategy
+from lightning_curvature.trainer.refusals import check_strategy
 from tests.support import models
 
 pytestmark = pytest.mark.filterwarnings("ignore:The factors of layer .* rest on")
