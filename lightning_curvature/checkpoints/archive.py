@@ -52,7 +52,7 @@ class ArchiveFile(Checkpoint):
         check_tensors({name: value for name, value in self.state_dict.items() if isinstance(value, Tensor)}, path)
 
     @property
-    def provenance(self) -> dict[str, Any] | None:
+    def edit_facts(self) -> dict[str, Any] | None:
         """What an earlier edit wrote about itself, or None."""
         facts = self.content.get(ENTRY) if self.nested is not None else getattr(self.state_dict, _ATTRIBUTE, None)
         return check_facts(facts, f"{self.path}: the entry {ENTRY!r}") if isinstance(facts, dict) else None
@@ -82,19 +82,19 @@ class ArchiveFile(Checkpoint):
         self,
         target: str | os.PathLike[str],
         edits: Edits,
-        provenance: Mapping[str, Any] | None,
+        facts: Mapping[str, Any] | None,
         headers: Mapping[str, str] | None = None,  # noqa: ARG002
     ) -> None:
         """Write a copy with some tensors replaced, as the base class says; a name tied to one of them gets it, too."""
         state_dict = self._edited(edits)
         if self.nested is not None:
-            content = {**self.content, self.nested: state_dict, ENTRY: provenance}
-            if provenance is None:
+            content = {**self.content, self.nested: state_dict, ENTRY: facts}
+            if facts is None:
                 del content[ENTRY]
         else:
             content = state_dict
-            vars(content)[_ATTRIBUTE] = provenance
-            if provenance is None:
+            vars(content)[_ATTRIBUTE] = facts
+            if facts is None:
                 del vars(content)[_ATTRIBUTE]
         with replacing(target, like=self.path) as temporary:
             torch.save(content, temporary)

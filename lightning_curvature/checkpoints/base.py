@@ -32,7 +32,7 @@ class Checkpoint(ABC):
 
     @property
     @abstractmethod
-    def provenance(self) -> dict[str, Any] | None:
+    def edit_facts(self) -> dict[str, Any] | None:
         """What an earlier edit wrote about itself, JSON values; None if the checkpoint was not edited.
 
         Raises:
@@ -78,7 +78,7 @@ class Checkpoint(ABC):
         self,
         target: str | os.PathLike[str],
         edits: Edits,
-        provenance: Mapping[str, Any] | None,
+        facts: Mapping[str, Any] | None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """Write a copy with some tensors replaced, atomically: the target appears as a whole, or not at all.
@@ -88,7 +88,7 @@ class Checkpoint(ABC):
         Args:
             target: File or folder to write. What is there is replaced.
             edits: New tensors, of the shape and dtype of the old ones. One at a time is in memory.
-            provenance: What the copy says about the edit; None if it shall not say that it was edited.
+            facts: What the copy says about the edit; None if it shall not say that it was edited.
             headers: What :meth:`headers` of the original returned, for a copy that is the original again. Headers of
                 another format, or of other tensors, are passed over.
 

@@ -75,7 +75,7 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
             "tensors": {name: {"original": self.original[name], "edited": self.edited[name]} for name in self.names},
             "values": {"original": values_hash(self.original), "edited": values_hash(self.edited)},
             "edit": facts,
-            "before": self.checkpoint.provenance,
+            "before": self.checkpoint.edit_facts,
             "headers": self.checkpoint.headers(),
         }
         if self.path.exists():

@@ -75,12 +75,12 @@ class HuggingFaceFolder(Checkpoint):
                 raise ValueError(f"{index} says that {file} holds {name!r}; it does not. The folder is not complete.")
 
     @property
-    def provenance(self) -> dict[str, Any] | None:
+    def edit_facts(self) -> dict[str, Any] | None:
         """What an earlier edit wrote about itself, or None."""
         note = read_note(self.path)
         if note is not None:
             return note
-        return next((shard.provenance for shard in self.shards.values() if shard.provenance is not None), None)
+        return next((shard.edit_facts for shard in self.shards.values() if shard.edit_facts is not None), None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor."""
@@ -133,26 +133,26 @@ class HuggingFaceFolder(Checkpoint):
         self,
         target: str | os.PathLike[str],
         edits: Edits,
-        provenance: Mapping[str, Any] | None,
+        facts: Mapping[str, Any] | None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """Write a copy of the folder with some tensors replaced, as the base class says.
 
-        The provenance goes into a note, into the model card, and into the metadata of each file that is edited.
+        The facts go into a note, into the model card, and into the metadata of each file that is edited.
         """
         if headers is not None and not self.shards.keys() <= headers.keys():
             headers = None  # of another format
         with replacing_folder(target) as new:
             shutil.copytree(self.path, new, ignore=self._not_copied)
-            self._write_notes(new, provenance, headers)
+            self._write_notes(new, facts, headers)
             for file, shard in self.shards.items():
                 edits_here = {name: edit for name, edit in edits.items() if self.where[name] == file}
                 if edits_here:
-                    shard.copy(new / file, edits_here, provenance, None if headers is None else {"": headers[file]})
+                    shard.copy(new / file, edits_here, facts, None if headers is None else {"": headers[file]})
                 else:
                     _copy_and_sync(shard.path, new / file)
 
-    def _write_notes(self, new: Path, provenance: Mapping[str, Any] | None, headers: Mapping[str, str] | None) -> None:
+    def _write_notes(self, new: Path, facts: Mapping[str, Any] | None, headers: Mapping[str, str] | None) -> None:
         """Write what the folder says about its edit: a note for programs, a section of the model card for people."""
         if headers is not None:
             for file in (NOTE, CARD):
@@ -160,11 +160,11 @@ class HuggingFaceFolder(Checkpoint):
                     (new / file).write_bytes(headers[file].encode(*AS_IT_IS))
             return
         card = self.path / CARD
-        if card.exists() or provenance is not None:
-            section = b"" if provenance is None else card_section(provenance)
+        if card.exists() or facts is not None:
+            section = b"" if facts is None else card_section(facts)
             (new / CARD).write_bytes(without_section(card.read_bytes() if card.exists() else b"") + section)
-        if provenance is not None:
-            (new / NOTE).write_text(json.dumps(provenance, indent=2), encoding="utf-8")
+        if facts is not None:
+            (new / NOTE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
     def _not_copied(self, folder: str, names: list[str]) -> set[str]:
         for name in names:

@@ -86,7 +86,7 @@ class SafetensorsFile(Checkpoint):
         self.start = 8 + length
 
     @property
-    def provenance(self) -> dict[str, Any] | None:
+    def edit_facts(self) -> dict[str, Any] | None:
         """What an earlier edit wrote about itself, or None."""
         if METADATA_ENTRY not in self.metadata:
             return None
@@ -135,17 +135,17 @@ class SafetensorsFile(Checkpoint):
         self,
         target: str | os.PathLike[str],
         edits: Edits,
-        provenance: Mapping[str, Any] | None,
+        facts: Mapping[str, Any] | None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """Write a copy with some tensors replaced, as the base class says.
 
-        The provenance is an entry of the metadata. A recorded header is written as it is, if it describes the same
+        The facts are an entry of the metadata. A recorded header is written as it is, if it describes the same
         tensors at the same places.
         """
         metadata = {key: value for key, value in self.metadata.items() if key != METADATA_ENTRY}
-        if provenance is not None:
-            metadata[METADATA_ENTRY] = json.dumps(provenance)
+        if facts is not None:
+            metadata[METADATA_ENTRY] = json.dumps(facts)
         content = {_METADATA: metadata, **self.header} if metadata else self.header
         header = _packed(content)
         recorded = (headers or {}).get("")

@@ -31,7 +31,7 @@ class Accumulator:
         ranks: The processes of the run.
 
     Attributes:
-        num_seen: Batches that this process has taken, whether they could be used or not.
+        num_batches_seen: Batches that this process has taken, whether they could be used or not.
         num_batches: Those that were used.
         num_skipped: Those that were not, because they held NaN or infinite values.
         owners: Which process keeps the sums of a layer, by name; None: each process keeps those of its own data.
@@ -41,7 +41,7 @@ class Accumulator:
 
     def __init__(self, new_sums: NewSums, home: Home, positions: str, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.num_seen = self.num_batches = self.num_skipped = 0
+        self.num_batches_seen = self.num_batches = self.num_skipped = 0
         self._new_sums, self._home = new_sums, home
         self._positions = positions
         self._sums: dict[str, LayerSums] = {}
@@ -85,7 +85,7 @@ class Accumulator:
             rows = None
             if batch is not None:
                 rows = read_batch(batch, self._positions)
-                self.num_seen += 1
+                self.num_batches_seen += 1
                 self._count(was_used=rows is not None)
             self._add_groups(same_inputs(rows or []), kinds)
 
@@ -161,7 +161,7 @@ class Accumulator:
 
         A collective. The sums come back on the first process alone.
         """
-        counters = self.ranks.gather((self.num_seen, self.num_batches, self.num_skipped))
+        counters = self.ranks.gather((self.num_batches_seen, self.num_batches, self.num_skipped))
         kinds = {name: sums.kind for name, sums in self.sums.items()}
         groups = tied_by_all(self.ranks, tied_inputs(self.sums))
         merged = sums_over(self.ranks, kinds, self.sums.__getitem__, lambda _: 0, groups, self._new_sums)
@@ -175,7 +175,7 @@ class Accumulator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, with as many processes as there are now."""
-        self.num_seen = state["num_seen"]
+        self.num_batches_seen = state["num_seen"]
         self.num_batches, self.num_skipped = map(self.ranks.part, (state["num_batches"], state["num_skipped"]))
         self._known_groups = set()
         self._go_on_with(sums_from(state, self._new_sums))

@@ -42,7 +42,7 @@ class Collector:
 
     Attributes:
         network: The network, and what its steps have shown of its layers.
-        kinds: What each layer that may be chosen is, by name.
+        kinds: Widths and layout of each layer that may be chosen, by name.
         provenance: What the factors say of where they come from.
 
     Raises:
@@ -129,9 +129,9 @@ class Collector:
         return self.accumulator.owners
 
     @property
-    def num_seen(self) -> int:
+    def num_batches_seen(self) -> int:
         """Batches that this process has taken, whether they could be used or not."""
-        return self.accumulator.num_seen
+        return self.accumulator.num_batches_seen
 
     @property
     def num_batches(self) -> int:
@@ -160,17 +160,17 @@ class Collector:
 
     def factors(self) -> KroneckerFactors:
         """Return the factors of all batches since the sums were last reset."""
-        return KroneckerFactors({name: sums.factors() for name, sums in self.sums.items()}, self._facts)
+        return KroneckerFactors({name: sums.factors() for name, sums in self.sums.items()}, self._full_provenance)
 
     def finish(self) -> KroneckerFactors:
         """Return the same factors, and drop the sums one by one, so that the two are never there as a whole."""
         modules, layers = self.network.choice.modules, self.accumulator.take()
         for name, layer in layers.items():  # after a pass over a frozen model, whose weights are what was collected on
             layers[name] = dataclasses.replace(layer, weight=fingerprint(modules[name].get_parameter("weight")))
-        return KroneckerFactors(layers, self._facts)
+        return KroneckerFactors(layers, self._full_provenance)
 
     @property
-    def _facts(self) -> dict[str, Any]:
+    def _full_provenance(self) -> dict[str, Any]:
         return {**self.provenance, "batches_skipped": self.num_skipped}
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class Collector:
     @property
     def _seed(self) -> int:
         """Seed of a batch: the same one if the batch is repeated, another one on other data."""
-        seed = self.options.seed * 0x9E3779B1 + self.ranks.data * 0x85EBCA77 + self.num_seen
+        seed = self.options.seed * 0x9E3779B1 + self.ranks.data * 0x85EBCA77 + self.num_batches_seen
         return seed % 2**32
 
     def _kind(self, layer: nn.Module) -> LayerKind:

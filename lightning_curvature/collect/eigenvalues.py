@@ -142,11 +142,13 @@ class EigenvalueCollector(Collector):
         if ranks.size == 1:
             return super().finish()
         if owners is not None:
-            return ShardedFactors(self.accumulator.take(), counts, owners, ranks, self._facts)
+            return ShardedFactors(self.accumulator.take(), counts, owners, ranks, self._full_provenance)
         kinds = {name: sums.kind for name, sums in self.sums.items()}
         merged = dict(sums_over(ranks, kinds, self.sums.__getitem__, new=self._new_sums))
         self.reset()
-        return KroneckerFactors({name: merged[name].factors() for name in counts if name in merged}, self._facts)
+        return KroneckerFactors(
+            {name: merged[name].factors() for name in counts if name in merged}, self._full_provenance
+        )
 
 
 def correct_eigenvalues(

@@ -10,7 +10,7 @@ from lightning_curvature._checks import listing
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.recording.objectives import frozen_layers
+from lightning_curvature.recording.objectives import frozen_layers_message
 from lightning_curvature.recording.options import CollectorOptions
 
 Batch = TypeVar("Batch")
@@ -51,7 +51,7 @@ def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable
         collect_batch(collector, batch, step)
     check_collected(collector)
     factors = collector.finish()
-    check_positions(factors)
+    check_not_empty(factors)
     return factors
 
 
@@ -84,7 +84,7 @@ def loss_of(output: Any) -> Tensor:
     return loss
 
 
-def check_positions(factors: KroneckerFactors) -> None:
+def check_not_empty(factors: KroneckerFactors) -> None:
     """Raise ``RuntimeError`` if factors rest on no position, as where no token of any batch is predicted."""
     empty = [name for name, count in factors.counts().items() if not count]
     if empty:
@@ -102,7 +102,7 @@ def check_silent(silent: Collection[str], frozen: Collection[str] = ()) -> None:
         frozen: Layers that ran and whose outputs needed no gradient.
     """
     if asleep := sorted(set(silent) & set(frozen)):
-        raise RuntimeError(frozen_layers(asleep))
+        raise RuntimeError(frozen_layers_message(asleep))
     if silent:
         raise RuntimeError(
             f"Chosen layers {listing(silent)} never ran, so they have no factors and were not edited. Leave them out "

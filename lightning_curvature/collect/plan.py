@@ -29,7 +29,7 @@ class MemoryPlan:
         Memory of the K-FAC factors of 1 layer, on cpu (A: [d_in, d_in], G: [d_out, d_out]):
           mlp.down_proj  4096 x 11008  1.08 GiB
           together 1.08 GiB: 0.57 GiB of sums (upper blocks, twice float32), 0.51 GiB of finished factors (float32)
-        Layers that read the same tensor share A, and need less.
+        Layers that read the same tensor have one A, and need less.
     """
 
     layers: Mapping[str, tuple[int, int]]
@@ -60,7 +60,7 @@ class MemoryPlan:
             f"Memory of the K-FAC factors of {len(rows)} layer{'s' * (len(rows) != 1)}, on {self.device} "
             f"(A: [d_in, d_in], G: [d_out, d_out]):\n{table}\n  together {size(self.num_bytes)}: "
             f"{size(sums)} of sums (upper blocks, twice float32), {size(factors)} of finished factors (float32)\n"
-            "Layers that read the same tensor share A, and need less."
+            "Layers that read the same tensor have one A, and need less."
         )
 
     def check(self, available: int | None = None) -> None:

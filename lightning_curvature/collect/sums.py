@@ -13,7 +13,7 @@ from lightning_curvature.factors.kronecker import LayerFactors
 
 
 class LayerKind(NamedTuple):
-    """What the sums of a layer depend on; arguments of :class:`LayerSums`."""
+    """Widths and layout of a layer, on which its sums depend; arguments of :class:`LayerSums`."""
 
     d_in: int
     d_out: int

@@ -172,7 +172,7 @@ class WindowedFactors:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells that a factor file belongs to a checkpoint: primitives; empty before the first batch."""
-        batches = self.collector.num_seen
+        batches = self.collector.num_batches_seen
         return {"settings": self.settings, "batches": batches} if batches else {}
 
     def snapshot(self) -> tuple[KroneckerFactors, dict[str, Any]] | None:
@@ -187,7 +187,7 @@ class WindowedFactors:
             "collector": self.collector.state_dict(),
             "provenance": self.collector.provenance,
             "complete": any(self.ranks.gather(bool(self.complete))),
-            "batches": self.collector.num_seen,
+            "batches": self.collector.num_batches_seen,
             "began": self._began,
             "pause": list(self._pause),
         }

@@ -100,7 +100,7 @@ def _edited_among(layers: Collection[str], source: str | os.PathLike[str], allow
     """Return the layers that earlier edits of a checkpoint changed."""
     if Path(source).is_dir() and not (Path(source) / NOTE).is_file():
         return []  # an edit leaves a note in a folder, whatever format the weights have
-    edited = {plain(layer) for layer in edited_layers(open_checkpoint(source, allow_globals).provenance)}
+    edited = {plain(layer) for layer in edited_layers(open_checkpoint(source, allow_globals).edit_facts)}
     return [layer for layer in layers if any(_is_same_layer(plain(layer), name) for name in edited)]
 
 

@@ -129,7 +129,7 @@ def _match_and_hash(
     Returns:
         The layers, the hashes of the tensors that they are among, and the hash of the source.
     """
-    before = checkpoint.provenance
+    before = checkpoint.edit_facts
     if to_hf is None:
         layers = FileLayers(editor, checkpoint, factors, before)  # first, since hashing a large checkpoint takes long
         hashes = checkpoint.hashes()
@@ -164,7 +164,7 @@ def plan_edit(
     streamed = StreamedFactors(factors, edit_device(device))
     checkpoint = open_weights(source, allow_globals)
     _warn_if_edited(checkpoint)
-    layers = FileLayers(editor, checkpoint, streamed, checkpoint.provenance)
+    layers = FileLayers(editor, checkpoint, streamed, checkpoint.edit_facts)
     layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force)
     for edited in layers.edits():
         del edited  # before the next layer is read
@@ -208,7 +208,7 @@ def _archive(checkpoint: Checkpoint) -> ArchiveFile:
 
 
 def _warn_if_edited(checkpoint: Checkpoint) -> None:
-    facts = checkpoint.provenance
+    facts = checkpoint.edit_facts
     if facts is not None:
         layers = listing(facts.get("layers", []), 3)
         warnings.warn(
@@ -218,7 +218,7 @@ def _warn_if_edited(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_origin(
+def check_origin_of_file(
     editor: LayerEditor, source: _Path, factors: KroneckerFactors, allow_globals: Sequence[str] = ()
 ) -> None:
     """Raise ``ValueError`` if an edit would be refused because the factors were collected on other weights.
@@ -228,7 +228,7 @@ def check_origin(
     editor.energies(factors)
     checkpoint = open_weights(source, allow_globals)
     try:
-        layers = FileLayers(editor, checkpoint, StreamedFactors(factors, torch.device("cpu")), checkpoint.provenance)
+        layers = FileLayers(editor, checkpoint, StreamedFactors(factors, torch.device("cpu")), checkpoint.edit_facts)
     except ValueError:
         return
     layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force=False)

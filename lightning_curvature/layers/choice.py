@@ -102,7 +102,7 @@ class LayerChoice:
             lost = sorted(pool & set(self.refused))
             num_allowed = 0 if heads else 1  # if no candidate is the head, the lost layer may be
             if len(lost) > num_allowed:
-                raise RuntimeError(incomplete(preset, lost, self.refused))
+                raise RuntimeError(incomplete_message(preset, lost, self.refused))
             candidates.append(pool - set(heads) - set(lost))
             if candidates[-1] - set(avoided):
                 return candidates[-1]
@@ -139,7 +139,7 @@ class LayerChoice:
                 rank_zero_info(f"layers={listing(self.pools)} leaves out {listing(sorted(names))}: {reason}.")
 
 
-def incomplete(preset: str, lost: Sequence[str], refused: Mapping[str, str]) -> str:
+def incomplete_message(preset: str, lost: Sequence[str], refused: Mapping[str, str]) -> str:
     """Return the message that a preset would leave out layers that cannot be edited.
 
     Args:

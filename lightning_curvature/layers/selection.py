@@ -29,7 +29,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_curvature._checks import did_you_mean, listing
-from lightning_curvature.layers.choice import LayerChoice, incomplete
+from lightning_curvature.layers.choice import LayerChoice, incomplete_message
 from lightning_curvature.layers.copies import find_copies
 from lightning_curvature.layers.kinds import fused_experts, is_editable, is_matmul, refusal
 from lightning_curvature.layers.roles import ATTENTION, MIXER, MLP, block_of, layer_role, mixer_of, mlp_layers
@@ -132,7 +132,7 @@ def _check_preset(
     lost = [name for name in refused if name in pools[0]]
     last = [name for name in roles if name in pools[0]][-1:]  # may be the output head, which a preset leaves out
     if lost and lost != last:
-        raise PresetError(incomplete(preset, lost, refused))
+        raise PresetError(incomplete_message(preset, lost, refused))
     if any(pools):
         return
     mixers = {name: mixer_of(name, modules) for name, role in roles.items() if role == MIXER}

@@ -78,10 +78,10 @@ def gradient_passes(
     """
     if kind == "exact":
         for loss, group in zip(losses, groups, strict=True):
-            for v in _seeds(kind, loss, calls, draws, generator, group):
+            for v in _vectors(kind, loss, calls, draws, generator, group):
                 yield backpropagate(loss, v.movedim(-1, loss.class_dim), calls)
         return
-    for seeds in zip(*(_seeds(kind, loss, calls, draws, generator) for loss in losses), strict=True):
+    for seeds in zip(*(_vectors(kind, loss, calls, draws, generator) for loss in losses), strict=True):
         vectors = [v.movedim(-1, loss.class_dim) for v, loss in zip(seeds, losses, strict=True)]
         yield (
             backpropagate(losses[0], vectors[0], calls)
@@ -90,7 +90,7 @@ def gradient_passes(
         )
 
 
-def _seeds(
+def _vectors(
     kind: str,
     loss: SoftmaxLoss,
     calls: Sequence[LayerCall],

@@ -85,8 +85,10 @@ def _difference(module: Any, rows: Tensor, outputs: Tensor, unit: float) -> str 
     error = (outputs - expected).norm()
     tolerance = 4 * unit + math.sqrt(d_in) * torch.finfo(wide).eps
     if bool(error > tolerance * size):
-        share = float(error / size)
-        return f"its forward does not multiply its input by its weight: it differs by {share:.2g} of it{_whose(module)}"
+        relative = float(error / size)
+        return (
+            f"its forward does not multiply its input by its weight: it differs by {relative:.2g} of it{_whose(module)}"
+        )
     if len(rows) and not bool(product.any()) and _overrides_forward(module):
         return f"its forward cannot be told from another, since its input or its weight is zero{_whose(module)}"
     return None

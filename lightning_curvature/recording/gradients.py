@@ -105,7 +105,7 @@ class StepGradients:
             loss.check_logits()
         name, class_dim = self._options.logits, self._options.class_dim
         if name is not None:
-            losses = losses_above(losses, self.taps.seen, objective) or [
+            losses = losses_above(losses, self.taps.losses_beside_named, objective) or [
                 with_classes(loss, find_class_dim(loss, name, class_dim, self.taps.other_losses, objective))
                 for loss in losses
             ]
@@ -190,7 +190,7 @@ class StepGradients:
             return
         first, second = (origin_of(head, self._parameters) for head in (self._head[0], node))
         if not (first.is_head_of(second) or first.looks_like(second)):
-            raise RuntimeError(objectives.several_outputs([self._head[1], shape]))
+            raise RuntimeError(objectives.several_outputs_message([self._head[1], shape]))
 
     def _expect(
         self,

@@ -11,7 +11,7 @@ from lightning_curvature._checks import listing
 from lightning_curvature.layers.choice import LayerChoice
 from lightning_curvature.recording import fisher
 from lightning_curvature.recording.compiled import is_compiled
-from lightning_curvature.recording.objectives import NothingToCollectError, frozen_layers
+from lightning_curvature.recording.objectives import NothingToCollectError, frozen_layers_message
 
 
 class WatchedNetwork:
@@ -20,18 +20,18 @@ class WatchedNetwork:
     Args:
         module: The network.
         choice: The layers that may be chosen.
-        plan: Called once, with the chosen layers; returns those to collect, having checked that their factors fit into
-            memory.
+        keep_fitting: Called once with the chosen layers. It returns those to collect, and raises if their factors do
+            not fit into memory.
 
     Attributes:
         chosen: Names of the layers to collect; None before the first batch has shown them.
         frozen: Layers that ran and whose outputs needed no gradient.
-        left_out: Why backward passes of steps that were used otherwise were passed over, and how many.
+        left_out: How many backward passes were not used in steps that otherwise were, by the reason.
         detaches: Whether the network detaches activations between logits and layers; None before the first batch.
         unchecked: Layers of which no forward pass was compared with a product yet.
     """
 
-    def __init__(self, module: nn.Module, choice: LayerChoice, plan: Callable[[list[str]], list[str]]) -> None:
+    def __init__(self, module: nn.Module, choice: LayerChoice, keep_fitting: Callable[[list[str]], list[str]]) -> None:
         self.module = module
         self.choice = choice
         self.chosen: list[str] | None = None
@@ -39,7 +39,7 @@ class WatchedNetwork:
         self.left_out: dict[str, int] = {}
         self.detaches: bool | None = None
         self.unchecked = set(choice.modules)
-        self._plan = plan
+        self._keep_fitting = keep_fitting
         self._was_recorded = self._told_passes = False
         self._disturbed: bool | None = None
 
@@ -73,8 +73,8 @@ class WatchedNetwork:
             chosen = self.choice.resolve(fired, heads, dead)
         except RuntimeError as error:
             self.frozen |= set(dead)
-            raise NothingToCollectError(frozen_layers(dead) if dead else str(error)) from error
-        self.chosen = self._plan(chosen)
+            raise NothingToCollectError(frozen_layers_message(dead) if dead else str(error)) from error
+        self.chosen = self._keep_fitting(chosen)
         late = set(self.chosen) - set(fired)
         for names, lack in ((late - set(dead), "did not run"), (late & set(dead), "ran without gradients (frozen?)")):
             if names and late != set(self.chosen):  # where nothing is left, the step itself says so

@@ -24,7 +24,7 @@ class NothingToCollectError(RuntimeError):
     """This step gives no curvature; another step may."""
 
 
-def frozen_layers(names: Collection[str]) -> str:
+def frozen_layers_message(names: Collection[str]) -> str:
     """Return the message about layers whose outputs need no gradient."""
     return (
         f"Outputs of layers {listing(sorted(names))} need no gradient: everything up to them is frozen (or runs under "
@@ -92,7 +92,7 @@ def why_no_gradients(chosen: Collection[str], calls: Sequence[LayerCall], transf
     frozen = {call.name for call in calls if call.edge is None} & set(chosen)
     inside = set(transformed) & set(chosen)
     if frozen:
-        return frozen_layers(frozen)
+        return frozen_layers_message(frozen)
     if inside and not ran:
         return (
             f"Layers {listing(sorted(inside))} run inside a torch.func transform (vmap, grad, jvp), whose tensors have "
@@ -123,7 +123,7 @@ def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], name
         return list(losses)
     origins = [origin_of(node_of(loss.logits), parameters) for loss in losses]
     if not (named or all(origins[0].is_head_of(origin) for origin in origins)):
-        raise RuntimeError(several_outputs(shapes_of(losses)))
+        raise RuntimeError(several_outputs_message(shapes_of(losses)))
     merged: list[SoftmaxLoss] = []
     for node in dict.fromkeys(origin.node for origin in origins):
         merged += _of_one_call(
@@ -174,7 +174,7 @@ def _same_softmax(first: SoftmaxLoss, second: SoftmaxLoss) -> bool:
     return torch.allclose(z1, z2.to(z1.dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def several_outputs(shapes: Sequence[Sequence[int]]) -> str:
+def several_outputs_message(shapes: Sequence[Sequence[int]]) -> str:
     """Return the message about losses of different outputs, given the shapes of their logits."""
     return (
         f"{len(shapes)} softmax losses reach the training loss (logits of shapes {shapes}); the curvature of "

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_curvature._checks import check_count, check_option, check_share
 from lightning_curvature.recording.fisher import FISHER_KINDS
-from lightning_curvature.recording.positions import check_positions
+from lightning_curvature.recording.positions import check_positions_rule
 
 ACCUMULATE_ON = ("auto", "model", "cpu")
 
@@ -51,7 +51,7 @@ class CollectorOptions:
         check_share(self.share, "share")
         check_option(self.fisher, FISHER_KINDS, "fisher")
         check_count(self.draws, "draws")
-        check_positions(self.positions)
+        check_positions_rule(self.positions)
         check_option(self.accumulate_on, ACCUMULATE_ON, "accumulate_on")
         if self.class_dim is None:
             return

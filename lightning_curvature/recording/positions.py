@@ -25,7 +25,7 @@ from lightning_curvature.recording.calls import LayerCall
 POSITIONS = ("contributing", "all", "first")
 
 
-def check_positions(positions: str) -> None:
+def check_positions_rule(positions: str) -> None:
     """Raise ``ValueError`` if ``positions`` is neither one of ``POSITIONS`` nor the name of a mask."""
     if not str(positions).startswith("mask:"):
         check_option(positions, POSITIONS, "positions")

@@ -29,7 +29,7 @@ class CallRows:
         scale: Factor of their products; known when the batch has been read.
         counted: Which positions count, bool ``[n]``; None for all.
         num_counted: How many do.
-        fingerprint: A number that tells one choice of positions from another, up to a chance of 2**-62.
+        positions_key: A number that tells one choice of positions from another, up to a chance of 2**-62.
         index: Where they are, int64 ``[num_counted]``; None if all count.
         num_seen: Positions of the call, or of the share of them that is used.
         key: Equal for two calls that read the same positions of the same tensor in the same way.
@@ -41,7 +41,7 @@ class CallRows:
     scale: float = 1.0
     counted: Tensor | None = None
     num_counted: int = 0
-    fingerprint: int = 0
+    positions_key: int = 0
     index: Tensor | None = None
     num_seen: int = 0
     key: tuple[Any, ...] = field(default=())
@@ -94,9 +94,9 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
         return None
     for call_rows, scale in zip(rows, batch.scales, strict=True):
         call_rows.scale = units[id(scale)].as_float() if isinstance(scale, Tensor) else scale
-    for group, counts, fingerprints in answers:
-        for (call_rows, _), count, fingerprint in zip(group, counts.values, fingerprints.values, strict=True):
-            call_rows.num_counted, call_rows.fingerprint = count, fingerprint
+    for group, counts, positions_keys in answers:
+        for (call_rows, _), count, positions_key in zip(group, counts.values, positions_keys.values, strict=True):
+            call_rows.num_counted, call_rows.positions_key = count, positions_key
     _index_rows(masked)
     return rows
 
@@ -166,9 +166,9 @@ def _index_rows(rows: Sequence[CallRows]) -> None:
     made: dict[tuple[Any, ...], Tensor] = {}
     for call_rows in rows:
         count, counted = call_rows.num_counted, call_rows.counted
-        call_rows.key += (count, call_rows.fingerprint)
+        call_rows.key += (count, call_rows.positions_key)
         if counted is not None and count < len(counted):
-            which = (counted.device, len(counted), count, call_rows.fingerprint)
+            which = (counted.device, len(counted), count, call_rows.positions_key)
             if which not in made:
                 # Their number is known, so that nothing has to be read from the device, as a mask for an index would.
                 made[which] = counted.byte().argsort(descending=True, stable=True)[:count]

@@ -56,7 +56,7 @@ class Taps:
     Attributes:
         calls: Calls of watched layers, in their order.
         losses: Softmax losses, or the named logits.
-        seen: With named logits, the softmax losses that were seen beside them.
+        losses_beside_named: With named logits, the softmax losses that were seen beside them.
         other_losses: Losses that are no softmax losses.
         without_gradients: Whether a softmax loss was seen through which no gradient passes.
         transformed: Names of layers that ran inside a ``torch.func`` transform.
@@ -78,7 +78,7 @@ class Taps:
     ) -> None:
         self.calls: list[LayerCall] = []
         self.losses: list[SoftmaxLoss] = []
-        self.seen: list[SoftmaxLoss] = []
+        self.losses_beside_named: list[SoftmaxLoss] = []
         self.without_gradients = False
         self.without_graph: set[str] = set()
         self.transformed: set[str] = set()
@@ -117,7 +117,7 @@ class Taps:
         """Remove every hook and forget what was recorded."""
         self.closed = True
         self._stack.close()
-        self.calls, self.losses, self.seen, self.other_losses = [], [], [], []
+        self.calls, self.losses, self.losses_beside_named, self.other_losses = [], [], [], []
 
     @contextmanager
     def own_pass(self) -> Iterator[None]:
@@ -219,7 +219,9 @@ class Taps:
                     SoftmaxLoss(logits, logits.dim() - 1, counted, edge=edge, version=version_of(logits))
                 )
 
-    def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def see_loss(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """Look at one finished loss function."""
         if not self.recording:
             return
@@ -232,7 +234,7 @@ class Taps:
             if loss is None:
                 self.without_gradients = True
             elif self._logits is not None:
-                self.seen.append(loss)
+                self.losses_beside_named.append(loss)
             else:
                 self.losses.append(loss)
                 if self._watch_gradients:
@@ -281,7 +283,7 @@ class _FunctionTap(TorchFunctionMode):
                 return func(*args, **kwargs)
         output = func(*args, **kwargs)
         if func in _LOSSES:
-            self._taps.see(func, args, kwargs, output)
+            self._taps.see_loss(func, args, kwargs, output)
         return output
 
 

@@ -8,7 +8,7 @@ from lightning_curvature.analysis.files import Analyses
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.report import plots
 from lightning_curvature.report.blocks import Block, details, paragraph, picture, png, table
-from lightning_curvature.report.run import Run
+from lightning_curvature.report.run import RunFolder
 
 SHOWN_LAYERS = 2
 """Layers whose spectra are shown at once, the last ones; the others open with a click."""
@@ -18,7 +18,7 @@ UNEDITED_ENERGY = 0.9
 """Energy at which the staircase is drawn in the spectrum of a layer that was not edited."""
 
 
-def spectra(run: Run) -> Iterator[Block]:
+def spectra(run: RunFolder) -> Iterator[Block]:
     """Yield the joint spectrum of each layer, for each factor file."""
     for path in run.factor_files:
         pictures = []
@@ -83,7 +83,7 @@ def detection(analyses: Analyses) -> Iterator[Block]:
         yield picture(scores.plot(), "Area under the ROC curve of each score; right: the best one.")
 
 
-def directions(run: Run) -> Iterator[Block]:
+def directions(run: RunFolder) -> Iterator[Block]:
     """Yield which examples use the sharpest and the flattest directions of a layer most."""
     uses = run.analyses.directions
     if not uses:

@@ -6,7 +6,7 @@ from typing import Any
 from lightning_curvature.baselines.methods import METHOD_LABELS
 from lightning_curvature.report import plots
 from lightning_curvature.report.blocks import Block, details, paragraph, picture, png, table
-from lightning_curvature.report.run import Report, Run
+from lightning_curvature.report.run import Report, RunFolder
 
 """What the methods of ``report.json`` are called."""
 SHOWN_CONTINUATIONS = 3
@@ -38,7 +38,7 @@ def outcome(report: Report) -> Iterator[Block]:
         )
     if "counts" in report:
         counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report["counts"].items())
-        yield paragraph(f"Measured on: {counts}.")
+        yield paragraph(f"DescribedWeights on: {counts}.")
     yield _metrics(rows, names, "Rates in %; perplexity and log-probability (min_k) as they are.", strong=len(rows) - 1)
     methods = {METHOD_LABELS.get(name, name): row for name, row in report.get("methods", {}).items()}
     if len(methods) > 1:
@@ -95,7 +95,7 @@ def energy_curve(report: Report) -> Iterator[Block]:
     yield picture(figure, "Each point is one edit of the same model; the dashed line is the energy that was chosen.")
 
 
-def examples(run: Run) -> Iterator[Block]:
+def examples(run: RunFolder) -> Iterator[Block]:
     """Yield what the model says before and after the edit: predictions of images, or continuations of text."""
     if (run.folder / "examples.png").exists():
         yield png(run.folder / "examples.png", "Training images with a wrong label, before and after the edit.")

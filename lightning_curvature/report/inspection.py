@@ -40,7 +40,7 @@ def describe(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) ->
         "kind": "checkpoint",
         "tensors": len(shapes),
         "bytes": sum(map(checkpoint.num_bytes, shapes)),
-        "edit": checkpoint.provenance,
+        "edit": checkpoint.edit_facts,
     }
 
 

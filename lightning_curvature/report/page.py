@@ -11,7 +11,7 @@ from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.report.blocks import Block, details, paragraph, table
 from lightning_curvature.report.curvature_sections import bands, detection, directions, spectra
 from lightning_curvature.report.edit_sections import edited_layers, energy_curve, examples, outcome
-from lightning_curvature.report.run import Run, read_run
+from lightning_curvature.report.run import RunFolder, read_run
 from lightning_curvature.storage.atomic import replacing
 
 PAGE = "report.html"
@@ -63,7 +63,7 @@ def write_page(folder: Path) -> Path:
     return target
 
 
-def _provenance(run: Run) -> Iterator[Block]:
+def _provenance(run: RunFolder) -> Iterator[Block]:
     """Yield where the factors and the edited checkpoints come from, and the settings of the run."""
     for path in run.factor_files:
         factors = KroneckerFactors.open(path)

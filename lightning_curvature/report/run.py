@@ -16,7 +16,7 @@ Report = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunFolder:
     """What the folder of a run holds, as far as a page shows it.
 
     Args:
@@ -36,7 +36,7 @@ class Run:
     analyses: Analyses
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFolder:
     """Read the folder of a run.
 
     Raises:
@@ -62,7 +62,7 @@ def read_run(folder: Path) -> Run:
             "show. Name the folder that a run wrote to."
         )
     analyses = Analyses.load(folder) if (folder / FILE).exists() else Analyses()
-    return Run(folder, report, [*distinct.values()], edited, unread, analyses)
+    return RunFolder(folder, report, [*distinct.values()], edited, unread, analyses)
 
 
 def _read_report(path: Path) -> Report:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.passes import check_collected, check_positions, collect_batch
+from lightning_curvature.collect.passes import check_collected, check_not_empty, collect_batch
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.recording.positions import POSITIONS
@@ -21,7 +21,7 @@ from lightning_curvature.text.corpus import token_windows
 from lightning_curvature.text.decoding import context_length
 from lightning_curvature.text.leading import leading_tokens, next_token_loss
 from lightning_curvature.text.models import check_vocabulary
-from lightning_curvature.text.progress import Progress, fingerprint
+from lightning_curvature.text.progress import Progress, run_key
 
 WINDOW = 512
 """Tokens of a window, where the model takes as many."""
@@ -77,7 +77,7 @@ def collect_text(
     if "positions" in options:
         check_option(options["positions"], POSITIONS, "positions")  # there are no masks in a text
     settings = {"tokens": tokens, "context": context, "batch_size": batch_size, "passes": passes, **options}
-    run = fingerprint(model, tokenizer, corpus, **settings, **({"leading": leading} if leading else {}))
+    run = run_key(model, tokenizer, corpus, **settings, **({"leading": leading} if leading else {}))
     windows = _Windows(corpus, tokenizer, context, tokens, batch_size)
     saved = Progress(out, run, passes)
     _collect_passes(model, windows, saved, save_every, len(leading), options)
@@ -142,7 +142,7 @@ def _collect_passes(
         check_collected(collector)
         collector.provenance |= {"corpus": Path(windows.corpus).name, "tokens": seen}
         factors = collector.finish()
-        check_positions(factors)
+        check_not_empty(factors)
         saved.finish_pass(index, factors)
         state = {"pass": index + 1, "batches": 0, "collector": None}
 

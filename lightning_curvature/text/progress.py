@@ -17,7 +17,7 @@ from lightning_curvature.storage.atomic import replacing
 log = logging.getLogger(__name__)
 
 
-def fingerprint(model: Any, tokenizer: Any, corpus: str | os.PathLike[str], **settings: Any) -> str:
+def run_key(model: Any, tokenizer: Any, corpus: str | os.PathLike[str], **settings: Any) -> str:
     """Return a text that is the same for two runs if the second can continue the first.
 
     Args:
@@ -49,7 +49,7 @@ class Progress:
 
     Args:
         out: Factor file that the collection will write.
-        run: What :func:`fingerprint` returns.
+        run: What :func:`run_key` returns.
         passes: Passes of the collection.
     """
 

@@ -19,12 +19,12 @@ from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.kinds import has_lazy
 from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.search.energy import Match
-from lightning_curvature.trainer.edited_copy import LaterEdit
+from lightning_curvature.trainer.edited_copy import LaterCopy
 from lightning_curvature.trainer.outcome import Outcome
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.problems import Problems
 from lightning_curvature.trainer.run import CollectedRun
-from lightning_curvature.trainer.siblings import CheckpointDict, Edit, Siblings
+from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker, Siblings
 from lightning_curvature.trainer.target import Target
 
 LOOPS = ("train", "validation")
@@ -237,7 +237,7 @@ class CallbackBase(Callback):
             return None
         return run.factors_writer()
 
-    def edit_later(self, checkpoint: CheckpointDict) -> Edit | None:
+    def copy_maker(self, checkpoint: CheckpointDict) -> CopyMaker | None:
         """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
         run = self._run_of_module()
         factors = KroneckerFactors() if run is None else self.factors
@@ -253,7 +253,7 @@ class CallbackBase(Callback):
         if reason is not None:
             self._problems.tell_no_copy(checkpoint["global_step"], reason)
             return None
-        return LaterEdit(self.editor.at(self.editor.energy), factors, self._outcome.copies)
+        return LaterCopy(self.editor.at(self.editor.energy), factors, self._outcome.copies)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""

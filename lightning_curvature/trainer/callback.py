@@ -13,7 +13,7 @@ from lightning_curvature.layers.selection import PresetError
 from lightning_curvature.trainer.base import CallbackBase
 from lightning_curvature.trainer.problems import Problems, never_ends_a_fit
 from lightning_curvature.trainer.refusals import check_package, check_trainer, check_validation
-from lightning_curvature.trainer.run import CollectedRun, no_data
+from lightning_curvature.trainer.run import CollectedRun, no_data_message
 from lightning_curvature.trainer.siblings import Siblings
 
 
@@ -177,25 +177,25 @@ class KFACEditCallback(CallbackBase):
         if not self._in_fit and trainer.ckpt_path and self._siblings is not None:
             step = self._siblings.loaded_step if self._siblings.loaded_step is not None else step
         silent = run.end_validation(step)
-        self._outcome.check_silent(silent, run.collector.network.frozen, may_fail=self._in_fit)
+        self._outcome.tell_silent(silent, run.collector.network.frozen, may_fail=self._in_fit)
 
     @never_ends_a_fit
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Search a last time, work out what an edit does, and measure the probes. Lightning calls it after training."""
         run, nothing = self.run, "training step ran a backward pass" if self.loop == "train" else "validation ran"
         if run is None and not self._problems.given_up:
-            rank_zero_warn(no_data(nothing))
+            rank_zero_warn(no_data_message(nothing))
         if run is None or self._renews:
             return
         run.collector.drain()
         if self._has_stopped():
             return
         if not run.windows.synchronise():
-            rank_zero_warn(no_data(nothing))
+            rank_zero_warn(no_data_message(nothing))
             return
         run.is_fitted = True
         if self.loop == "train":
-            self._outcome.check_silent(run.windows.silent, run.collector.network.frozen, may_fail=True)
+            self._outcome.tell_silent(run.windows.silent, run.collector.network.frozen, may_fail=True)
             self._outcome.search(trainer, pl_module, self.factors)
             results = self._outcome.measure(trainer, pl_module, self.factors, may_fail=True)
             for logger in trainer.loggers:
@@ -204,7 +204,7 @@ class KFACEditCallback(CallbackBase):
 
     @never_ends_a_fit
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Edit the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
+        """CopyMaker the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
         self._make_copies()
         if self.run is not None and self.run.is_fitted and not (self._renews or self._problems.given_up):
             self._outcome.show(

@@ -15,12 +15,12 @@ from lightning_curvature.editing.report import EditReport
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.storage.hashes import content_hash, tensor_hashes
-from lightning_curvature.trainer.siblings import CheckpointDict, Edit
+from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker
 from lightning_curvature.trainer.weight_watch import weight_hashes
 
 
 @dataclass(frozen=True)
-class Measured:
+class DescribedWeights:
     """The weights that some factors describe.
 
     Args:
@@ -39,7 +39,9 @@ class Measured:
     averages: bool = False
 
 
-def why_no_copy(checkpoint: CheckpointDict, factors: KroneckerFactors, measured: Measured, ranks: Ranks) -> str | None:
+def why_no_copy(
+    checkpoint: CheckpointDict, factors: KroneckerFactors, measured: DescribedWeights, ranks: Ranks
+) -> str | None:
     """Return why a checkpoint holds other weights than those that were measured; None if it does not. A collective.
 
     Whoever puts averaged or other weights into a checkpoint is noticed by the weights themselves. Factors of training
@@ -114,7 +116,7 @@ def edited_copy(
     return {**checkpoint, "state_dict": state_dict, ENTRY: facts}, report
 
 
-class LaterEdit:
+class LaterCopy:
     """Makes the edited copy of one checkpoint, with the factors and the energy of the time at which it was saved.
 
     Args:
@@ -139,9 +141,9 @@ class LaterEdit:
             return None
         return copy
 
-    def shares_factors(self, other: Edit) -> bool:
+    def has_same_factors(self, other: CopyMaker) -> bool:
         """Tell whether another edit takes the same factors."""
-        return isinstance(other, LaterEdit) and self._factors is other._factors
+        return isinstance(other, LaterCopy) and self._factors is other._factors
 
     def let_go(self, file: Path) -> None:
         """Hold the factors no longer: they are read from a file when they are needed."""

@@ -20,8 +20,8 @@ def random_state_kept(loaders: Iterable[Any]) -> Iterator[None]:
     Args:
         loaders: Dataloaders that may have generators of their own, which others may share.
     """
-    owners = [part for loader in loaders for part in (loader, getattr(loader, "sampler", None))]
-    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    holders = [part for loader in loaders for part in (loader, getattr(loader, "sampler", None))]
+    generators = [g for holder in holders if isinstance(g := getattr(holder, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in generators]
     python, numpy = random.getstate(), np.random.get_state()
     try:

@@ -34,16 +34,16 @@ class Outcome:
         editor: Edits; it gets the energy that a target asks for.
         target: What the edit may cost; None if the energy is given.
         probes: Data on which the model is measured.
-        group: Prefix under which results of probes are logged.
+        prefix: First part of the names under which results of probes are logged.
 
     Attributes:
         report: What an edit of the live weights does.
         match: The energy of the target, and what it costs.
-        probe_results: By ``{group}/{probe}/{metric}/before|after``.
+        probe_results: By ``{prefix}/{probe}/{metric}/before|after``.
         copies: What was done to each edited copy, by its path.
     """
 
-    def __init__(self, editor: CurvatureEditor, target: Target | None, probes: Probes, group: str) -> None:
+    def __init__(self, editor: CurvatureEditor, target: Target | None, probes: Probes, prefix: str) -> None:
         self.report: EditReport | None = None
         self.match: Match | None = None
         self.probe_results: dict[str, float] = {}
@@ -51,7 +51,7 @@ class Outcome:
         self._editor = editor
         self._target = target
         self._probes = probes
-        self._group = group
+        self._prefix = prefix
         self._started = time.monotonic()
 
     def start(self) -> None:
@@ -112,7 +112,7 @@ class Outcome:
                 if not may_fail:
                     raise
                 rank_zero_warn(f"A probe could not be measured, and the run goes on without: {error}")
-        self.probe_results = {f"{self._group}/{name}": value for name, value in results.items()}
+        self.probe_results = {f"{self._prefix}/{name}": value for name, value in results.items()}
         return self.probe_results
 
     def edit_live(self, module: pl.LightningModule, factors: KroneckerFactors) -> None:
@@ -124,7 +124,7 @@ class Outcome:
         except FaultyLayerError as error:
             rank_zero_warn(f"There is no edit of the weights at the end: {error}")
 
-    def check_silent(self, silent: list[str], frozen: set[str], may_fail: bool) -> None:
+    def tell_silent(self, silent: list[str], frozen: set[str], may_fail: bool) -> None:
         """Tell of chosen layers that have no factors.
 
         Args:

@@ -14,7 +14,7 @@ from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import layer_weights
 from lightning_curvature.recording.objectives import NothingToCollectError
 from lightning_curvature.recording.step import Step
-from lightning_curvature.trainer.edited_copy import Measured, why_no_copy
+from lightning_curvature.trainer.edited_copy import DescribedWeights, why_no_copy
 from lightning_curvature.trainer.run_length import RunLength, batches_before
 from lightning_curvature.trainer.siblings import CheckpointDict
 from lightning_curvature.trainer.weight_watch import WeightWatch, weight_hashes
@@ -127,7 +127,7 @@ class CollectedRun:
         self.windows.start(complete=True)
         factors = self.windows.synchronise()
         if not factors:
-            raise NothingToCollectError(no_data("validation step computed a loss"))
+            raise NothingToCollectError(no_data_message("validation step computed a loss"))
         self._validated = weight_hashes(layer_weights(self.module, factors))
         self._validated_others = self._weights.swapped()
         return silent
@@ -140,7 +140,7 @@ class CollectedRun:
             factors: The factors of the run.
             averages: Whether a ``WeightAveraging`` saves its averages.
         """
-        measured = Measured(
+        measured = DescribedWeights(
             live=lambda: layer_weights(self.module, factors),
             validated=self._validated,
             step=factors.provenance.get("step"),
@@ -158,7 +158,7 @@ class CollectedRun:
         return None if snapshot is None else lambda path: snapshot[0].save(path, snapshot[1])
 
 
-def no_data(what: str) -> str:
+def no_data_message(what: str) -> str:
     """Return what is said where a run collected nothing, given what never happened in it."""
     return (
         f"KFACEditCallback collected no data: no {what}, or every batch held NaN or infinite values. "

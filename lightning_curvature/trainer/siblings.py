@@ -37,7 +37,7 @@ _EARLIER = 10_000_000  # nanoseconds by which an edited copy is older than its c
 class Saver(Protocol):
     """What is saved beside every checkpoint. All methods are collectives."""
 
-    def edit_later(self, checkpoint: CheckpointDict) -> "Edit | None":
+    def copy_maker(self, checkpoint: CheckpointDict) -> "CopyMaker | None":
         """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
 
     def factors_writer(self) -> Callable[[Path], None] | None:
@@ -47,13 +47,13 @@ class Saver(Protocol):
         """
 
 
-class Edit(Protocol):
+class CopyMaker(Protocol):
     """What makes the edited copy of one checkpoint. All methods are collectives."""
 
     def __call__(self, checkpoint: CheckpointDict, path: str) -> CheckpointDict | None:
         """Return the copy of a checkpoint, given the copy's path; None, with a warning, if there is none."""
 
-    def shares_factors(self, other: "Edit") -> bool:
+    def has_same_factors(self, other: "CopyMaker") -> bool:
         """Tell whether another edit takes the same factors."""
 
     def let_go(self, file: Path) -> None:
@@ -69,7 +69,7 @@ class _Waiting:
         stamp: Size and time of the file when it was written, on the first process.
     """
 
-    edits: dict[str, Edit]
+    edits: dict[str, CopyMaker]
     stamp: tuple[int, int] | None
 
 
@@ -152,13 +152,13 @@ class Siblings:
                 f"{path} is saved while the run fails, and not all of its processes take part: it has "
                 "no edited copy, and no factors with which a resumed run would go on."
             )
-        edits: dict[str, Edit] = {}
+        edits: dict[str, CopyMaker] = {}
         try:
             for name, saver in self.savers.items() if not (hidden or lost) else ():
                 with costs_a_warning(path):
                     writer = saver.factors_writer()
                     self.ranks.first(partial(write_file, writer, factors_path(apart(path), name)))
-                    edit, copy = saver.edit_later(checkpoint), sibling(apart(path), f"-{name}")
+                    edit, copy = saver.copy_maker(checkpoint), sibling(apart(path), f"-{name}")
                     self._check_free(copy)
                     if edit is None:
                         self._remove_if_there(copy)  # of an older run
@@ -177,7 +177,7 @@ class Siblings:
                     stamp = stamp_of(path) if self.ranks.rank == 0 and Path(path).is_file() else None
                     self._waiting[path] = _Waiting(edits, stamp)
 
-    def _hold_one_set(self, name: str, edit: Edit) -> None:
+    def _hold_one_set(self, name: str, edit: CopyMaker) -> None:
         """Let go of the factors of edits that wait, where a new one takes others: they may be large.
 
         They lie in files beside the checkpoints, which one process reads back. With several, which may not see each
@@ -185,7 +185,7 @@ class Siblings:
         """
         for path, waiting in list(self._waiting.items()):
             old = waiting.edits.get(name)
-            if old is None or old.shares_factors(edit):
+            if old is None or old.has_same_factors(edit):
                 continue
             if self.ranks.size == 1:
                 old.let_go(Path(factors_path(apart(path), name)))

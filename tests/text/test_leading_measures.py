@@ -15,7 +15,7 @@ from lightning_curvature.text import collecting, corpus, recall
 from lightning_curvature.text.lit import PretrainedLM, TextWindows
 from lightning_curvature.text.models import load_model
 from lightning_curvature.text.probes import JsonlProbe
-from lightning_curvature.text.progress import Progress, fingerprint
+from lightning_curvature.text.progress import Progress, run_key
 from lightning_curvature.text.sequences import read_sequences
 from tests import reference
 from tests.support import language, models
@@ -143,7 +143,7 @@ def test_collect(fronted, tmp_path):
 def test_progress_without_them_is_not_gone_on_with(fronted, tmp_path):
     out, options = tmp_path / "f.safetensors", {"context": 9, "layers": "mlp"}
     facts = {"tokens": None, "context": 9, "batch_size": 4, "passes": 1, "layers": "mlp"}
-    before = fingerprint(fronted.net, fronted.tokenizer, fronted.path / "long.txt", **facts)
+    before = run_key(fronted.net, fronted.tokenizer, fronted.path / "long.txt", **facts)
     Progress(out, before, 1).save(0, 0, None)
     if fronted.front:
         with pytest.raises(ValueError, match=r"progress of another run: \['leading'\] differ"):

@@ -98,11 +98,11 @@ def edit_on_data(
     if not given.keys() & {"perplexity", "forget"}:
         return editor, factors, {}
     from lightning_curvature.editing.bulk import BulkStepEditor
-    from lightning_curvature.editing.streaming import check_origin
+    from lightning_curvature.editing.streaming import check_origin_of_file
     from lightning_curvature.factors.kronecker import KroneckerFactors
 
     if not force:
-        check_origin(editor, checkpoint, factors, allowed)  # before a model is loaded and run
+        check_origin_of_file(editor, checkpoint, factors, allowed)  # before a model is loaded and run
     with extra("text"):
         from lightning_curvature.text.choosing import Chooser
     model = given.get("model", checkpoint)
