@@ -10,14 +10,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lightning_curvature._checks import check_count, check_option
-from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.layers.kinds import has_lazy
 from lightning_curvature.recording.options import CollectorOptions
+from lightning_curvature.recording.step import Step
 from lightning_curvature.search.energy import Match
 from lightning_curvature.trainer.edited_copy import LaterCopy
 from lightning_curvature.trainer.outcome import Outcome
@@ -136,17 +134,18 @@ class CallbackBase(Callback):
         self._start_anew(KroneckerFactors())
 
     def _start_anew(self, factors: KroneckerFactors) -> None:
-        """Be what a callback is before any run, but for factors that it holds already."""
-        group = "curvature" if self.name == "edited" else f"curvature-{self.name}"
-        self._outcome = Outcome(self.editor, self.target, self.probes, group)
+        """Reset to the state before any run; the factors given are kept."""
+        prefix = "curvature" if self.name == "edited" else f"curvature-{self.name}"
+        self._outcome = Outcome(self.editor, self.target, self.probes, prefix)
         self._problems = Problems()
         self._factors = factors
         self.run: CollectedRun | None = None
-        self._next: CollectedRun | None = None
-        self._renews = self._validates = self._in_fit = self._averages = False
+        self._step: Step | None = None
+        self._prepared: CollectedRun | None = None
+        self._awaits_batch = self._collects_in_validation = self._in_fit = self._saves_averages = False
         self._siblings: Siblings | None = None
         self._module: pl.LightningModule | None = None
-        self._watch, self._stack = ExitStack(), ExitStack()
+        self._validation_hooks, self._inference_mode_kept = ExitStack(), ExitStack()
 
     @property
     def factors(self) -> KroneckerFactors:
@@ -172,6 +171,11 @@ class CallbackBase(Callback):
         return self._outcome.probe_results
 
     @property
+    def is_recording(self) -> bool:
+        """Whether a training step is being recorded."""
+        return self._step is not None and self._step.is_open
+
+    @property
     def problem(self) -> str | None:
         """Why the callback stopped, or collected nothing from a step, in the latest run; None if all went well."""
         return self._problems.first
@@ -187,30 +191,43 @@ class CallbackBase(Callback):
         """What a run that goes on with the factors of another one must have in common with it."""
         return {**self.options.settings, "loop": self.loop, "window": self.window}
 
-    def _prepare(self, pl_module: pl.LightningModule) -> CollectedRun | None:
-        """Return the run to collect, whose layers are chosen when the module has been built (``configure_model``).
+    def _abort_step(self) -> None:
+        """Drop the step that is being recorded, and its hooks."""
+        if self._step is not None:
+            self._step.abort()
 
-        Lazy layers have no shape yet: the run begins with the first batch that finds them built.
-        """
-        if self._renews and self._next is None and not self._problems.given_up and not has_lazy(pl_module):
-            collector = Collector(
-                pl_module,
-                self.options,
-                ranks=self.editor.ranks,
-                shard=self.shard_factors,
-                on_error=self._problems.meet if self._in_fit else None,
-            )
-            windows = WindowedFactors(collector, self.window, self._settings, self.every)
-            self._next = CollectedRun(collector, windows)
-        return self._next if self._renews else self.run
+    def _end_interrupted_step(self, run: CollectedRun, global_step: int) -> None:
+        """Add the step in which the run failed; where sums are spread it is dropped, since others may be gone."""
+        if self._step is not None and self._step.holds_gradients and not run.collector.is_sharded:
+            self._step.close()
+            run.windows.end_step(global_step)
 
-    def _begin(self, pl_module: pl.LightningModule) -> CollectedRun | None:
-        """Let this run take the place of the one before; None if layers are lazy still."""
-        run = self._prepare(pl_module)
-        if self._renews and run is not None:
-            self.run, self._next, self._renews, self._factors = run, None, False, KroneckerFactors()
-            self._outcome.clear()
-        return run
+    def _end_validation(self, trainer: pl.Trainer) -> None:
+        """Take the factors of a validation that ends."""
+        run = self._running()
+        run.collector.drain()  # first of all: others may still add batches
+        if self._has_stopped():
+            return
+        step = trainer.global_step
+        if not self._in_fit and trainer.ckpt_path and self._siblings is not None:
+            step = self._siblings.loaded_step if self._siblings.loaded_step is not None else step
+        silent = run.end_validation(step)
+        self._outcome.tell_silent(silent, run.collector.network.frozen, may_fail=self._in_fit)
+
+    def _running(self) -> CollectedRun:
+        if self.run is None:
+            raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
+        return self.run
+
+    def _make_copies(self) -> None:
+        """Make the edited copies that were left for the end of the fit; say what they take."""
+        if self._siblings is None:
+            return
+        self._siblings.waits = False
+        count, factors = self._siblings.num_waiting(self.name), self.factors
+        if count and factors:
+            self._outcome.tell_time(count, self._running().collector.kinds, factors)
+        self._siblings.make_copies(self.name)
 
     def _run_of_module(self) -> CollectedRun | None:
         """Return the run, if it is one of the module that Lightning's latest run is about."""
@@ -241,7 +258,7 @@ class CallbackBase(Callback):
         """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
         run = self._run_of_module()
         factors = KroneckerFactors() if run is None else self.factors
-        if self._has_stopped() or not (factors or self._validates):
+        if self._has_stopped() or not (factors or self._collects_in_validation):
             return None  # which was told when it happened, or there is nothing yet
         reason: str | None = "it was saved before the first validation"
         if self._outcome.is_undecided and factors:
@@ -249,7 +266,7 @@ class CallbackBase(Callback):
                 f"it was saved before the energy for {self.target} was searched, which is done when validation ends"
             )
         elif run is not None and factors:
-            reason = run.why_no_copy(checkpoint, factors, self._averages)
+            reason = run.why_no_copy(checkpoint, factors, self._saves_averages)
         if reason is not None:
             self._problems.tell_no_copy(checkpoint["global_step"], reason)
             return None

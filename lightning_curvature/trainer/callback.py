@@ -8,7 +8,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_curvature.checkpoints.facts import checkpoint_note
+from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.validation_step import collected_from
+from lightning_curvature.collect.windows import WindowedFactors
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.layers.kinds import has_lazy
 from lightning_curvature.layers.selection import PresetError
 from lightning_curvature.trainer.base import CallbackBase
 from lightning_curvature.trainer.problems import Problems, never_ends_a_fit
@@ -50,7 +54,7 @@ class KFACEditCallback(CallbackBase):
         if stage not in ("fit", "validate"):
             return
         in_fit = stage == "fit"
-        self._averages = check_trainer(self, KFACEditCallback, trainer, self.loop == "validation", in_fit)
+        self._saves_averages = check_trainer(self, KFACEditCallback, trainer, self.loop == "validation", in_fit)
         self._in_fit, self._module, self._problems = in_fit, pl_module, Problems()
         self._siblings = Siblings.of(trainer.strategy)
         self._siblings.watch(self.name, self, in_fit=self._in_fit)
@@ -59,15 +63,36 @@ class KFACEditCallback(CallbackBase):
         sources = (pl_module, getattr(trainer, "datamodule", None))
         self.probes.check(self.target, sources)
         is_fitted = self.run is not None and self.run.is_fitted
-        self._validates = self.loop == "validation" if self._in_fit else not is_fitted
-        if self._validates:
+        self._collects_in_validation = self.loop == "validation" if self._in_fit else not is_fitted
+        if self._collects_in_validation:
             check_validation(self.editor.ranks, *sources)
             # Inference tensors can never enter a graph, and the mode is entered before any hook of a callback runs.
             loop: Any = trainer.fit_loop.epoch_loop.val_loop if self._in_fit else trainer.validate_loop
-            self._stack.callback(setattr, loop, "inference_mode", loop.inference_mode)
+            self._inference_mode_kept.callback(setattr, loop, "inference_mode", loop.inference_mode)
             loop.inference_mode = False
-        if self._in_fit or self._validates:
-            self._renews, self._next = True, None
+        if self._in_fit or self._collects_in_validation:
+            self._awaits_batch, self._prepared = True, None
+
+    def _prepare(self, pl_module: pl.LightningModule) -> CollectedRun | None:
+        """Return the run to collect, whose layers are chosen when the module has been built (``configure_model``).
+
+        Lazy layers have no shape yet: the run begins with the first batch that finds them built.
+        """
+        if self._awaits_batch and self._prepared is None and not self._problems.given_up and not has_lazy(pl_module):
+            on_error = self._problems.meet if self._in_fit else None
+            ranks, shard = self.editor.ranks, self.shard_factors
+            collector = Collector(pl_module, self.options, ranks=ranks, shard=shard, on_error=on_error)
+            windows = WindowedFactors(collector, self.window, self._settings, self.every)
+            self._prepared = CollectedRun(collector, windows)
+        return self._prepared if self._awaits_batch else self.run
+
+    def _begin(self, pl_module: pl.LightningModule) -> CollectedRun | None:
+        """Let this run take the place of the one before; None if layers are lazy still."""
+        run = self._prepare(pl_module)
+        if self._awaits_batch and run is not None:
+            self.run, self._prepared, self._awaits_batch, self._factors = run, None, False, KroneckerFactors()
+            self._outcome.clear()
+        return run
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose layers, and check the probes. Lightning calls it when module and data are set up, before any step.
@@ -95,22 +120,34 @@ class KFACEditCallback(CallbackBase):
         if run is not None:
             run.begin_step(trainer, collects)
             if run.is_due and not self._problems.given_up:
-                run.record(batch)
+                self._abort_step()
+                self._step = run.collector.step(batch)
+                self._step.open()
 
     @never_ends_a_fit
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Take the step's gradients while its graph is alive. Lightning calls it before each backward pass."""
-        if self.run is not None and not self._problems.given_up:
-            # In manual optimization training_step is still running, and may look at the modules again.
-            self.run.before_backward(loss, is_last=pl_module.automatic_optimization)
+        if self._step is not None and not self._problems.given_up:
+            self._step.before_backward(loss)
+            if pl_module.automatic_optimization:  # otherwise training_step is still running, and may run other passes
+                self._step.stop_recording()
 
     @never_ends_a_fit
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the batch, and end the window if it is full. Lightning calls it after each training step."""
-        if self.run is not None:
-            self.run.end_step(trainer.global_step)
+        run, step = self.run, self._step
+        if run is None:
+            return
+        try:
+            if step is not None and step.is_open:
+                step.close()
+                run.windows.end_step(trainer.global_step)
+            elif run.is_due:
+                run.collector.add_nothing()
+        finally:
+            run.end_step()
 
     @never_ends_a_fit
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -120,7 +157,7 @@ class KFACEditCallback(CallbackBase):
         """
         if self.run is None:
             return
-        self.run.abort_step()
+        self._abort_step()
         searches = self.target is not None and not trainer.enable_validation
         if searches and not self._has_stopped() and self.run.windows.synchronise():
             self._outcome.search(trainer, pl_module, self.factors)
@@ -128,14 +165,14 @@ class KFACEditCallback(CallbackBase):
     @never_ends_a_fit
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the validation steps, if this is where to collect. Lightning calls it before their first one."""
-        if trainer.sanity_checking or not self._validates or self._problems.given_up:
+        if trainer.sanity_checking or not self._collects_in_validation or self._problems.given_up:
             return
         if not self._in_fit:
             self.probes.check_loaders(trainer, pl_module, self.target)
         run = self._begin(pl_module)
         if run is not None:
             run.windows.start(complete=False)
-            self._watch.enter_context(collected_from(pl_module, run.collector))
+            self._validation_hooks.enter_context(collected_from(pl_module, run.collector))
 
     @never_ends_a_fit
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -148,8 +185,8 @@ class KFACEditCallback(CallbackBase):
         """
         if trainer.sanity_checking:
             return
-        self._watch.close()
-        if self._validates:
+        self._validation_hooks.close()
+        if self._collects_in_validation:
             self._end_validation(trainer)
         elif self._has_stopped():
             return
@@ -159,7 +196,7 @@ class KFACEditCallback(CallbackBase):
             self._outcome.search(trainer, pl_module, self.factors)
             if results := self._outcome.measure(trainer, pl_module, self.factors, may_fail=self._in_fit):
                 pl_module.log_dict(results)
-        if self._validates and not self._in_fit:
+        if self._collects_in_validation and not self._in_fit:
             self._outcome.edit_live(pl_module, self.factors)
             self._outcome.show(
                 "Trainer.validate writes no checkpoint. An edit of these weights would do:",
@@ -167,25 +204,13 @@ class KFACEditCallback(CallbackBase):
                 self.save_factors,
             )
 
-    def _end_validation(self, trainer: pl.Trainer) -> None:
-        """Take the factors of a validation that ends."""
-        run = self._running()
-        run.collector.drain()  # first of all: others may still add batches
-        if self._has_stopped():
-            return
-        step = trainer.global_step
-        if not self._in_fit and trainer.ckpt_path and self._siblings is not None:
-            step = self._siblings.loaded_step if self._siblings.loaded_step is not None else step
-        silent = run.end_validation(step)
-        self._outcome.tell_silent(silent, run.collector.network.frozen, may_fail=self._in_fit)
-
     @never_ends_a_fit
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Search a last time, work out what an edit does, and measure the probes. Lightning calls it after training."""
         run, nothing = self.run, "training step ran a backward pass" if self.loop == "train" else "validation ran"
         if run is None and not self._problems.given_up:
             rank_zero_warn(no_data_message(nothing))
-        if run is None or self._renews:
+        if run is None or self._awaits_batch:
             return
         run.collector.drain()
         if self._has_stopped():
@@ -206,32 +231,22 @@ class KFACEditCallback(CallbackBase):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """CopyMaker the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
         self._make_copies()
-        if self.run is not None and self.run.is_fitted and not (self._renews or self._problems.given_up):
+        if self.run is not None and self.run.is_fitted and not (self._awaits_batch or self._problems.given_up):
             self._outcome.show(
                 f"No checkpoint was edited. An edit of the weights at step {trainer.global_step} would do:",
                 self.factors,
                 self.save_factors,
             )
 
-    def _make_copies(self) -> None:
-        """Make the edited copies that were left for the end of the fit; say what they take."""
-        if self._siblings is None:
-            return
-        self._siblings.waits = False
-        count, factors = self._siblings.num_waiting(self.name), self.factors
-        if count and factors:
-            self._outcome.tell_time(count, self._running().collector.kinds, factors)
-        self._siblings.make_copies(self.name)
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Add a batch that has ended for Lightning, which does not run it again, and remove every hook.
+        """Add the batch if Lightning counts it as done, since it will not run it again; then remove every hook.
 
         Lightning calls it when a run stops by an error or a signal.
         """
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         try:
             if self.run is not None and trainer.training and batches.processed == batches.ready:
-                self.run.end_interrupted_step(trainer.global_step)
+                self._end_interrupted_step(self.run, trainer.global_step)
             if self._siblings is not None:
                 self._siblings.failed = True
                 if self._siblings.ranks.all_here():
@@ -243,18 +258,12 @@ class KFACEditCallback(CallbackBase):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove every hook. Lightning calls it when a run has ended."""
         with ExitStack() as stack:  # each is done, whatever becomes of the others
-            if self.run is not None:
-                stack.callback(self.run.abort_step)
-            stack.callback(self._watch.close)
-            stack.callback(self._stack.close)
+            stack.callback(self._abort_step)
+            stack.callback(self._validation_hooks.close)
+            stack.callback(self._inference_mode_kept.close)
         self._in_fit = False
         if self._siblings is not None:
             self._siblings.waits = False
-
-    def _running(self) -> CollectedRun:
-        if self.run is None:
-            raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
-        return self.run
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells a resumed run that the factor file beside the checkpoint belongs to it; primitives."""

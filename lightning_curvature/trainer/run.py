@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.windows import WindowedFactors
@@ -13,7 +12,6 @@ from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import layer_weights
 from lightning_curvature.recording.objectives import NothingToCollectError
-from lightning_curvature.recording.step import Step
 from lightning_curvature.trainer.edited_copy import DescribedWeights, why_no_copy
 from lightning_curvature.trainer.run_length import RunLength, batches_before
 from lightning_curvature.trainer.siblings import CheckpointDict
@@ -38,7 +36,6 @@ class CollectedRun:
         self.is_fitted = self.is_due = False
         self._length = RunLength()
         self._weights = WeightWatch(collector.network.weights)
-        self._step: Step | None = None
         self._validated: dict[str, str] | None = None
         self._validated_others = False
 
@@ -64,51 +61,10 @@ class CollectedRun:
             last = self._length.last_batch(trainer)
             self.is_due = self.windows.is_due(batches_before(trainer), last)
 
-    def record(self, batch: Any) -> None:
-        """Record the training step of a batch."""
-        self.abort_step()
-        self._step = self.collector.step(batch)
-        self._step.open()
-
-    def before_backward(self, loss: Tensor, is_last: bool) -> None:
-        """Take the gradients of a backward pass of the step.
-
-        Args:
-            loss: What is backpropagated.
-            is_last: Whether the step is known to run no other, nor to look at the modules again.
-        """
-        if self._step is not None:
-            self._step.before_backward(loss)
-            if is_last:
-                self._step.stop_recording()
-
-    @property
-    def is_recording(self) -> bool:
-        """Whether a training step is being recorded."""
-        return self._step is not None and self._step.is_open
-
-    def end_step(self, step: int) -> None:
-        """Add what the training step gave, and end the window if it is full; ``step`` counts optimizer steps."""
-        try:
-            if self._step is not None and self.is_recording:
-                self._step.close()
-                self.windows.end_step(step)
-            elif self.is_due:
-                self.collector.add_nothing()
-        finally:
-            self.is_due = False
-            self._weights.end_step()
-
-    def end_interrupted_step(self, step: int) -> None:
-        """End a step after which the run failed; where others wait for what this process adds, it is dropped."""
-        if self._step is not None and self._step.holds_gradients and not self.collector.is_sharded:
-            self._step.close()
-            self.windows.end_step(step)
-
-    def abort_step(self) -> None:
-        """Drop a step that is being recorded, and every hook."""
-        if self._step is not None:
-            self._step.abort()
+    def end_step(self) -> None:
+        """Note that a training step has ended, and how it leaves the weights."""
+        self.is_due = False
+        self._weights.end_step()
 
     def end_validation(self, step: int) -> list[str]:
         """Take the factors of a validation that ends; they are exact for the weights that it ran on. A collective.

@@ -14,7 +14,7 @@ def taken(every, steps, window, batch=32, **options):
 
     class Watch(pl.Callback):
         def on_before_backward(self, trainer, module, loss):
-            if callback.run.is_recording:
+            if callback.is_recording:
                 seen.append(trainer.fit_loop.total_batch_idx)
 
     callback = KFACEditCallback(layers=["net.3"], window=window, every=every)
@@ -46,7 +46,7 @@ def test_a_run_whose_end_is_not_known_has_no_last_window(tmp_path):
 
     class Watch(pl.Callback):
         def on_before_backward(self, trainer, module, loss):
-            if callback.run.is_recording:
+            if callback.is_recording:
                 seen.append(trainer.fit_loop.total_batch_idx)
 
     trainer = models.trainer(tmp_path, callback, Watch(), Endless(), max_epochs=-1, enable_checkpointing=False)
