@@ -110,7 +110,7 @@ def apply_delta(
 
     Args:
         source: Checkpoint, of any format.
-        delta: File written by :func:`edit_checkpoint`.
+        delta: File written by :func:`lightning_curvature.editing.streaming.edit_checkpoint`.
         target: File or folder to write, atomically.
         revert: Take the edit back, rather than make it.
         overwrite: Whether ``target`` may exist.

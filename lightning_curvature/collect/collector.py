@@ -68,22 +68,20 @@ class Collector:
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         self.options = CollectorOptions() if options is None else options
+        self._group = group
+        self._homes: dict[torch.device, torch.device] = {}
         if self.options.logits is not None:
             named_target(module, self.options.logits)
-        self.network = WatchedNetwork(module, choose_layers(module, self.options.layers), self._group_of)
+        self.network = WatchedNetwork(module, choose_layers(module, self.options.layers), self._layers_of_group)
         check_graphed(module)
         self.provenance: dict[str, Any] = {"model": type(module).__name__, **self.options.provenance}
         self.ranks = Ranks() if ranks is None else ranks
         self.on_error = on_error
         self.kinds = {name: self._kind(layer) for name, layer in self.network.choice.modules.items()}
-        self.accumulator = Accumulator(self._new_sums, self._home, self.options.positions, self.ranks)
-        if shard:
-            owners = owners_of(self.kinds, self.ranks)
-            self.accumulator = ShardedAccumulator(
-                self._new_sums, self._home, self.options.positions, self.ranks, owners
-            )
-        self._group = group
-        self._homes: dict[torch.device, torch.device] = {}
+        common = (self._new_sums, self._home, self.options.positions, self.ranks)
+        self.accumulator = (
+            ShardedAccumulator(*common, owners_of(self.kinds, self.ranks)) if shard else Accumulator(*common)
+        )
 
     def step(self, batch: Any = None) -> Step:
         """Return the recording of one step, a context manager around its forward and backward passes.
@@ -185,7 +183,7 @@ class Collector:
         self.network.chosen = state["chosen"]
         self.accumulator.load_state_dict(state)
 
-    def _group_of(self, chosen: list[str]) -> list[str]:
+    def _layers_of_group(self, chosen: list[str]) -> list[str]:
         """Return the layers of this collector's group, having checked that their factors fit into memory."""
         index, count = self._group
         if count > len(chosen):

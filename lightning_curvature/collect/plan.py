@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_curvature.collect.moments import packed_size
 from lightning_curvature.memory import free_memory, size
@@ -92,8 +93,6 @@ def place_sums(layers: Mapping[str, tuple[int, int]], device: torch.device, accu
     Raises:
         DoesNotFitError: If they fit nowhere.
     """
-    from lightning.pytorch.utilities import rank_zero_info  # slow to import, and editing and inspecting need it not
-
     cpu = torch.device("cpu")
     plan = MemoryPlan(layers, cpu if accumulate_on == "cpu" or device.type == "mps" else device)  # MPS has no float64
     if layers:

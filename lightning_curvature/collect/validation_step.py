@@ -1,8 +1,8 @@
 """Collecting from a validation step, which was written to run without gradients.
 
-A collected step runs once, with gradients enabled around it and nothing else. What it returns, and what it stores on
-its module (a list of outputs, the states of a metric), is detached when it ends: its graph does not outlive it. Calls
-that refuse tensors with gradients (``tensor.numpy()``) see detached ones.
+A collected step runs once, with gradients enabled; nothing else about it changes. What it returns, and what it stores
+on its module (a list of outputs, the states of a metric), is detached when it ends: its graph does not outlive it.
+Calls that refuse tensors with gradients (``tensor.numpy()``) see detached ones.
 """
 
 import dataclasses

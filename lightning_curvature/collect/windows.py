@@ -42,12 +42,12 @@ class WindowedFactors:
         self.every = every
         self.settings = dict(settings)
         self.complete = KroneckerFactors()
-        self._known = KroneckerFactors()
-        self._starts = 0
-        self._known_at = (0, 0)
-        self._batch = 0
-        self._began: int | None = None
-        self._pause = (0, 0)
+        self._num_started = 0
+        self._synchronised = KroneckerFactors()
+        self._synchronised_at = (0, 0)  # windows started and batches used when that was done
+        self._batch = 0  # number of the latest training batch
+        self._began: int | None = None  # batch with which the window began; None in a pause
+        self._pause = (0, 0)  # batch at which the pause ends, and batches of the latest window
 
     @property
     def ranks(self) -> Ranks:
@@ -60,7 +60,7 @@ class WindowedFactors:
 
         With several processes, those of the latest :meth:`synchronise`.
         """
-        return self.synchronise() if self.ranks.size == 1 else self._known
+        return self.synchronise() if self.ranks.size == 1 else self._synchronised
 
     @property
     def silent(self) -> list[str]:
@@ -74,11 +74,11 @@ class WindowedFactors:
         Raises:
             RuntimeError: If the processes chose different layers.
         """
-        now = (self._starts, self.collector.num_batches)
-        if any(self.ranks.gather(now != self._known_at)):
-            self._known = self._sharded() if self.collector.is_sharded else self._merged()
-        self._known_at = now
-        return self._known
+        now = (self._num_started, self.collector.num_batches)
+        if any(self.ranks.gather(now != self._synchronised_at)):
+            self._synchronised = self._sharded() if self.collector.is_sharded else self._merged()
+        self._synchronised_at = now
+        return self._synchronised
 
     def _chosen(self) -> list[str]:
         """Return the chosen layers, in an order that is the same on all processes."""
@@ -128,9 +128,8 @@ class WindowedFactors:
     def is_due(self, batch: int, last: float) -> bool:
         """Tell whether to collect from a training step.
 
-        Between two windows there is a pause, so that one in ``every`` is collected; but the last steps of a run are, so
-        that its factors are those of its end. What a window is worth depends on how fresh it is: steps further apart
-        would give it the same cost, and older weights.
+        One window in ``every`` is collected, with a pause after it; so is the end of the run. Single steps further
+        apart would cost the same, and average over older weights.
 
         Args:
             batch: Training batches before this one.
@@ -168,7 +167,7 @@ class WindowedFactors:
         if complete:
             self.complete = self.collector.factors()
         self.collector.reset()
-        self._starts += 1
+        self._num_started += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells that a factor file belongs to a checkpoint: primitives; empty before the first batch."""
@@ -210,7 +209,7 @@ class WindowedFactors:
         self._began, self._pause = saved["began"], (saved["pause"][0], saved["pause"][1])
         if saved["complete"]:
             self.complete = self._part(factors)
-        self._starts += 1
+        self._num_started += 1
         return None
 
     def _read(self, state: Mapping[str, Any], file: Path | None) -> str | tuple[KroneckerFactors, dict[str, Any]]:

@@ -119,18 +119,13 @@ class StepGradients:
     def _take_through(self, losses: list[SoftmaxLoss], objective: Tensor | None) -> None:
         """Take the gradients that go through some losses."""
         network = self._network
-        if network.chosen is None:
-            objectives.check_reentrant(losses, self.taps, {call.name for call in self._calls})
         leaves: list[Tensor] = []
         if network.detaches is not False:
             leaves = detached.detached_leaves(losses, self._parameters)
             network.detaches = bool(leaves)
         calls = self._reached_calls(losses, objective, leaves)
-        if network.chosen is None:
-            self._heads |= objectives.output_heads(losses, self._calls)
-            below = [call.name for call in calls if call.name not in self._heads]
-            if (below or not leaves) and not self._choose(calls):
-                return
+        if network.chosen is None and not self._choose_below(losses, calls, bool(leaves)):
+            return
         chosen = network.chosen or []
         self.frozen |= {call.name for call in self._calls if call.edge is None and call.name in chosen}
         calls = [call for call in calls if call.name in chosen]
@@ -142,6 +137,20 @@ class StepGradients:
             self._expect(losses, calls, leaves, objective)
         else:
             self._backpropagate(losses, calls, leaves)
+
+    def _choose_below(self, losses: Sequence[SoftmaxLoss], calls: Sequence[LayerCall], has_leaves: bool) -> bool:
+        """Choose layers in the first batch; tell whether gradients can be taken now.
+
+        Args:
+            losses: The losses of the backward pass.
+            calls: Calls that they reach.
+            has_leaves: Whether detached activations lie below the losses; layers below those are chosen when the
+                gradient is handed on.
+        """
+        objectives.check_reentrant(losses, self.taps, {call.name for call in self._calls})
+        self._heads |= objectives.output_heads(losses, self._calls)
+        only_heads = all(call.name in self._heads for call in calls)
+        return (only_heads and has_leaves) or self._choose(calls)
 
     def _live_calls(self) -> dict[Node, LayerCall]:
         """Return the calls whose output has a place in the graph, by that place."""

@@ -1,4 +1,4 @@
-"""Which softmax losses of a step count, given what is backpropagated, and where the classes of named logits lie."""
+"""Which softmax losses of a step count, given what is backpropagated, and why none does."""
 
 import dataclasses
 from collections.abc import Collection, Sequence

@@ -21,8 +21,8 @@ from lightning_curvature.recording.taps import Taps
 class Step:
     """The recording of one step: a context manager around its forward and backward passes.
 
-    When the block ends, what the step gives is delivered; an exception drops it. Hooks outlive the block in no case. A
-    training loop, whose step begins and ends in different hooks, calls :meth:`open`, :meth:`close` and :meth:`abort`.
+    When the block ends, what the step gives is delivered; an exception drops it. All hooks are removed then. A training
+    loop, whose step begins and ends in different hooks, calls :meth:`open`, :meth:`close` and :meth:`abort`.
 
     Args:
         network: The network.
@@ -82,7 +82,7 @@ class Step:
                 unchecked=self._network.unchecked,
             )
             self._gradients = StepGradients(taps, self._network, options, self._seed, mask)
-            taps.__enter__()
+            taps.open()
 
     def before_backward(self, objective: Tensor | None) -> None:
         """Take the gradients of a backward pass; call when the forward pass is done and its graph is alive.

@@ -1,7 +1,7 @@
-"""Every hook of the package: layer inputs, layer output gradients, and the logits of the loss.
+"""The hooks of a step: layer inputs, layer output gradients, and the logits of the loss.
 
-All hooks live inside :class:`Taps`, a context manager: none outlives it, whatever happens inside. While it is open it
-records
+All of them live inside :class:`Taps`, a context manager: no hook on a module outlives it, whatever happens inside.
+While it is open it records
 
 - each call of a watched layer: the input, and the place of the output in the autograd graph (a gradient edge, taken
   before a later in-place operation can move it, so that ``relu_`` after a layer does not change what is measured);
@@ -95,7 +95,8 @@ class Taps:
         self._stack = ExitStack()
         self._token = object()
 
-    def __enter__(self) -> "Taps":
+    def open(self) -> None:
+        """Put the hooks in their places."""
         with ExitStack() as stack:
             for name, module in self._modules.items():
                 hook = _LayerHook(self, name)
@@ -106,6 +107,9 @@ class Taps:
             stack.enter_context(uncompiled(self._token))
             stack.enter_context(_FunctionTap(self))
             self._stack = stack.pop_all()
+
+    def __enter__(self) -> "Taps":
+        self.open()
         return self
 
     def __exit__(

@@ -31,7 +31,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """
     path = _existing(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a")
     except Exception as error:  # transformers fails in many ways where files are missing or broken
         raise ValueError(
@@ -55,7 +55,7 @@ def read_config(folder: str | os.PathLike[str]) -> Any:
             "its model first (merge_and_unload)."
         )
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder}: its config.json describes no model that transformers knows ({_first_line(error)})."
@@ -154,7 +154,7 @@ def _pretrained(folder: str | os.PathLike[str], complete: bool, bar: bool = True
     try:
         with _bars(bar and sys.stderr.isatty()):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                os.fspath(folder), dtype="auto", output_loading_info=True
+                os.fspath(folder), dtype="auto", output_loading_info=True, trust_remote_code=False
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(

@@ -31,11 +31,11 @@ from lightning_curvature.trainer.sibling_files import (
 )
 
 CheckpointDict = dict[str, Any]
-_EARLIER = 10_000_000  # nanoseconds by which an edited copy is older than its checkpoint, to who looks for the latest
+_EARLIER = 10_000_000  # nanoseconds: a copy is dated this much before its checkpoint, so that it is never the latest
 
 
 class Saver(Protocol):
-    """What is saved beside every checkpoint. All methods are collectives."""
+    """Says what is saved beside every checkpoint. All methods are collectives."""
 
     def copy_maker(self, checkpoint: CheckpointDict) -> "CopyMaker | None":
         """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""

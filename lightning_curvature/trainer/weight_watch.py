@@ -23,9 +23,9 @@ _SAMPLED = 256  # entries of each weight that are compared
 class WeightWatch:
     """Tells whether weights were changed outside of training steps, by more than what is usual there.
 
-    A sample of each weight is kept as a step leaves it. Who averages weights puts others in their place, often without
-    a trace that autograd keeps (``.data``), and mostly puts them back. Where training goes on from changed weights (a
-    module that clamps them after each step), such a change is usual from then on.
+    A sample of each weight is kept as a step leaves it. Weight averaging swaps in other weights, often
+    through ``.data``, which autograd does not see, and mostly swaps them back. Where training goes on from changed
+    weights (a module that clamps them after each step), such a change is usual from then on.
 
     Args:
         weights: Returns the weights to watch, by name.

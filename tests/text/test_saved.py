@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_curvature.cli.parser import main
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.passes import run_collector
+from lightning_curvature.collect.passes import collect, run_collector
 from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.text import collecting
 from lightning_curvature.text.models import load_model, load_tokenizer
