@@ -13,12 +13,12 @@ import warnings
 
 import lightning.pytorch as pl
 import torch
-from tests.test_callback import NETWORKS, accuracy
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
 from support.environment import parser
 from support.tables import table
-from tests import models
+from tests.support import models
+from tests.support.networks import NETWORKS, accuracy
 
 ENERGIES = (1.0, 0.9, 0.87, 0.85, 0.82, 0.8)
 

@@ -31,7 +31,7 @@ from lightning_curvature.demos.label_noise import METRICS, evaluate
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.factors.basis import select_staircase
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from support.environment import parser
 from support.images import digits, fit
 from support.measuring import in_turn, ratios, show, spread, write

@@ -31,7 +31,7 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.collect.passes import collect
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.factors.basis import select_staircase
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.text.evaluation import window_nll
 from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
 from support.images import digits, fit

@@ -8,7 +8,8 @@ from lightning_curvature._version import __version__
 if TYPE_CHECKING:
     from lightning_curvature.editing.curvature import CurvatureEditor
     from lightning_curvature.editing.report import EditReport
-    from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+    from lightning_curvature.factors.kronecker import KroneckerFactors
+    from lightning_curvature.factors.layer import LayerFactors
     from lightning_curvature.trainer.callback import KFACEditCallback
 
 __all__ = ["CurvatureEditor", "EditReport", "KFACEditCallback", "KroneckerFactors", "LayerFactors", "__version__"]
@@ -19,7 +20,7 @@ _MODULES = {
     "EditReport": "editing.report",
     "KFACEditCallback": "trainer.callback",
     "KroneckerFactors": "factors.kronecker",
-    "LayerFactors": "factors.kronecker",
+    "LayerFactors": "factors.layer",
 }
 
 

@@ -20,7 +20,7 @@ from lightning_curvature._checks import check_option
 from lightning_curvature.analysis.inputs import check_activations
 from lightning_curvature.analysis.style import CLEAN, MEMORIZED
 from lightning_curvature.factors.basis import coefficients
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 
 BANDS = (0.1, 0.25, 0.5, 1.0)
 """Upper ends of the bands, as shares of all components in the order of falling curvature."""

@@ -19,8 +19,8 @@ from torchmetrics.functional.classification import binary_auroc
 from lightning_curvature.analysis.inputs import check_activations
 from lightning_curvature.analysis.style import KINDS, SHARP
 from lightning_curvature.baselines.random_basis import random_orthogonal
-from lightning_curvature.factors.basis import decompose
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.decomposition import decompose
+from lightning_curvature.factors.layer import LayerFactors
 
 FLAT = 0.5
 """Share of the eigenvectors of ``A`` that counts as flat, those of lowest eigenvalue."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_curvature.analysis.inputs import check_activations
 from lightning_curvature.analysis.style import MEMORIZED, SHARP
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 
 
 @dataclass(frozen=True)

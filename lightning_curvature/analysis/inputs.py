@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import did_you_mean, listing
 from lightning_curvature.checkpoints.names import match_layers
-from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.layers.kinds import input_rows, is_matmul
 from lightning_curvature.layers.modules import evaluating
 from lightning_curvature.recording.inputs import layer_inputs

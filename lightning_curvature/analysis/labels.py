@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from lightning_curvature._checks import check_option
 from lightning_curvature.analysis.detection import flat_shares
 from lightning_curvature.analysis.inputs import POSITIONS, layer_activations
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.metrics.functional.margins import logit_margins
 
 

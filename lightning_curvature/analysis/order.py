@@ -12,7 +12,7 @@ from lightning_curvature.analysis.bands import BANDS
 from lightning_curvature.analysis.curvature import Products, inner
 from lightning_curvature.analysis.style import MEMORIZED, SHARP
 from lightning_curvature.editing.scores import score_coefficients
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.basis import CurvatureBasis, project_weight
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 
 
 def random_orthogonal(dim: int, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.weight_editor import WeightEditor
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 
 
 class SVDEditor(WeightEditor):

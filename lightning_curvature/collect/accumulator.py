@@ -11,7 +11,7 @@ from lightning_curvature.collect.streams import SideStreams
 from lightning_curvature.collect.sums import LayerKind, LayerSums
 from lightning_curvature.collect.tied_inputs import state_of, sums_from, sums_over, tie_again, tied_by_all, tied_inputs
 from lightning_curvature.distributed import Ranks
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.recording.calls import BatchGradients
 from lightning_curvature.recording.rows import CallRows, read_batch, same_inputs
 

@@ -19,7 +19,8 @@ from lightning_curvature.collect.passes import run_collector
 from lightning_curvature.collect.sums import LayerKind, LayerSums
 from lightning_curvature.collect.tied_inputs import sums_over
 from lightning_curvature.distributed import Ranks
-from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.factors.sharded import ShardedFactors
 from lightning_curvature.recording.options import CollectorOptions
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_curvature.collect.moments import SecondMoment
 from lightning_curvature.distributed import Ranks
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 
 
 class LayerKind(NamedTuple):

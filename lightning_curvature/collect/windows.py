@@ -12,7 +12,8 @@ from lightning_curvature.collect.sums import LayerSums
 from lightning_curvature.collect.tied_inputs import STATE_VERSION, sums_over, tied_by_all
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.factors.files import load_state
-from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.factors.sharded import ShardedFactors
 
 MIN_WINDOW = 4096

@@ -20,7 +20,8 @@ from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.basis import coefficients
 from lightning_curvature.factors.decomposition import moderate
-from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.layers.kinds import as_matrix, is_conv1d
 from lightning_curvature.layers.modules import find_layer
 

@@ -12,15 +12,9 @@ from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.scores import SCORES, score_coefficients
 from lightning_curvature.editing.weight_editor import WeightEditor
-from lightning_curvature.factors.basis import (
-    TooFewPositionsError,
-    coefficients,
-    project_weight,
-    select_largest,
-    select_staircase,
-    shrink,
-)
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.basis import coefficients, project_weight, select_largest, select_staircase, shrink
+from lightning_curvature.factors.decomposition import TooFewPositionsError
+from lightning_curvature.factors.layer import LayerFactors
 
 
 class CurvatureEditor(WeightEditor):

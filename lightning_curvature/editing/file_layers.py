@@ -15,9 +15,10 @@ from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editing.origin import edited_layers, refuse_other_weights
 from lightning_curvature.editing.report import EditReport, LayerEdit
-from lightning_curvature.factors.basis import TooFewPositionsError
+from lightning_curvature.factors.decomposition import TooFewPositionsError
 from lightning_curvature.factors.fingerprints import Fingerprint, difference
-from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors, digest_of
+from lightning_curvature.factors.kronecker import KroneckerFactors, digest_of
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.memory import edit_bytes, size
 
 _NOTHING_CHANGES = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.factors.decomposition import moderate, scaled
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.memory import place_edit
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.factors.decomposition import moderate
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 
 SCORES = ("kfac", "ekfac", "coupled", "saliency", "activations")
 

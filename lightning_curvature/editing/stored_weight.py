@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_curvature.factors.basis import FaultyLayerError
+from lightning_curvature.factors.decomposition import FaultyLayerError
 from lightning_curvature.layers.kinds import as_matrix
 
 

@@ -18,9 +18,9 @@ from lightning_curvature.editing.base import Editor
 from lightning_curvature.editing.projection import Projection, project_on_free_device, relative_change
 from lightning_curvature.editing.report import EditReport, LayerEdit
 from lightning_curvature.editing.stored_weight import weight_matrix
-from lightning_curvature.factors.basis import FaultyLayerError, TooFewPositionsError
-from lightning_curvature.factors.decomposition import moderate, scaled
-from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors
+from lightning_curvature.factors.decomposition import FaultyLayerError, TooFewPositionsError, moderate, scaled
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.layers.kinds import from_matrix, is_conv1d
 from lightning_curvature.layers.modules import find_layer, layer_weights
 from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, tied_names, with_replaced

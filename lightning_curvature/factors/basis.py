@@ -18,22 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_curvature._checks import check_energy
-from lightning_curvature.factors.decomposition import FaultyLayerError, TooFewPositionsError, decompose, moderate
-
-__all__ = [
-    "TIE",
-    "CurvatureBasis",
-    "FaultyLayerError",
-    "Staircase",
-    "TooFewPositionsError",
-    "coefficients",
-    "curvature_basis",
-    "decompose",
-    "project_weight",
-    "select_largest",
-    "select_staircase",
-    "shrink",
-]
+from lightning_curvature.factors.decomposition import FaultyLayerError, decompose, moderate
 
 TIE = 1e-9
 """Relative difference below which two masses count as equal (an eigensolver splits equal eigenvalues by rounding)."""

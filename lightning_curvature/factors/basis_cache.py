@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_curvature.factors.basis import CurvatureBasis, decompose
+from lightning_curvature.factors.basis import CurvatureBasis
+from lightning_curvature.factors.decomposition import decompose
 from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.storage.hashes import tensor_hash
 

@@ -21,8 +21,6 @@ from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.storage.outputs import FACTORS, check_safetensors_name
 from lightning_curvature.storage.tree import take_apart
 
-__all__ = ["KroneckerFactors", "LayerFactors", "digest_of"]
-
 _STATE = "state"
 
 

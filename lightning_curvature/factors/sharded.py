@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_curvature.distributed import Ranks
-from lightning_curvature.factors.kronecker import KroneckerFactors, LayerFactors, digest_of
+from lightning_curvature.factors.kronecker import KroneckerFactors, digest_of
+from lightning_curvature.factors.layer import LayerFactors
 
 
 class ShardedFactors(KroneckerFactors):

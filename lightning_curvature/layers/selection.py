@@ -34,8 +34,6 @@ from lightning_curvature.layers.copies import find_copies
 from lightning_curvature.layers.kinds import fused_experts, is_editable, is_matmul, refusal
 from lightning_curvature.layers.roles import ATTENTION, MIXER, MLP, block_of, layer_role, mixer_of, mlp_layers
 
-__all__ = ["PRESETS", "LayerChoice", "PresetError", "choose_layers"]
-
 PRESETS = ("last-mlp", "mlp", "attention", "linear")
 
 

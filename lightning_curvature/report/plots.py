@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_curvature.analysis.style import BLUE, GREEN, GREY, MEMORIZED, ORANGE, PALE
 from lightning_curvature.factors.basis import select_staircase
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.storage.atomic import replacing
 
 _COLORS = {

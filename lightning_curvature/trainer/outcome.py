@@ -16,7 +16,7 @@ from lightning_curvature.collect.passes import check_silent
 from lightning_curvature.collect.sums import LayerKind
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.report import EditReport
-from lightning_curvature.factors.basis import FaultyLayerError
+from lightning_curvature.factors.decomposition import FaultyLayerError
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.memory import edit_seconds
 from lightning_curvature.search.energy import Match

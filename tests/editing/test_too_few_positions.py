@@ -10,7 +10,7 @@ from torch import nn
 from lightning_curvature import CurvatureEditor, KroneckerFactors
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
 from lightning_curvature.editing.bulk import BulkStepEditor
-from lightning_curvature.factors.basis import TooFewPositionsError
+from lightning_curvature.factors.decomposition import TooFewPositionsError
 from tests import reference
 from tests.support.faults import ENOUGH, FEW, failing_eigh, few, moment
 

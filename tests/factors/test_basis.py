@@ -2,14 +2,9 @@ import pytest
 import torch
 
 from lightning_curvature.editing.curvature import CurvatureEditor
-from lightning_curvature.factors.basis import (
-    _columns_above,
-    curvature_basis,
-    decompose,
-    project_weight,
-    select_staircase,
-)
-from lightning_curvature.factors.kronecker import LayerFactors
+from lightning_curvature.factors.basis import _columns_above, curvature_basis, project_weight, select_staircase
+from lightning_curvature.factors.decomposition import decompose
+from lightning_curvature.factors.layer import LayerFactors
 from tests import reference
 
 

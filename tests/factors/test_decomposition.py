@@ -14,7 +14,8 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import RandomBasisEditor, SVDEditor
 from lightning_curvature.editing.bulk import BulkStepEditor
 from lightning_curvature.editing.projection import relative_change
-from lightning_curvature.factors.basis import FaultyLayerError, decompose, select_largest, select_staircase, shrink
+from lightning_curvature.factors.basis import select_largest, select_staircase, shrink
+from lightning_curvature.factors.decomposition import FaultyLayerError, decompose
 from tests import reference
 from tests.support.faults import failing_eigh, layer_factors
 

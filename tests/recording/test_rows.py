@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_curvature.recording.calls import BatchGradients
+from lightning_curvature.recording.calls import BatchGradients, LayerCall
 from lightning_curvature.recording.rows import read_batch, same_inputs
-from lightning_curvature.recording.taps import LayerCall
 
 NAN = float("nan")
 

@@ -15,7 +15,7 @@ from lightning_curvature.checkpoints import opening as formats
 from lightning_curvature.checkpoints import safetensors
 from lightning_curvature.checkpoints.deltas import apply_delta
 from lightning_curvature.editing import streaming as files
-from lightning_curvature.factors.basis import TooFewPositionsError
+from lightning_curvature.factors.decomposition import TooFewPositionsError
 from lightning_curvature.factors.files import FactorFile
 from lightning_curvature.report.inspection import describe
 from lightning_curvature.storage.hashes import tensor_hash

@@ -1,5 +1,8 @@
 """Saved language models: loading, and what cannot be loaded."""
 
+import io
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -77,3 +80,17 @@ def test_what_cannot_be_loaded(folder, tmp_path):
         text_models.check_vocabulary(language.model(), language.tokenizer(50))
     with pytest.raises(ValueError, match="Linear holds no transformers model that can generate"):
         find_language_model(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("load", [text_models.read_config, text_models.load_model, text_models.load_tokenizer])
+def test_the_code_of_a_folder_is_not_run(load, tmp_path, monkeypatch):
+    """Not even if somebody, or a pipe, would answer yes."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config = {"model_type": "evil", "architectures": ["Evil"], "tokenizer_class": "Evil"}
+    classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"auto_map": classes}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    with pytest.raises(ValueError, match=r"custom code|no tokenizer"):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -5,7 +5,7 @@ import torch
 
 from lightning_curvature.layers.modules import evaluating
 from lightning_curvature.metrics.functional import noisy_label_accuracy
-from lightning_curvature.trainer.probes import run_probes
+from lightning_curvature.trainer.measuring import run_probes
 from tests.support.noisy import slow
 
 
