@@ -1,6 +1,6 @@
 """What sits where in the spectrum of a layer's curvature: pure functions on factors, weights, activations and models.
 
-Each returns a small dataclass whose ``plot`` draws it.
+Most return a small dataclass whose ``plot`` draws it.
 """
 
 from lightning_curvature.analysis.bands import BANDS, BandComparison, band_strengths, compare_bands
