@@ -8,7 +8,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from lightning_curvature.cli.parser import main
-from lightning_curvature.collect.passes import collect
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.passes import collect, run_collector
+from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.text import collecting
 from lightning_curvature.text.models import load_model, load_tokenizer
 from lightning_curvature.text.saved import SavedModel
@@ -198,8 +200,9 @@ def test_layers_that_never_run_are_an_error(tmp_path, layers, passes):
 def test_a_group_of_layers_that_never_runs_in_python_too():
     net, rows = Idle(), language.tokens(4, 8)
     step = lambda batch: net(input_ids=batch, labels=batch).loss  # noqa: E731
+    collector = Collector(net, CollectorOptions(layers=["net.*down_proj", "idle.*"]), group=(1, 2))
     with pytest.raises(RuntimeError, match=r"Chosen layers 'idle.1', 'idle.2' never ran"):
-        collect(net, [rows], step, layers=["net.*down_proj", "idle.*"], group=(1, 2))
+        run_collector(collector, [rows], step)
 
 
 @pytest.mark.filterwarnings("ignore:Chosen layers")
