@@ -87,7 +87,7 @@ class SecondMoment:
                 block += product[:end, start:end]
             return
         for start, end, block in blocks:
-            if block.device == rows[0].device:
+            if _lie_together(block, rows[0]):
                 for part in operands:
                     _add_product(block, part[:, :end].T, part[:, start:end], scale)
             else:
@@ -279,6 +279,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float, beta:
 
 def _in_one_product(rows: Tensor, dim: int) -> bool:
     return rows.is_cuda and dim * dim <= _LAUNCHED
+
+
+def _lie_together(block: Tensor, rows: Tensor) -> bool:
+    return block.device == rows.device
 
 
 def _on_tensor_cores(rows: Tensor) -> bool:

@@ -60,7 +60,7 @@ def test_a_lightning_checkpoint_becomes_a_folder(trained, tmp_path):
     assert "Edited weights" in (out / "README.md").read_text()
     checkpoint = formats.open_checkpoint(tmp_path / "a.ckpt")
     source = content_hash(tensor_hashes(checkpoint.shapes(), checkpoint.read))
-    assert formats.open_checkpoint(out).provenance["source"] == source
+    assert formats.open_checkpoint(out).edit_facts["source"] == source
     trained = torch.load(tmp_path / "a.ckpt", weights_only=True)
     trained["state_dict"] = {key: 2 * value for key, value in trained["state_dict"].items()}
     torch.save(trained, tmp_path / "x.ckpt")

@@ -23,7 +23,7 @@ def test_revert_gives_the_original_back(saved_model, tmp_path, kind):
         original, reverted = (torch.load(path, weights_only=True) for path in (source(saved_model, kind), back))
         assert original.keys() == reverted.keys()
         assert saved_hash(back) == saved_hash(source(saved_model, kind))
-        assert formats.open_checkpoint(back).provenance is None
+        assert formats.open_checkpoint(back).edit_facts is None
     else:
         assert hashes(back) == hashes(source(saved_model, kind))
     again = target(tmp_path / "again", kind)
@@ -116,7 +116,7 @@ def test_edits_are_taken_back_in_their_order(saved_model, tmp_path):
         CurvatureEditor(0.8, ["*.1.mlp.up_proj"]).edit_checkpoint(
             first_delta.with_suffix(".pt"), factors(saved_model), second_delta.with_suffix(".pt"), delta=second_delta
         )
-    before = formats.open_checkpoint(second_delta.with_suffix(".pt")).provenance["before"]
+    before = formats.open_checkpoint(second_delta.with_suffix(".pt")).edit_facts["before"]
     assert list(before["layers"]) == ["model.layers.0.mlp.up_proj"]
     with pytest.raises(ValueError, match="Take back the later edit first"):
         apply_delta(second_delta.with_suffix(".pt"), first_delta, tmp_path / "x.pt", revert=True)

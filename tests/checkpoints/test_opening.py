@@ -72,6 +72,6 @@ def test_every_format_is_a_checkpoint(saved_model, kind):
     assert isinstance(checkpoint, Checkpoint)
     assert checkpoint.path == source(saved_model, kind)
     assert checkpoint.hashes() == tensor_hashes(checkpoint.shapes(), checkpoint.read)
-    assert checkpoint.provenance is None
+    assert checkpoint.edit_facts is None
     assert set(checkpoint.module_names().values()) <= set(checkpoint.shapes())
     assert checkpoint.check_ties(["model.layers.0.mlp.up_proj.weight"] if kind != "ckpt" else []) is None

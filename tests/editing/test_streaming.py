@@ -32,7 +32,7 @@ def test_every_format_gets_the_edit_of_the_model_in_memory(saved_model, tmp_path
         assert torch.equal(value, model.state_dict()[name])
         assert torch.equal(value, before[name]) == (name.removesuffix(".weight") not in report.layers)
     assert not [path for path in tmp_path.iterdir() if path != out]
-    again = formats.open_checkpoint(out).provenance
+    again = formats.open_checkpoint(out).edit_facts
     assert again["source"] == saved_hash(source(saved_model, kind))
     assert again["factors"] == factors(saved_model).digest()
     assert again["layers"]["model.layers.1.mlp.up_proj"]["energy"] == 0.8

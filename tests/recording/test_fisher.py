@@ -130,7 +130,7 @@ def test_random_kinds_have_the_exact_second_moment(kind):
     loss = fisher.SoftmaxLoss(logits, 1, torch.ones(2, dtype=torch.bool))
     p = logits.detach().softmax(-1)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack(list(fisher._seeds(kind, loss, [], 20_000, generator)))
+    draws = torch.stack(list(fisher._vectors(kind, loss, [], 20_000, generator)))
     products = torch.einsum("sni,snj->snij", draws, draws)
     exact = torch.diag_embed(p) - torch.einsum("ni,nj->nij", p, p)
     error = (products.mean(0) - exact).abs()

@@ -65,7 +65,7 @@ def read_checkpoint(path):
         assert tuple(tensor.shape) == shape
         assert checkpoint.num_bytes(name) == tensor.nbytes
         assert tensor_hash(tensor)
-    assert checkpoint.provenance is None or isinstance(checkpoint.provenance, dict)
+    assert checkpoint.edit_facts is None or isinstance(checkpoint.edit_facts, dict)
     assert all(isinstance(text, str) for text in checkpoint.headers().values())
 
 
