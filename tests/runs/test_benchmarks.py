@@ -18,7 +18,7 @@ def run(monkeypatch):
 
     def work(name, *options):
         monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
-        runpy.run_path(FOLDER / f"{name}.py", run_name="__main__")
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
 
     yield work
     logging.disable(logging.NOTSET)
