@@ -21,6 +21,7 @@ def collect(
     batches: Iterable[Batch],
     step: Callable[[Batch], Any],
     *,
+    group: tuple[int, int] = (0, 1),
     ranks: Ranks | None = None,
     shard: bool = False,
     **options: Any,
@@ -32,6 +33,8 @@ def collect(
         batches: Data.
         step: Computes the loss of a batch, as a training step would; it may also return a dict, or a model output of
             transformers, that holds it as ``loss``.
+        group: ``(i, n)``: cut the chosen layers into n groups and collect the i-th alone, where the factors of all do
+            not fit into memory.
         ranks: The processes, where several collect, each from data of its own.
         shard: With several processes, let each keep the factors of some layers alone.
         **options: Arguments of :class:`~lightning_curvature.recording.options.CollectorOptions`.
@@ -42,7 +45,8 @@ def collect(
     Raises:
         RuntimeError: If no batch could be used.
     """
-    return run_collector(Collector(module, CollectorOptions(**options), ranks=ranks, shard=shard), batches, step)
+    collector = Collector(module, CollectorOptions(**options), group=group, ranks=ranks, shard=shard)
+    return run_collector(collector, batches, step)
 
 
 def run_collector(collector: Collector, batches: Iterable[Batch], step: Callable[[Batch], Any]) -> KroneckerFactors:

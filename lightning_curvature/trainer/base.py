@@ -266,7 +266,7 @@ class CallbackBase(Callback):
                 f"it was saved before the energy for {self.target} was searched, which is done when validation ends"
             )
         elif run is not None and factors:
-            reason = run.why_no_copy(checkpoint, factors, self._saves_averages)
+            reason = run.why_no_copy(checkpoint, factors, self._saves_averages, self.editor.ranks)
         if reason is not None:
             self._problems.tell_no_copy(checkpoint["global_step"], reason)
             return None

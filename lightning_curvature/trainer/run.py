@@ -88,13 +88,16 @@ class CollectedRun:
         self._validated_others = self._weights.swapped()
         return silent
 
-    def why_no_copy(self, checkpoint: CheckpointDict, factors: KroneckerFactors, averages: bool) -> str | None:
+    def why_no_copy(
+        self, checkpoint: CheckpointDict, factors: KroneckerFactors, averages: bool, ranks: Ranks
+    ) -> str | None:
         """Return why a checkpoint has no edited copy that is right; None if it has one. A collective.
 
         Args:
             checkpoint: What Lightning saves.
             factors: The factors of the run.
             averages: Whether a ``WeightAveraging`` saves its averages.
+            ranks: The processes that save it; those of the run may be gone.
         """
         measured = DescribedWeights(
             live=lambda: layer_weights(self.module, factors),
@@ -104,7 +107,7 @@ class CollectedRun:
             averages=averages,
         )
         try:
-            return why_no_copy(checkpoint, factors, measured, self.ranks)
+            return why_no_copy(checkpoint, factors, measured, ranks)
         except ValueError as error:
             return str(error).rstrip(".")
 
