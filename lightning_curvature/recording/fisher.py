@@ -78,10 +78,10 @@ def gradient_passes(
     """
     if kind == "exact":
         for loss, group in zip(losses, groups, strict=True):
-            for v in _vectors(kind, loss, calls, draws, generator, group):
+            for v in fisher_vectors(kind, loss, calls, draws, generator, group):
                 yield backpropagate(loss, v.movedim(-1, loss.class_dim), calls)
         return
-    for seeds in zip(*(_vectors(kind, loss, calls, draws, generator) for loss in losses), strict=True):
+    for seeds in zip(*(fisher_vectors(kind, loss, calls, draws, generator) for loss in losses), strict=True):
         vectors = [v.movedim(-1, loss.class_dim) for v, loss in zip(seeds, losses, strict=True)]
         yield (
             backpropagate(losses[0], vectors[0], calls)
@@ -90,7 +90,7 @@ def gradient_passes(
         )
 
 
-def _vectors(
+def fisher_vectors(
     kind: str,
     loss: SoftmaxLoss,
     calls: Sequence[LayerCall],
@@ -120,11 +120,11 @@ def _probabilities(loss: SoftmaxLoss) -> Tensor:
 
 def _sketch(p: Tensor, _counted: Tensor, generator: torch.Generator) -> Tensor:
     s = p.sqrt_()
-    v = _with_random_signs(s, generator)
+    v = with_random_signs(s, generator)
     return v.addcmul_(s.square_(), v.sum(-1, keepdim=True), value=-1)
 
 
-def _with_random_signs(s: Tensor, generator: torch.Generator) -> Tensor:
+def with_random_signs(s: Tensor, generator: torch.Generator) -> Tensor:
     """Return a copy, float32 or float64, with the sign of each entry left or changed by the toss of a coin.
 
     Each random number tosses 32 of them: one for each entry would cost more than all the rest of a draw.
@@ -138,17 +138,17 @@ def _with_random_signs(s: Tensor, generator: torch.Generator) -> Tensor:
 
 def _minus_sampled(p: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
     # torch.multinomial waits for an accelerator to check what it is given, and draws a number for each class on a CPU.
-    labels = (_by_sums if p.is_cpu else _by_race)(p, generator)
+    labels = (draw_by_sums if p.is_cpu else draw_by_race)(p, generator)
     return p.scatter_add_(-1, labels, -counted.to(p.dtype))
 
 
-def _by_race(p: Tensor, generator: torch.Generator) -> Tensor:
+def draw_by_race(p: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a class for each position, ``[..., 1]``: the one whose waiting time, of rate p, is the shortest."""
     times = torch.empty_like(p).exponential_(generator=generator)
     return torch.div(p, times, out=times).argmax(-1, keepdim=True)
 
 
-def _by_sums(p: Tensor, generator: torch.Generator) -> Tensor:
+def draw_by_sums(p: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a class for each position, ``[..., 1]``: where the sums of p pass a random number."""
     sums = p.cumsum(-1)  # whose rounding differs from run to run on a GPU
     total = sums[..., -1:]

@@ -97,7 +97,7 @@ def mine_among(
     """Return the windows of ``asked`` that a model recites; other arguments and results as :func:`mine`."""
     with tqdm(total=len(asked), unit="window", desc="Testing for recitation", disable=None) as progress:
         matches = recited(model, asked, batch_size, progress.update)
-    kept = _distinct(matches, similarity)
+    kept = distinct(matches, similarity)
     log.info(
         "%d of %d windows are recited, %d of them near-duplicates of others.",
         len(matches),
@@ -114,7 +114,7 @@ def mine_among(
     ]
 
 
-def _distinct(sequences: list[PromptedSequence], similarity: float) -> list[PromptedSequence]:
+def distinct(sequences: list[PromptedSequence], similarity: float) -> list[PromptedSequence]:
     """Return sequences without those that resemble an earlier one."""
     kept: list[PromptedSequence] = []
     for sequence in sequences:

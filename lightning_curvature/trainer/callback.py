@@ -229,7 +229,7 @@ class KFACEditCallback(CallbackBase):
 
     @never_ends_a_fit
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """CopyMaker the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
+        """Edit the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
         self._make_copies()
         if self.run is not None and self.run.is_fitted and not (self._awaits_batch or self._problems.given_up):
             self._outcome.show(

@@ -54,7 +54,7 @@ class CopyMaker(Protocol):
         """Return the copy of a checkpoint, given the copy's path; None, with a warning, if there is none."""
 
     def has_same_factors(self, other: "CopyMaker") -> bool:
-        """Tell whether another edit takes the same factors."""
+        """Tell whether another maker takes the same factors."""
 
     def let_go(self, file: Path) -> None:
         """Hold the factors no longer: they are read from a file when they are needed."""
@@ -65,11 +65,11 @@ class _Waiting:
     """A checkpoint whose edited copies are made when training ends.
 
     Args:
-        edits: What makes them, by the mark in their names.
+        makers: What makes them, by the mark in their names.
         stamp: Size and time of the file when it was written, on the first process.
     """
 
-    edits: dict[str, CopyMaker]
+    makers: dict[str, CopyMaker]
     stamp: tuple[int, int] | None
 
 
@@ -152,40 +152,40 @@ class Siblings:
                 f"{path} is saved while the run fails, and not all of its processes take part: it has "
                 "no edited copy, and no factors with which a resumed run would go on."
             )
-        edits: dict[str, CopyMaker] = {}
+        makers: dict[str, CopyMaker] = {}
         try:
             for name, saver in self.savers.items() if not (hidden or lost) else ():
                 with costs_a_warning(path):
                     writer = saver.factors_writer()
                     self.ranks.first(partial(write_file, writer, factors_path(apart(path), name)))
-                    edit, copy = saver.copy_maker(checkpoint), sibling(apart(path), f"-{name}")
+                    maker, copy = saver.copy_maker(checkpoint), sibling(apart(path), f"-{name}")
                     self._check_free(copy)
-                    if edit is None:
+                    if maker is None:
                         self._remove_if_there(copy)  # of an older run
                     elif self.waits and self._reads_back and is_local(path):
-                        self._hold_one_set(name, edit)
-                        edits[name] = edit
+                        self._hold_one_set(name, maker)
+                        makers[name] = maker
                         self._remove_if_there(copy)
-                    elif (edited := edit(checkpoint, copy)) is not None:
+                    elif (edited := maker(checkpoint, copy)) is not None:
                         self._save(edited, copy, storage_options)
         finally:
             self._save(checkpoint, filepath, storage_options)
             self._saved.add(path)
             self._waiting.pop(path, None)
-            if edits:
+            if makers:
                 with costs_a_warning(path):
                     stamp = stamp_of(path) if self.ranks.rank == 0 and Path(path).is_file() else None
-                    self._waiting[path] = _Waiting(edits, stamp)
+                    self._waiting[path] = _Waiting(makers, stamp)
 
-    def _hold_one_set(self, name: str, edit: CopyMaker) -> None:
-        """Let go of the factors of edits that wait, where a new one takes others: they may be large.
+    def _hold_one_set(self, name: str, maker: CopyMaker) -> None:
+        """Let go of the factors of copies that wait, if a new copy takes others, since factors may be large.
 
         They lie in files beside the checkpoints, which one process reads back. With several, which may not see each
         other's files, what waits is edited now.
         """
         for path, waiting in list(self._waiting.items()):
-            old = waiting.edits.get(name)
-            if old is None or old.has_same_factors(edit):
+            old = waiting.makers.get(name)
+            if old is None or old.has_same_factors(maker):
                 continue
             if self.ranks.size == 1:
                 old.let_go(Path(factors_path(apart(path), name)))
@@ -194,25 +194,25 @@ class Siblings:
 
     def num_waiting(self, name: str) -> int:
         """Return how many checkpoints wait for an edited copy with a mark."""
-        return sum(name in waiting.edits for waiting in self._waiting.values())
+        return sum(name in waiting.makers for waiting in self._waiting.values())
 
     def make_copies(self, name: str) -> None:
         """Make the edited copies with a mark that were left for the end of a fit. A collective."""
         for path, waiting in list(self._waiting.items()):
-            if name in waiting.edits:
+            if name in waiting.makers:
                 self._make_copy(path, name)
 
     def _make_copy(self, path: str, name: str) -> None:
         """Make the edited copy of a checkpoint that was written before. A collective."""
         waiting = self._waiting[path]
-        edit = waiting.edits.pop(name)
-        if not waiting.edits:
+        maker = waiting.makers.pop(name)
+        if not waiting.makers:
             del self._waiting[path]
         with costs_a_warning(path):
             copy = sibling(apart(path), f"-{name}")
             self._check_free(copy)
             checkpoint = self._read_back(path, waiting.stamp)
-            if checkpoint is not None and (edited := edit(checkpoint, copy)) is not None:
+            if checkpoint is not None and (edited := maker(checkpoint, copy)) is not None:
                 self._save(edited, copy)
                 if self.ranks.rank == 0:  # ckpt_path="last" takes the latest file
                     before = stamp_of(path)[1] - _EARLIER

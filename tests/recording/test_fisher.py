@@ -130,7 +130,7 @@ def test_random_kinds_have_the_exact_second_moment(kind):
     loss = fisher.SoftmaxLoss(logits, 1, torch.ones(2, dtype=torch.bool))
     p = logits.detach().softmax(-1)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack(list(fisher._vectors(kind, loss, [], 20_000, generator)))
+    draws = torch.stack(list(fisher.fisher_vectors(kind, loss, [], 20_000, generator)))
     products = torch.einsum("sni,snj->snij", draws, draws)
     exact = torch.diag_embed(p) - torch.einsum("ni,nj->nij", p, p)
     error = (products.mean(0) - exact).abs()
@@ -142,7 +142,7 @@ def test_signs_are_tossed_for_each_entry(dtype):
     """Over 2000 draws of 3 x 50 entries, which take five random numbers, no two entries have to do with each other."""
     s = torch.rand(50, 3, dtype=dtype, generator=torch.Generator().manual_seed(1)).T + 0.1
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([fisher._with_random_signs(s, generator) for _ in range(2000)])
+    draws = torch.stack([fisher.with_random_signs(s, generator) for _ in range(2000)])
     assert torch.equal(draws.abs(), s.expand(2000, -1, -1))
     signs = draws.sign().flatten(1).double()
     products = signs.T @ signs / 2000
@@ -150,7 +150,7 @@ def test_signs_are_tossed_for_each_entry(dtype):
     assert signs.mean(0).abs().max() < 5 / 2000**0.5
 
 
-@pytest.mark.parametrize("draw", [fisher._by_race, fisher._by_sums])
+@pytest.mark.parametrize("draw", [fisher.draw_by_race, fisher.draw_by_sums])
 @pytest.mark.parametrize("strided", [False, True])
 def test_labels_are_drawn_from_the_softmax(draw, strided):
     """On a GPU by a race, elsewhere by sums; a class of probability 0 is never drawn, and any where nothing counts."""
@@ -170,7 +170,7 @@ def test_no_random_number_draws_a_class_of_probability_0(monkeypatch, number):
     monkeypatch.setattr(torch, "rand", lambda shape, dtype, **_: torch.full(shape, number, dtype=dtype))
     totals = torch.cat([torch.linspace(0.5, 2.0, 10_001), 1 + torch.arange(-8, 9) * 2**-24])
     p = torch.stack([0 * totals, totals, 0 * totals], -1)
-    assert torch.equal(fisher._by_sums(p, torch.Generator()), torch.ones(len(p), 1, dtype=torch.int64))
+    assert torch.equal(fisher.draw_by_sums(p, torch.Generator()), torch.ones(len(p), 1, dtype=torch.int64))
 
 
 def test_sketch_is_the_better_estimator_on_a_saturated_model():

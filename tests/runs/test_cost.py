@@ -200,7 +200,7 @@ def test_nothing_of_the_size_of_the_logits_stays_but_one(kind):
     size = 4 * 64 * 2**14
     logits = torch.randn(64, 2**14, requires_grad=True)
     loss = fisher.SoftmaxLoss(logits, 1, torch.ones(64, dtype=torch.bool))
-    draws = fisher._vectors(kind, loss, [], 2, torch.Generator().manual_seed(0))
+    draws = fisher.fisher_vectors(kind, loss, [], 2, torch.Generator().manual_seed(0))
     assert peak_bytes(lambda: next(draws)) < 2.2 * size
     kept = [value for value in draws.gi_frame.f_locals.values() if isinstance(value, torch.Tensor)]
     assert all(value.numel() < logits.numel() for value in kept)

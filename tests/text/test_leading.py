@@ -108,8 +108,8 @@ def test_near_duplicates_are_told_by_their_text():
     """What stands in front of all windows makes no two of them more alike."""
     first = PromptedSequence((BOS, INNER, 1, 2), (3, 4), num_leading=2)
     second = PromptedSequence((BOS, INNER, 5, 6), (3, 7), num_leading=2)
-    assert mining._distinct([first, second], 0.5) == [first, second]
-    assert mining._distinct([first, second], 0.25) == [first]
+    assert mining.distinct([first, second], 0.5) == [first, second]
+    assert mining.distinct([first, second], 0.25) == [first]
 
 
 def test_halves_of_files_stay(fronted):
