@@ -1,4 +1,4 @@
-"""The analyses of a run, in a JSON file."""
+"""The analyses of a demo, in a JSON file."""
 
 import dataclasses
 import json
@@ -12,18 +12,18 @@ from lightning_curvature.analysis.detection import Detection
 from lightning_curvature.analysis.directions import DirectionUse
 from lightning_curvature.storage.atomic import replacing
 
-FILE = "analysis.json"
+ANALYSIS_FILE = "analysis.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Analyses:
-    """The analyses of a run.
+    """The analyses of a demo.
 
     Args:
         bands: How memorized and clean examples use the bands of each layer.
-        detection: How well scores tell memorized examples from others, by the name of the others.
+        detection: By the name of a set of other examples, how well scores tell memorized examples from them.
         directions: Which examples use the sharpest and the flattest directions of a layer.
-        windows: Texts of the examples that ``directions`` names, by index; empty for images.
+        windows: By index, the text of each example in ``directions``; empty for images.
     """
 
     bands: tuple[BandComparison, ...] = ()
@@ -33,7 +33,7 @@ class Analyses:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``analysis.json`` into a folder, atomically."""
-        with replacing(Path(folder) / FILE) as temporary:
+        with replacing(Path(folder) / ANALYSIS_FILE) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
@@ -44,7 +44,7 @@ class Analyses:
             FileNotFoundError: If there is no such file.
             ValueError: If it does not hold analyses.
         """
-        path = Path(folder) / FILE
+        path = Path(folder) / ANALYSIS_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(
@@ -57,11 +57,11 @@ class Analyses:
                 {int(index): text for index, text in content["windows"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not the analyses of a run ({error!r}). Run the demo again.") from error
+            raise ValueError(f"{path}: not the analyses of a demo ({error!r}). Run the demo again.") from error
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a dataclass: JSON has lists where it has tuples."""
+    """Return fields read from JSON as a dataclass needs them: with tuples in place of lists."""
     return {key: _tuple(value) for key, value in fields.items()}
 
 

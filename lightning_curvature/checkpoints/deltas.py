@@ -1,7 +1,7 @@
-"""Deltas: files with the differing bits of an edited checkpoint and its original, to take the edit back or to make it.
+"""Delta files: they hold the bits in which an edited checkpoint differs from its original, to revert or redo the edit.
 
-A delta holds, for each edited tensor, the exclusive or of the old and the new bits. The same operation turns either
-tensor into the other one. Hashes tell whether a checkpoint is the original, or the edited one.
+For each edited tensor, a delta holds the XOR of the old bits and the new bits. XOR of this difference with one of the
+two tensors gives the other one. Hashes tell whether a checkpoint is the original or the edited one.
 """
 
 import json
@@ -31,14 +31,14 @@ from lightning_curvature.storage.sniff import looks_like_safetensors
 from lightning_curvature.storage.tree import COPY_AGAIN, is_text, parse_json
 
 _VERSION = 1
-_OLD = "old"  # file that holds the delta that is replaced
+_OLD = "old"  # scratch file with the delta that was at the path before; restored if the new delta is not kept
 
 
 class DeltaRecord(AbstractContextManager["DeltaRecord"]):
     """Collects a delta, with one tensor in memory at a time.
 
-    The delta is written before the edited checkpoint is. A delta without its edited checkpoint is no use: when the
-    context ends, the file is removed again, unless ``keep`` was set.
+    The delta is written before the edited checkpoint. If the edited checkpoint then fails, the delta is useless: unless
+    ``keep`` is set, it is removed when the context ends, and the file that it replaced comes back.
 
     Args:
         path: File to write.
@@ -53,15 +53,15 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.checkpoint = path, checkpoint
         self.scratch = tempfile.TemporaryDirectory(prefix=".delta.", dir=path.parent)
-        self.original, self.edited = dict(hashes), dict(hashes)
+        self.original_hashes, self.edited_hashes = dict(hashes), dict(hashes)
         self.names: list[str] = []
         self.written = self.keep = False
 
     def add(self, name: str, old: Tensor, new: Tensor) -> None:
-        """Add the difference of the bits of an original and an edited tensor."""
+        """Add the bits in which an edited tensor differs from the original tensor."""
         save_file({"delta": _bits(old) ^ _bits(new)}, Path(self.scratch.name, str(len(self.names))))
         self.names.append(name)
-        self.edited[name] = tensor_hash(new)
+        self.edited_hashes[name] = tensor_hash(new)
 
     def write(self, facts: Mapping[str, Any]) -> None:
         """Write the file, atomically.
@@ -72,8 +72,11 @@ class DeltaRecord(AbstractContextManager["DeltaRecord"]):
         parts = {name: Path(self.scratch.name, str(i)) for i, name in enumerate(self.names)}
         header = {
             "version": _VERSION,
-            "tensors": {name: {"original": self.original[name], "edited": self.edited[name]} for name in self.names},
-            "values": {"original": values_hash(self.original), "edited": values_hash(self.edited)},
+            "tensors": {
+                name: {"original": self.original_hashes[name], "edited": self.edited_hashes[name]}
+                for name in self.names
+            },
+            "values": {"original": values_hash(self.original_hashes), "edited": values_hash(self.edited_hashes)},
             "edit": facts,
             "before": self.checkpoint.edit_facts,
             "headers": self.checkpoint.headers(),
@@ -106,7 +109,7 @@ def apply_delta(
 ) -> None:
     """Write the original of an edited checkpoint (``revert``), or the edited copy of an original.
 
-    Every changed tensor is verified by its hash, before and after.
+    The hash of every edited tensor is checked, in the source and in the result.
 
     Args:
         source: Checkpoint, of any format.
@@ -153,7 +156,9 @@ def _check_source(
     delta: str | os.PathLike[str],
     revert: bool,
 ) -> None:
-    """Raise ``ValueError`` if a checkpoint is not the one that a delta changes, also in tensors that it leaves alone.
+    """Raise ``ValueError`` if a checkpoint is not the one that a delta applies to.
+
+    Tensors that the edit left alone are checked, too.
 
     Args:
         hashes: Hashes of all tensors of the checkpoint.
@@ -169,20 +174,19 @@ def _check_source(
         if hashes[name] != tensors[f"{layer}.weight"][before]:
             raise ValueError(
                 f"{name!r} in {source} is not the {before} tensor that {delta} belongs to. "
-                f"{'Is it the checkpoint before the edit, or edited again?' if revert else 'Is it another model?'}"
+                f"{'Is this the original checkpoint, or was it edited again?' if revert else 'Is it another model?'}"
             )
-    replaced = {tensor[before]: tensor[after] for tensor in tensors.values()}
-    expected = {name: replaced.get(value, value) for name, value in hashes.items()}
-    if values_hash(expected) != header["values"][after]:
+    after_by_before = {pair[before]: pair[after] for pair in tensors.values()}
+    hashes_after = {name: after_by_before.get(value, value) for name, value in hashes.items()}
+    if values_hash(hashes_after) != header["values"][after]:
         raise ValueError(
-            f"{source} differs from the {before} checkpoint that {delta} belongs to, also in tensors that the edit "
-            "left alone: it was changed or edited again since. "
-            + ("Take back the later edit first." if revert else "Is it another model?")
+            f"{source} differs from the {before} checkpoint that {delta} belongs to, in tensors that the edit left "
+            "alone. " + ("Was it edited again? Then revert the later edit first." if revert else "Is it another model?")
         )
 
 
 def _flipped(tensor: Tensor, difference: Tensor) -> Tensor | None:
-    """Return a tensor with some of its bits flipped; None if the difference belongs to a tensor of another size."""
+    """Return ``tensor`` with the bits of ``difference`` flipped; None if they do not have the same number of bytes."""
     bits = _bits(tensor)
     if difference.shape != bits.shape or difference.dtype != bits.dtype:
         return None
@@ -194,13 +198,13 @@ def open_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Safetensor
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no delta; says what it is instead, where that can be told.
+        ValueError: If the path is no delta; the message says what it is instead, if that is known.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file. A delta is written by edit with --save-delta.")
+        raise FileNotFoundError(f"{path}: no such file. To write a delta, run edit with --save-delta.")
     if not looks_like_safetensors(path):
         kind = "it is a folder" if Path(path).is_dir() else "it is no safetensors file"
-        raise ValueError(f"{path} is no delta ({kind}); it is written by edit with --save-delta.")
+        raise ValueError(f"{path} is no delta ({kind}). To write a delta, run edit with --save-delta.")
     file = SafetensorsFile(path)
     return read_header(file), file
 
@@ -212,14 +216,17 @@ def read_header(file: SafetensorsFile) -> dict[str, Any]:
         file: The delta.
 
     Raises:
-        ValueError: If it is no delta of a version that this package reads, or a damaged one.
+        ValueError: If the file is no delta, is damaged, or has a version that this package does not read.
     """
     if DELTA not in file.metadata:
-        raise ValueError(f"{file.path} is no delta; it is written by edit with --save-delta.")
+        raise ValueError(f"{file.path} is no delta. To write a delta, run edit with --save-delta.")
     header = parse_json(file.metadata[DELTA], f"{file.path}: the metadata entry {DELTA!r}")
     version = header.get("version")
     if version != _VERSION:
-        raise ValueError(f"{file.path}: delta version {version!r:.60}, this package reads {_VERSION}. Update it.")
+        raise ValueError(
+            f"{file.path}: the delta has version {version!r:.60}, this package reads version {_VERSION}. Update the "
+            "package."
+        )
     try:
         _check_header(header, set(file.shapes()))
     except ValueError as error:
@@ -231,13 +238,13 @@ def _check_header(header: Mapping[str, Any], names: set[str]) -> None:
     """Raise ``ValueError`` if a header lacks what :func:`apply_delta` reads; ``names`` are the tensors of the delta."""
     tensors, headers = header.get("tensors"), header.get("headers")
     if not isinstance(tensors, dict) or tensors.keys() != names or not all(n.endswith(".weight") for n in names):
-        raise ValueError(f"its header is about other tensors than it holds. {COPY_AGAIN}")
+        raise ValueError(f"its header names other tensors than the file holds. {COPY_AGAIN}")
     for hashes in (*tensors.values(), header.get("values")):
         if not isinstance(hashes, dict) or not all(is_text(hashes.get(key)) for key in ("original", "edited")):
             raise ValueError(f"its header lacks hashes of the original and the edited checkpoint. {COPY_AGAIN}")
-    check_facts(header.get("edit"), "what it says of the edit")
+    check_facts(header.get("edit"), "its header entry 'edit'")
     if header.get("before", {}) is not None:
-        check_facts(header.get("before"), "what it says of earlier edits")
+        check_facts(header.get("before"), "its header entry 'before'")
     if not isinstance(headers, dict) or not all(isinstance(text, str) for text in headers.values()):
         raise ValueError(f"its header lacks the headers of the original. {COPY_AGAIN}")
     for file, text in headers.items():

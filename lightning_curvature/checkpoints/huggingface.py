@@ -1,4 +1,4 @@
-"""Hugging Face folders: safetensors files, one or several with an index, and everything beside them."""
+"""Hugging Face folders: one safetensors file, or several with an index, and all other files of the folder."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from lightning_curvature.storage.tree import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.gguf", "consolidated*", "*.h5", "*.msgpack")
-_AGAIN = f"Copy {INDEX} and the files that it names again."
+_COPY_INDEX_AGAIN = f"Copy {INDEX} again, and all files that it names."
 
 
 class HuggingFaceFolder(Checkpoint):
@@ -33,10 +33,10 @@ class HuggingFaceFolder(Checkpoint):
 
     Attributes:
         shards: The safetensors files by name.
-        where: The name of the file that holds each tensor.
+        file_of: By tensor name, the name of the file that holds it.
 
     Raises:
-        ValueError: If it holds no such weights, or its index names a file outside of it, or a file that is not there.
+        ValueError: If the folder holds no safetensors weights, or two models, or if its index does not fit its files.
     """
 
     format: ClassVar[Format] = "folder"
@@ -46,8 +46,8 @@ class HuggingFaceFolder(Checkpoint):
         index = self.path / INDEX
         if index.exists() and (self.path / SINGLE).exists():
             raise ValueError(
-                f"{path} holds both {SINGLE} and {INDEX}: two models. Remove the one that is not meant (transformers "
-                f"loads {SINGLE})."
+                f"{path} holds both {SINGLE} and {INDEX}: two models. Remove the one that you do not want "
+                f"(transformers loads {SINGLE})."
             )
         others = [file.name for pattern in _OTHER_WEIGHTS for file in self.path.glob(pattern)]
         if others:
@@ -57,20 +57,20 @@ class HuggingFaceFolder(Checkpoint):
                 stacklevel=2,
             )
         if index.exists():
-            self.where = _read_index(index)
+            self.file_of = _read_index(index)
         elif (self.path / SINGLE).exists():
-            self.where = dict.fromkeys(SafetensorsFile(self.path / SINGLE).header, SINGLE)
+            self.file_of = dict.fromkeys(SafetensorsFile(self.path / SINGLE).header, SINGLE)
         else:
             raise ValueError(
                 f"{path} holds neither {SINGLE} nor {INDEX}. Save the model again with save_pretrained, which writes "
                 "safetensors."
             )
-        files = sorted(set(self.where.values()))
+        files = sorted(set(self.file_of.values()))
         for file in files:
             if not self._check_inside(file).is_file():
-                raise ValueError(f"{index} says that {file!r} holds weights; it is no file. {_AGAIN}")
+                raise ValueError(f"{index} says that {file!r} holds weights, but it is no file. {_COPY_INDEX_AGAIN}")
         self.shards = {file: SafetensorsFile(self.path / file) for file in files}
-        for name, file in self.where.items():
+        for name, file in self.file_of.items():
             if name not in self.shards[file].header:
                 raise ValueError(f"{index} says that {file} holds {name!r}; it does not. The folder is not complete.")
 
@@ -85,45 +85,45 @@ class HuggingFaceFolder(Checkpoint):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor."""
         shapes = {file: shard.shapes() for file, shard in self.shards.items()}
-        return {name: shapes[file][name] for name, file in self.where.items()}
+        return {name: shapes[file][name] for name, file in self.file_of.items()}
 
     def module_names(self) -> dict[str, str]:
-        """Return the tensor of each weight by the name that transformers loads it under.
+        """Return the names of tensors in this folder, by the names that transformers gives them when it loads them.
 
         Raises:
             ValueError: If the folder's configuration is broken.
         """
         try:
             from transformers.core_model_loading import revert_weight_conversion
-        except ImportError:  # there are no such names without transformers, or in old releases of it
+        except ImportError:  # transformers is missing, or too old to tell how it renames tensors
             return {}
-        model = empty_model(self.path, len(self.where))
+        model = empty_model(self.path, len(self.file_of))
         if model is None:
             return {}
         names = {}
         for loaded_name, parameter in model.named_parameters():
             saved = revert_weight_conversion(model, {loaded_name: parameter})
-            # A parameter that is saved in several parts, or turned, is not the tensor of one layer's weight.
+            # Skip what is saved as several tensors, or in another shape: it is not the stored weight of one layer.
             if len(saved) == 1:
                 ((name, tensor),) = saved.items()
-                if name in self.where and tensor.shape == parameter.shape:
+                if name in self.file_of and tensor.shape == parameter.shape:
                     names[loaded_name] = name
         return names
 
     def num_bytes(self, name: str) -> int:
         """Return the bytes of a tensor."""
-        return self.shards[self.where[name]].num_bytes(name)
+        return self.shards[self.file_of[name]].num_bytes(name)
 
     def hash(self, name: str) -> str:
         """Return the hash of a tensor."""
-        return self.shards[self.where[name]].hash(name)
+        return self.shards[self.file_of[name]].hash(name)
 
     def read(self, name: str) -> Tensor:
         """Return a copy of a tensor."""
-        return self.shards[self.where[name]].read(name)
+        return self.shards[self.file_of[name]].read(name)
 
     def headers(self) -> dict[str, str]:
-        """Return the header of every shard, and the files in which an edit is described, as they stand."""
+        """Return, by file name, the header of every shard and the content of the note and the model card, unchanged."""
         notes = {file: (self.path / file).read_bytes() for file in (NOTE, CARD) if (self.path / file).exists()}
         return {file: shard.raw_header.decode() for file, shard in self.shards.items()} | {
             file: content.decode(*AS_IT_IS) for file, content in notes.items()
@@ -141,19 +141,22 @@ class HuggingFaceFolder(Checkpoint):
         The facts go into a note, into the model card, and into the metadata of each file that is edited.
         """
         if headers is not None and not self.shards.keys() <= headers.keys():
-            headers = None  # of another format
+            headers = None  # they are headers of a checkpoint in another format
         with replacing_folder(target) as new:
             shutil.copytree(self.path, new, ignore=self._not_copied)
             self._write_notes(new, facts, headers)
             for file, shard in self.shards.items():
-                edits_here = {name: edit for name, edit in edits.items() if self.where[name] == file}
+                edits_here = {name: edit for name, edit in edits.items() if self.file_of[name] == file}
                 if edits_here:
                     shard.copy(new / file, edits_here, facts, None if headers is None else {"": headers[file]})
                 else:
                     _copy_and_sync(shard.path, new / file)
 
     def _write_notes(self, new: Path, facts: Mapping[str, Any] | None, headers: Mapping[str, str] | None) -> None:
-        """Write what the folder says about its edit: a note for programs, a section of the model card for people."""
+        """Write the note for programs and the section of the model card for people, which describe the edit.
+
+        With ``headers``, restore both as they are there, and write nothing new.
+        """
         if headers is not None:
             for file in (NOTE, CARD):
                 if file in headers:
@@ -167,6 +170,7 @@ class HuggingFaceFolder(Checkpoint):
             (new / NOTE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
     def _not_copied(self, folder: str, names: list[str]) -> set[str]:
+        """Return the files that ``shutil.copytree`` must skip; raise if any file lies outside the folder."""
         for name in names:
             self._check_inside(Path(folder, name).relative_to(self.path).as_posix())
         if Path(folder) != self.path:
@@ -174,15 +178,17 @@ class HuggingFaceFolder(Checkpoint):
         return {name for name in names if name in self.shards or name in (NOTE, CARD)}
 
     def _check_inside(self, file: str) -> Path:
-        """Return where a file lies; raise if that is outside the folder, by its name or through a link.
+        """Return the resolved path of a file; raise ``ValueError`` if it lies outside the folder, or does not exist.
 
-        The files of a snapshot in the Hugging Face cache are links to the ``blobs`` of the same repository.
+        In the Hugging Face cache, the files of a snapshot are links to the ``blobs`` of its repository. These are read.
         """
         try:
             resolved = (self.path / file).resolve()
             exists = resolved.exists()
-        except (OSError, ValueError, RuntimeError) as error:  # too long, no text, or links in a circle
-            raise ValueError(f"{self.path}: {file!a:.60} can be no file ({error!a}). {_AGAIN}") from error
+        except (OSError, ValueError, RuntimeError) as error:  # a name too long or not valid, or links in a circle
+            raise ValueError(
+                f"{self.path}: {file!a:.60} cannot be a file name ({error!a}). {_COPY_INDEX_AGAIN}"
+            ) from error
         folder = self.path.resolve()
         inside = resolved.is_relative_to(folder)
         if not inside and folder.parent.name == "snapshots" and ".." not in Path(file).parts:
@@ -192,16 +198,19 @@ class HuggingFaceFolder(Checkpoint):
                 f"{self.path}: {file!r} leads out of the folder, to {resolved}. Such a folder is not read."
             )
         if not exists:
-            raise ValueError(f"{self.path}: {file!r} is named in the index, but there is no such file. {_AGAIN}")
+            raise ValueError(
+                f"{self.path}: {file!r} is named in the index or is a link, but there is no such file. "
+                f"{_COPY_INDEX_AGAIN}"
+            )
         return resolved
 
 
 def _read_index(index: Path) -> dict[str, str]:
     """Return the file of each tensor."""
-    names = parse_json(index.read_bytes(), f"{index}").get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-        raise ValueError(f"{index} has no weight_map with the file of each tensor. {_AGAIN}")
-    return names
+    file_of = parse_json(index.read_bytes(), f"{index}").get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise ValueError(f"{index} has no weight_map with the file of each tensor. {_COPY_INDEX_AGAIN}")
+    return file_of
 
 
 def _copy_and_sync(source: Path, target: Path) -> None:

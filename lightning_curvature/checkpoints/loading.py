@@ -17,7 +17,7 @@ from lightning_curvature.storage.sniff import sniff
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], checkpoint: str | os.PathLike[str], assign: bool = False
 ) -> None:
-    """Put the weights of a checkpoint into a model; names may carry a prefix, such as ``model.``.
+    """Put a checkpoint's weights into a model. In the checkpoint their names may carry a prefix, such as ``model.``.
 
     Args:
         model: A transformers model.
@@ -30,7 +30,7 @@ def load_weights(
     """
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     expected = set(model.state_dict())
-    # Of two tied names a file may hold either. The prefix is told by a name that is not tied, which it must hold.
+    # A checkpoint may hold only one of two tied tensors. So the prefix is found from a tensor that is not tied.
     anchor = next(key for key in model.state_dict() if key not in {*ties, *ties.values()})
     prefixes = sorted(key.removesuffix(anchor) for key in weights if key == anchor or key.endswith(f".{anchor}"))
     if not prefixes:
@@ -38,19 +38,20 @@ def load_weights(
             f"{checkpoint} holds no weights of a {type(model).__name__}: none of its names ends with {anchor!r}; it "
             f"has {listing(weights, 4)}."
         )
-    fits = {}
+    mismatches = {}  # by prefix: names that are missing, and names that are not expected
     for prefix in prefixes:
         names = {key.removeprefix(prefix) for key in weights if key.startswith(prefix)}
+        # A missing name does no harm if the name that it is tied to is there.
         with_ties = names | {tied for pair in ties.items() for tied, name in (pair, pair[::-1]) if name in names}
-        fits[prefix] = (sorted(expected - with_ties), sorted(names - expected))
-    fitting = [prefix for prefix, (missing, unexpected) in fits.items() if not missing and not unexpected]
+        mismatches[prefix] = (sorted(expected - with_ties), sorted(names - expected))
+    fitting = [prefix for prefix, (missing, unexpected) in mismatches.items() if not missing and not unexpected]
     if len(fitting) > 1:
         raise ValueError(
-            f"{checkpoint} holds several models that fit, under {listing(fitting)}. Save the one that is meant on its "
-            "own."
+            f"{checkpoint} holds several models that fit, under {listing(fitting)}. Save only the one that you want, "
+            "in a file of its own."
         )
     if not fitting:
-        missing, unexpected = min(fits.values(), key=lambda fit: len(fit[0]) + len(fit[1]))
+        missing, unexpected = min(mismatches.values(), key=lambda names: len(names[0]) + len(names[1]))
         raise ValueError(
             f"{checkpoint} does not fit a {type(model).__name__}: missing {listing(missing) or 'nothing'}, "
             f"unexpected {listing(unexpected) or 'nothing'}."
@@ -68,11 +69,11 @@ def read_weights(path: Path, allow_globals: Sequence[str] = ()) -> dict[str, Ten
 
     Args:
         path: File.
-        allow_globals: Classes that it may hold beside tensors and primitives.
+        allow_globals: Names of classes that the file may hold besides tensors and primitives.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it needs unpickling, or is broken.
+        ValueError: If the file holds classes that are not allowed, or is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; a checkpoint is a .ckpt, .pt or .safetensors file.")
@@ -80,8 +81,9 @@ def read_weights(path: Path, allow_globals: Sequence[str] = ()) -> dict[str, Ten
         try:
             return load_file(path)
         except (SafetensorError, AttributeError) as error:
-            if told := sniff(path):
-                raise ValueError(f"{path}: not a complete safetensors file, but {told[0]}. {told[1]}") from error
+            if kind_and_remedy := sniff(path):
+                kind, remedy = kind_and_remedy
+                raise ValueError(f"{path}: not a complete safetensors file, but {kind}. {remedy}") from error
             raise ValueError(f"{path}: not a complete safetensors file ({error}). Copy it again.") from error
     content = read_archive(path, allow_globals)
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}

@@ -86,7 +86,7 @@ def _best_matches(layers: list[str], tensors: list[str]) -> dict[str, str]:
         options = ", ".join(repr(next(iter(matches.values()))) for matches in complete.values())
         raise ValueError(
             f"Layer {layers[0]!r} may be any of {options}: the checkpoint holds several models with such layers. Save "
-            "the one that is meant on its own."
+            "only the one that you want, in a file of its own."
         )
     return max(by_prefixes.values(), key=len, default={})
 

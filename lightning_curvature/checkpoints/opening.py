@@ -23,7 +23,7 @@ def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] =
 
     Args:
         path: Folder or file.
-        allow_globals: Names of classes that a file of ``torch.save`` may hold beside tensors and primitives.
+        allow_globals: Names of classes that a file of ``torch.save`` may hold besides tensors and primitives.
 
     Raises:
         FileNotFoundError: If there is nothing.

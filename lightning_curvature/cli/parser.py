@@ -1,6 +1,6 @@
 """The command line: ``lightning-curvature``, also ``python -m lightning_curvature``.
 
-Exit codes: 0, 2 where the command line is wrong, 1 where the command fails, 130 where it is interrupted (Ctrl-C).
+Exit codes: 0 on success, 1 if the command fails, 2 if the command line is wrong, 130 if it is interrupted (Ctrl-C).
 """
 
 import argparse
@@ -47,17 +47,17 @@ COMMANDS: dict[str, Callable[..., Output]] = {
 }
 POSITIONAL = ("path",)
 """Parameters that are positional arguments; the others are options."""
-DEVICES = {"device": ("auto", "cpu", "cuda", "cuda:N")}
-"""Words that the help shows for options that take other words, too."""
+EXAMPLE_WORDS = {"device": ("auto", "cpu", "cuda", "cuda:N")}
+"""By option, examples that the help shows in place of a full list of choices; the option takes other words, too."""
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of descriptions and examples, and shows defaults and choices instead of Python types."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        fact = "required" if action.required else f"default: {action.default}"
-        plain = action.default in (None, False, argparse.SUPPRESS) or dataclasses.is_dataclass(action.default)
-        return f"{action.help or ''}{f' ({fact})' if action.required or not plain else ''}"
+        note = "required" if action.required else f"default: {action.default}"
+        hides_default = action.default in (None, False, argparse.SUPPRESS) or dataclasses.is_dataclass(action.default)
+        return f"{action.help or ''}{f' ({note})' if action.required or not hides_default else ''}"
 
 
 def make_parser() -> ArgumentParser:
@@ -73,10 +73,10 @@ def make_parser() -> ArgumentParser:
     subcommands = parser.add_subcommands(dest="command")
     demo = ArgumentParser(formatter_class=_HelpFormatter, description="Train, edit and measure on embedded data.")
     subcommands.add_subcommand("demo", demo, help="Train, edit and measure on embedded data.")
-    kinds = demo.add_subcommands(dest="demo")
+    demo_commands = demo.add_subcommands(dest="demo")
     for name, function in COMMANDS.items():
         words = name.split()
-        group = kinds if words[0] == "demo" else subcommands
+        group = demo_commands if words[0] == "demo" else subcommands
         doc = parse(function.__doc__ or "")
         group.add_subcommand(words[-1], _command_parser(function), help=doc.short_description)
     return parser
@@ -85,7 +85,8 @@ def make_parser() -> ArgumentParser:
 def _command_parser(function: Callable[..., Output]) -> ArgumentParser:
     """Return the parser of a command.
 
-    Its options are the parameters of the function, with hyphens; their help, and the example, are in the docstring.
+    Each parameter of the function is an option, with hyphens for underscores (those in ``POSITIONAL`` are arguments).
+    The docstring of the function holds the help texts and the example.
     """
     doc = parse(function.__doc__ or "")
     (example,) = doc.examples
@@ -108,7 +109,7 @@ def _argument(parameter: Parameter, hint: Any) -> dict[str, Any]:
     """Return the arguments of ``add_argument`` for a parameter of a command, apart from its name and its help."""
     if hint is bool:
         return {"action": "store_true"}
-    words = choices(hint) or DEVICES.get(parameter.name, ())
+    words = choices(hint) or EXAMPLE_WORDS.get(parameter.name, ())
     shown = f"{{{','.join(words)}}}"
     if item := _item(hint):
         metavar = (shown, "...") if words else parameter.name.upper()
@@ -129,7 +130,7 @@ def choices(hint: Any) -> tuple[str, ...]:
 
 
 def _item(hint: Any) -> type | None:
-    """Return the type of the items of a list that a type hint allows, or None if it allows no list."""
+    """Return the item type of the list in a type hint such as ``list[str] | None``; None if it has no list."""
     lists = [part for part in get_args(hint) if get_origin(part) is list]
     (item,) = get_args(lists[0]) if lists else (None,)
     return str if get_origin(item) is Literal else item
@@ -172,7 +173,7 @@ def _check_words(name: str, value: Any, words: tuple[str, ...]) -> None:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return a value that JSON does not know as one that it knows."""
+    """Return the dict of a dataclass, and the text of any other value that JSON cannot hold."""
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
@@ -187,18 +188,18 @@ def _sentence(error: Exception) -> str:
 
 def _interrupted(args: list[str]) -> str:
     """Return what is printed when a command is interrupted."""
-    goes_on = {
-        "collect": "The same command goes on from OUT.partial, where it last saved",
-        "sweep": "The same command goes on with the edits that are not in sweep.csv yet",
+    how_to_continue = {
+        "collect": "Run the same command again to continue from OUT.partial, as last saved",
+        "sweep": "Run the same command again to make the edits that are not in sweep.csv yet",
     }.get(args[0] if args else "")
-    return "Interrupted." if goes_on is None else f"Interrupted. {goes_on}."
+    return "Interrupted." if how_to_continue is None else f"Interrupted. {how_to_continue}."
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: With the message of an error, unless ``--debug`` asks for its traceback; with 130 on Ctrl-C.
+        SystemExit: With the message of an error, or with 130 on Ctrl-C. With ``--debug`` the error itself is raised.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = sys.argv[1:] if args is None else args

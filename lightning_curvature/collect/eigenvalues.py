@@ -1,7 +1,8 @@
 r"""Corrected eigenvalues of the curvature basis (EK-FAC): a second pass over the data.
 
-K-FAC takes the mass of the direction ``u_i v_j^T`` for the product ``lam_i mu_j``, as if inputs and gradients were
-independent. The second pass measures it: ``E[(u_i^T g)^2 (v_j^T a)^2]``, the diagonal of the Fisher in that basis.
+K-FAC assumes that inputs and gradients are independent: then the curvature of the direction ``u_i v_j^T`` is its mass
+``lam_i mu_j``. The second pass measures this curvature: ``E[(u_i^T g)^2 (v_j^T a)^2]``, the diagonal of the Fisher in
+that basis.
 
 Source: George et al. 2018, arXiv:1806.03884.
 """
@@ -42,10 +43,10 @@ class EigenvalueSums(LayerSums):
         self.count = 0
 
     def add_inputs(self, inputs: Tensor) -> None:
-        """Do nothing: inputs count with the gradients."""
+        """Do nothing: :meth:`add_gradients` takes inputs and gradients together."""
 
     def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:  # noqa: ARG002
-        """Add positions, as :meth:`LayerSums.add_gradients`."""
+        """Add positions; arguments as in :meth:`LayerSums.add_gradients`."""
         basis = self.layer.basis
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         along_inputs = (inputs.to(dtype) @ basis.U_A.to(inputs.device, dtype)).square()
@@ -60,9 +61,9 @@ class EigenvalueSums(LayerSums):
         return self.layer.shape
 
     def merge_(self, other: LayerSums, with_inputs: bool = True) -> None:  # noqa: ARG002
-        """Add the sums of other positions; inputs count with the gradients."""
+        """Add the sums of other positions; ``with_inputs`` has no effect, as there is no moment of inputs alone."""
         if not isinstance(other, EigenvalueSums):
-            raise TypeError(f"Sums of eigenvalues cannot take over {type(other).__name__}.")
+            raise TypeError(f"Sums of eigenvalues merge only with sums of eigenvalues, found {type(other).__name__}.")
         self.total += other.total.to(self.total.device)
         self.count += other.count
 
@@ -76,7 +77,7 @@ class EigenvalueSums(LayerSums):
         return merged
 
     def part(self, ranks: Ranks) -> LayerSums:
-        """Return the part of the sums of all processes that this process goes on with; the parts of all sum to them."""
+        """Return this process's part of sums over all processes. The parts of all processes add up to these sums."""
         part = EigenvalueSums(self.layer, torch.device("meta"))
         part.count = ranks.part(self.count)
         part.total = self.total * (part.count / max(self.count, 1))
@@ -93,7 +94,7 @@ class EigenvalueSums(LayerSums):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the sums from what :meth:`state_dict` returned, on the device of its tensors."""
         if "eigenvalues" not in state:
-            raise ValueError("The state is one of a collection of factors, which holds no eigenvalues. Begin anew.")
+            raise ValueError("This state is of a collection of factors, which holds no eigenvalues. Collect anew.")
         super().load_state_dict({key: value for key, value in state.items() if key != "eigenvalues"})
         self.total, self.count = state["eigenvalues"], state["count"]
 
@@ -103,12 +104,12 @@ class EigenvalueSums(LayerSums):
 
 
 class EigenvalueCollector(Collector):
-    """Collects the corrected eigenvalues of the layers of some factors.
+    """Collects the corrected eigenvalues of all layers that the given factors describe.
 
     Args:
         module: The network.
         factors: Its factors.
-        options: What is collected; its layers are those of the factors.
+        options: What is collected; ``layers`` must be the layers of ``factors``.
         ranks: The processes of the run; by default this one alone.
         shard: Spread the sums over the processes.
 
@@ -127,19 +128,19 @@ class EigenvalueCollector(Collector):
     ) -> None:
         if factors.owners is not None:
             raise ValueError(
-                "Each process measures along the directions of all layers, and these factors are spread over several. "
-                "Load them from their file on each process (KroneckerFactors.load); shard=True spreads the sums."
+                "Each process needs the eigenvectors of all layers, but these factors are spread over several. Load "
+                "them from their file on each process (KroneckerFactors.load). shard=True spreads only the sums."
             )
         super().__init__(module, options, ranks=ranks, shard=shard)
-        self.source = factors
+        self.uncorrected = factors
         self.provenance |= factors.provenance
 
     def _new_sums(self, name: str, kind: LayerKind, home: torch.device) -> LayerSums:  # noqa: ARG002
-        return EigenvalueSums(self.source[name], home)
+        return EigenvalueSums(self.uncorrected[name], home)
 
     def finish(self) -> KroneckerFactors:
         """Return the factors with the eigenvalues that all processes measured, and drop the sums. A collective."""
-        ranks, owners, counts = self.ranks, self.owners, self.source.counts()
+        ranks, owners, counts = self.ranks, self.owners, self.uncorrected.counts()
         if ranks.size == 1:
             return super().finish()
         if owners is not None:
@@ -165,13 +166,13 @@ def correct_eigenvalues(
     """Return factors with measured eigenvalues, for ``CurvatureEditor(score="ekfac")``.
 
     Args:
-        module: The network, frozen.
+        module: The network. No training runs during the pass.
         factors: Its factors.
         batches: The data that the factors were collected on.
         step: Computes the loss of a batch.
-        ranks: The processes, where several collect, each from data of its own.
-        shard: With several processes, let each keep the eigenvalues of some layers alone.
-        **options: Arguments of :class:`~lightning_curvature.recording.options.CollectorOptions` but ``layers``.
+        ranks: The processes, if several collect together, each from its own data.
+        shard: With several processes, let each process keep the eigenvalues of only some layers.
+        **options: Arguments of :class:`~lightning_curvature.recording.options.CollectorOptions`, except ``layers``.
 
     Raises:
         ValueError: If the factors are spread over several processes.

@@ -35,8 +35,8 @@ def collect(
             transformers, that holds it as ``loss``.
         group: ``(i, n)``: cut the chosen layers into n groups and collect the i-th alone, where the factors of all do
             not fit into memory.
-        ranks: The processes, where several collect, each from data of its own.
-        shard: With several processes, let each keep the factors of some layers alone.
+        ranks: The processes, if several collect together, each from its own data.
+        shard: With several processes, let each process keep the factors of only some layers.
         **options: Arguments of :class:`~lightning_curvature.recording.options.CollectorOptions`.
 
     Returns:

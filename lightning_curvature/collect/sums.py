@@ -13,7 +13,10 @@ from lightning_curvature.factors.layer import LayerFactors
 
 
 class LayerKind(NamedTuple):
-    """Widths and layout of a layer, on which its sums depend; arguments of :class:`LayerSums`."""
+    """What the sums of a layer depend on: its widths and layout, and whether moments for ``"coupled"`` are summed.
+
+    The fields are arguments of :class:`LayerSums`.
+    """
 
     d_in: int
     d_out: int
@@ -29,7 +32,7 @@ class LayerSums:
         d_out: Width of its outputs.
         device: Where the sums live.
         transposed: Whether the layer stores its weight as ``[d_in, d_out]``.
-        coupled: Whether to sum the norm-weighted moments of the score ``"coupled"``, too.
+        coupled: Whether to also sum the norm-weighted moments that the score ``"coupled"`` needs.
     """
 
     def __init__(self, d_in: int, d_out: int, device: torch.device, transposed: bool, coupled: bool = False) -> None:
@@ -55,11 +58,11 @@ class LayerSums:
         return self.gradients.dim, self.inputs.dim
 
     def tie_inputs(self, inputs: SecondMoment) -> None:
-        """Use the inputs' moment of another layer, which reads the same positions of the same tensors."""
+        """Use the inputs' moment of another layer that reads the same positions of the same tensors."""
         self.moments = {"inputs": inputs} | {name: moment for name, moment in self.moments.items() if name != "inputs"}
 
     def add_inputs(self, inputs: Tensor) -> None:
-        """Add inputs ``[n, d_in]`` at the positions that count; once for all layers that are tied to the moment."""
+        """Add the inputs ``[n, d_in]`` at the positions that count. Call it once for all layers with this moment."""
         self.inputs.add(inputs)
 
     def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:
@@ -67,14 +70,14 @@ class LayerSums:
 
         Args:
             inputs: The inputs there, ``[n, d_in]``.
-            passes: Gradients at their outputs, ``[n, d_out]``, of each backward pass.
-            scale: Factor of their products.
+            passes: For each backward pass, the gradients at the layer's output at these positions, ``[n, d_out]``.
+            scale: Number that multiplies the products of the gradients.
             seen: Positions that went through the layer, counted or not.
         """
         rows = {"gradients": passes}
         if "A_coupled" in self.moments:
-            rows["A_coupled"] = [inputs * part.norm(dim=1, keepdim=True) for part in passes]
-            rows["G_coupled"] = [part * inputs.norm(dim=1, keepdim=True) for part in passes]
+            rows["A_coupled"] = [inputs * gradients.norm(dim=1, keepdim=True) for gradients in passes]
+            rows["G_coupled"] = [gradients * inputs.norm(dim=1, keepdim=True) for gradients in passes]
         for name, parts in rows.items():
             self.moments[name].add(*parts, count=len(inputs), scale=scale)
         self.num_seen += seen
@@ -92,7 +95,7 @@ class LayerSums:
 
     @classmethod
     def of(cls, layer: LayerFactors) -> "LayerSums":
-        """Return the sums whose factors are given."""
+        """Return sums whose :meth:`factors` are those of ``layer``."""
         d_out, d_in = layer.shape
         sums = cls(d_in, d_out, torch.device("meta"), layer.transposed, layer.A_coupled is not None)
         means = {**layer.tensors, "inputs": layer.A, "gradients": layer.G}
@@ -108,7 +111,7 @@ class LayerSums:
 
         Args:
             other: The sums.
-            with_inputs: Whether to add the inputs' moment; not where that was done for a layer with tied inputs.
+            with_inputs: Whether to add the inputs' moment, too. False if a layer with the same moment has added it.
         """
         for name, moment in self.moments.items():
             if with_inputs or name != "inputs":
@@ -116,12 +119,12 @@ class LayerSums:
         self.num_seen += other.num_seen
 
     def over(self, ranks: Ranks, to: int | None = None, inputs: SecondMoment | None = None) -> "LayerSums":
-        """Return the sums over all processes; those of one process alone are returned as they are. A collective.
+        """Return the sums over all processes, or this object if there is only one process. A collective.
 
         Args:
             ranks: The processes.
-            to: The only process that needs the totals; None for all. Counts are right on each.
-            inputs: The inputs' moment over all processes, if it is known.
+            to: Rank of the only process that needs the totals; None if all do. Counts are correct on all processes.
+            inputs: The inputs' moment over all processes, if a tied layer has already computed it.
         """
         if ranks.size == 1:
             return self
@@ -141,7 +144,7 @@ class LayerSums:
         return merged
 
     def part(self, ranks: Ranks) -> "LayerSums":
-        """Return the part of the sums of all processes that this process goes on with; the parts of all sum to them."""
+        """Return this process's part of sums over all processes. The parts of all processes add up to these sums."""
         if ranks.size == 1:
             return self
         part = copy.copy(self)
@@ -153,7 +156,7 @@ class LayerSums:
         return part
 
     def factors(self) -> LayerFactors:
-        """Return the normalised factors; layers with tied inputs have one tensor."""
+        """Return the factors: the moments divided by their counts. Layers with tied inputs get the same tensor A."""
         coupled: dict[str, Any] = {
             name: self.moments[name].mean() for name in self.moments.keys() - {"inputs", "gradients"}
         }
@@ -185,7 +188,7 @@ class LayerSums:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the sums from what :meth:`state_dict` returned, on the device of its tensors."""
         if "eigenvalues" in state:
-            raise ValueError("The state is one of a collection of eigenvalues, which holds no factors. Begin anew.")
+            raise ValueError("This state is of a collection of eigenvalues, which holds no factors. Collect anew.")
         self.moments = {name: SecondMoment.from_state_dict(moment) for name, moment in state["moments"].items()}
         self.num_seen = state["num_seen"]
 

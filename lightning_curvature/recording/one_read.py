@@ -1,4 +1,4 @@
-"""Numbers of many tensors, read from their device at once: each read waits for an accelerator."""
+"""Copies numbers of many tensors to the host in one transfer, because every transfer waits for the accelerator."""
 
 import struct
 from dataclasses import dataclass, field
@@ -9,22 +9,22 @@ from torch import Tensor
 
 @dataclass
 class Slot:
-    """The place of numbers that were asked for.
+    """The answer to one request: empty until :meth:`OneRead.run` has read the numbers.
 
     Attributes:
-        values: The numbers, once :meth:`OneRead.run` has read them.
+        values: The numbers.
     """
 
     values: list[int] = field(default_factory=list)
 
     def as_float(self) -> float:
-        """Return the one number, which was asked for as a float64."""
+        """Return the number that :meth:`OneRead.ask_float` asked for; ``values`` holds its bits as one integer."""
         (bits,) = self.values
         return float(struct.unpack("d", struct.pack("q", bits))[0])
 
 
 class OneRead:
-    """Collects what is asked of tensors, and reads all of it at once.
+    """Collects requests for the entries of tensors, and reads all of them in one transfer.
 
     >>> read = OneRead()
     >>> count, half = read.ask(torch.tensor([3, 4])), read.ask_float(torch.tensor(0.5, dtype=torch.float64))
@@ -43,12 +43,16 @@ class OneRead:
         return slot
 
     def ask_float(self, number: Tensor) -> Slot:
-        """Ask for a number, float64 ``[]``, bit for bit."""
+        """Ask for the number in a float64 tensor ``[]``; its bits are read as an int64, so nothing is rounded."""
         return self.ask(number.reshape(1).view(torch.int64))
 
     def run(self, device: torch.device) -> None:
-        """Read everything that was asked for; it is brought together on a device."""
-        together = torch.cat([numbers.to(device, torch.int64) for _, numbers in self._asked])
-        answers = iter(together.tolist())
+        """Read all numbers that were asked for, and put them into their slots.
+
+        Args:
+            device: Where the numbers are joined into one tensor before they are copied to the host.
+        """
+        all_numbers = torch.cat([numbers.to(device, torch.int64) for _, numbers in self._asked])
+        answers = iter(all_numbers.tolist())
         for slot, numbers in self._asked:
             slot.values = [next(answers) for _ in range(len(numbers))]

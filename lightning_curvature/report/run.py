@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_curvature.analysis.files import FILE, Analyses
+from lightning_curvature.analysis.files import ANALYSIS_FILE, Analyses
 from lightning_curvature.factors.files import is_factor_file
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.report.inspection import describe
@@ -61,7 +61,7 @@ def read_run(folder: Path) -> RunFolder:
             f"{folder} holds no report.json, no factors (*.safetensors) and no edited checkpoint (*.ckpt): nothing to "
             "show. Name the folder that a run wrote to."
         )
-    analyses = Analyses.load(folder) if (folder / FILE).exists() else Analyses()
+    analyses = Analyses.load(folder) if (folder / ANALYSIS_FILE).exists() else Analyses()
     return RunFolder(folder, report, [*distinct.values()], edited, unread, analyses)
 
 

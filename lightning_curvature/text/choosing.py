@@ -37,7 +37,7 @@ class Chooser:
         folder: Folder of a Hugging Face causal LM and its tokenizer.
         checkpoint: File or folder to take the weights from; None for ``folder``.
         factors: Factors of the model; their layers may go by the names of a module that wraps it.
-        allow_globals: Classes that a ``.ckpt`` or ``.pt`` may hold beside tensors and primitives.
+        allow_globals: Classes that a ``.ckpt`` or ``.pt`` may hold besides tensors and primitives.
 
     Raises:
         FileNotFoundError: If there is no such folder.

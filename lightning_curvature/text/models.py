@@ -102,7 +102,7 @@ def load_model(
         folder: What ``save_pretrained`` wrote.
         checkpoint: Where to take the weights from instead: a Lightning ``.ckpt`` whose module holds the model as a
             submodule, a state dict (``.pt``, ``.safetensors``), or another folder.
-        allow_globals: Classes that a file may hold beside tensors and primitives.
+        allow_globals: Classes that a file may hold besides tensors and primitives.
 
     Raises:
         FileNotFoundError: If there is no such folder or file.

@@ -30,7 +30,7 @@ class SavedModel:
     Args:
         folder: What ``save_pretrained`` wrote, with the tokenizer.
         checkpoint: File or folder to take the weights from, see :func:`load_model`; by default ``folder``.
-        allow_globals: Classes that a file may hold beside tensors and primitives.
+        allow_globals: Classes that a file may hold besides tensors and primitives.
 
     Attributes:
         tokenizer: Its tokenizer.

@@ -34,7 +34,7 @@ class Suite:
         context: Tokens of a window; by default 128, or what the model takes if that is less.
         batch_size: Sequences per forward pass.
         checkpoint: File or folder to take the weights from; by default the folder of the model.
-        allow_globals: Classes that a file may hold beside tensors and primitives.
+        allow_globals: Classes that a file may hold besides tensors and primitives.
 
     Raises:
         ValueError: If a file is not as described, or the model cannot read its content.

@@ -81,7 +81,7 @@ def test_folders_that_lead_out_are_refused(saved_model, tmp_path):
     content = json.loads(good)
     content["weight_map"]["model.norm.weight"] = "gone.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="named in the index, but there is no such file"):
+    with pytest.raises(ValueError, match="named in the index or is a link, but there is no such file"):
         EDITOR.edit_checkpoint(folder, factors(saved_model), tmp_path / "out")
     content["weight_map"]["model.norm.weight"] = content["weight_map"]["model.layers.0.mlp.up_proj.weight"]
     index.write_text(json.dumps(content))

@@ -87,8 +87,8 @@ def test_an_unexpected_error_says_its_kind(files, monkeypatch):
     ("command", "said"),
     [
         ("inspect", "Interrupted."),
-        ("collect", "Interrupted. The same command goes on from OUT.partial, where it last saved."),
-        ("sweep", "Interrupted. The same command goes on with the edits that are not in sweep.csv yet."),
+        ("collect", "Interrupted. Run the same command again to continue from OUT.partial, as last saved."),
+        ("sweep", "Interrupted. Run the same command again to make the edits that are not in sweep.csv yet."),
     ],
 )
 def test_an_interruption_is_one_line(monkeypatch, capsys, command, said):

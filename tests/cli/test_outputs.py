@@ -255,10 +255,10 @@ def test_files_of_another_kind_are_told_apart(saved, tmp_path, nothing_computed,
 @pytest.mark.parametrize(
     ("delta", "message"),
     [
-        ("none", "none: no such file. A delta is written by edit with --save-delta"),
+        ("none", "none: no such file. To write a delta, run edit with --save-delta"),
         ("folder", r"folder is no delta \(it is a folder\)"),
         ("model.pt", r"model.pt is no delta \(it is no safetensors file\)"),
-        ("factors.safetensors", "factors.safetensors is no delta; it is written by edit"),
+        ("factors.safetensors", "factors.safetensors is no delta. To write a delta, run edit"),
     ],
 )
 @pytest.mark.parametrize("kind", ["revert", "apply"])
@@ -306,7 +306,7 @@ def test_presets_choose_layers_of_the_factors(saved, tmp_path, capsys, preset, e
 
 def test_presets_where_no_model_can_be_built(saved, tmp_path):
     for checkpoint in ("model.ckpt", "model.safetensors"):
-        with pytest.raises(SystemExit, match=r"--layers mlp: presets need a model folder, .* Or name patterns"):
+        with pytest.raises(SystemExit, match=r"--layers mlp: presets need a model folder .* Or give patterns"):
             run(*command(saved, tmp_path, "--layers", "mlp", checkpoint=checkpoint, out="o." + checkpoint[6:]))
     shutil.copytree(saved / "folder", tmp_path / "own")
     config = json.loads((tmp_path / "own" / "config.json").read_text())
@@ -316,7 +316,9 @@ def test_presets_where_no_model_can_be_built(saved, tmp_path):
     with pytest.raises(ValueError, match="presets need a model folder"):
         named_layers(["mlp"], factors, tmp_path / "own")
     attention = {name: layer for name, layer in factors.items() if "attn" in name}
-    with pytest.raises(ValueError, match=r"--layers mlp: the factors hold none of its layers, 'model.layers.0.mlp"):
+    with pytest.raises(
+        ValueError, match=r"--layers mlp: the factors hold none of the layers of this preset, 'model.layers.0.mlp"
+    ):
         named_layers(["mlp"], KroneckerFactors(attention), saved / "folder")
     assert named_layers(["*.q_proj", "last-mlp"], factors, saved / "folder") == [
         "*.q_proj",

@@ -61,7 +61,7 @@ WRONG = [
     ),
     ("mine", "--prefix", "60", r"its longest document has 17 tokens, a window has 60 \+ 8"),
     ("evaluate", "--half", "third", r"half must be one of \['tuning', 'validation'\], found 'third'"),
-    ("evaluate", "--reference", None, "name the edited checkpoint, too"),
+    ("evaluate", "--reference", None, "name the edited checkpoint"),
     ("evaluate", "--recall", "@s.jsonl", r"s.jsonl, line 1: lacks \['prompt', 'answers'\]"),
     ("sweep", "--energies", "0", r"--energies must be in \(0, 1\], found 0"),
     ("sweep", "--layers", "a,,b", "a choice is one or several patterns with commas between"),
@@ -104,9 +104,9 @@ def test_a_wrong_argument_is_told_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
-        ("evaluate", {"--sequences": None, "--half": "tuning"}, "--half would be ignored: it is about the sequences"),
-        ("evaluate", {"--corpus": None, "--tokens": "99"}, "--tokens would be ignored: it is about the text"),
-        ("evaluate", {"--corpus": None, "--context": "9"}, "--context would be ignored: it is about the text"),
+        ("evaluate", {"--sequences": None, "--half": "tuning"}, "--half would be ignored: there is no --sequences"),
+        ("evaluate", {"--corpus": None, "--tokens": "99"}, "--tokens would be ignored: there is no --corpus"),
+        ("evaluate", {"--corpus": None, "--context": "9"}, "--context would be ignored: there is no --corpus"),
         ("evaluate", {"--sequences": None, "--corpus": None}, "Nothing to measure on: give at least one of"),
         ("detect", {"--corpus": None, "--sequences": "s.jsonl", "--context": "9"}, "--context would be ignored"),
         ("detect", {"--corpus": None}, "Give what to rank: either --sequences or --corpus"),

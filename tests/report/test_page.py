@@ -101,7 +101,7 @@ def test_a_report_that_is_none(tmp_path, content):
 def test_analyses_that_are_none(tmp_path, content, factors):
     factors.save(tmp_path / "factors.safetensors")
     (tmp_path / "analysis.json").write_text(content)
-    with pytest.raises(ValueError, match=r"analysis.json: not the analyses of a run"):
+    with pytest.raises(ValueError, match=r"analysis.json: not the analyses of a demo"):
         write_page(tmp_path)
 
 

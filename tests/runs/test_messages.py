@@ -69,10 +69,13 @@ FACTORS = [
 ]
 
 DELTAS = [
-    (lambda header, metadata: metadata.update(version=2), "delta version 2, this package reads 1. Update it"),
+    (
+        lambda header, metadata: metadata.update(version=2),
+        "the delta has version 2, this package reads version 1. Update",
+    ),
     (
         lambda header, metadata: metadata.pop("tensors"),
-        "d.safetensors is damaged: its header is about other tensors than it holds",
+        "d.safetensors is damaged: its header names other tensors than the file holds",
     ),
     (lambda header, metadata: metadata.pop("values"), "its header lacks hashes of the original and the edited"),
     (lambda header, metadata: metadata.pop("headers"), "its header lacks the headers of the original"),
@@ -84,8 +87,8 @@ DELTAS = [
         lambda header, metadata: metadata.update(headers={"": '{"__metadata__": 1}'}),
         "header of the original has metadata that are no strings",
     ),
-    (lambda header, metadata: metadata.update(edit=1), "what it says of the edit does not say what was edited"),
-    (lambda header, metadata: metadata.pop("before"), "what it says of earlier edits does not say what was edited"),
+    (lambda header, metadata: metadata.update(edit=1), "its header entry 'edit' does not say what was edited"),
+    (lambda header, metadata: metadata.pop("before"), "its header entry 'before' does not say what was edited"),
     (
         lambda header, metadata: header["b.weight"].update(shape=[2, 6]),
         "is damaged: 'b' does not become the original tensor. Copy",
@@ -204,10 +207,13 @@ def test_what_is_wrong_with_factors_of_the_papers_code_is_said(entry, message, t
     [
         ('{"weight_map": []}', "index.json has no weight_map with the file of each tensor. Copy model"),
         ('{"weight_map": {"a": 1}}', "index.json has no weight_map"),
-        ('{"weight_map": {"a": "."}}', "index.json says that '.' holds weights; it is no file"),
-        (json.dumps({"weight_map": {"a": "x" * 300}}), r"can be no file \(OSError"),
-        ('{"weight_map": {"a": "\\u0000"}}', r"'\\x00' can be no file \(ValueError"),
-        ('{"weight_map": {"a": "gone"}}', "'gone' is named in the index, but there is no such file. Copy model"),
+        ('{"weight_map": {"a": "."}}', "index.json says that '.' holds weights, but it is no file"),
+        (json.dumps({"weight_map": {"a": "x" * 300}}), r"cannot be a file name \(OSError"),
+        ('{"weight_map": {"a": "\\u0000"}}', r"'\\x00' cannot be a file name \(ValueError"),
+        (
+            '{"weight_map": {"a": "gone"}}',
+            "'gone' is named in the index or is a link, but there is no such file. Copy model",
+        ),
         ("\udcff", "index.json is not JSON .'utf-8' codec can't decode .* Copy the file again"),
         ("[]", "index.json must be a JSON object, found list"),
     ],

@@ -115,8 +115,8 @@ def test_evaluate_command_errors(folder, edited, tmp_path):
     for arguments, message in [
         ([], "Nothing to measure on: give at least one of"),
         (["--corpus", folder / "corpus.jsonl", "--context", 8, "--stress"], "stress test needs sequences"),
-        (["--sequences", folder / "sequences.jsonl", "--reference"], "name the edited checkpoint, too"),
-        (["--sequences", folder / "sequences.jsonl", "--examples", tmp_path / "x.md"], "they need --reference"),
+        (["--sequences", folder / "sequences.jsonl", "--reference"], "name the edited checkpoint"),
+        (["--sequences", folder / "sequences.jsonl", "--examples", tmp_path / "x.md"], "it needs --reference"),
         (["--sequences", tmp_path / "none.jsonl"], "No such file"),
         (["--corpus", folder / "corpus.jsonl", "--context", 100], "Windows of 100 tokens are longer than the model's"),
         (["--corpus", folder / "corpus.jsonl", "--context", 4000], "less than one window of 4000"),

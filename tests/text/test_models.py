@@ -60,7 +60,10 @@ def test_what_cannot_be_loaded(folder, tmp_path):
         text_models.load_model(folder / "model", tmp_path / "x.pt")
     state = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in other_state().items()}
     torch.save(state, tmp_path / "two.pt")
-    with pytest.raises(ValueError, match=r"holds several models that fit, under 'student.', 'teacher.'. Save the one"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds several models that fit, under 'student.', 'teacher.'. Save only the one that you want",
+    ):
         text_models.load_model(folder / "model", tmp_path / "two.pt")
     torch.save({"state_dict": other_state(), "path": tmp_path}, tmp_path / "path.ckpt")
     with pytest.raises(ValueError, match=r"path.ckpt holds objects of pathlib.*, and unpickling"):

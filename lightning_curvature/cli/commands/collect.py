@@ -66,7 +66,7 @@ def collect(
         save_every: Batches between two saves of the progress.
         seed: Seed of the random draws.
         overwrite: Replace what is at out.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
     inputs = {"--corpus": corpus, "--checkpoint": unless_folder(checkpoint)}
     check_files({"--out": out}, inputs, overwrite, models=[model, checkpoint])

@@ -18,7 +18,7 @@ def revert(
         delta: File that edit wrote with --save-delta.
         out: File or folder to write.
         overwrite: Replace what is at out.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
     _apply_delta(checkpoint, delta, out, overwrite, allow_global, revert=True)
     return Output(f"The original is back at {out}", {"out": str(out)})
@@ -37,7 +37,7 @@ def apply(
         delta: File that edit wrote with --save-delta.
         out: File or folder to write.
         overwrite: Replace what is at out.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
     _apply_delta(checkpoint, delta, out, overwrite, allow_global, revert=False)
     return Output(f"Written to {out}", {"out": str(out)})

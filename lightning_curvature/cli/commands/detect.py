@@ -67,7 +67,7 @@ def detect(
         batch_size: Examples per forward pass.
         overwrite: Replace what is at out.
         force: Use factors that were collected on other weights, such as those before a fine-tune.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
     inputs = {"--factors": unless_folder(factors), "--sequences": sequences, "--corpus": corpus}
     inputs |= {"--checkpoint": checkpoint if model is None else unless_folder(checkpoint)}

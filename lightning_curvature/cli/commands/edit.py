@@ -78,7 +78,7 @@ def edit(
         device: Where layers are edited, one at a time: auto (the GPU if there is one), cpu, cuda, cuda:1 ...
         overwrite: Replace what is at out.
         force: Edit weights that are not those that the factors were collected on, such as those of a fine-tune.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
     from lightning_curvature.editing import streaming
     from lightning_curvature.factors.basis_cache import bases_in

@@ -36,28 +36,29 @@ def evaluate(
     overwrite: bool = False,
     allow_global: list[str] | None = None,
 ) -> Output:
-    """Measure what a saved Hugging Face causal LM recites, knows and models, and what an edit changed.
+    """Measure recitation, recall of facts and perplexity of a saved Hugging Face causal LM, and what an edit changed.
 
     Example:
         lightning-curvature evaluate --model MODEL --checkpoint edited.ckpt --reference --sequences recited.jsonl
 
     Args:
         model: Folder written by save_pretrained, with its tokenizer.
-        sequences: JSON lines with prefix_ids and suffix_ids, such as mine writes.
-        half: Use this half of the sequences alone.
+        sequences: JSON lines with prefix_ids and suffix_ids, as the command "mine" writes them.
+        half: Use only this half of the sequences.
         corpus: Text file or JSON lines with a field "text", for perplexity and ranking overlap.
         recall: JSON lines with prompt, answers and optionally context, for recall of facts.
         checkpoint: Take the weights from here instead (.ckpt, .pt, .safetensors, or a folder).
-        reference: Measure the weights in the folder, too, as the model before the edit; needs --checkpoint.
-        stress: Also ask for the sequences with prompts moved along them (positional stress test).
+        reference: Also measure the weights in the model folder, as the model before the edit; needs --checkpoint.
+        stress: Also prompt with prefixes extended to the left or shifted to the right (positional stress test).
         tokens: Tokens of the corpus to read at most; by default 100000.
         context: Tokens of a window of the corpus, those that the tokenizer puts in front among them; by default 128, or
             what the model takes if that is less.
         batch_size: Sequences per forward pass.
         out: JSON file for the results.
-        examples: Markdown file for continuations before and after, side by side; needs --reference and --sequences.
+        examples: Markdown file for continuations before and after the edit, side by side; needs --reference and
+            --sequences.
         overwrite: Replace what is at out and examples.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
     inputs = {"--sequences": sequences, "--corpus": corpus, "--recall": recall}
     inputs |= {"--checkpoint": unless_folder(checkpoint)}
@@ -69,13 +70,13 @@ def evaluate(
     if stress and sequences is None:
         raise ValueError("The positional stress test needs sequences (--sequences).")
     if sequences is None:
-        check_unused("it is about the sequences of --sequences", half=half)
+        check_unused("there is no --sequences", half=half)
     if corpus is None:
-        check_unused("it is about the text of --corpus", tokens=tokens, context=context)
+        check_unused("there is no --corpus", tokens=tokens, context=context)
     if reference and checkpoint is None:
-        raise ValueError("A reference is the model before an edit: name the edited checkpoint, too (--checkpoint).")
+        raise ValueError("--reference measures the model before an edit: name the edited checkpoint (--checkpoint).")
     if examples is not None and not (reference and sequences is not None):
-        raise ValueError("Examples are continuations before and after: they need --reference and --sequences.")
+        raise ValueError("--examples shows text before and after an edit: it needs --reference and --sequences.")
     with extra("text"):
         from lightning_curvature.text.suite import Suite
     suite = Suite(

@@ -40,7 +40,7 @@ def mine(
         checkpoint: Take the weights from here instead (.ckpt, .pt, .safetensors, or a folder).
         seed: Seed of the sample.
         overwrite: Replace what is at out.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
     inputs = {"--corpus": corpus, "--checkpoint": unless_folder(checkpoint)}
     check_files({"--out": out}, inputs, overwrite, models=[model, checkpoint])

@@ -1,4 +1,4 @@
-"""Presets of ``--layers``, for a command that knows layers by the names in a factor file."""
+"""Layer names for the presets of ``--layers``, in a command that reads layer names from a factor file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def named_layers(layers: list[str] | None, factors: "KroneckerFactors", folder: Path | None) -> list[str] | None:
-    """Return the layers of factors that presets stand for, and patterns as they are.
+    """Return ``layers`` with each preset replaced by its layers in the factors; patterns stay as they are.
 
     Args:
         layers: Presets and patterns; None for all layers.
         factors: The factors; their layers are in the order in which they ran.
-        folder: Folder of the model, which tells the layers of a preset; None if there is none.
+        folder: Folder of the model in which presets are looked up; None if there is no folder.
 
     Raises:
         ValueError: If there is a preset and no model, or a preset takes no layer of the factors.
@@ -32,12 +32,12 @@ def named_layers(layers: list[str] | None, factors: "KroneckerFactors", folder: 
         module = None if folder is None else empty_model(folder)
     if module is None:
         raise ValueError(
-            f"--layers {' '.join(presets)}: presets need a model folder, with the config.json of a model of "
-            "transformers (--model). Or name patterns on the layers of the factors."
+            f"--layers {' '.join(presets)}: presets need a model folder (--model) whose config.json describes a "
+            "transformers model. Or give patterns of layer names in the factors instead."
         )
     fill(module)
     modules = dict(module.named_modules())
-    names = match_layers(factors, (f"{name}.weight" for name in modules))
+    weight_of = match_layers(factors, (f"{name}.weight" for name in modules))
     head = module.get_output_embeddings()
     heads = {name for name, layer in modules.items() if layer is head}
     chosen = [entry for entry in layers if entry not in PRESETS]
@@ -46,11 +46,11 @@ def named_layers(layers: list[str] | None, factors: "KroneckerFactors", folder: 
         pool = next((pool - heads for pool in pools if pool - heads), frozenset[str]())
         if preset == "last-mlp":
             pool = frozenset([name for name in modules if name in pool][-1:])
-        held = [layer for layer, name in names.items() if name.removesuffix(".weight") in pool]
-        if not held:
+        in_factors = [layer for layer, name in weight_of.items() if name.removesuffix(".weight") in pool]
+        if not in_factors:
             raise ValueError(
-                f"--layers {preset}: the factors hold none of its layers, {listing(sorted(pool), 4)}, but "
-                f"{listing(factors, 4)}."
+                f"--layers {preset}: the factors hold none of the layers of this preset, {listing(sorted(pool), 4)}; "
+                f"they hold {listing(factors, 4)}."
             )
-        chosen += [layer for layer in held if layer not in chosen]
+        chosen += [layer for layer in in_factors if layer not in chosen]
     return chosen

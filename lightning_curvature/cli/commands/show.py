@@ -13,7 +13,7 @@ def inspect(path: Path, allow_global: list[str] | None = None) -> Output:
 
     Args:
         path: Factor file, or checkpoint of any format.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
     from lightning_curvature.report.inspection import describe, description
 

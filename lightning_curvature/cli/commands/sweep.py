@@ -46,7 +46,7 @@ def sweep(
     Args:
         model: Folder written by save_pretrained, with its tokenizer.
         factors: Factor file of the model (.safetensors).
-        sequences: JSON lines with prefix_ids and suffix_ids, such as mine writes.
+        sequences: JSON lines with prefix_ids and suffix_ids, as the command "mine" writes them.
         corpus: Text file or JSON lines with a field "text", for perplexity.
         out: Folder for sweep.csv and sweep.png; a sweep that is there goes on.
         half: Half of the sequences to measure on; report on the other one.
@@ -61,7 +61,7 @@ def sweep(
         batch_size: Sequences per forward pass.
         bases: Folder in which eigenbases are kept, so that edits with these factors need not work them out again.
         force: Use factors that were collected on other weights, such as those before a fine-tune.
-        allow_global: Classes that a .ckpt or .pt may hold beside tensors and primitives; only of files that you trust.
+        allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
     inputs = {"--factors": unless_folder(factors), "--sequences": sequences, "--corpus": corpus}
     inputs |= {"--checkpoint": unless_folder(checkpoint)}
