@@ -17,28 +17,14 @@ from lightning_curvature.demos.text_analyses import analyse_text
 from lightning_curvature.report.inspection import describe
 from lightning_curvature.text.evaluation import recited
 from lightning_curvature.text.sequences import read_sequences
-from tests.demos.settings import SMALL
+from tests.demos.settings import SMALL, WRITTEN
 from tests.support import browser
 
 
 def test_the_text_demo_writes_what_it_says(text_run):
     out, done = text_run
     data = {f"{name}.jsonl" for name in ("memorized", "unseen", "train", "source", "clean", "domain")}
-    names = data | {
-        "original.ckpt",
-        "original-edited.ckpt",
-        "original-edited-factors.safetensors",
-        "edited.ckpt",
-        "factors.safetensors",
-        "report.json",
-        "logs",
-        "spectrum.png",
-        "energy.png",
-        "continuations.md",
-        "model",
-        "analysis.json",
-        "report.html",
-    }
+    names = data | WRITTEN | {"continuations.md", "model"}
     assert {path.name for path in out.iterdir()} == names
     for row in (
         "before",
