@@ -195,13 +195,24 @@ def _interrupted(args: list[str]) -> str:
     return "Interrupted." if how_to_continue is None else f"Interrupted. {how_to_continue}."
 
 
+def _show_logs() -> None:
+    """Show what the package logs, unless the program around it does so.
+
+    The root logger gets no handler: Lightning, which has its own, would say everything twice.
+    """
+    logger = logging.getLogger("lightning_curvature")
+    if not logger.hasHandlers():
+        logger.setLevel(logging.INFO)
+        logger.addHandler(logging.StreamHandler())
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
     Raises:
         SystemExit: With the message of an error, or with 130 on Ctrl-C. With ``--debug`` the error itself is raised.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _show_logs()
     args = sys.argv[1:] if args is None else args
     formatwarning = warnings.formatwarning
     try:

@@ -24,6 +24,7 @@ def test_the_demo_writes_what_it_says(run):
     names = WRITTEN | {"examples.png", "directions.png"}
     assert {path.name for path in out.iterdir()} == names
     assert "model.blocks.1.fc2" in done.stderr
+    assert done.stderr.count("`Trainer.fit` stopped") == 1
     for row in ("before", "after (edited.ckpt)", "control: SVD truncation", "control: random basis"):
         assert f"\n{row} " in done.stdout
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith(".png"))
