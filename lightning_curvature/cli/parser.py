@@ -55,9 +55,11 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
     """Keeps the lines of descriptions and examples, and shows defaults and choices instead of Python types."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        if not action.help:  # the list of commands
+            return ""
         note = "required" if action.required else f"default: {action.default}"
         hides_default = action.default in (None, False, argparse.SUPPRESS) or dataclasses.is_dataclass(action.default)
-        return f"{action.help or ''}{f' ({note})' if action.required or not hides_default else ''}"
+        return f"{action.help}{f' ({note})' if action.required or not hides_default else ''}"
 
 
 def make_parser() -> ArgumentParser:
