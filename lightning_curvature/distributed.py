@@ -105,10 +105,11 @@ class Ranks:
             except _SENT_ERRORS as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=owner, group=self._group)
-        result, failure = outcome
+        failure = outcome[1]
         if failure is not None:
             raise failure
-        return result  # type: ignore[no-any-return]
+        result: T = outcome[0]
+        return result
 
     def sum(self, tensor: Tensor, to: int | None = None) -> Tensor:
         """Return the sum of the tensors of all processes, on the device of this process's tensor.
@@ -230,7 +231,8 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     sharded: Any = tensor
     # A sharded state dict may lie on the CPU, from where its processes cannot send it.
-    return sharded.to(sharded.device_mesh.device_type).full_tensor()  # type: ignore[no-any-return]
+    full: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
+    return full
 
 
 def local_part(tensor: Any) -> Any:

@@ -200,7 +200,8 @@ class BalancedSubnet(TrainedEditor):
 def _losses(module: nn.Module, weights: dict[str, Tensor], loss: Loss, batch: Any) -> Tensor:
     """Return the loss of each example of a batch, ``[n]``, with some weights of the module replaced."""
     replaced = {f"module.{name}": weight for name, weight in weights.items()}
-    return functional_call(_LossOf(module, loss), replaced, (batch,))  # type: ignore[no-any-return]
+    losses: Tensor = functional_call(_LossOf(module, loss), replaced, (batch,))
+    return losses
 
 
 class _LossOf(nn.Module):

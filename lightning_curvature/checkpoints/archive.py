@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_curvature.checkpoints.base import Checkpoint, Edits, check_same
 from lightning_curvature.checkpoints.facts import ENTRY, check_facts
@@ -78,12 +79,13 @@ class ArchiveFile(Checkpoint):
         """Return nothing: an archive has no header of its own."""
         return {}
 
+    @override
     def copy(
         self,
         target: str | os.PathLike[str],
         edits: Edits,
         facts: Mapping[str, Any] | None,
-        headers: Mapping[str, str] | None = None,  # noqa: ARG002
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Write a copy with some tensors replaced, as the base class says; a name tied to one of them gets it, too."""
         state_dict = self._edited(edits)

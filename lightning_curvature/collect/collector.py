@@ -220,5 +220,5 @@ class Collector:
         d_out, d_in = matrix_shape(layer)
         return LayerKind(d_in, d_out, is_conv1d(layer), self.options.coupled)
 
-    def _new_sums(self, name: str, kind: LayerKind, home: torch.device) -> LayerSums:  # noqa: ARG002
+    def _new_sums(self, name: str, kind: LayerKind, home: torch.device) -> LayerSums:  # noqa: ARG002 - a subclass needs it
         return LayerSums.zero(kind, home)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.moments import SecondMoment
@@ -45,7 +46,8 @@ class EigenvalueSums(LayerSums):
     def add_inputs(self, inputs: Tensor) -> None:
         """Do nothing: :meth:`add_gradients` takes inputs and gradients together."""
 
-    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:  # noqa: ARG002
+    @override
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:
         """Add positions; arguments as in :meth:`LayerSums.add_gradients`."""
         basis = self.layer.basis
         dtype = torch.promote_types(inputs.dtype, torch.float32)
@@ -60,14 +62,16 @@ class EigenvalueSums(LayerSums):
         """Shape ``(d_out, d_in)`` of the weight matrix."""
         return self.layer.shape
 
-    def merge_(self, other: LayerSums, with_inputs: bool = True) -> None:  # noqa: ARG002
+    @override
+    def merge_(self, other: LayerSums, with_inputs: bool = True) -> None:
         """Add the sums of other positions; ``with_inputs`` has no effect, as there is no moment of inputs alone."""
         if not isinstance(other, EigenvalueSums):
             raise TypeError(f"Sums of eigenvalues merge only with sums of eigenvalues, found {type(other).__name__}.")
         self.total += other.total.to(self.total.device)
         self.count += other.count
 
-    def over(self, ranks: Ranks, to: int | None = None, inputs: SecondMoment | None = None) -> LayerSums:  # noqa: ARG002
+    @override
+    def over(self, ranks: Ranks, to: int | None = None, inputs: SecondMoment | None = None) -> LayerSums:
         """Return the sums over all processes, as :meth:`LayerSums.over`. A collective."""
         if ranks.size == 1:
             return self
@@ -135,7 +139,8 @@ class EigenvalueCollector(Collector):
         self.uncorrected = factors
         self.provenance |= factors.provenance
 
-    def _new_sums(self, name: str, kind: LayerKind, home: torch.device) -> LayerSums:  # noqa: ARG002
+    @override
+    def _new_sums(self, name: str, kind: LayerKind, home: torch.device) -> LayerSums:
         return EigenvalueSums(self.uncorrected[name], home)
 
     def finish(self) -> KroneckerFactors:

@@ -72,6 +72,13 @@ def test_exit_codes_and_tracebacks(files):
     assert process("fit", "--config", config).returncode == 2
 
 
+@pytest.mark.parametrize("words", [[], ["demo"]])
+def test_the_list_of_commands_is_a_list_of_commands(words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    assert "(required)" not in capsys.readouterr().out
+
+
 def test_an_unexpected_error_says_its_kind(files, monkeypatch):
     def broken(*args):
         raise KeyError("x")
