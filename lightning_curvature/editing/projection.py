@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_curvature.editing.cost import LayerCost
 from lightning_curvature.factors.decomposition import moderate, scaled
 from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.memory import place_edit
@@ -20,11 +21,13 @@ class Projection:
         weight: The new matrix, ``[d_out, d_in]``.
         kept: Number of kept coefficients.
         energy_kept: Kept share of the method's mass, in [0, 1].
+        cost: What the change costs; None if it was not asked.
     """
 
     weight: Tensor
     kept: int
     energy_kept: float
+    cost: LayerCost | None = None
 
 
 def project_on_free_device(

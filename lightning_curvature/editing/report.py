@@ -1,6 +1,7 @@
 """The report of an edit."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from lightning_curvature._checks import listing
+from lightning_curvature.editing.cost import LayerCost
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class LayerEdit:
         num_gradients: Positions behind the factor of the outputs.
         needed: Positions that the factors should rest on, the larger side of the weight; 0 if no factor is read.
         also: Names of the tensors that are tied to the weight, and edited with it.
+        cost: Predicted rise of the loss, in nats per position, to second order, and the coefficient that costs most;
+            see :mod:`lightning_curvature.editing.cost`. None if no factors are known.
     """
 
     energy: float
@@ -41,6 +45,13 @@ class LayerEdit:
     num_gradients: int = 0
     needed: int = 0
     also: tuple[str, ...] = ()
+    cost: LayerCost | None = None
+
+    def cost_facts(self) -> dict[str, float]:
+        """Return what a file says of the cost: nothing if it is not known, or no number."""
+        if self.cost is None or not math.isfinite(self.cost.nats):
+            return {}
+        return {"predicted_cost": self.cost.nats}
 
     @property
     def positions(self) -> int:
@@ -64,6 +75,12 @@ class EditReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def predicted_cost(self) -> float | None:
+        """Predicted rise of the loss by all layers, in nats per position; None if that of a layer is not known."""
+        costs = [edit.cost.nats for edit in self.layers.values() if edit.cost is not None]
+        return sum(costs) if len(costs) == len(self.layers) else None
+
     def with_tied(self, names: Mapping[str, Iterable[str]]) -> "EditReport":
         """Return the report with the names of the tensors that are tied to each layer's weight.
 
@@ -86,6 +103,7 @@ class EditReport:
             "share",
             "changed",
             "||W'-W||/||W||",
+            "cost (nats)",
             "positions",
             "not counted",
         ]
@@ -99,6 +117,7 @@ class EditReport:
                 f"{edit.kept / edit.total:.1%}",
                 f"{edit.changed / edit.total:.1%}",
                 f"{edit.relative_change:.3f}",
+                "" if edit.cost is None else f"{edit.cost.nats:.2g}",
                 edit.num_inputs,
                 f"{edit.dropped:.1%}",
             ]
@@ -117,6 +136,8 @@ class EditReport:
             if edit.positions < edit.needed
         ]
         remarks = [f"Left as it is: {reason}" for reason in self.skipped.values()]
+        if self.predicted_cost is not None:
+            remarks.append(self._cost_remark(self.predicted_cost))
         if few:
             remarks.append(
                 f"Factors that rest on fewer positions than the larger side of the weight: {', '.join(few)}. Their "
@@ -128,3 +149,14 @@ class EditReport:
                     f"The weight of layer {name!r} is that of {listing(edit.also)}, too, which is edited with it."
                 )
         return remarks
+
+    def _cost_remark(self, total: float) -> str:
+        """Return a sentence on the cost of the edit, and on where most of it comes from."""
+        remark = f"Predicted cost: the loss rises by {total:.2g} nats per position (to second order, without data)."
+        costs = {name: edit.cost for name, edit in self.layers.items() if edit.cost is not None and edit.cost.nats > 0}
+        if not costs:
+            return remark
+        name = max(costs, key=lambda layer: costs[layer].nats)
+        pair = costs[name].pair
+        of_pair = "" if pair is None else f", of them {pair.nats:.2g} for the pair ({pair.row}, {pair.column}) alone"
+        return f"{remark} Most of it in layer {name!r}: {costs[name].nats:.2g}{of_pair}."

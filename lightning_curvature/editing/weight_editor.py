@@ -1,5 +1,6 @@
 """Editing weights: in place, for the time of a ``with`` block, or in a state dict; on one process or on several."""
 
+import dataclasses
 import functools
 import os
 import warnings
@@ -15,6 +16,7 @@ from lightning_curvature._version import __version__
 from lightning_curvature.distributed import Ranks, spread_like, whole
 from lightning_curvature.editing import streaming
 from lightning_curvature.editing.base import Editor
+from lightning_curvature.editing.cost import LayerCost, predicted_cost
 from lightning_curvature.editing.projection import Projection, project_on_free_device, relative_change
 from lightning_curvature.editing.report import EditReport, LayerEdit
 from lightning_curvature.editing.stored_weight import weight_matrix
@@ -86,7 +88,8 @@ class WeightEditor(Editor):
         Args:
             factors: The factors.
             source: Hash of the unedited weights, see :func:`lightning_curvature.storage.hashes.content_hash`.
-            report: Report of the edit, if it was made: it adds how far each layer moved, and which were skipped.
+            report: Report of the edit, if it was made: it adds how far each layer moved, what that is predicted to
+                cost, and which layers were skipped.
         """
         positions = factors.counts()
         layers: dict[str, dict[str, Any]] = {
@@ -95,7 +98,8 @@ class WeightEditor(Editor):
         skipped = {}
         if report is not None:
             layers = {
-                name: {**layers[name], "relative_change": edit.relative_change} for name, edit in report.layers.items()
+                name: {**layers[name], "relative_change": edit.relative_change, **edit.cost_facts()}
+                for name, edit in report.layers.items()
             }
             skipped = {"skipped": dict(report.skipped)} if report.skipped else {}
         return {
@@ -180,10 +184,10 @@ class WeightEditor(Editor):
         stored = weight.detach()
         matrix = weight_matrix(name, stored, factors.shape, transposed)
         if energy == 1.0 and self.keeps_at_full_energy:
-            projection, exponent = Projection(matrix, matrix.numel(), 1.0), 0
+            projection, exponent = Projection(matrix, matrix.numel(), 1.0, LayerCost(0.0, None)), 0
         else:
             matrix, exponent = moderate(matrix)
-            projection = self._project_layer(name, matrix, factors, energy)
+            projection = self._project_layer(name, matrix, exponent, factors, energy)
         new = from_matrix(scaled(projection.weight, -exponent), stored, transposed)
         if not bool(torch.isfinite(new).all()):
             raise FaultyLayerError(f"Layer {name!r}: its edited weight is too large for {stored.dtype}.")
@@ -199,15 +203,28 @@ class WeightEditor(Editor):
             dropped=1.0 - factors.num_inputs / factors.num_seen if factors.num_seen else 0.0,
             num_gradients=factors.num_gradients,
             needed=max(factors.shape) if self.reads_factors else 0,
+            cost=projection.cost,
         )
         return new, edit
 
-    def _project_layer(self, name: str, matrix: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        """Check the factors of a layer and project its weight, on a free device; errors name the layer."""
+    def _project_layer(
+        self, name: str, matrix: Tensor, exponent: int, factors: LayerFactors, energy: float
+    ) -> Projection:
+        """Check the factors of a layer, project its weight and price that, on a free device; errors name the layer.
+
+        Args:
+            name: Layer, for errors.
+            matrix: Its weight times ``2**exponent``, ``[d_out, d_in]``.
+            exponent: See ``matrix``.
+            factors: Its factors.
+            energy: Share to keep, below 1.
+        """
 
         def project(matrix: Tensor, factors: LayerFactors) -> Projection:
             self.check_positions(factors)
-            return self.project(matrix, factors, energy)
+            projection = self.project(matrix, factors, energy)
+            cost = predicted_cost(projection.weight - matrix, factors, self.reads_factors, exponent)
+            return dataclasses.replace(projection, cost=cost)
 
         try:
             return project_on_free_device(name, matrix, factors, project)

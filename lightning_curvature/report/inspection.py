@@ -97,9 +97,14 @@ def description(facts: Mapping[str, Any]) -> str:
 def edit_table(facts: Mapping[str, Any]) -> str:
     """Return what an edited checkpoint says about its edit and about earlier edits, as text."""
     source = ", ".join(f"{key}={value}" for key, value in facts.get("provenance", {}).items())
-    headers = ["layer", "energy", "positions", "||W'-W||/||W||"]
+    headers = ["layer", "energy", "positions", "||W'-W||/||W||", "predicted cost (nats per position)"]
     rows = [
-        [name, *(layer.get(key, _UNKNOWN) for key in ("energy", "positions")), _shown(layer.get("relative_change"))]
+        [
+            name,
+            *(layer.get(key, _UNKNOWN) for key in ("energy", "positions")),
+            _shown(layer.get("relative_change"), ".3f"),
+            _shown(layer.get("predicted_cost"), ".2g"),
+        ]
         for name, layer in facts.get("layers", {}).items()
     ]
     lines = [
@@ -114,5 +119,5 @@ def edit_table(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _shown(change: Any) -> str:
-    return f"{change:.3f}" if isinstance(change, (int, float)) else _UNKNOWN
+def _shown(number: Any, form: str) -> str:
+    return format(number, form) if isinstance(number, (int, float)) else _UNKNOWN

@@ -338,9 +338,8 @@ def test_inspect_shows_a_table(saved, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "||W'-W||/||W||" in shown
     for name, edit in done.items():
-        assert [name, "0.7", str(edit["num_inputs"]), f"{edit['relative_change']:.3f}"] in [
-            line.split() for line in shown.splitlines()
-        ]
+        row = [name, "0.7", str(edit["num_inputs"]), f"{edit['relative_change']:.3f}", f"{edit['cost']['nats']:.2g}"]
+        assert row in [line.split() for line in shown.splitlines()]
     assert "{" not in shown
     run("inspect", tmp_path / "out", "--json")
     assert json.loads(capsys.readouterr().out)["edit"]["layers"].keys() == done.keys()
