@@ -3,7 +3,7 @@ r"""What an edit costs, told from the factors alone: the rise of the loss, to se
 A change ``D = W' - W`` of a layer's weight raises the loss of a position by ``1/2 tr(D^T G D A)``. In the curvature
 basis that is ``1/2 sum_ij lam_i mu_j D_ij^2``: each pair of eigenvectors has a price of its own. On a quadratic model
 whose curvature is the factors this is exact. A network is not quadratic, and what several layers do together is not in
-it: docs/guide.md says how far it is off.
+it: docs/method.md says how far it is off.
 
 Source: LeCun et al. 1989, Optimal Brain Damage; Martens and Grosse 2015, arXiv:1503.05671 (the curvature).
 """
@@ -47,7 +47,7 @@ class LayerCost:
     pair: PairCost | None
 
 
-def predicted_cost(change: Tensor, factors: LayerFactors, in_basis: bool = True, exponent: int = 0) -> LayerCost:
+def price(change: Tensor, factors: LayerFactors, in_basis: bool = True, exponent: int = 0) -> LayerCost:
     """Return what a change of a weight costs, to second order.
 
     Args:
@@ -65,7 +65,7 @@ def predicted_cost(change: Tensor, factors: LayerFactors, in_basis: bool = True,
     Example:
         >>> A, G = torch.diag(torch.tensor([4.0, 1.0])), torch.diag(torch.tensor([2.0, 1.0]))
         >>> factors = LayerFactors(A=A, G=G, num_inputs=100, num_gradients=100)
-        >>> predicted_cost(torch.tensor([[0.0, 0.0], [0.5, 2.0]]), factors)
+        >>> price(torch.tensor([[0.0, 0.0], [0.5, 2.0]]), factors)
         LayerCost(nats=2.5, pair=PairCost(row=1, column=1, nats=2.0))
     """
     change, of_change = moderate(change.to(factors.A.device, torch.float64))

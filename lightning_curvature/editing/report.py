@@ -1,7 +1,6 @@
 """The report of an edit."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from lightning_curvature._checks import listing
-from lightning_curvature.editing.cost import LayerCost
+from lightning_curvature.editing.cost import PairCost
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class LayerEdit:
         num_gradients: Positions behind the factor of the outputs.
         needed: Positions that the factors should rest on, the larger side of the weight; 0 if no factor is read.
         also: Names of the tensors that are tied to the weight, and edited with it.
-        cost: Predicted rise of the loss, in nats per position, to second order, and the coefficient that costs most;
-            see :mod:`lightning_curvature.editing.cost`. None if no factors are known.
+        predicted_loss: Predicted rise of the loss, in nats per position, to second order, see
+            :mod:`lightning_curvature.editing.cost`; None if no factors are known.
+        costliest: The coefficient whose change costs most; None if none is known.
     """
 
     energy: float
@@ -45,13 +45,8 @@ class LayerEdit:
     num_gradients: int = 0
     needed: int = 0
     also: tuple[str, ...] = ()
-    cost: LayerCost | None = None
-
-    def cost_facts(self) -> dict[str, float]:
-        """Return what a file says of the cost: nothing if it is not known, or no number."""
-        if self.cost is None or not math.isfinite(self.cost.nats):
-            return {}
-        return {"predicted_cost": self.cost.nats}
+    predicted_loss: float | None = None
+    costliest: PairCost | None = None
 
     @property
     def positions(self) -> int:
@@ -76,9 +71,9 @@ class EditReport:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def predicted_cost(self) -> float | None:
+    def predicted_loss(self) -> float | None:
         """Predicted rise of the loss by all layers, in nats per position; None if that of a layer is not known."""
-        costs = [edit.cost.nats for edit in self.layers.values() if edit.cost is not None]
+        costs = [edit.predicted_loss for edit in self.layers.values() if edit.predicted_loss is not None]
         return sum(costs) if len(costs) == len(self.layers) else None
 
     def with_tied(self, names: Mapping[str, Iterable[str]]) -> "EditReport":
@@ -117,7 +112,7 @@ class EditReport:
                 f"{edit.kept / edit.total:.1%}",
                 f"{edit.changed / edit.total:.1%}",
                 f"{edit.relative_change:.3f}",
-                "" if edit.cost is None else f"{edit.cost.nats:.2g}",
+                "" if edit.predicted_loss is None else f"{edit.predicted_loss:.2g}",
                 edit.num_inputs,
                 f"{edit.dropped:.1%}",
             ]
@@ -136,8 +131,8 @@ class EditReport:
             if edit.positions < edit.needed
         ]
         remarks = [f"Left as it is: {reason}" for reason in self.skipped.values()]
-        if self.predicted_cost is not None:
-            remarks.append(self._cost_remark(self.predicted_cost))
+        if self.predicted_loss is not None:
+            remarks.append(self._loss_remark(self.predicted_loss))
         if few:
             remarks.append(
                 f"Factors that rest on fewer positions than the larger side of the weight: {', '.join(few)}. Their "
@@ -150,13 +145,13 @@ class EditReport:
                 )
         return remarks
 
-    def _cost_remark(self, total: float) -> str:
+    def _loss_remark(self, total: float) -> str:
         """Return a sentence on the cost of the edit, and on where most of it comes from."""
         remark = f"Predicted cost: the loss rises by {total:.2g} nats per position (to second order, without data)."
-        costs = {name: edit.cost for name, edit in self.layers.items() if edit.cost is not None and edit.cost.nats > 0}
+        costs = {name: edit.predicted_loss for name, edit in self.layers.items() if edit.predicted_loss}
         if not costs:
             return remark
-        name = max(costs, key=lambda layer: costs[layer].nats)
-        pair = costs[name].pair
+        name = max(costs, key=costs.__getitem__)
+        pair = self.layers[name].costliest
         of_pair = "" if pair is None else f", of them {pair.nats:.2g} for the pair ({pair.row}, {pair.column}) alone"
-        return f"{remark} Most of it in layer {name!r}: {costs[name].nats:.2g}{of_pair}."
+        return f"{remark} Most of it in layer {name!r}: {costs[name]:.2g}{of_pair}."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import warnings
 from abc import abstractmethod
@@ -16,7 +17,7 @@ from lightning_curvature._version import __version__
 from lightning_curvature.distributed import Ranks, spread_like, whole
 from lightning_curvature.editing import streaming
 from lightning_curvature.editing.base import Editor
-from lightning_curvature.editing.cost import LayerCost, predicted_cost
+from lightning_curvature.editing.cost import LayerCost, price
 from lightning_curvature.editing.projection import Projection, project_on_free_device, relative_change
 from lightning_curvature.editing.report import EditReport, LayerEdit
 from lightning_curvature.editing.stored_weight import weight_matrix
@@ -98,7 +99,7 @@ class WeightEditor(Editor):
         skipped = {}
         if report is not None:
             layers = {
-                name: {**layers[name], "relative_change": edit.relative_change, **edit.cost_facts()}
+                name: {**layers[name], "relative_change": edit.relative_change, **_finite(edit.predicted_loss)}
                 for name, edit in report.layers.items()
             }
             skipped = {"skipped": dict(report.skipped)} if report.skipped else {}
@@ -203,7 +204,8 @@ class WeightEditor(Editor):
             dropped=1.0 - factors.num_inputs / factors.num_seen if factors.num_seen else 0.0,
             num_gradients=factors.num_gradients,
             needed=max(factors.shape) if self.reads_factors else 0,
-            cost=projection.cost,
+            predicted_loss=None if projection.cost is None else projection.cost.nats,
+            costliest=None if projection.cost is None else projection.cost.pair,
         )
         return new, edit
 
@@ -223,7 +225,7 @@ class WeightEditor(Editor):
         def project(matrix: Tensor, factors: LayerFactors) -> Projection:
             self.check_positions(factors)
             projection = self.project(matrix, factors, energy)
-            cost = predicted_cost(projection.weight - matrix, factors, self.reads_factors, exponent)
+            cost = price(projection.weight - matrix, factors, self.reads_factors, exponent)
             return dataclasses.replace(projection, cost=cost)
 
         try:
@@ -231,3 +233,9 @@ class WeightEditor(Editor):
         except ValueError as error:
             kind = type(error) if isinstance(error, FaultyLayerError) else ValueError
             raise kind(f"Layer {name!r}: {error}") from error
+
+
+def _finite(predicted_loss: float | None) -> dict[str, float]:
+    """Return what a file says of a predicted loss: nothing if it is not known, or no number."""
+    known = predicted_loss is not None and math.isfinite(predicted_loss)
+    return {"predicted_loss": predicted_loss} if known and predicted_loss is not None else {}

@@ -63,7 +63,7 @@ def edited_layers(report: Report) -> Iterator[Block]:
     edits = report.get("layers")
     if not edits:
         return
-    headers = ["layer", "energy", "reached", "kept", "of", "share kept", "relative change", "predicted cost"]
+    headers = ["layer", "energy", "reached", "kept", "of", "share kept", "relative change", "predicted loss"]
     yield table(
         [*headers, "positions", "not counted"],
         [
@@ -75,14 +75,14 @@ def edited_layers(report: Report) -> Iterator[Block]:
                 f"{edit['total']:,}",
                 f"{edit['kept'] / edit['total']:.2%}",
                 f"{edit['relative_change']:.3f}",
-                f"{edit['cost']['nats']:.2g}" if edit.get("cost") else "",
+                f"{edit['predicted_loss']:.2g}" if edit.get("predicted_loss") is not None else "",
                 f"{edit['num_inputs']:,}",
                 f"{edit['dropped']:.1%}",
             ]
             for name, edit in edits.items()
         ],
         "Kept: coefficients of the weight in the curvature basis. Relative change: ||W' - W|| / ||W||. "
-        "Predicted cost: how much the loss of a position rises, in nats, to second order.",
+        "Predicted loss: how much the loss of a position rises, in nats, to second order.",
     )
     yield picture(plots.layer_map(edits), "How much of each edited layer is kept, and how far it moves.")
 

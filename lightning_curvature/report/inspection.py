@@ -97,13 +97,13 @@ def description(facts: Mapping[str, Any]) -> str:
 def edit_table(facts: Mapping[str, Any]) -> str:
     """Return what an edited checkpoint says about its edit and about earlier edits, as text."""
     source = ", ".join(f"{key}={value}" for key, value in facts.get("provenance", {}).items())
-    headers = ["layer", "energy", "positions", "||W'-W||/||W||", "predicted cost (nats per position)"]
+    headers = ["layer", "energy", "positions", "||W'-W||/||W||", "predicted loss"]
     rows = [
         [
             name,
             *(layer.get(key, _UNKNOWN) for key in ("energy", "positions")),
             _shown(layer.get("relative_change"), ".3f"),
-            _shown(layer.get("predicted_cost"), ".2g"),
+            _shown(layer.get("predicted_loss"), ".2g"),
         ]
         for name, layer in facts.get("layers", {}).items()
     ]

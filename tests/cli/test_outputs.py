@@ -338,7 +338,7 @@ def test_inspect_shows_a_table(saved, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "||W'-W||/||W||" in shown
     for name, edit in done.items():
-        row = [name, "0.7", str(edit["num_inputs"]), f"{edit['relative_change']:.3f}", f"{edit['cost']['nats']:.2g}"]
+        row = [name, "0.7", str(edit["num_inputs"]), f"{edit['relative_change']:.3f}", f"{edit['predicted_loss']:.2g}"]
         assert row in [line.split() for line in shown.splitlines()]
     assert "{" not in shown
     run("inspect", tmp_path / "out", "--json")

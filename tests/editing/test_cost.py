@@ -11,7 +11,7 @@ from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines.random_basis import RandomBasisEditor
 from lightning_curvature.baselines.svd import SVDEditor
 from lightning_curvature.editing.bulk import BulkStepEditor
-from lightning_curvature.editing.cost import predicted_cost
+from lightning_curvature.editing.cost import price
 from lightning_curvature.editing.scores import SCORES
 
 D_OUT, D_IN = 5, 7
@@ -59,7 +59,7 @@ def test_the_cost_is_exact_on_a_quadratic_model(editor, exponent):
     new, edit = editor.edit_weight("a", weight * 2.0**exponent, factors, editor.energy, False)
     expected = loss(new * 2.0**-exponent - weight)
     assert expected > 0.01
-    assert math.ldexp(edit.cost.nats, -2 * exponent) == pytest.approx(expected, rel=1e-9)
+    assert math.ldexp(edit.predicted_loss, -2 * exponent) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_pair_that_costs_most_is_named():
@@ -69,10 +69,10 @@ def test_the_pair_that_costs_most_is_named():
     module = nn.Sequential(nn.Linear(3, 2, bias=False))
     module[0].weight.data = torch.tensor([[1.0, 0.1, 0.1], [4.0, 1.0, 1.0]])
     report = CurvatureEditor(0.9).edit(module, KroneckerFactors({"0": factors}))
-    cost = report.layers["0"].cost
-    assert (cost.pair.row, cost.pair.column) == (1, 0)
-    assert cost.pair.nats == pytest.approx(0.5 * 10 * 4**2)
-    assert report.predicted_cost == cost.nats > cost.pair.nats
+    edit = report.layers["0"]
+    assert (edit.costliest.row, edit.costliest.column) == (1, 0)
+    assert edit.costliest.nats == pytest.approx(0.5 * 10 * 4**2)
+    assert report.predicted_loss == edit.predicted_loss > edit.costliest.nats
     assert "Most of it in layer '0': 81, of them 80 for the pair (1, 0) alone." in str(report)
 
 
@@ -80,15 +80,14 @@ def test_an_edit_that_keeps_everything_costs_nothing():
     factors, _ = quadratic_layer()
     module = nn.Sequential(nn.Linear(D_IN, D_OUT, bias=False, dtype=torch.float64))
     report = CurvatureEditor(1.0).edit(module, KroneckerFactors({"0": factors}))
-    assert report.predicted_cost == 0.0
+    assert report.predicted_loss == 0.0
     assert "the loss rises by 0 nats per position (to second order, without data)." in str(report)
-    assert predicted_cost(torch.zeros(D_OUT, D_IN), factors).pair is None
+    assert price(torch.zeros(D_OUT, D_IN), factors).pair is None
 
 
 @pytest.mark.parametrize("in_basis", [False, True])
 def test_a_cost_beyond_all_numbers_is_infinite(in_basis):
     factors, _ = quadratic_layer()
     assert (
-        predicted_cost(torch.full((D_OUT, D_IN), 1e300, dtype=torch.float64), factors, in_basis, exponent=-400).nats
-        == math.inf
+        price(torch.full((D_OUT, D_IN), 1e300, dtype=torch.float64), factors, in_basis, exponent=-400).nats == math.inf
     )
