@@ -101,6 +101,15 @@ class ArchiveFile(Checkpoint):
         with replacing(target, like=self.path) as temporary:
             torch.save(content, temporary)
 
+    @override
+    def tied_to(self, name: str) -> set[str]:
+        edited = self.state_dict[name]
+        return {
+            tied
+            for tied, tensor in self.state_dict.items()
+            if tied == name or (isinstance(tensor, Tensor) and _same_view(edited, tensor))
+        }
+
     def check_ties(self, names: Iterable[str]) -> None:
         """Raise ``ValueError`` if one of the tensors to edit is tied to others in a way that an edit cannot keep."""
         names = set(names)

@@ -96,6 +96,10 @@ class Checkpoint(ABC):
             ValueError: If a new tensor has another shape or dtype than the old one, or is tied to others.
         """
 
+    def tied_to(self, name: str) -> set[str]:
+        """Return the names under which the checkpoint holds one tensor, the name that is given among them."""
+        return {name}
+
     def check_ties(self, names: Iterable[str]) -> None:  # noqa: B027 - two formats hold no tied tensors
         """Raise ``ValueError`` if one of the tensors to edit is tied to others in a way that an edit cannot keep."""
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -127,25 +127,43 @@ def apply_delta(
     header, file = open_delta(delta)
     checkpoint = open_weights(source, allow_globals)
     check_name(target, checkpoint.format)
-    layers = [name.removesuffix(".weight") for name in header["tensors"]]
-    try:
-        names = match_layers(layers, checkpoint.shapes(), checkpoint.module_names)
-    except ValueError as error:
-        raise ValueError(f"{source} has other tensors than the checkpoint that {delta} belongs to. {error}") from error
+    names = _matched(header["tensors"], checkpoint, source, delta)
     checkpoint.check_ties(names.values())
     _check_source(checkpoint.hashes(), names, header, source, delta, revert)
     after = "original" if revert else "edited"
     with Scratch(Path(target)) as scratch:
         edits = {}
-        for layer, name in names.items():
-            new = _flipped(checkpoint.read(name), file.read(f"{layer}.weight"))
-            if new is None or tensor_hash(new) != header["tensors"][f"{layer}.weight"][after]:
-                raise ValueError(f"{delta} is damaged: {layer!r} does not become the {after} tensor. {COPY_AGAIN}")
+        for recorded, name in names.items():
+            new = _flipped(checkpoint.read(name), file.read(recorded))
+            if new is None or tensor_hash(new) != header["tensors"][recorded][after]:
+                raise ValueError(f"{delta} is damaged: {recorded!r} does not become the {after} tensor. {COPY_AGAIN}")
             edits[name] = scratch.keep(new)
         if revert:
             checkpoint.copy(target, edits, header["before"], header["headers"])
         else:
             checkpoint.copy(target, edits, header["edit"])
+
+
+def _matched(
+    recorded: Iterable[str], checkpoint: Checkpoint, source: str | os.PathLike[str], delta: str | os.PathLike[str]
+) -> dict[str, str]:
+    """Return the tensor of a checkpoint for each tensor of a delta.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    shapes = checkpoint.shapes()
+    weights = [name for name in recorded if name.endswith(".weight")]
+    try:
+        matched = match_layers([name.removesuffix(".weight") for name in weights], shapes, checkpoint.module_names)
+    except ValueError as error:
+        raise ValueError(f"{source} has other tensors than the checkpoint that {delta} belongs to. {error}") from error
+    names = {f"{layer}.weight": name for layer, name in matched.items()}
+    for name in sorted(set(recorded) - set(weights)):
+        if name not in shapes:
+            raise ValueError(f"{source} has no tensor {name!r}, which {delta} changes.")
+        names[name] = name
+    return names
 
 
 def _check_source(
@@ -162,7 +180,7 @@ def _check_source(
 
     Args:
         hashes: Hashes of all tensors of the checkpoint.
-        names: The tensor of each layer of the delta.
+        names: The tensor of the checkpoint for each one of the delta.
         header: The header of the delta.
         source: The checkpoint, for errors.
         delta: The delta, for errors.
@@ -170,8 +188,8 @@ def _check_source(
     """
     before, after = ("edited", "original") if revert else ("original", "edited")
     tensors = header["tensors"]
-    for layer, name in names.items():
-        if hashes[name] != tensors[f"{layer}.weight"][before]:
+    for recorded, name in names.items():
+        if hashes[name] != tensors[recorded][before]:
             raise ValueError(
                 f"{name!r} in {source} is not the {before} tensor that {delta} belongs to. "
                 f"{'Is this the original checkpoint, or was it edited again?' if revert else 'Is it another model?'}"
@@ -237,7 +255,7 @@ def read_header(file: SafetensorsFile) -> dict[str, Any]:
 def _check_header(header: Mapping[str, Any], names: set[str]) -> None:
     """Raise ``ValueError`` if a header lacks what :func:`apply_delta` reads; ``names`` are the tensors of the delta."""
     tensors, headers = header.get("tensors"), header.get("headers")
-    if not isinstance(tensors, dict) or tensors.keys() != names or not all(n.endswith(".weight") for n in names):
+    if not isinstance(tensors, dict) or tensors.keys() != names:
         raise ValueError(f"its header names other tensors than the file holds. {COPY_AGAIN}")
     for hashes in (*tensors.values(), header.get("values")):
         if not isinstance(hashes, dict) or not all(is_text(hashes.get(key)) for key in ("original", "edited")):

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_curvature._checks import check_energy, did_you_mean, listing
+from lightning_curvature.editing.reference import Reference, ReferenceLike
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import layer_weights, write_weights
+from lightning_curvature.layers.ties import named_tensors
 
 DEFAULT_ENERGY = 0.85
 """Share of the curvature mass that is kept unless the user says otherwise; docs/decisions.md shows the evidence."""
@@ -33,6 +35,9 @@ class Editor(ABC):
 
     method: str
 
+    reference: Reference | None = None
+    """What the weights were fine-tuned from, see :meth:`based_on`; None for an edit of the weights themselves."""
+
     def __init__(self, energy: float | Mapping[str, float] = DEFAULT_ENERGY, layers: list[str] | None = None) -> None:
         self.energy = _check_energies(energy)
         if layers is not None and (isinstance(layers, str) or not all(isinstance(entry, str) for entry in layers)):
@@ -45,6 +50,24 @@ class Editor(ABC):
         editor.energy = _check_energies(energy)
         return editor
 
+    def based_on(self, reference: ReferenceLike | Reference | None) -> Self:
+        """Return the same editor for the update of a fine-tune: what lies in the reference stays.
+
+        Args:
+            reference: What the weights were fine-tuned from: a module, a state dict, or the path of a checkpoint; None
+                to leave the editor as it is.
+
+        Raises:
+            ValueError: If the method edits no updates.
+        """
+        if reference is not None:
+            raise ValueError(f"{self.method} edits weights, and no updates: it takes no reference.")
+        return self
+
+    def edited_others(self, module: nn.Module, report: EditReport) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return new values of weights outside of the edited layers, by name; none unless there is a reference."""
+        return {}
+
     @abstractmethod
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         """Return new weights by layer, and a report; the module stays as it is.
@@ -53,31 +76,45 @@ class Editor(ABC):
             ValueError: As :meth:`edit`.
         """
 
-    def edit(self, module: nn.Module, factors: KroneckerFactors) -> EditReport:
+    def edit(self, module: nn.Module, factors: KroneckerFactors, reference: ReferenceLike | None = None) -> EditReport:
         """Edit the weights of a module in place.
+
+        Args:
+            module: The network.
+            factors: Its factors, or those of the reference.
+            reference: What the weights were fine-tuned from, see :meth:`based_on`.
 
         Raises:
             ValueError: If the factors do not fit the module (the message names the layer, both shapes and the remedy),
                 or the weights of two layers are tied. Nothing is edited then.
         """
-        new, report = self.edited_weights(module, factors)
+        editor = self.based_on(reference)
+        new, report = editor.edited_weights(module, factors)
+        others = editor.edited_others(module, report)
         write_weights(layer_weights(module, new), new)
+        write_weights(_chosen(module, others), others)
         return report
 
     @contextmanager
-    def applied(self, module: nn.Module, factors: KroneckerFactors) -> Iterator[EditReport]:
+    def applied(
+        self, module: nn.Module, factors: KroneckerFactors, reference: ReferenceLike | None = None
+    ) -> Iterator[EditReport]:
         """Edit a module for the time of a ``with`` block; afterwards it is bit for bit what it was.
 
-        Raises:
-            ValueError: As :meth:`edit`.
+        Arguments and errors as :meth:`edit`.
         """
-        new, report = self.edited_weights(module, factors)
+        editor = self.based_on(reference)
+        new, report = editor.edited_weights(module, factors)
+        others = editor.edited_others(module, report)
         originals = {name: weight.detach().clone() for name, weight in layer_weights(module, new).items()}
+        other_originals = {name: tensor.detach().clone() for name, tensor in _chosen(module, others).items()}
         try:
             write_weights(layer_weights(module, new), new)
+            write_weights(_chosen(module, others), others)
             yield report
         finally:
             write_weights(layer_weights(module, originals), originals)
+            write_weights(_chosen(module, other_originals), other_originals)
 
     def energies(self, factors: KroneckerFactors) -> dict[str, float]:
         """Return the energy of each layer to edit.
@@ -98,7 +135,7 @@ class Editor(ABC):
             names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.layers)]
         if not isinstance(self.energy, dict):
             return dict.fromkeys(names, self.energy)
-        energies = {}
+        energies: dict[str, float] = {}
         for name in names:
             energy = next((energy for pattern, energy in self.energy.items() if fnmatchcase(name, pattern)), None)
             if energy is not None:
@@ -106,6 +143,12 @@ class Editor(ABC):
         if not energies:
             raise ValueError(f"energy={self.energy!r} and layers={self.layers!r} have no layer in common.")
         return energies
+
+
+def _chosen(module: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return some parameters and buffers of a module."""
+    tensors = named_tensors(module) if names else {}
+    return {name: tensors[name] for name in names}
 
 
 def _check_energies(energy: float | Mapping[str, float]) -> float | dict[str, float]:

@@ -83,6 +83,17 @@ def price(change: Tensor, factors: LayerFactors, in_basis: bool = True, exponent
     return LayerCost(_unscaled(float(products.sum()), twice + of_A + of_G), pair)
 
 
+def pair_losses(C: Tensor, factors: LayerFactors) -> Tensor:
+    """Return what it costs to drop each coefficient, ``1/2 lam_i mu_j C_ij^2``, nats per position.
+
+    Args:
+        C: Coefficients, float64 ``[d_out, d_in]``.
+        factors: Factors of the layer.
+    """
+    basis = factors.basis
+    return 0.5 * C.square() * basis.lam[:, None] * basis.mu
+
+
 def _unscaled(product: float, exponent: int) -> float:
     """Return half of ``product / 2**exponent``, not below zero; infinite if that is too large."""
     try:

@@ -1,19 +1,26 @@
 """The edit of this package: the high-curvature part of a weight stays."""
 
+import copy
+import math
 from collections.abc import Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from lightning_curvature._checks import check_option
 from lightning_curvature.editing.base import DEFAULT_ENERGY
-from lightning_curvature.editing.projection import Projection
+from lightning_curvature.editing.budget import LossCurve, kept_shares, loss_curve, penalty_of
+from lightning_curvature.editing.cost import pair_losses
+from lightning_curvature.editing.projection import Projection, project_on_free_device
+from lightning_curvature.editing.report import EditReport
 from lightning_curvature.editing.scores import SCORES, score_coefficients
-from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.editing.weight_editor import Part, WeightEditor
 from lightning_curvature.factors.basis import coefficients, project_weight, select_largest, select_staircase, shrink
-from lightning_curvature.factors.decomposition import TooFewPositionsError
+from lightning_curvature.factors.decomposition import FaultyLayerError, TooFewPositionsError
+from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.factors.layer import LayerFactors
 
 
@@ -29,15 +36,19 @@ class CurvatureEditor(WeightEditor):
     Args:
         energy: Kept share of the curvature mass, in (0, 1]; 1.0 changes nothing. Or a dict of fnmatch patterns on layer
             names to shares: the first pattern that matches a layer counts, and layers without a match stay as they are.
+            By default 0.85, unless there is a budget.
         layers: fnmatch patterns on layer names; None for all layers of the factors.
         score: How directions are ranked, see :mod:`~lightning_curvature.editing.scores`.
         soft: Shrink coefficients of the score ``s`` smoothly, by ``s / (s + t)``, instead of keeping some and dropping
-            others; ``t`` is such that the share ``energy`` of the scores is kept.
+            others; ``t`` is such that the share ``energy`` of the scores is kept in each layer, or, with a budget, one
+            for all layers.
         skip_faulty: Skip a layer that cannot be edited, with a warning, and edit the others: NaN in its weight or its
             factors, or factors of zero. Not for files, where such a layer is always an error.
         min_positions: Positions that each factor of a layer must rest on; a layer with fewer is skipped, with a
             warning. None for as many as the layer's live inputs and outputs, see
             :meth:`lightning_curvature.LayerFactors.too_few_positions`; 0 to skip no layer.
+        budget: Instead of an energy: what the edit is predicted to cost over all its layers, in nats per position. One
+            strength for all layers is found that meets it, see :mod:`lightning_curvature.editing.budget`.
 
     Raises:
         TypeError: As :class:`lightning_curvature.editing.base.Editor`.
@@ -58,14 +69,19 @@ class CurvatureEditor(WeightEditor):
 
     def __init__(
         self,
-        energy: float | Mapping[str, float] = DEFAULT_ENERGY,
+        energy: float | Mapping[str, float] | None = None,
         layers: list[str] | None = None,
         score: str = "kfac",
         soft: bool = False,
         skip_faulty: bool = False,
         min_positions: int | None = None,
+        budget: float | None = None,
     ) -> None:
-        super().__init__(energy, layers)
+        if energy is not None and budget is not None:
+            raise ValueError("Give an energy or a budget, not both: each of them says how strong the edit is.")
+        super().__init__(DEFAULT_ENERGY if energy is None else energy, layers)
+        self.budget = None if budget is None else _check_budget(budget)
+        self.penalty: float | None = None
         self.skip_faulty = skip_faulty
         if min_positions is not None and (isinstance(min_positions, bool) or not isinstance(min_positions, int)):
             raise TypeError(f"min_positions must be an integer or None, found {min_positions!r}.")
@@ -84,8 +100,40 @@ class CurvatureEditor(WeightEditor):
         search over energies computes them once.
         """
         editor = super().at(energy)
+        editor.budget = editor.penalty = None
         editor._known = WeakKeyDictionary() if self._known is None else self._known
         return editor
+
+    def within(self, budget: float) -> Self:
+        """Return the same editor with another budget, in nats per position; it keeps coefficients as :meth:`at`."""
+        editor = self.at(1.0)
+        editor.budget = _check_budget(budget)
+        return editor
+
+    @override
+    def energies(self, factors: KroneckerFactors) -> dict[str, float]:
+        energies = super().energies(factors)
+        return energies if self.budget is None else dict.fromkeys(energies, 1.0)
+
+    @override
+    def prepared(self, parts: Mapping[str, Part]) -> Self:
+        if self.budget is None:
+            return self
+        curves = {}
+        for name, part in parts.items():
+            try:
+                curves[name] = project_on_free_device(name, *part(), self._curve)
+            except FaultyLayerError:
+                continue  # which the edit of the layer meets, too
+        gathered = [curve for of_rank in self.ranks.gather(list(curves.values())) for curve in of_rank]
+        editor = copy.copy(self)
+        editor.penalty = penalty_of(gathered, self.budget, self.soft)
+        return editor
+
+    def _curve(self, weight: Tensor, factors: LayerFactors) -> LossCurve:
+        self.check_positions(factors)
+        C = self._coefficients(weight, factors)
+        return loss_curve(score_coefficients(self.score, C, factors), pair_losses(C, factors))
 
     def check_positions(self, factors: LayerFactors) -> None:
         """Raise ``TooFewPositionsError`` if the factors rest on too few positions."""
@@ -103,6 +151,12 @@ class CurvatureEditor(WeightEditor):
         """Return the part of a weight in the directions of highest score."""
         basis, device = factors.basis, weight.device
         weight = weight.to(basis.U_A.device)
+        if self.penalty is not None:
+            C = self._coefficients(weight, factors)
+            scores = score_coefficients(self.score, C, factors)
+            shares = kept_shares(scores, self.penalty, self.soft)
+            edited = project_weight(weight, basis, shares, C).to(device)
+            return Projection(edited, int((shares > 0).sum()), float((scores * shares).sum() / scores.sum()))
         known = self._known_coefficients(weight, factors)
         if self.score in ("kfac", "activations") and not self.soft:
             lam = basis.lam if self.score == "kfac" else torch.ones_like(basis.lam)
@@ -114,6 +168,20 @@ class CurvatureEditor(WeightEditor):
         keep, energy_kept = select(score_coefficients(self.score, C, factors), energy)
         edited = project_weight(weight, basis, keep.to(basis.U_A.dtype), C).to(device)
         return Projection(edited, keep.numel() if self.soft else int(keep.sum()), energy_kept)
+
+    @override
+    def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
+        facts = super().facts(factors, source, report)
+        if self.budget is None:
+            return facts
+        for layer in facts["layers"].values():
+            del layer["energy"]
+        return {**facts, "budget": self.budget}
+
+    def _coefficients(self, weight: Tensor, factors: LayerFactors) -> Tensor:
+        """Return the coefficients of a weight, float64, on the device of the factors' basis."""
+        known = self._known_coefficients(weight, factors)
+        return coefficients(weight, factors.basis) if known is None else known
 
     def _known_coefficients(self, weight: Tensor, factors: LayerFactors) -> Tensor | None:
         """Return the coefficients of a weight if they are kept for other energies, see :meth:`at`; None if not.
@@ -130,6 +198,14 @@ class CurvatureEditor(WeightEditor):
             C = coefficients(weight, factors.basis)
             self._known[factors.original] = (weight.to(home, copy=True), C.to(home))
         return C.to(weight.device)
+
+
+def _check_budget(budget: float) -> float:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(f"budget must be a number of nats per position, found {budget!r}.")
+    if not 0.0 < budget < math.inf:
+        raise ValueError(f"budget must be positive, in nats per position, found {budget!r}.")
+    return float(budget)
 
 
 def _is_equal(known: Tensor | None, weight: Tensor) -> bool:

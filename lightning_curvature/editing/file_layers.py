@@ -4,16 +4,19 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Self
 
 from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editing.origin import edited_layers, refuse_other_weights
+from lightning_curvature.editing.others import moved
+from lightning_curvature.editing.reference import MatchedReference, Reference
 from lightning_curvature.editing.report import EditReport, LayerEdit
 from lightning_curvature.factors.decomposition import TooFewPositionsError
 from lightning_curvature.factors.fingerprints import Fingerprint, difference
@@ -26,6 +29,8 @@ _NOTHING_CHANGES = (
     "or allow more (--perplexity)."
 )
 
+Part = Callable[[], tuple[Tensor, LayerFactors]]
+
 
 class LayerEditor(Protocol):
     """What the edit of a saved checkpoint needs of an editor.
@@ -34,14 +39,29 @@ class LayerEditor(Protocol):
     """
 
     method: str
+    reference: Reference | None
 
     def energies(self, factors: KroneckerFactors) -> dict[str, float]:
         """Return the energy of each layer to edit."""
 
     def edit_weight(
-        self, name: str, weight: Any, factors: LayerFactors, energy: float, transposed: bool
+        self,
+        name: str,
+        weight: Any,
+        factors: LayerFactors,
+        energy: float,
+        transposed: bool,
+        start: MatchedReference | None = None,
     ) -> tuple[Tensor, LayerEdit]:
         """Return a new weight, and the report of its edit."""
+
+    def prepared(self, parts: Mapping[str, Part]) -> Self:
+        """Return the editor for layers that are edited together."""
+
+    def part(
+        self, name: str, weight: Any, factors: LayerFactors, transposed: bool, start: MatchedReference | None = None
+    ) -> tuple[Tensor, LayerFactors]:
+        """Return the weight or the update of a layer, and its factors."""
 
     def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
         """Return what an edited checkpoint says about itself."""
@@ -112,7 +132,7 @@ class EditedTensor(NamedTuple):
 
 
 class FileLayers:
-    """The layers of a checkpoint to edit: go through :meth:`edits`, then call :meth:`finish`.
+    """The layers of a checkpoint to edit: go through :meth:`edits`, and then :meth:`others`; then call :meth:`finish`.
 
     Args:
         editor: Edits the weights.
@@ -134,6 +154,8 @@ class FileLayers:
         self.energies = editor.energies(factors)
         self.names = match_layers(self.energies, checkpoint.shapes(), checkpoint.module_names)
         self._edited_before = self._tensors_edited_before()
+        self._start = None if editor.reference is None else editor.reference.matched(self.names)
+        self._num_others = 0
         self._edits: dict[str, LayerEdit] = {}
         self._skipped: dict[str, str] = {}
         checkpoint.check_ties(self.names.values())
@@ -177,6 +199,7 @@ class FileLayers:
             ValueError: If a layer cannot be edited.
             RuntimeError: If a layer does not fit on the GPU.
         """
+        self.editor = self.editor.prepared({layer: functools.partial(self._part, layer) for layer in self.energies})
         for layer in tqdm(self.energies, unit="layer", desc="Editing", disable=None):
             try:
                 edited = self._edit(layer)
@@ -186,12 +209,19 @@ class FileLayers:
             yield edited
             del edited
 
+    def _part(self, layer: str) -> tuple[Tensor, LayerFactors]:
+        factors = self.factors.on_device(layer)
+        weight = self.checkpoint.read(self.names[layer])
+        return self.editor.part(layer, weight, factors, factors.transposed, self._start)
+
     def _edit(self, layer: str) -> EditedTensor:
         name = self.names[layer]
         old = self.checkpoint.read(name)
         try:
             factors = self.factors.on_device(layer)
-            new, edit = self.editor.edit_weight(layer, old, factors, self.energies[layer], factors.transposed)
+            new, edit = self.editor.edit_weight(
+                layer, old, factors, self.energies[layer], factors.transposed, self._start
+            )
         except torch.cuda.OutOfMemoryError as error:
             raise RuntimeError(
                 f"Layer {layer!r}: editing it takes about {size(edit_bytes(*self.factors.shapes[layer]))}, more than "
@@ -199,6 +229,27 @@ class FileLayers:
             ) from error
         self._edits[layer] = dataclasses.replace(edit, tensor=name)
         return EditedTensor(name, old, new)
+
+    def others(self) -> Iterator[EditedTensor]:
+        """Move the other weights that differ from the reference, one after the other; call it after :meth:`edits`."""
+        share = self._report().update_kept
+        if self._start is None or share is None:
+            return
+        done = set().union(*(self.checkpoint.tied_to(name) for name in self.names.values()))
+        for name, shape in self.checkpoint.shapes().items():
+            read = None if name in done else self._start.counterpart(name, shape)
+            if read is None or not (old := self.checkpoint.read(name)).is_floating_point():
+                continue
+            done |= self.checkpoint.tied_to(name)
+            if (new := moved(old, read(), share)) is not None:
+                self._num_others += 1
+                yield EditedTensor(name, old, new)
+
+    def _report(self) -> EditReport:
+        source = None if self.editor.reference is None else self.editor.reference.name
+        return EditReport(
+            self._edits, self.editor.method, self.factors.provenance, self._skipped, source, self._num_others
+        )
 
     def finish(self) -> EditReport:
         """Return the report, after the last edit; warn of the layers that were skipped.
@@ -212,4 +263,4 @@ class FileLayers:
             raise ValueError(_NOTHING_CHANGES)
         for reason in self._skipped.values():
             warnings.warn(f"Left as it is: {reason}", stacklevel=3)
-        return EditReport(self._edits, self.editor.method, self.factors.provenance, self._skipped)
+        return self._report()

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from lightning_curvature.editing.cost import LayerCost
 from lightning_curvature.factors.decomposition import moderate, scaled
 from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.memory import place_edit
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Projection:
 
 
 def project_on_free_device(
-    name: str, matrix: Tensor, factors: LayerFactors, project: Callable[[Tensor, LayerFactors], Projection]
-) -> Projection:
+    name: str, matrix: Tensor, factors: LayerFactors, project: Callable[[Tensor, LayerFactors], T]
+) -> T:
     """Project on the weight's GPU if there is room, otherwise where the factors are.
 
     If the GPU runs out of memory all the same, a warning says so and the CPU takes over.
@@ -58,3 +61,10 @@ def relative_change(new: Tensor, old: Tensor) -> float:
     old, exponent = moderate(old.double())
     change = torch.linalg.vector_norm(scaled(new.double(), exponent) - old)
     return float((change / torch.linalg.vector_norm(old)).nan_to_num())
+
+
+def share_kept(new: Tensor, old: Tensor) -> float:
+    """Return ``<new, old> / ||old||^2``, the share of a matrix that is kept; 1 if it is all zeros."""
+    old, exponent = moderate(old.double())
+    kept = torch.sum(scaled(new.double(), exponent) * old) / torch.sum(old.square())
+    return float(kept.nan_to_num(1.0))

@@ -16,7 +16,7 @@ class LayerEdit:
     """What an edit did to one layer.
 
     Args:
-        energy: Share of the method's mass to keep, as it was asked for.
+        energy: Share of the method's mass to keep, as it was asked for; None if a budget was.
         energy_kept: Share that was kept.
         kept: Kept coefficients.
         total: All coefficients, ``d_out * d_in``.
@@ -31,9 +31,11 @@ class LayerEdit:
         predicted_loss: Predicted rise of the loss, in nats per position, to second order, see
             :mod:`lightning_curvature.editing.cost`; None if no factors are known.
         costliest: The coefficient whose change costs most; None if none is known.
+        update: ``||W - W0|| / ||W||``, how far the layer is from its reference; None without one.
+        update_kept: Share of the update that is kept, ``<W' - W0, W - W0> / ||W - W0||^2``; None without a reference.
     """
 
-    energy: float
+    energy: float | None
     energy_kept: float
     kept: int
     total: int
@@ -47,6 +49,8 @@ class LayerEdit:
     also: tuple[str, ...] = ()
     predicted_loss: float | None = None
     costliest: PairCost | None = None
+    update: float | None = None
+    update_kept: float | None = None
 
     @property
     def positions(self) -> int:
@@ -63,12 +67,25 @@ class EditReport:
         method: Name of the editing method.
         provenance: Where the factors come from.
         skipped: Why a layer was not edited although it was asked for, by layer.
+        reference: What the weights were fine-tuned from, for an edit of the update.
+        others: Weights outside of the layers that an edit of the update moved towards the reference.
     """
 
     layers: Mapping[str, LayerEdit]
     method: str = "kfac"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    reference: str | None = None
+    others: int = 0
+
+    @property
+    def update_kept(self) -> float | None:
+        """Share of the update that the edited layers keep on the average of their coefficients; None if none has one.
+
+        All other weights that differ from the reference keep this share of their update, too.
+        """
+        shares = [(edit.update_kept, edit.total) for edit in self.layers.values() if edit.update_kept is not None]
+        return sum(share * total for share, total in shares) / sum(total for _, total in shares) if shares else None
 
     @property
     def predicted_loss(self) -> float | None:
@@ -105,7 +122,7 @@ class EditReport:
         rows = [
             [
                 name,
-                f"{edit.energy:.3g}",
+                "" if edit.energy is None else f"{edit.energy:.3g}",
                 f"{edit.energy_kept:.4f}",
                 edit.kept,
                 edit.total,

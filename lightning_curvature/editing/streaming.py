@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -144,7 +145,7 @@ def _match_and_hash(
 def _edit_into(scratch: Scratch, layers: FileLayers, record: DeltaRecord | None) -> dict[str, Callable[[], Tensor]]:
     """Edit all layers; return functions that read the new tensors from the scratch folder, by name."""
     readers = {}
-    for name, old, new in layers.edits():
+    for name, old, new in chain(layers.edits(), layers.others()):
         readers[name] = scratch.keep(new)
         if record is not None:
             record.add(name, old, new)
@@ -166,7 +167,7 @@ def plan_edit(
     _warn_if_edited(checkpoint)
     layers = FileLayers(editor, checkpoint, streamed, checkpoint.edit_facts)
     layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force)
-    for edited in layers.edits():
+    for edited in chain(layers.edits(), layers.others()):
         del edited  # before the next layer is read
     report = layers.finish()
     total = sum(checkpoint.num_bytes(name) for name in checkpoint.shapes())

@@ -1,16 +1,18 @@
 """Editing weights: in place, for the time of a ``with`` block, or in a state dict; on one process or on several."""
 
+import copy
 import dataclasses
 import functools
 import math
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self, override
 
 from lightning_curvature._checks import did_you_mean
 from lightning_curvature._version import __version__
@@ -18,15 +20,25 @@ from lightning_curvature.distributed import Ranks, spread_like, whole
 from lightning_curvature.editing import streaming
 from lightning_curvature.editing.base import Editor
 from lightning_curvature.editing.cost import LayerCost, price
-from lightning_curvature.editing.projection import Projection, project_on_free_device, relative_change
+from lightning_curvature.editing.others import other_weights
+from lightning_curvature.editing.projection import (
+    Projection,
+    project_on_free_device,
+    relative_change,
+    share_kept,
+)
+from lightning_curvature.editing.reference import MatchedReference, Reference, ReferenceLike
 from lightning_curvature.editing.report import EditReport, LayerEdit
 from lightning_curvature.editing.stored_weight import weight_matrix
 from lightning_curvature.factors.decomposition import FaultyLayerError, TooFewPositionsError, moderate, scaled
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.factors.layer import LayerFactors
-from lightning_curvature.layers.kinds import from_matrix, is_conv1d
+from lightning_curvature.layers.kinds import as_matrix, from_matrix, is_conv1d
 from lightning_curvature.layers.modules import find_layer, layer_weights
 from lightning_curvature.layers.ties import check_tie, find_tie, named_tensors, tied_names, with_replaced
+
+Part = Callable[[], tuple[Tensor, LayerFactors]]
+"""Returns the weight or the update of a layer, ``[d_out, d_in]``, and its factors."""
 
 
 class WeightEditor(Editor):
@@ -37,6 +49,9 @@ class WeightEditor(Editor):
 
     keeps_at_full_energy = True
     """Whether an energy of 1 leaves a weight as it is."""
+
+    penalty: float | None = None
+    """One strength for all layers, which takes the place of energies; see :mod:`lightning_curvature.editing.budget`."""
 
     ranks = Ranks()
     """The processes that edit together. With several, every method that edits is a collective."""
@@ -49,22 +64,47 @@ class WeightEditor(Editor):
 
     @abstractmethod
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
-        """Return the edited ``[d_out, d_in]`` weight; ``energy`` is below 1."""
+        """Return the edited ``[d_out, d_in]`` weight; ``energy`` is below 1, or nothing to this method."""
+
+    @override
+    def based_on(self, reference: ReferenceLike | Reference | None) -> Self:
+        if reference is None:
+            return self
+        editor = copy.copy(self)
+        editor.reference = reference if isinstance(reference, Reference) else Reference(reference)
+        return editor
+
+    def prepared(self, parts: Mapping[str, Part]) -> Self:  # noqa: ARG002
+        """Return the editor for layers that are edited together.
+
+        Args:
+            parts: For each layer of this process, what returns its weight (or update), and its factors.
+        """
+        return self
 
     def check_positions(self, factors: LayerFactors) -> None:
         """Raise ``TooFewPositionsError`` if the factors rest on too few positions for this edit; by default never."""
 
     def edit_state_dict(
-        self, state_dict: Mapping[str, Tensor], factors: KroneckerFactors
+        self,
+        state_dict: Mapping[str, Tensor],
+        factors: KroneckerFactors,
+        reference: ReferenceLike | None = None,
     ) -> tuple[dict[str, Tensor], EditReport]:
         """Return a state dict with edited weights; the input stays as it is.
 
         Tensors that are not edited are the same objects in both. Keys that are tied to an edited weight get the edited
         tensor too.
 
+        Args:
+            state_dict: Tensors by name.
+            factors: Factors of its layers, or of those of the reference.
+            reference: What the weights were fine-tuned from, see :meth:`based_on`.
+
         Raises:
             ValueError: As :meth:`edit`.
         """
+        editor = self.based_on(reference)
         weights = {}
         for name in self.energies(factors):
             key = f"{name}.weight"
@@ -74,14 +114,23 @@ class WeightEditor(Editor):
                     "collected on another model? Layer names are relative to the module that was collected."
                 )
             weights[name] = state_dict[key]
-        new, report = self.edit_layers(weights, factors)
-        return with_replaced(state_dict, weights, new), report.with_tied(tied_names(weights, state_dict))
+        new, report = editor.edit_layers(weights, factors)
+        tied = tied_names(weights, state_dict)
+        others = other_weights(editor.reference, state_dict, tied, report)
+        replaced = {**weights, **{name: state_dict[name] for name in others}}
+        report = dataclasses.replace(report.with_tied(tied), others=len(others))
+        return with_replaced(state_dict, replaced, {**new, **others}), report
 
     def edit_checkpoint(
-        self, src: str | os.PathLike[str], factors: KroneckerFactors, dst: str | os.PathLike[str], **options: Any
+        self,
+        src: str | os.PathLike[str],
+        factors: KroneckerFactors,
+        dst: str | os.PathLike[str],
+        reference: ReferenceLike | None = None,
+        **options: Any,
     ) -> EditReport:
-        """Write an edited copy of a saved checkpoint; arguments as :func:`.streaming.edit_checkpoint`."""
-        return streaming.edit_checkpoint(self, src, factors, dst, **options)
+        """Write an edited copy of a saved checkpoint; other arguments as :func:`.streaming.edit_checkpoint`."""
+        return streaming.edit_checkpoint(self.based_on(reference), src, factors, dst, **options)
 
     def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
         """Return what an edited checkpoint says about itself, as JSON values.
@@ -111,6 +160,7 @@ class WeightEditor(Editor):
             "provenance": factors.provenance,
             "layers": layers,
             **skipped,
+            **({} if self.reference is None else {"reference": self.reference.facts()}),
         }
 
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
@@ -119,6 +169,14 @@ class WeightEditor(Editor):
         weights = layer_weights(module, transposed)
         new, report = self.edit_layers(weights, factors, transposed)
         return new, report.with_tied(tied_names(weights, named_tensors(module)))
+
+    def edited_others(self, module: nn.Module, report: EditReport) -> dict[str, Tensor]:
+        """Return new values of the weights outside of the edited layers that differ from the reference, by name."""
+        if self.reference is None:
+            return {}
+        tensors = named_tensors(module)
+        weights = layer_weights(module, [*report.layers, *report.skipped])
+        return other_weights(self.reference, tensors, tied_names(weights, tensors), report)
 
     def edit_layers(
         self, weights: Mapping[str, Tensor], factors: KroneckerFactors, transposed: Mapping[str, bool] | None = None
@@ -138,18 +196,25 @@ class WeightEditor(Editor):
                 layers are tied, or no layer can be edited.
         """
         energies = self.energies(factors)
+        start = None
+        if self.reference is not None:
+            start = self.reference.matched({name: f"{name}.weight" for name in energies})
         # Shards of two weights may share memory on some processes alone, so all processes compare what they hold.
         for tie in self.ranks.gather(find_tie({name: weights[name] for name in energies})):
             check_tie(tie)
         owners = factors.owners or self.ranks.owners({name: float(weights[name].numel()) for name in energies})
-        work = {}
+        work: dict[str, Any] = {}
+        parts: dict[str, Part] = {}
         for name, energy in energies.items():
             weight = whole(weights[name].detach())
             if owners[name] == self.ranks.rank:
                 is_transposed = factors[name].transposed if transposed is None else transposed[name]
-                work[name] = functools.partial(self.edit_weight, name, weight, factors[name], energy, is_transposed)
+                arguments = (name, weight, factors[name], energy, is_transposed, start)
+                work[name], parts[name] = arguments, functools.partial(self.part, *arguments[:3], *arguments[4:])
+        editor = self.prepared(parts)
+        edits_of = {name: functools.partial(editor.edit_weight, *arguments) for name, arguments in work.items()}
         new, edits, skipped = {}, {}, {}
-        for name, result in self.ranks.spread(energies, work, owners).items():
+        for name, result in self.ranks.spread(energies, edits_of, owners).items():
             if isinstance(result, TooFewPositionsError) or (isinstance(result, FaultyLayerError) and self.skip_faulty):
                 skipped[name] = str(result)
             elif isinstance(result, ValueError):
@@ -161,10 +226,17 @@ class WeightEditor(Editor):
             raise FaultyLayerError(f"No layer can be edited: {next(iter(skipped.values()))}")
         for reason in skipped.values():
             warnings.warn(f"Left as it is: {reason}", stacklevel=2)
-        return new, EditReport(edits, self.method, factors.provenance, skipped)
+        source = None if self.reference is None else self.reference.name
+        return new, EditReport(edits, self.method, factors.provenance, skipped, source)
 
     def edit_weight(
-        self, name: str, weight: Any, factors: LayerFactors, energy: float, transposed: bool
+        self,
+        name: str,
+        weight: Any,
+        factors: LayerFactors,
+        energy: float,
+        transposed: bool,
+        start: MatchedReference | None = None,
     ) -> tuple[Tensor, LayerEdit]:
         """Return a new weight, in the layout and dtype of the stored one, and the report of its edit.
 
@@ -174,6 +246,7 @@ class WeightEditor(Editor):
             factors: Its factors.
             energy: Share to keep, in (0, 1].
             transposed: Whether the weight is stored as ``[d_in, d_out]``.
+            start: The reference, for an edit of the update.
 
         Raises:
             ValueError: If the weight is quantized or on the meta device, the factors are for another shape, or they
@@ -184,20 +257,24 @@ class WeightEditor(Editor):
         """
         stored = weight.detach()
         matrix = weight_matrix(name, stored, factors.shape, transposed)
-        if energy == 1.0 and self.keeps_at_full_energy:
-            projection, exponent = Projection(matrix, matrix.numel(), 1.0, LayerCost(0.0, None)), 0
+        first = None if start is None else self._start_matrix(name, start, stored, factors, transposed)
+        part = matrix if first is None else matrix.double() - first
+        is_whole = energy == 1.0 and self.keeps_at_full_energy and self.penalty is None
+        if is_whole or (first is not None and not bool(part.any())):
+            projection, exponent = Projection(part, part.numel(), 1.0, LayerCost(0.0, None)), 0
         else:
-            matrix, exponent = moderate(matrix)
-            projection = self._project_layer(name, matrix, exponent, factors, energy)
-        new = from_matrix(scaled(projection.weight, -exponent), stored, transposed)
+            part, exponent = moderate(part)
+            projection = self._project_layer(name, part, exponent, factors, energy)
+        edited = scaled(projection.weight, -exponent)
+        new = from_matrix(edited if first is None else first + edited, stored, transposed)
         if not bool(torch.isfinite(new).all()):
             raise FaultyLayerError(f"Layer {name!r}: its edited weight is too large for {stored.dtype}.")
         edit = LayerEdit(
-            energy=energy,
+            energy=energy if self.penalty is None else None,
             energy_kept=projection.energy_kept,
             kept=projection.kept,
             total=matrix.numel(),
-            relative_change=relative_change(projection.weight, matrix),
+            relative_change=relative_change(as_matrix(new, transposed) if start else edited, matrix),
             changed=int((new != stored).sum()),
             tensor=f"{name}.weight",
             num_inputs=factors.num_inputs,
@@ -206,8 +283,30 @@ class WeightEditor(Editor):
             needed=max(factors.shape) if self.reads_factors else 0,
             predicted_loss=None if projection.cost is None else projection.cost.nats,
             costliest=None if projection.cost is None else projection.cost.pair,
+            update=None if first is None else relative_change(first, matrix),
+            update_kept=None if first is None else share_kept(projection.weight, part),
         )
         return new, edit
+
+    def part(
+        self, name: str, weight: Any, factors: LayerFactors, transposed: bool, start: MatchedReference | None = None
+    ) -> tuple[Tensor, LayerFactors]:
+        """Return what :meth:`edit_weight` projects: a weight as a matrix, or its update; and its factors."""
+        stored = weight.detach()
+        matrix = weight_matrix(name, stored, factors.shape, transposed)
+        if start is not None:
+            matrix = matrix.double() - self._start_matrix(name, start, stored, factors, transposed)
+        return matrix, factors
+
+    def _start_matrix(
+        self, name: str, start: MatchedReference, stored: Tensor, factors: LayerFactors, transposed: bool
+    ) -> Tensor:
+        """Return the weight of a layer in the reference, float64 ``[d_out, d_in]``; errors say where it is from."""
+        try:
+            first = weight_matrix(name, start.layer(name), factors.shape, transposed)
+        except ValueError as error:
+            raise ValueError(f"In the reference: {error}") from error
+        return first.to(stored.device, torch.float64)
 
     def _project_layer(
         self, name: str, matrix: Tensor, exponent: int, factors: LayerFactors, energy: float
