@@ -23,6 +23,7 @@ from lightning_curvature.factors.fingerprints import Fingerprint, difference
 from lightning_curvature.factors.kronecker import KroneckerFactors, digest_of
 from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.memory import edit_bytes, size
+from lightning_curvature.storage.hashes import tensor_hash
 
 _NOTHING_CHANGES = (
     "The edit would change nothing: every weight, rounded to its dtype, stays what it is. Choose a smaller energy, "
@@ -171,7 +172,8 @@ class FileLayers:
     def check_origin(self, source: str | os.PathLike[str], hashes: Mapping[str, str], force: bool) -> None:
         """Raise ``ValueError`` if the factors were collected on other weights; if forced, warn.
 
-        Layers that were edited before are passed over: they differ, and the user was told of the earlier edit.
+        Layers that were edited before are passed over: they differ, and the user was told of the earlier edit. With a
+        reference, factors of the reference are as good as those of the weights.
 
         Args:
             source: The checkpoint, for errors.
@@ -185,10 +187,17 @@ class FileLayers:
         for layer in compared:
             name = self.names[layer]
             distance = difference(recorded[layer], hashes[name], functools.partial(self.checkpoint.read, name))
-            if distance is not None:
+            if distance is not None and not self._is_of_reference(layer, recorded[layer]):
                 distances[layer] = distance
         if distances:
             refuse_other_weights(distances, len(compared), source, force)
+
+    def _is_of_reference(self, layer: str, recorded: Fingerprint) -> bool:
+        """Tell whether a layer's factors were collected on the reference, whose factors serve its fine-tunes as well."""
+        if self._start is None:
+            return False
+        weight = self._start.layer(layer)
+        return difference(recorded, tensor_hash(weight), weight.clone) is None
 
     def edits(self) -> Iterator[EditedTensor]:
         """Edit one layer after the other; a layer whose factors rest on too few positions is skipped.

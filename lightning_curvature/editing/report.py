@@ -137,6 +137,8 @@ class EditReport:
         ]
         source = ", ".join(f"{key}={value}" for key, value in self.provenance.items())
         title = f"Edited layers (method {self.method}; {source})" if source else f"Edited layers (method {self.method})"
+        if self.reference is not None:
+            title = title.replace("Edited layers", f"Edited updates since {self.reference!r}", 1)
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * (len(headers) - 1)))
         return "\n".join([title, table, *self._remarks()])
 
@@ -150,6 +152,9 @@ class EditReport:
         remarks = [f"Left as it is: {reason}" for reason in self.skipped.values()]
         if self.predicted_loss is not None:
             remarks.append(self._loss_remark(self.predicted_loss))
+        if self.update_kept is not None:
+            rest = f", and so do {self.others} other weights that fine-tuning moved" if self.others else ""
+            remarks.append(f"The layers keep {self.update_kept:.1%} of their update on the average{rest}.")
         if few:
             remarks.append(
                 f"Factors that rest on fewer positions than the larger side of the weight: {', '.join(few)}. Their "
