@@ -1,6 +1,7 @@
 """Argument validation. Its errors say what is wrong, what was found, and what to do."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -42,6 +43,20 @@ def check_count(value: Any, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{what} must be an integer of at least 1, found {value!r}.")
     return value
+
+
+def check_weights(values: Sequence[Any], count: int, what: str) -> list[float]:
+    """Return as many positive numbers as there are things to weigh, as floats.
+
+    Raises:
+        ValueError: If one of them is not a positive number, or there are more or fewer.
+    """
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+            raise ValueError(f"{what} must be positive numbers, found {value!r}.")
+    if len(values) != count:
+        raise ValueError(f"{what} must be {count} numbers, one for each, found {len(values)}.")
+    return [float(value) for value in values]
 
 
 def check_option(value: Any, options: Iterable[str], what: str) -> str:

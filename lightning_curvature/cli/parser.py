@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from lightning_curvature._checks import check_option
 from lightning_curvature.cli.choices import LIGHTNING
 from lightning_curvature.cli.commands import demos
-from lightning_curvature.cli.commands.collect import collect
+from lightning_curvature.cli.commands.collect import collect, merge
 from lightning_curvature.cli.commands.deltas import apply, revert
 from lightning_curvature.cli.commands.detect import detect
 from lightning_curvature.cli.commands.edit import edit
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., Output]] = {
     "demo digits": demos.digits,
     "demo text": demos.text,
     "collect": collect,
+    "merge": merge,
     "edit": edit,
     "revert": revert,
     "apply": apply,
@@ -45,7 +46,7 @@ COMMANDS: dict[str, Callable[..., Output]] = {
     "report": report,
     "detect": detect,
 }
-POSITIONAL = ("path",)
+POSITIONAL = ("path", "paths")
 """Parameters that are positional arguments; the others are options."""
 EXAMPLE_WORDS = {"device": ("auto", "cpu", "cuda", "cuda:N")}
 """By option, examples that the help shows in place of a full list of choices; the option takes other words, too."""
@@ -113,10 +114,10 @@ def _argument(parameter: Parameter, hint: Any) -> dict[str, Any]:
         return {"action": "store_true"}
     words = choices(hint) or EXAMPLE_WORDS.get(parameter.name, ())
     shown = f"{{{','.join(words)}}}"
+    argument: dict[str, Any] = {"type": str | None, "metavar": shown} if words else {"type": hint}
     if item := _item(hint):
         metavar = (shown, "...") if words else parameter.name.upper()
-        return {"type": item, "nargs": "+", "action": "extend", "metavar": metavar}
-    argument: dict[str, Any] = {"type": str | None, "metavar": shown} if words else {"type": hint}
+        argument = {"type": item, "nargs": "+", "action": "extend", "metavar": metavar}
     if parameter.default is not Parameter.empty:
         argument["default"] = parameter.default
     elif parameter.name not in POSITIONAL:
@@ -132,8 +133,8 @@ def choices(hint: Any) -> tuple[str, ...]:
 
 
 def _item(hint: Any) -> type | None:
-    """Return the item type of the list in a type hint such as ``list[str] | None``; None if it has no list."""
-    lists = [part for part in get_args(hint) if get_origin(part) is list]
+    """Return the item type of a type hint such as ``list[str]`` or ``list[str] | None``; None if it has no list."""
+    lists = [part for part in (hint, *get_args(hint)) if get_origin(part) is list]
     (item,) = get_args(lists[0]) if lists else (None,)
     return str if get_origin(item) is Literal else item
 

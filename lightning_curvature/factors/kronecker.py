@@ -2,21 +2,20 @@
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_curvature._checks import did_you_mean
+from lightning_curvature._checks import check_weights, did_you_mean
 from lightning_curvature.factors.files import TIED_TO, VERSIONS, FactorFile, read_paper_factors
 from lightning_curvature.factors.fingerprints import Fingerprint
 from lightning_curvature.factors.layer import LayerFactors
+from lightning_curvature.factors.means import merged_layer, weighted_mean
 from lightning_curvature.storage.atomic import replacing
 from lightning_curvature.storage.outputs import FACTORS, check_safetensors_name
 from lightning_curvature.storage.tree import take_apart
@@ -32,6 +31,7 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         provenance: JSON-serializable facts about where they come from (Fisher kind, step, ...).
 
     Example:
+        >>> import torch
         >>> eye = torch.eye(2)
         >>> factors = KroneckerFactors({"fc": LayerFactors(A=eye, G=eye, num_inputs=8, num_gradients=8)})
         >>> factors.merge(factors)["fc"].num_inputs
@@ -100,44 +100,39 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
         """Return a SHA-256 over names, counts and factors of the layers: with one digest, two sets are equal."""
         return digest_of({name: layer.digest() for name, layer in self.items()})
 
-    def merge(self, other: "KroneckerFactors") -> "KroneckerFactors":
-        """Return the factors of both streams of positions together, weighted by their counts.
+    def merge(self, *others: "KroneckerFactors", weights: Sequence[float] | None = None) -> "KroneckerFactors":
+        """Return the factors of several streams of positions together, counts summed.
 
-        Eigenvalues and margins belong to one set of factors, and are left out.
+        Eigenvalues and margins belong to one set of factors, and are left out. Layers with tied inputs stay tied.
+
+        Args:
+            *others: Factors of the same layers over other streams.
+            weights: What each stream counts, this one first, whatever its positions; by default each counts with its
+                positions.
 
         Raises:
-            ValueError: If the two do not have the same layers, of the same shapes.
+            ValueError: If they do not have the same layers, of the same shapes; or if there is not one positive weight
+                for each stream, or one with a weight rests on no position.
         """
-        if set(self) != set(other):
-            raise ValueError(f"Cannot merge factors of other layers: only in one are {sorted(set(self) ^ set(other))}.")
-        merged, means = {}, dict[tuple[str | int, ...], Tensor]()
-        tied, tied_in_other = self.tied_inputs(), other.tied_inputs()
-        for name, first in self.items():
-            second = other[name]
-            if first.shape != second.shape or first.transposed != second.transposed:
+        sources = [self, *others]
+        if weights is not None:
+            weights = check_weights(weights, len(sources), "weights")
+            weights = [weight / max(weights) for weight in weights]  # so that no sum is infinite
+        for other in others:
+            if set(self) != set(other):
                 raise ValueError(
-                    f"Layer {name!r}: cannot merge factors of a {first.shape} and a {second.shape} weight."
+                    f"Cannot merge factors of other layers: only in one are {sorted(set(self) ^ set(other))}."
                 )
-            pair = (tied[name], first.num_inputs, tied_in_other[name], second.num_inputs)
-            if pair not in means:
-                means[pair] = _weighted_mean(first.A, first.num_inputs, second.A, second.num_inputs)
-            merged[name] = LayerFactors(
-                A=means[pair],
-                G=_weighted_mean(first.G, first.num_gradients, second.G, second.num_gradients),
-                num_inputs=first.num_inputs + second.num_inputs,
-                num_gradients=first.num_gradients + second.num_gradients,
-                num_seen=first.num_seen + second.num_seen,
-                transposed=first.transposed,
-                A_coupled=_merged_mean(first.A_coupled, first.num_inputs, second.A_coupled, second.num_inputs),
-                G_coupled=_merged_mean(first.G_coupled, first.num_inputs, second.G_coupled, second.num_inputs),
-                A_error=_merged_error(
-                    first.A, first.num_inputs, first.A_error, second.A, second.num_inputs, second.A_error
-                ),
-                G_error=_merged_error(
-                    first.G, first.num_gradients, first.G_error, second.G, second.num_gradients, second.G_error
-                ),
-                weight=first.weight if first.weight == second.weight else None,
-            )
+        merged, means = {}, dict[tuple[tuple[str, float], ...], Tensor]()
+        ties = [source.tied_inputs() for source in sources]
+        for name in self:
+            layers = [source[name] for source in sources]
+            _check_mergeable(name, layers, weights is not None)
+            counts = [layer.num_inputs for layer in layers] if weights is None else weights
+            key = tuple((tied[name], count) for tied, count in zip(ties, counts, strict=True))
+            if key not in means:
+                means[key] = weighted_mean([layer.A for layer in layers], counts)
+            merged[name] = merged_layer(layers, weights, means[key])
         return KroneckerFactors(merged, self.provenance)
 
     def save(self, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None) -> None:
@@ -214,27 +209,13 @@ def digest_of(layers: Mapping[str, str]) -> str:
     return hashlib.sha256("\0".join(f"{name}\0{digest}" for name, digest in layers.items()).encode()).hexdigest()
 
 
-def _weighted_mean(first: Tensor, count: int, second: Tensor, second_count: int) -> Tensor:
-    """Return the mean of two moments of some counts, in the wider one of their dtypes."""
-    mean = _weighted_sum(first, count, second, second_count) / max(count + second_count, 1)
-    return mean.to(torch.promote_types(first.dtype, second.dtype))
-
-
-def _merged_mean(first: Tensor | None, count: int, second: Tensor | None, second_count: int) -> Tensor | None:
-    return None if first is None or second is None else _weighted_mean(first, count, second, second_count)
-
-
-def _merged_error(
-    first: Tensor, count: int, error: float | None, second: Tensor, second_count: int, second_error: float | None
-) -> float | None:
-    """Return the relative error of the weighted mean of two independent moments; None if one of theirs is not known."""
-    if error is None or second_error is None:
-        return None
-    norm, second_norm = (float(torch.linalg.matrix_norm(moment.double())) for moment in (first, second))
-    total = float(torch.linalg.matrix_norm(_weighted_sum(first, count, second, second_count)))
-    return math.hypot(count * error * norm, second_count * second_error * second_norm) / max(total, math.ulp(0.0))
-
-
-def _weighted_sum(first: Tensor, count: int, second: Tensor, second_count: int) -> Tensor:
-    """Return ``count * first + second_count * second``, float64, on the device of the first."""
-    return first.double() * count + second.to(first.device).double() * second_count
+def _check_mergeable(name: str, layers: Sequence[LayerFactors], weighted: bool) -> None:
+    """Raise ``ValueError`` if the factors of a layer over several streams have no mean."""
+    first = layers[0]
+    for layer in layers[1:]:
+        if first.shape != layer.shape or first.transposed != layer.transposed:
+            raise ValueError(f"Layer {name!r}: cannot merge factors of a {first.shape} and a {layer.shape} weight.")
+    if weighted and not all(min(layer.num_inputs, layer.num_gradients) for layer in layers):
+        raise ValueError(
+            f"Layer {name!r}: factors that rest on no position cannot count with a weight. Merge them without weights."
+        )

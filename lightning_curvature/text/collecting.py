@@ -1,8 +1,8 @@
-"""Factors of a saved language model over a text file, in passes that survive an interruption."""
+"""Factors of a saved language model over text files, in passes that survive an interruption."""
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_curvature._checks import check_count, check_option
+from lightning_curvature._checks import check_count, check_option, check_weights
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.passes import check_collected, check_not_empty, collect_batch
 from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -30,9 +30,10 @@ WINDOW = 512
 def collect_text(
     model: Any,
     tokenizer: Any,
-    corpus: str | os.PathLike[str],
+    corpus: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
+    weights: Sequence[float] | None = None,
     tokens: int | None = None,
     context: int | None = None,
     batch_size: int = 4,
@@ -40,23 +41,26 @@ def collect_text(
     save_every: int = 50,
     **options: Any,
 ) -> KroneckerFactors:
-    """Collect factors over a text file and save them; an interrupted run goes on where it last saved.
+    """Collect factors over text files and save them; an interrupted run goes on where it last saved.
 
     This is the setting of arXiv:2510.24256: one streaming pass over a frozen model, for each group of layers. Progress
     is kept in files beside ``out`` and removed at the end (:mod:`lightning_curvature.text.progress`). An interrupted
     run gives the result of an uninterrupted run, bit for bit.
 
+    Several corpora are collected one after the other, each as it is alone, and merged at the end.
+
     Args:
         model: A transformers causal LM in eval mode.
         tokenizer: Its tokenizer.
-        corpus: Text or JSON lines, see :mod:`lightning_curvature.text.corpus`.
+        corpus: Text or JSON lines, see :mod:`lightning_curvature.text.corpus`; one file, or several.
         out: Factor file to write.
-        tokens: Tokens to read at most.
+        weights: What each corpus counts in the factors, whatever its length; by default all count the same.
+        tokens: Tokens of each corpus to read at most.
         context: Tokens of a window, the tokens in front of the text among them; by default 512, or what the model
             takes if that is less.
         batch_size: Windows per forward pass.
-        passes: Groups of layers, each with a pass of its own; more than one where the factors of all layers do not fit
-            into memory at once.
+        passes: Groups of layers, each with a pass of its own over each corpus; more than one where the factors of all
+            layers do not fit into memory at once.
         save_every: Batches between two saves of the progress.
         **options: Arguments of :class:`~lightning_curvature.recording.options.CollectorOptions`: layers, fisher,
             draws, positions, seed, accumulate_on.
@@ -65,22 +69,27 @@ def collect_text(
         The factors.
 
     Raises:
-        ValueError: If the text is shorter than a window, the window is longer than the model's context, the tokenizer
-            belongs to another model, or the progress to a run with other arguments.
+        ValueError: If a text is shorter than a window, the window is longer than the model's context, the weights are
+            not one positive number for each text, the tokenizer belongs to another model, or the progress to a run with
+            other arguments.
         RuntimeError: If the factors do not fit into memory, or a chosen layer never ran.
     """
     for name, value in (("passes", passes), ("batch_size", batch_size), ("save_every", save_every)):
         check_count(value, name)
+    corpora = [corpus] if isinstance(corpus, str | os.PathLike) else list(corpus)
+    if not corpora:
+        raise ValueError("There is no corpus to collect over: name a text file.")
+    weights = check_weights([1.0] * len(corpora) if weights is None else weights, len(corpora), "weights")
     check_vocabulary(model, tokenizer)
     leading = leading_tokens(tokenizer)
     context = _check_context(model, context, len(leading))
     if "positions" in options:
         check_option(options["positions"], POSITIONS, "positions")  # there are no masks in a text
     settings = {"tokens": tokens, "context": context, "batch_size": batch_size, "passes": passes, **options}
-    run = run_key(model, tokenizer, corpus, **settings, **({"leading": leading} if leading else {}))
-    windows = _Windows(corpus, tokenizer, context, tokens, batch_size)
-    saved = Progress(out, run, passes)
-    _collect_passes(model, windows, saved, save_every, len(leading), options)
+    settings |= ({"leading": leading} if leading else {}) | ({"weights": weights} if len(corpora) > 1 else {})
+    saved = Progress(out, run_key(model, tokenizer, corpora, **settings), passes, weights)
+    texts = [_Windows(path, tokenizer, context, tokens, batch_size) for path in corpora]
+    _collect_passes(model, texts, saved, save_every, len(leading), options)
     return saved.finish()
 
 
@@ -118,33 +127,38 @@ class _Windows:
 
 
 def _collect_passes(
-    model: Any, windows: _Windows, saved: Progress, save_every: int, num_leading: int, options: Mapping[str, Any]
+    model: Any, texts: Sequence[_Windows], saved: Progress, save_every: int, num_leading: int, options: dict[str, Any]
 ) -> None:
-    """Collect the groups of layers that are not finished yet, each in a pass of its own."""
+    """Collect the groups of layers that are not finished yet, each in a pass of its own over each text."""
     state = saved.load()
     device = next(model.parameters()).device
-    passes = saved.passes
-    for index in range(state["pass"], passes):
-        collector = Collector(model, CollectorOptions(**options), group=(index, passes))
+    for text in texts[1:]:
+        next(text.batches(device))  # raises before another text is read for hours
+    for number in range(state["pass"], len(saved.pieces)):
+        place, index = divmod(number, saved.passes)
+        collector = Collector(model, CollectorOptions(**options), group=(index, saved.passes))
         if state["collector"] is not None:
             collector.load_state_dict(state["collector"])
-        with tqdm(
-            total=windows.total, unit="token", desc=f"Collecting, pass {index + 1} of {passes}", disable=None
-        ) as progress:
-            seen = 0
-            for number, batch in enumerate(windows.batches(device), 1):
+        elif place:  # the layers are those that ran in the first text
+            collector.network.chosen = list(KroneckerFactors.open(saved.pieces[index]))
+        text = texts[place]
+        source = f" from {Path(text.corpus).name}" if len(texts) > 1 else ""
+        what = f"Collecting{source}, pass {index + 1} of {saved.passes}"
+        seen = 0
+        with tqdm(total=text.total, unit="token", desc=what, disable=None) as progress:
+            for count, batch in enumerate(text.batches(device), 1):
                 seen += batch.numel()
-                if number > state["batches"]:
+                if count > state["batches"]:
                     _step(model, collector, batch, num_leading)
-                    if number % save_every == 0:
-                        saved.save(index, number, collector.state_dict())
+                    if count % save_every == 0:
+                        saved.save(number, count, collector.state_dict())
                 progress.update(batch.numel())
         check_collected(collector)
-        collector.provenance |= {"corpus": Path(windows.corpus).name, "tokens": seen}
+        collector.provenance |= {"corpus": Path(text.corpus).name, "tokens": seen}
         factors = collector.finish()
         check_not_empty(factors)
-        saved.finish_pass(index, factors)
-        state = {"pass": index + 1, "batches": 0, "collector": None}
+        saved.finish_pass(number, factors)
+        state = {"pass": number + 1, "batches": 0, "collector": None}
 
 
 def _step(model: Any, collector: Collector, batch: Tensor, num_leading: int) -> None:

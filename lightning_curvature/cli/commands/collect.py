@@ -1,4 +1,4 @@
-"""The command ``collect``."""
+"""The commands ``collect`` and ``merge``: factors of one text or of several."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from lightning_curvature._checks import check_share
+from lightning_curvature._checks import check_share, check_weights
 from lightning_curvature.cli.choices import AccumulateOn, Fisher, Positions
 from lightning_curvature.cli.commands.inputs import (
     check_allowed,
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 def collect(
     model: Path,
-    corpus: Path,
+    corpus: list[Path],
     out: Path,
+    weights: list[float] | None = None,
     layers: list[str] | None = None,
     tokens: int | None = None,
     context: int | None = None,
@@ -48,10 +49,11 @@ def collect(
 
     Args:
         model: Folder written by save_pretrained, with its tokenizer.
-        corpus: Text file, or JSON lines (.jsonl) with a field "text".
+        corpus: Text file, or JSON lines (.jsonl) with a field "text"; several for factors of a mixture.
         out: Factor file to write (.safetensors).
+        weights: What each corpus counts, whatever its length; by default all count the same.
         layers: Presets (last-mlp, mlp, attention, linear) or fnmatch patterns on module names; by default last-mlp.
-        tokens: Tokens to read at most.
+        tokens: Tokens of each corpus to read at most.
         context: Tokens of a window, those that the tokenizer puts in front among them; by default 512, or what the
             model takes if that is less.
         batch_size: Windows per forward pass.
@@ -59,7 +61,7 @@ def collect(
         fisher: Where the gradients come from: the model's own distribution, or (empirical) the data.
         draws: Backward passes per batch of sketched and sampled.
         positions: Positions that count.
-        passes: Groups of layers, each with a pass of its own over the text, to save memory.
+        passes: Groups of layers, each with a pass of its own over each corpus, to save memory.
         accumulate_on: Where the factors are summed: model (the device of each layer), cpu, or auto (the device of each
             layer if they fit there).
         share: Share of the positions of each batch that is used, chosen at random.
@@ -75,6 +77,10 @@ def collect(
         tokens=tokens, context=context, batch_size=batch_size, draws=draws, passes=passes, save_every=save_every
     )
     check_share(share, "--share")
+    if len(corpus) == 1:
+        check_unused("there is one --corpus", weights=weights)
+    if weights is not None:
+        check_weights(weights, len(corpus), "--weights")
     if draws > 1 and fisher in ("exact", "empirical"):
         check_unused(f"fisher {fisher} has no draws", draws=draws)
     with extra("text"):
@@ -82,10 +88,10 @@ def collect(
         from lightning_curvature.text.corpus import token_windows
         from lightning_curvature.text.saved import SavedModel
     saved = SavedModel(model, checkpoint, allowed)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: factors are written to a safetensors file; give it a name that ends so.")
+    _check_name(out)
     context = saved.window(context, WINDOW)
-    next(token_windows(corpus, saved.tokenizer, context, tokens))  # raises if the corpus is too short for a window
+    for path in corpus:
+        next(token_windows(path, saved.tokenizer, context, tokens))  # raises if it is too short for a window
     saved.check_predicts(context)
     layers = layers or ["last-mlp"]
     saved.check_layers(layers)
@@ -94,6 +100,7 @@ def collect(
         saved.tokenizer,
         corpus,
         out,
+        weights=weights,
         layers=layers,
         tokens=tokens,
         context=context,
@@ -107,6 +114,46 @@ def collect(
         save_every=save_every,
         seed=seed,
     )
+    return _written(factors, out)
+
+
+def merge(
+    paths: list[Path],
+    out: Path,
+    weights: list[float] | None = None,
+    force: bool = False,
+    overwrite: bool = False,
+) -> Output:
+    """Merge factor files of one model, from several texts or machines, into one.
+
+    Example:
+        lightning-curvature merge prose.safetensors code.safetensors --weights 1 2 --out both.safetensors
+
+    Args:
+        paths: Factor files, two or more.
+        out: Factor file to write (.safetensors).
+        weights: What each file counts, whatever its positions; by default each counts with its positions.
+        force: Merge factors that were collected on other weights, too.
+        overwrite: Replace what is at out.
+    """
+    check_files({"--out": out}, {"PATHS": paths}, overwrite)
+    if weights is not None:
+        check_weights(weights, len(paths), "--weights")
+    _check_name(out)
+    from lightning_curvature.factors.merging import merge_files
+
+    factors = merge_files(paths, weights, force)
+    factors.save(out)
+    return _written(factors, out)
+
+
+def _check_name(out: Path) -> None:
+    """Raise ``ValueError`` if a factor file is to be written under a name that no command reads."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: factors are written to a safetensors file; give it a name that ends so.")
+
+
+def _written(factors: "Mapping[str, LayerFactors]", out: Path) -> Output:
     return Output(f"{_table(factors)}\nWritten to {out}", {"out": str(out), "layers": _facts(factors)})
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def check_files(
     outputs: Mapping[str, Path | None],
-    inputs: Mapping[str, Path | None],
+    inputs: Mapping[str, Path | list[Path] | None],
     overwrite: bool,
     folders: bool = False,
     models: Sequence[Path | None] = (),
@@ -23,19 +23,18 @@ def check_files(
 
     Args:
         outputs: Files to write, by option.
-        inputs: Files to read, by option.
+        inputs: Files to read, by option; a list where an option takes several.
         overwrite: Whether outputs may exist.
         folders: Whether the outputs are folders; an empty folder may be written to.
         models: Folders or files of models that are read. No output may lie in one of them. That they exist is not
             checked: whoever loads a model does that.
     """
-    for option, path in inputs.items():
-        if path is None:
-            continue
-        if path.is_dir():
-            raise IsADirectoryError(f"{option} {path} is a folder; it names a file.")
-        if not path.is_file():
-            raise FileNotFoundError(f"No such file: {path} ({option}).")
+    given = [(option, path) for option, paths in inputs.items() for path in _listed(paths)]
+    for option, source in given:
+        if source.is_dir():
+            raise IsADirectoryError(f"{option} {source} is a folder; it names a file.")
+        if not source.is_file():
+            raise FileNotFoundError(f"No such file: {source} ({option}).")
     written: list[Path] = []
     empty: list[Path] = []
     for option, path in outputs.items():
@@ -48,9 +47,13 @@ def check_files(
             present, wanted = ("a file", "a folder") if folders else ("a folder", "a file")
             raise FileExistsError(f"{option} {path} is {present}; it names {wanted} to write.")
         (empty if folders and path.is_dir() and not any(path.iterdir()) else written).append(path)
-    read = [path for path in (*inputs.values(), *models) if path is not None]
+    read = [*(path for _, path in given), *(path for path in models if path is not None)]
     check_outputs(written, read, overwrite)
     check_outputs(empty, read, overwrite=True)
+
+
+def _listed(paths: Path | list[Path] | None) -> list[Path]:
+    return paths if isinstance(paths, list) else [] if paths is None else [paths]
 
 
 def unless_folder(path: Path | None) -> Path | None:
