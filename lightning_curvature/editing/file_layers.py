@@ -41,6 +41,7 @@ class LayerEditor(Protocol):
 
     method: str
     reference: Reference | None
+    budget: float | None
 
     def energies(self, factors: KroneckerFactors) -> dict[str, float]:
         """Return the energy of each layer to edit."""
@@ -193,7 +194,7 @@ class FileLayers:
             refuse_other_weights(distances, len(compared), source, force)
 
     def _is_of_reference(self, layer: str, recorded: Fingerprint) -> bool:
-        """Tell whether a layer's factors were collected on the reference, whose factors serve its fine-tunes as well."""
+        """Tell whether a layer's factors were collected on the reference."""
         if self._start is None:
             return False
         weight = self._start.layer(layer)

@@ -88,6 +88,11 @@ class EditReport:
         return sum(share * total for share, total in shares) / sum(total for _, total in shares) if shares else None
 
     @property
+    def keeps_nothing(self) -> bool:
+        """Whether no coefficient of any layer is left, so that no edit can be stronger."""
+        return not any(edit.kept for edit in self.layers.values())
+
+    @property
     def predicted_loss(self) -> float | None:
         """Predicted rise of the loss by all layers, in nats per position; None if that of a layer is not known."""
         costs = [edit.predicted_loss for edit in self.layers.values() if edit.predicted_loss is not None]

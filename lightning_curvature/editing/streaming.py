@@ -18,6 +18,7 @@ from lightning_curvature.checkpoints.deltas import DeltaRecord
 from lightning_curvature.checkpoints.opening import open_weights
 from lightning_curvature.editing.file_layers import FileLayers, LayerEditor, StreamedFactors
 from lightning_curvature.editing.report import EditReport
+from lightning_curvature.factors.basis_cache import BASES, bases_in
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.memory import edit_bytes, size
 from lightning_curvature.storage.hashes import content_hash
@@ -99,6 +100,8 @@ def edit_checkpoint(
     _warn_if_edited(checkpoint)
     with ExitStack() as stack:
         scratch = stack.enter_context(Scratch(Path(target)))
+        if editor.budget is not None and not BASES.folders:  # each layer is decomposed before any is edited
+            stack.enter_context(bases_in(scratch.path / "bases"))
         layers, hashes, source_hash = _match_and_hash(editor, checkpoint, streamed, to_hf, scratch.path / "model")
         layers.check_origin(source, hashes, force)
         record = None if delta is None else stack.enter_context(DeltaRecord(Path(delta), layers.checkpoint, hashes))

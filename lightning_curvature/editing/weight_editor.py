@@ -53,6 +53,9 @@ class WeightEditor(Editor):
     penalty: float | None = None
     """One strength for all layers, which takes the place of energies; see :mod:`lightning_curvature.editing.budget`."""
 
+    budget: float | None = None
+    """What an edit may cost over all its layers, which are then looked at together before each is edited."""
+
     ranks = Ranks()
     """The processes that edit together. With several, every method that edits is a collective."""
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,36 @@ SOFTMAX_LOSSES = (F.cross_entropy, F.nll_loss)
 _SIGNATURES = {function: inspect.signature(function) for function in SOFTMAX_LOSSES}
 
 
+class SoftmaxFacts(NamedTuple):
+    """What a call of a softmax loss compares.
+
+    Args:
+        given: All its arguments by name, defaults among them.
+        class_dim: Dimension of the classes.
+        counted: Which loss positions count: bool, the logits' shape without the classes.
+    """
+
+    given: dict[str, Any]
+    class_dim: int
+    counted: Tensor
+
+
+def softmax_facts(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> SoftmaxFacts:
+    """Return what one call of ``F.cross_entropy`` or ``F.nll_loss`` with some arguments compares."""
+    bound = _SIGNATURES[function].bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    target, weight = given["target"], given["weight"]
+    class_dim = 1 if given["input"].dim() > 1 else 0
+    if target.is_floating_point():  # class probabilities; a row of zeros weighs nothing
+        counted = target.detach().movedim(class_dim, -1).ne(0).any(-1)
+    else:
+        counted = target != given["ignore_index"]
+        if weight is not None:  # a class of weight zero is not trained on
+            counted = counted & (weight[target.where(counted, 0)] != 0)
+    return SoftmaxFacts(given, class_dim, counted)
+
+
 def read_loss(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> SoftmaxLoss | None:
@@ -119,23 +149,17 @@ def read_loss(
         kwargs: Its keyword arguments.
         output: What it returned.
     """
-    bound = _SIGNATURES[function].bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
+    given, class_dim, counted = softmax_facts(function, args, kwargs)
     logits, target, weight = given["input"], given["target"], given["weight"]
     if not (logits.requires_grad and output.requires_grad):
         return None
-    class_dim = 1 if logits.dim() > 1 else 0
-    if target.is_floating_point():  # class probabilities; a row of zeros weighs nothing
-        counted = target.detach().movedim(class_dim, -1).ne(0).any(-1)
+    if _reduction(given) != "mean":
+        denominator = torch.ones((), dtype=torch.int64, device=counted.device)
+    elif target.is_floating_point():
         denominator = torch.tensor(counted.numel(), device=counted.device)
     else:
-        counted = target != given["ignore_index"]
-        denominator = counted.sum() if weight is None else weight[target[counted]].sum()
-        if weight is not None:  # a class of weight zero is not trained on
-            counted = counted & (weight[target.where(counted, 0)] != 0)
-    if _reduction(given) != "mean":
-        denominator = torch.ones_like(denominator)
+        labelled = target != given["ignore_index"]
+        denominator = labelled.sum() if weight is None else weight[target[labelled]].sum()
     # The softmax of a log-softmax is the same softmax: the log-probabilities that nll_loss receives serve as logits.
     return SoftmaxLoss(
         logits,

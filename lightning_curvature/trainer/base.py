@@ -1,142 +1,43 @@
-"""The callback without its life cycle: its arguments and results, what it saves beside a checkpoint, and its copies."""
+"""The callback without its life cycle: its results, what it saves beside a checkpoint, and its copies."""
 
-import re
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 
-from lightning_curvature._checks import check_count, check_option
-from lightning_curvature.editing.base import DEFAULT_ENERGY
-from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.distributed import Ranks
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.recording.step import Step
 from lightning_curvature.search.energy import Match
+from lightning_curvature.search.price import Purchase
+from lightning_curvature.trainer.arguments import CallbackArguments
 from lightning_curvature.trainer.edited_copy import LaterCopy
 from lightning_curvature.trainer.outcome import Outcome
+from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.problems import Problems
 from lightning_curvature.trainer.run import CollectedRun
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker, Siblings
-from lightning_curvature.trainer.target import Target
 
-LOOPS = ("train", "validation")
-
-
-class CallbackBase(Callback):
-    """Arguments and results of :class:`~lightning_curvature.KFACEditCallback`.
+class CallbackBase(CallbackArguments):
+    """Results of :class:`~lightning_curvature.KFACEditCallback`, and its copies.
 
     Attributes:
         run: What the latest run collected; None before the first batch.
     """
 
-    def __init__(
-        self,
-        layers: str | list[str] = "last-mlp",
-        energy: float | dict[str, float] = DEFAULT_ENERGY,
-        fisher: str = "sketched",
-        draws: int = 1,
-        positions: str = "contributing",
-        window: int | None = None,
-        every: int = 8,
-        share: float = 1.0,
-        loop: str = "train",
-        logits: str | None = None,
-        class_dim: int | None = None,
-        probes: dict[str, Any] | None = None,
-        accumulate_on: str = "auto",
-        save_factors: str | None = None,
-        name: str = "edited",
-        seed: int = 0,
-        score: str = "kfac",
-        soft: bool = False,
-        target: dict[str, float] | None = None,
-        shard_factors: bool = False,
-        skip_faulty: bool = False,
-        min_positions: int | None = None,
-    ) -> None:
-        """Check the arguments.
-
-        Args:
-            layers: What to edit: presets ``"last-mlp"``, ``"mlp"``, ``"attention"``, ``"linear"``, fnmatch patterns on
-                module names, or a list of them.
-            energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
-            fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
-            draws: Backward passes per batch of ``"sketched"`` and ``"sampled"``.
-            positions: Which positions count: ``"contributing"``, ``"all"``, ``"first"``, or ``"mask:KEY"`` for a mask
-                in the batch.
-            window: Positions of each layer that make a window. Weights move during fit, so the factors are those of the
-                latest complete window; until there is one, those of all steps so far. None means eight times the
-                layer's larger dimension, and at least 4096: a confident model has large gradients at few positions
-                only, and a short window sees too few of them.
-            every: Collect one window of training steps in so many, and the last one of the run (if its length is known:
-                by ``max_epochs`` or ``max_steps``). Until there is a window, each step is collected; so is each
-                validation. More makes training cheaper, and the factors in the middle of a run older; see
-                ``docs/performance.md``.
-            share: Share of the positions of a collected batch that is used, in (0, 1], chosen at random.
-            loop: Where to collect during fit: ``"train"``, or ``"validation"``.
-            logits: Submodule or method of the module that returns the logits, if its cross-entropy cannot be found: a
-                tensor ``[batch, classes]``, or one of more dimensions whose classes the softmax of the loss tells.
-            class_dim: Dimension of the classes of these logits, where the loss does not tell: 1 for ``[batch, classes,
-                ...]``, -1 for ``[batch, ..., classes]``.
-            probes: By name, files of JSON lines to measure a language model on: a path, or a dict with ``path`` and
-                optionally ``metrics`` (a list of names) and ``tokenizer`` (a folder; by default the attribute
-                ``tokenizer`` of the module or the datamodule). See :class:`lightning_curvature.text.probes.JsonlProbe`.
-            accumulate_on: Where the factors are summed: ``"model"``, on the device of each layer; ``"cpu"``; or
-                ``"auto"``, on the device of each layer if they fit there, and otherwise on the CPU.
-            save_factors: File to save the factors to, at the end of fit or of ``Trainer.validate``.
-            name: Mark of the files beside a checkpoint, ``NAME-{name}.ckpt``. Several callbacks in one Trainer need
-                different ones; results of probes are logged under ``curvature-{name}/`` unless it is ``"edited"``.
-            seed: Seed of the callback's own random generator.
-            score: What a direction is worth, see :mod:`~lightning_curvature.editing.scores`; all but ``"ekfac"``, which
-                needs a pass over the data of its own.
-            soft: Shrink directions of low score instead of dropping them.
-            target: Instead of an energy, what the edit may cost: ``{"clean/perplexity": 1.1}`` is the strongest edit
-                that raises the perplexity of the probe ``clean`` to at most 1.1 times what it was, ``{"val/accuracy":
-                0.99}`` one that keeps 0.99 of an accuracy. The energy is searched for at the end of each validation
-                (each epoch where there is none) and of fit, on that probe; look at another one for what the edit costs.
-                Checkpoints that are saved later get the edit of the latest search, and those before the first one have
-                no edited sibling.
-            shard_factors: With several processes, spread the sums of the factors over them: each keeps those of some
-                layers, and receives what the others add in every step. Less memory, more traffic.
-            skip_faulty: Leave layers that cannot be edited (NaN, factors of zero) as they are, with a warning, and edit
-                the others, instead of leaving no edited checkpoint.
-            min_positions: Positions that the factors of a layer must rest on, or it is left as it is; None: as many as
-                its live inputs and outputs, 0: edit it whatever they rest on.
-
-        Raises:
-            TypeError: If an argument is of the wrong type.
-            ValueError: If an argument is none of its options.
-        """
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise ValueError(f"name must be a part of a file name (letters, digits, '_', '-', '.'), found {name!r}.")
-        if score == "ekfac":
-            raise ValueError("score='ekfac' needs a second pass over the data: collect, correct_eigenvalues, edit.")
-        self.name = name
-        self.editor = CurvatureEditor(
-            energy, score=score, soft=soft, skip_faulty=skip_faulty, min_positions=min_positions
-        )
-        self.options = CollectorOptions(
-            layers, fisher, draws, positions, logits, class_dim, accumulate_on, share, score == "coupled", seed
-        )
-        self.shard_factors = shard_factors
-        self.target = None if target is None else Target(target)
-        self.window = None if window is None else check_count(window, "window")
-        self.every = check_count(every, "every")
-        self.loop = check_option(loop, LOOPS, "loop")
-        self.probes = Probes(probes or {})
-        self.save_factors = save_factors
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._start_anew(KroneckerFactors())
 
     def _start_anew(self, factors: KroneckerFactors) -> None:
         """Reset to the state before any run; the factors given are kept."""
         prefix = "curvature" if self.name == "edited" else f"curvature-{self.name}"
-        self._outcome = Outcome(self.editor, self.target, self.probes, prefix)
+        self._outcome = Outcome(self.editor, self.target, self.probes, prefix, self.price)
         self._problems = Problems()
         self._factors = factors
         self.run: CollectedRun | None = None
@@ -161,8 +62,8 @@ class CallbackBase(Callback):
         return self._outcome.report
 
     @property
-    def match(self) -> Match | None:
-        """The energy that was found for ``target``, and what it costs; None before."""
+    def match(self) -> Match | Purchase | None:
+        """The energy that was found for ``target``, or the budget that the measured price allows; None before."""
         return self._outcome.match
 
     @property
@@ -179,17 +80,6 @@ class CallbackBase(Callback):
     def problem(self) -> str | None:
         """Why the callback stopped, or collected nothing from a step, in the latest run; None if all went well."""
         return self._problems.first
-
-    @property
-    def state_key(self) -> str:
-        """Key of this callback's state in a checkpoint; it differs where any setting does."""
-        energy = self.editor.energy if self.target is None else self.target.entry
-        return self._generate_state_key(name=self.name, energy=energy, **self._settings)
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        """What a run that goes on with the factors of another one must have in common with it."""
-        return {**self.options.settings, "loop": self.loop, "window": self.window}
 
     def _abort_step(self) -> None:
         """Drop the step that is being recorded, and its hooks."""
@@ -270,23 +160,20 @@ class CallbackBase(Callback):
         if reason is not None:
             self._problems.tell_no_copy(checkpoint["global_step"], reason)
             return None
-        return LaterCopy(self.editor.at(self.editor.energy), factors, self._outcome.copies)
+        # A price is measured when training ends, before its copies are made.
+        editor = self.editor if self.price is not None else copy.copy(self.editor)
+        return LaterCopy(editor, factors, self._outcome.copies)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""
-        copy = object.__new__(type(self))
-        vars(copy).update(vars(self))
-        editor = self.editor
-        copy.editor = CurvatureEditor(
-            editor.energy,
-            score=editor.score,
-            soft=editor.soft,
-            skip_faulty=editor.skip_faulty,
-            min_positions=editor.min_positions,
-        )
-        copy.probes = Probes(self.probes.files)
-        copy._start_anew(self.factors if self.editor.ranks.size == 1 else KroneckerFactors())
-        copy._outcome.take_over(self._outcome)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other.editor = copy.copy(self.editor)
+        other.editor.ranks = Ranks()
+        other.price = None if self.price is None else MeasuredPrice()
+        other.probes = Probes(self.probes.files)
+        other._start_anew(self.factors if self.editor.ranks.size == 1 else KroneckerFactors())
+        other._outcome.take_over(self._outcome)
         for name in ("log", "log_dict"):  # methods of the module, which Lightning puts here
-            vars(copy).pop(name, None)
-        return vars(copy)
+            vars(other).pop(name, None)
+        return vars(other)

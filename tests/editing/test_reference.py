@@ -151,7 +151,7 @@ def test_what_is_no_reference_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no model that this one started from"):
         CurvatureEditor().edit(copy.deepcopy(TUNED), factors(), reference=nn.Linear(3, 3))
     other = {**START.state_dict(), "body.0.weight": torch.zeros(3, 3)}
-    with pytest.raises(ValueError, match="In the reference: Layer 'body.0'"):
+    with pytest.raises(ValueError, match=r"In the reference: Layer 'body.0'"):
         CurvatureEditor().edit(copy.deepcopy(TUNED), factors(), reference=other)
     ascent = GradientAscent([1], [1], lambda module, batch: batch)
     with pytest.raises(ValueError, match="takes no reference"):

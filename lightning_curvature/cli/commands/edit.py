@@ -21,6 +21,8 @@ def edit(
     factors: Path,
     out: Path,
     energy: float | dict[str, float] | None = None,
+    budget: float | None = None,
+    reference: Path | None = None,
     layers: list[str] | None = None,
     score: Score = "kfac",
     soft: bool = False,
@@ -52,6 +54,9 @@ def edit(
         factors: Factor file of its model (.safetensors).
         out: File or folder to write, in the same format.
         energy: Share of the curvature mass to keep, in (0, 1], or a dict of layer patterns to shares; by default 0.85.
+        budget: Instead of an energy: what the edit is predicted to cost, over all its layers, in nats per position.
+        reference: Checkpoint that this one was fine-tuned from: the update since is edited, and the rest stays. The
+            factors may be those of either.
         layers: fnmatch patterns on the layers of the factor file, or, where there is a model folder, presets (last-mlp,
             mlp, attention, linear); by default all of them.
         score: What decides what is kept: kfac, activations, saliency, or, if the factors have it, ekfac, coupled.
@@ -84,6 +89,8 @@ def edit(
     from lightning_curvature.factors.basis_cache import bases_in
     from lightning_curvature.factors.kronecker import KroneckerFactors
 
+    if budget is not None and (energy, perplexity, forget) != (None, None, None):
+        raise ValueError("--budget says how strong the edit is: give no --energy, --perplexity or --forget beside it.")
     options = {"perplexity": perplexity, "corpus": corpus, "forget": forget, "half": half, "strength": strength}
     options |= {"model": model, "tokens": tokens, "context": context}
     given = {name: value for name, value in options.items() if value is not None}
@@ -96,10 +103,12 @@ def edit(
     if allowed and source.format != "archive":
         raise ValueError(f"--allow-global is for files of torch.save; {checkpoint} is none.")
     loaded = KroneckerFactors.open(factors)
-    read = [path for path in (factors, corpus, forget, bases) if path is not None]
+    read = [path for path in (factors, corpus, forget, bases, reference) if path is not None]
     check_outputs([path for path in (out, save_delta) if path is not None], read, overwrite)
     folder = next((path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir()), None)
-    editor = _make_editor(energy, named_layers(layers, loaded, folder), score, soft, min_positions)
+    editor: CurvatureEditor = _make_editor(
+        energy, named_layers(layers, loaded, folder), score, soft, min_positions, budget
+    ).based_on(reference)
     with bases_in(bases, write=not dry_run):
         editor, loaded, target = edit_on_data(editor, checkpoint, loaded, given, allowed, force)
         said, facts = (f"{target['text']}\n", {"target": target}) if target else ("", {})
@@ -109,7 +118,8 @@ def edit(
         write = partial(streaming.edit_checkpoint, overwrite=overwrite, delta=save_delta, to_hf=to_hf, device=device)
         report = write(editor, checkpoint, loaded, out, allow_globals=allowed, force=force)
     shown = f"{said}{report}\n{streaming.matches(report)}\nWritten to {out}"
-    return Output(shown, {"out": str(out), **dataclasses.asdict(report), **facts})
+    values = {"out": str(out), **dataclasses.asdict(report), "predicted_loss": report.predicted_loss, **facts}
+    return Output(shown, values)
 
 
 def _make_editor(
@@ -118,9 +128,8 @@ def _make_editor(
     score: Score,
     soft: bool,
     min_positions: int | None,
+    budget: float | None,
 ) -> "CurvatureEditor":
-    from lightning_curvature.editing.base import DEFAULT_ENERGY
     from lightning_curvature.editing.curvature import CurvatureEditor
 
-    energies = DEFAULT_ENERGY if energy is None else energy
-    return CurvatureEditor(energies, layers, score, soft, min_positions=min_positions)
+    return CurvatureEditor(energy, layers, score, soft, min_positions=min_positions, budget=budget)

@@ -117,7 +117,7 @@ def edit_on_data(
         strength = given.get("strength", STRENGTH)
         editor = BulkStepEditor(
             strength, editor.energy, editor.layers, editor.score, editor.soft, min_positions=editor.min_positions
-        )
+        ).based_on(editor.reference)
     if "perplexity" not in given:
         return editor, factors, {}
     target = chooser.find(editor, given["perplexity"], given["corpus"], tokens, context)

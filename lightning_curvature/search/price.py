@@ -1,0 +1,124 @@
+"""The strongest edit that a price allows, found by few measurements.
+
+An edit has one strength, the budget of predicted loss. The cost of stronger and stronger edits falls at first, where
+over-confidence or a fine-tune's over-fitting goes, and then rises. The price is how far it may rise above its lowest
+point on that path, so that what an edit gains first is not spent.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.factors.kronecker import KroneckerFactors
+
+STEP = 4.0
+"""Factor between two budgets until one is within the price, and one is not."""
+REFINEMENTS = 2
+"""Halvings of that step, on a logarithmic scale."""
+MOST = 9
+"""Largest number of edits that are measured."""
+
+Costs = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an edit may cost.
+
+    Args:
+        allowed: By name of a cost, how far it may rise above its lowest point; nothing may exceed this.
+        start: Predicted loss at which to start, in nats.
+    """
+
+    allowed: Costs
+    start: float
+
+    def excess(self, costs: Costs, lowest: Costs) -> float:
+        """Return the largest rise of a cost, as a multiple of what is allowed; infinite where one is no number."""
+        rises = [(costs[name] - lowest[name]) / allowed for name, allowed in self.allowed.items()]
+        return max((rise if math.isfinite(rise) else math.inf for rise in rises), default=0.0)
+
+
+@dataclass(frozen=True)
+class Purchase:
+    """The strongest edit within a price.
+
+    Args:
+        budget: Its predicted loss, in nats; 0 if no edit is within the price.
+        predicted: The same by its report: a layer may be left out, and an edit has steps.
+        before: The costs of the unedited model.
+        after: The costs of the edited one.
+        points: All costs that were measured, by budget; 0 is the unedited model.
+        held_out: The costs before and after on data that nothing was chosen on, where there are such data.
+    """
+
+    budget: float
+    predicted: float
+    before: Costs
+    after: Costs
+    points: Mapping[float, Costs]
+    held_out: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def spend(
+    editor: CurvatureEditor,
+    module: nn.Module,
+    factors: KroneckerFactors,
+    measure: Callable[[], Costs],
+    price: Price,
+) -> Purchase:
+    """Find the strongest edit within a price.
+
+    Args:
+        editor: Its budget is searched for, and the one that it has does not matter.
+        module: The network; edited only while it is measured.
+        factors: Its factors.
+        measure: Returns the costs of the module as it is, on data to choose by: lower is better. Report on other data.
+        price: What the edit may cost.
+
+    Returns:
+        The edit. No milder edit that was measured exceeds the price.
+
+    Raises:
+        ValueError: As :meth:`~lightning_curvature.CurvatureEditor.edit`.
+    """
+    points: dict[float, Costs] = {0.0: measure()}
+    predicted, trial = {0.0: 0.0}, editor.within(price.start)
+    budget: float | None = price.start
+    while budget is not None and len(points) <= MOST:
+        trial = trial.within(budget)
+        with trial.applied(module, factors) as report:
+            points[budget] = measure()
+        predicted[budget] = report.predicted_loss or 0.0
+        budget = _next(points, price, everything=report.keeps_nothing)
+    chosen, _ = _bracket(points, price)
+    return Purchase(chosen, predicted[chosen], points[0.0], points[chosen], dict(sorted(points.items())))
+
+
+def _bracket(points: Mapping[float, Costs], price: Price) -> tuple[float, float]:
+    """Return the largest budget below which nothing exceeds the price, and the smallest one that does, or infinity."""
+    lowest = {
+        name: min(costs[name] for costs in points.values() if costs[name] == costs[name]) for name in price.allowed
+    }
+    beyond = min((b for b, costs in points.items() if price.excess(costs, lowest) > 1.0 and b > 0.0), default=math.inf)
+    return max(b for b in points if b < beyond), beyond
+
+
+def _next(points: Mapping[float, Costs], price: Price, everything: bool) -> float | None:
+    """Return the budget to try next; None if the search is over.
+
+    Args:
+        points: What was measured.
+        price: The price.
+        everything: Whether the last edit left nothing that a stronger one could remove.
+    """
+    within, beyond = _bracket(points, price)
+    if beyond == math.inf:
+        return None if everything else within * STEP
+    if within == 0.0:
+        return beyond / STEP
+    is_near = beyond / within <= STEP ** (0.5**REFINEMENTS) * 1.01
+    return None if is_near else math.sqrt(within * beyond)

@@ -1,0 +1,151 @@
+"""The arguments of the callback."""
+
+import re
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from lightning_curvature._checks import check_count, check_option
+from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.editing.reference import Reference
+from lightning_curvature.recording.options import CollectorOptions
+from lightning_curvature.trainer.price import PREDICTED, MeasuredPrice
+from lightning_curvature.trainer.probes import Probes
+from lightning_curvature.trainer.target import Target
+
+LOOPS = ("train", "validation")
+
+
+class CallbackArguments(Callback):
+    """Arguments of :class:`~lightning_curvature.KFACEditCallback`, and what follows from them alone."""
+
+    def __init__(
+        self,
+        layers: str | list[str] | None = None,
+        energy: float | dict[str, float] | None = None,
+        fisher: str = "sketched",
+        draws: int = 1,
+        positions: str = "contributing",
+        window: int | None = None,
+        every: int = 8,
+        share: float = 1.0,
+        loop: str = "train",
+        logits: str | None = None,
+        class_dim: int | None = None,
+        probes: dict[str, Any] | None = None,
+        accumulate_on: str = "auto",
+        save_factors: str | None = None,
+        name: str = "edited",
+        seed: int = 0,
+        score: str = "kfac",
+        soft: bool | None = None,
+        target: dict[str, float] | None = None,
+        shard_factors: bool = False,
+        skip_faulty: bool = False,
+        min_positions: int | None = None,
+        budget: float | None = None,
+        reference: str | None = None,
+    ) -> None:
+        """Check the arguments.
+
+        Args:
+            layers: What to edit: presets ``"last-mlp"``, ``"mlp"``, ``"attention"``, ``"linear"``, fnmatch patterns on
+                module names, or a list of them. By default ``"last-mlp"``, and with a reference ``"linear"``.
+            energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
+                Without ``energy``, ``budget`` and ``target`` the strength follows from a price that is measured at the
+                end of fit on batches of the validation loop, or of training where there is none: the strongest edit
+                under which the perplexity of a language model is at most 1.02 times its lowest value on the path of
+                stronger and stronger edits, and the accuracy of a classifier at most half a point below its highest.
+            fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
+            draws: Backward passes per batch of ``"sketched"`` and ``"sampled"``.
+            positions: Which positions count: ``"contributing"``, ``"all"``, ``"first"``, or ``"mask:KEY"`` for a mask
+                in the batch.
+            window: Positions of each layer that make a window. Weights move during fit, so the factors are those of the
+                latest complete window; until there is one, those of all steps so far. None means eight times the
+                layer's larger dimension, and at least 4096: a confident model has large gradients at few positions
+                only, and a short window sees too few of them.
+            every: Collect one window of training steps in so many, and the last one of the run (if its length is known:
+                by ``max_epochs`` or ``max_steps``). Until there is a window, each step is collected; so is each
+                validation. More makes training cheaper, and the factors in the middle of a run older; see
+                ``docs/performance.md``.
+            share: Share of the positions of a collected batch that is used, in (0, 1], chosen at random.
+            loop: Where to collect during fit: ``"train"``, or ``"validation"``.
+            logits: Submodule or method of the module that returns the logits, if its cross-entropy cannot be found: a
+                tensor ``[batch, classes]``, or one of more dimensions whose classes the softmax of the loss tells.
+            class_dim: Dimension of the classes of these logits, where the loss does not tell: 1 for ``[batch, classes,
+                ...]``, -1 for ``[batch, ..., classes]``.
+            probes: By name, files of JSON lines to measure a language model on: a path, or a dict with ``path`` and
+                optionally ``metrics`` (a list of names) and ``tokenizer`` (a folder; by default the attribute
+                ``tokenizer`` of the module or the datamodule). See :class:`lightning_curvature.text.probes.JsonlProbe`.
+            accumulate_on: Where the factors are summed: ``"model"``, on the device of each layer; ``"cpu"``; or
+                ``"auto"``, on the device of each layer if they fit there, and otherwise on the CPU.
+            save_factors: File to save the factors to, at the end of fit or of ``Trainer.validate``.
+            name: Mark of the files beside a checkpoint, ``NAME-{name}.ckpt``. Several callbacks in one Trainer need
+                different ones; results of probes are logged under ``curvature-{name}/`` unless it is ``"edited"``.
+            seed: Seed of the callback's own random generator.
+            score: What a direction is worth, see :mod:`~lightning_curvature.editing.scores`; all but ``"ekfac"``, which
+                needs a pass over the data of its own.
+            soft: Shrink directions of low score instead of dropping them; by default with a reference alone.
+            target: Instead of an energy, what the edit may cost: ``{"clean/perplexity": 1.1}`` is the strongest edit
+                that raises the perplexity of the probe ``clean`` to at most 1.1 times what it was, ``{"val/accuracy":
+                0.99}`` one that keeps 0.99 of an accuracy. The energy is searched for at the end of each validation
+                (each epoch where there is none) and of fit, on that probe; look at another one for what the edit costs.
+                Checkpoints that are saved later get the edit of the latest search, and those before the first one have
+                no edited sibling.
+            shard_factors: With several processes, spread the sums of the factors over them: each keeps those of some
+                layers, and receives what the others add in every step. Less memory, more traffic.
+            skip_faulty: Leave layers that cannot be edited (NaN, factors of zero) as they are, with a warning, and edit
+                the others, instead of leaving no edited checkpoint.
+            min_positions: Positions that the factors of a layer must rest on, or it is left as it is; None: as many as
+                its live inputs and outputs, 0: edit it whatever they rest on.
+            budget: Instead of an energy: what the edit is predicted to cost over all its layers, in nats.
+            reference: Edit the update since a reference, and keep what the reference has: ``"start"`` for the weights
+                that the run began with, which are kept on the CPU and in every checkpoint, or the path of a checkpoint,
+                of which nothing is kept. For fine-tuning: what a fine-tune memorized lies in its update.
+
+        Raises:
+            TypeError: If an argument is of the wrong type.
+            ValueError: If an argument is none of its options.
+        """
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"name must be a part of a file name (letters, digits, '_', '-', '.'), found {name!r}.")
+        if score == "ekfac":
+            raise ValueError("score='ekfac' needs a second pass over the data: collect, correct_eigenvalues, edit.")
+        self.name = name
+        if sum(given is not None for given in (energy, target, budget)) > 1:
+            raise ValueError("energy, target and budget each say how strong the edit is: give one of them.")
+        self.price = MeasuredPrice() if energy is None and target is None and budget is None else None
+        self.keeps_start = reference == "start"
+        self._reference = None if reference is None or self.keeps_start else Reference(reference)
+        self.editor = CurvatureEditor(
+            1.0 if target is not None else energy,
+            score=score,
+            soft=reference is not None if soft is None else soft,
+            skip_faulty=skip_faulty,
+            min_positions=min_positions,
+            budget=PREDICTED if self.price is not None else budget,
+        ).based_on(self._reference)
+        layers = layers or ("last-mlp" if reference is None else "linear")
+        self.options = CollectorOptions(
+            layers, fisher, draws, positions, logits, class_dim, accumulate_on, share, score == "coupled", seed
+        )
+        self.shard_factors = shard_factors
+        self.target = None if target is None else Target(target)
+        self.window = None if window is None else check_count(window, "window")
+        self.every = check_count(every, "every")
+        self.loop = check_option(loop, LOOPS, "loop")
+        self.probes = Probes(probes or {})
+        self.save_factors = save_factors
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint; it differs where any setting does."""
+        strength: Any = self.editor.energy if self.target is None else self.target.entry
+        if self.price is not None or self.editor.budget is not None:
+            strength = "price" if self.price is not None else f"budget {self.editor.budget:g}"
+        return self._generate_state_key(name=self.name, energy=strength, **self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a run that goes on with the factors of another one must have in common with it."""
+        return {**self.options.settings, "loop": self.loop, "window": self.window}

@@ -1,0 +1,106 @@
+"""What the losses of a module say on batches that its steps run on again."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch.nn.functional as F
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch.overrides import TorchFunctionMode
+
+from lightning_curvature.distributed import Ranks
+from lightning_curvature.layers.modules import evaluating
+from lightning_curvature.recording.losses import SOFTMAX_LOSSES, softmax_facts
+from lightning_curvature.trainer.measuring import random_state_kept
+from lightning_curvature.trainer.replay import without_trace
+
+Arguments = tuple[Any, ...]
+
+
+class Reading(NamedTuple):
+    """What the softmax losses of some batches say, summed over loss positions.
+
+    Args:
+        nll: Negative log-likelihoods of the targets, in nats.
+        wrong: Loss positions whose most likely class is another than the target.
+        positions: Number of loss positions.
+        examples: Examples of the batches.
+    """
+
+    nll: float = 0.0
+    wrong: int = 0
+    positions: int = 0
+    examples: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Nats per loss position; NaN without any."""
+        return self.nll / self.positions if self.positions else math.nan
+
+    @property
+    def error(self) -> float:
+        """Share of loss positions whose most likely class is another than the target; NaN without any."""
+        return self.wrong / self.positions if self.positions else math.nan
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether each example has one loss position, as in classification; a text has many."""
+        return self.positions <= self.examples
+
+
+def read_losses(
+    trainer: pl.Trainer, module: pl.LightningModule, step: str, batches: Sequence[Arguments], ranks: Ranks
+) -> Reading:
+    """Run a step of a module again, in eval mode without gradients, and return what its losses say. A collective.
+
+    Args:
+        trainer: The Trainer.
+        module: The module; it is left as it was.
+        step: Name of the method.
+        batches: Arguments of the method; of several processes each has its own.
+        ranks: The processes.
+    """
+    num_batches = min(ranks.gather(len(batches)))  # a step may call collectives: all run as many
+    precision, total = trainer.precision_plugin, Reading()
+    with random_state_kept([]), evaluating(module), without_trace(trainer, module):
+        for batch, *indices in batches[:num_batches]:
+            moved = trainer.strategy.batch_to_device(precision.convert_input(batch))
+            with precision.val_step_context(), _LossReader() as reader:
+                getattr(module, step)(moved, *indices)
+            total = _sum([total, reader.reading._replace(examples=extract_batch_size(moved))])
+    return _sum(ranks.gather(total))
+
+
+def _sum(readings: Sequence[Reading]) -> Reading:
+    return Reading(*(sum(values) for values in zip(*readings, strict=True)))
+
+
+class _LossReader(TorchFunctionMode):
+    """Reads each softmax loss that is computed inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = Reading()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in SOFTMAX_LOSSES:
+            self.reading = _sum([self.reading, _reading(func, args, kwargs)])
+        return func(*args, **kwargs)
+
+
+def _reading(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
+    facts = softmax_facts(func, args, kwargs)
+    logits = facts.given["input"].movedim(facts.class_dim, -1)[facts.counted].float()
+    log_p = logits if func is F.nll_loss else logits.log_softmax(-1)
+    target = facts.given["target"]
+    if target.is_floating_point():
+        probabilities = target.movedim(facts.class_dim, -1)[facts.counted]
+        nll, target = -(log_p * probabilities).sum(), probabilities.argmax(-1)
+    else:
+        target = target[facts.counted]
+        nll = -log_p.gather(-1, target[:, None]).sum()
+    return Reading(float(nll), int((logits.argmax(-1) != target).sum()), len(target))
