@@ -127,6 +127,7 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
                 num_inputs=first.num_inputs + second.num_inputs,
                 num_gradients=first.num_gradients + second.num_gradients,
                 num_seen=first.num_seen + second.num_seen,
+                num_losses=first.num_losses + second.num_losses,
                 transposed=first.transposed,
                 A_coupled=_merged_mean(first.A_coupled, first.num_inputs, second.A_coupled, second.num_inputs),
                 G_coupled=_merged_mean(first.G_coupled, first.num_inputs, second.G_coupled, second.num_inputs),
