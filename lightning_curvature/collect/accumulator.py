@@ -151,7 +151,7 @@ class Accumulator:
                 name = rows.call.name
                 if first[name] == name:
                     sums[name].add_inputs(inputs)
-                sums[name].add_gradients(inputs, rows.gradient_rows(), rows.scale, rows.num_seen)
+                sums[name].add_gradients(inputs, rows.gradient_rows(), rows.scale, rows.num_seen, rows.num_losses)
 
     def drain(self) -> None:
         """Take part in what other processes still add, until all are done; here there is nothing to do."""

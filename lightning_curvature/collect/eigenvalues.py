@@ -47,7 +47,7 @@ class EigenvalueSums(LayerSums):
         """Do nothing: :meth:`add_gradients` takes inputs and gradients together."""
 
     @override
-    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int, losses: float) -> None:
         """Add positions; arguments as in :meth:`LayerSums.add_gradients`."""
         basis = self.layer.basis
         dtype = torch.promote_types(inputs.dtype, torch.float32)

@@ -40,6 +40,7 @@ class LayerSums:
         sizes = {"inputs": d_in, "gradients": d_out, "A_coupled": d_in, "G_coupled": d_out}
         self.moments = {name: SecondMoment(sizes[name], device) for name in names}
         self.num_seen = 0
+        self.num_losses = 0.0
         self.transposed = transposed
 
     @property
@@ -65,7 +66,7 @@ class LayerSums:
         """Add the inputs ``[n, d_in]`` at the positions that count. Call it once for all layers with this moment."""
         self.inputs.add(inputs)
 
-    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int) -> None:
+    def add_gradients(self, inputs: Tensor, passes: Sequence[Tensor], scale: float, seen: int, losses: float) -> None:
         """Add the gradients at the same positions.
 
         Args:
@@ -73,6 +74,7 @@ class LayerSums:
             passes: For each backward pass, the gradients at the layer's output at these positions, ``[n, d_out]``.
             scale: Number that multiplies the products of the gradients.
             seen: Positions that went through the layer, counted or not.
+            losses: Loss positions behind the gradients; only a part of one, where a share of the positions is used.
         """
         rows = {"gradients": passes}
         if "A_coupled" in self.moments:
@@ -81,6 +83,7 @@ class LayerSums:
         for name, parts in rows.items():
             self.moments[name].add(*parts, count=len(inputs), scale=scale)
         self.num_seen += seen
+        self.num_losses += losses
 
     @property
     def kind(self) -> LayerKind:
@@ -103,7 +106,7 @@ class LayerSums:
         for name in sums.moments:
             count = layer.num_gradients if name == "gradients" else layer.num_inputs
             sums.moments[name] = SecondMoment.of(means[name], count, errors.get(name))
-        sums.num_seen = layer.num_seen
+        sums.num_seen, sums.num_losses = layer.num_seen, float(layer.num_losses)
         return sums
 
     def merge_(self, other: "LayerSums", with_inputs: bool = True) -> None:
@@ -117,6 +120,7 @@ class LayerSums:
             if with_inputs or name != "inputs":
                 moment.merge_(other.moments[name])
         self.num_seen += other.num_seen
+        self.num_losses += other.num_losses
 
     def over(self, ranks: Ranks, to: int | None = None, inputs: SecondMoment | None = None) -> "LayerSums":
         """Return the sums over all processes, or this object if there is only one process. A collective.
@@ -130,10 +134,12 @@ class LayerSums:
             return self
         merged = LayerSums.zero(self.kind, torch.device("meta"))
         sent = {name: moment.settled() for name, moment in self.moments.items() if inputs is None or name != "inputs"}
-        numbers = [self.num_seen]
+        numbers = [self.num_losses, self.num_seen]
         for moment in sent.values():
-            numbers += [moment.count, moment.groups, int(moment.dtype == torch.float64)]
-        merged.num_seen, *rest = ranks.sum(torch.tensor(numbers)).tolist()
+            numbers += [moment.count, moment.groups, moment.dtype == torch.float64]
+        # The losses may be a fraction; float64 holds all other counts exactly.
+        merged.num_losses, *totals = ranks.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        merged.num_seen, *rest = map(int, totals)
         if inputs is not None:
             merged.tie_inputs(inputs)
         for index, (name, moment) in enumerate(sent.items()):
@@ -153,6 +159,7 @@ class LayerSums:
             for name, moment in self.moments.items()
         }
         part.num_seen = ranks.part(self.num_seen)
+        part.num_losses = float(ranks.part(round(self.num_losses)))
         return part
 
     def factors(self) -> LayerFactors:
@@ -166,6 +173,7 @@ class LayerSums:
             num_inputs=self.inputs.count,
             num_gradients=self.gradients.count,
             num_seen=self.num_seen,
+            num_losses=round(self.num_losses),
             transposed=self.transposed,
             A_error=self.inputs.relative_error(),
             G_error=self.gradients.relative_error(),
@@ -182,6 +190,7 @@ class LayerSums:
         return {
             "moments": {name: moment.state_dict() for name, moment in self.moments.items()},
             "num_seen": self.num_seen,
+            "num_losses": self.num_losses,
             "transposed": self.transposed,
         }
 
@@ -191,6 +200,7 @@ class LayerSums:
             raise ValueError("This state is of a collection of eigenvalues, which holds no factors. Collect anew.")
         self.moments = {name: SecondMoment.from_state_dict(moment) for name, moment in state["moments"].items()}
         self.num_seen = state["num_seen"]
+        self.num_losses = state.get("num_losses", float(self.gradients.count))  # which earlier versions did not count
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "LayerSums":

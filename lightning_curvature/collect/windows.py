@@ -243,6 +243,7 @@ class WindowedFactors:
                     num_inputs=part(layer.num_inputs),
                     num_seen=part(layer.num_seen),
                     num_gradients=part(layer.num_gradients),
+                    num_losses=part(layer.num_losses),
                 )
                 for name, layer in factors.items()
             }

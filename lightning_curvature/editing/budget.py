@@ -28,14 +28,14 @@ class LossCurve(NamedTuple):
 
     Args:
         scores: Scores, float64 ``[n]``, ascending: the middle of each bin that is not empty.
-        losses: What it costs to drop the coefficients of each bin, nats per position, float64 ``[n]``.
+        losses: What it costs to drop the coefficients of each bin, nats per loss position, float64 ``[n]``.
     """
 
     scores: Tensor
     losses: Tensor
 
     def at(self, penalty: float, soft: bool) -> float:
-        """Return the predicted loss of an edit of a penalty, in nats per position."""
+        """Return the predicted loss of an edit of a penalty, in nats per loss position."""
         if soft:
             return float((self.losses * (penalty / (self.scores + penalty)).square()).sum())
         return float(self.losses[self.scores < penalty].sum())
@@ -46,7 +46,7 @@ def loss_curve(scores: Tensor, losses: Tensor) -> LossCurve:
 
     Args:
         scores: Score of each coefficient, float64 ``[d_out, d_in]``, none negative.
-        losses: What it costs to drop it, nats per position, float64 ``[d_out, d_in]``.
+        losses: What it costs to drop it, nats per loss position, float64 ``[d_out, d_in]``.
 
     Example:
         >>> curve = loss_curve(torch.tensor([[1.0, 4.0]]).double(), torch.tensor([[0.5, 8.0]]).double())
@@ -70,7 +70,7 @@ def penalty_of(curves: Iterable[LossCurve], budget: float, soft: bool) -> float:
 
     Args:
         curves: Curve of each layer.
-        budget: Nats per position.
+        budget: Nats per loss position.
         soft: As in :class:`~lightning_curvature.CurvatureEditor`.
 
     Returns:

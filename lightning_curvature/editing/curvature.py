@@ -47,7 +47,7 @@ class CurvatureEditor(WeightEditor):
         min_positions: Positions that each factor of a layer must rest on; a layer with fewer is skipped, with a
             warning. None for as many as the layer's live inputs and outputs, see
             :meth:`lightning_curvature.LayerFactors.too_few_positions`; 0 to skip no layer.
-        budget: Instead of an energy: what the edit is predicted to cost over all its layers, in nats per position. One
+        budget: Instead of an energy: what the edit is predicted to cost over all its layers, in nats per loss position. One
             strength for all layers is found that meets it, see :mod:`lightning_curvature.editing.budget`.
 
     Raises:
@@ -105,7 +105,7 @@ class CurvatureEditor(WeightEditor):
         return editor
 
     def within(self, budget: float) -> Self:
-        """Return the same editor with another budget, in nats per position; it keeps coefficients as :meth:`at`."""
+        """Return the same editor with another budget, in nats per loss position; it keeps coefficients as :meth:`at`."""
         editor = self.at(1.0)
         editor.budget = _check_budget(budget)
         return editor
@@ -202,9 +202,9 @@ class CurvatureEditor(WeightEditor):
 
 def _check_budget(budget: float) -> float:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise TypeError(f"budget must be a number of nats per position, found {budget!r}.")
+        raise TypeError(f"budget must be a number of nats per loss position, found {budget!r}.")
     if not 0.0 < budget < math.inf:
-        raise ValueError(f"budget must be positive, in nats per position, found {budget!r}.")
+        raise ValueError(f"budget must be positive, in nats per loss position, found {budget!r}.")
     return float(budget)
 
 

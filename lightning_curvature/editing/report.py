@@ -28,7 +28,7 @@ class LayerEdit:
         num_gradients: Positions behind the factor of the outputs.
         needed: Positions that the factors should rest on, the larger side of the weight; 0 if no factor is read.
         also: Names of the tensors that are tied to the weight, and edited with it.
-        predicted_loss: Predicted rise of the loss, in nats per position, to second order, see
+        predicted_loss: Predicted rise of the loss, in nats per loss position, to second order, see
             :mod:`lightning_curvature.editing.cost`; None if no factors are known.
         costliest: The coefficient whose change costs most; None if none is known.
         update: ``||W - W0|| / ||W||``, how far the layer is from its reference; None without one.
@@ -94,7 +94,7 @@ class EditReport:
 
     @property
     def predicted_loss(self) -> float | None:
-        """Predicted rise of the loss by all layers, in nats per position; None if that of a layer is not known."""
+        """Predicted rise of the loss by all layers, in nats per loss position; None if that of a layer is not known."""
         costs = [edit.predicted_loss for edit in self.layers.values() if edit.predicted_loss is not None]
         return sum(costs) if len(costs) == len(self.layers) else None
 
@@ -174,7 +174,7 @@ class EditReport:
 
     def _loss_remark(self, total: float) -> str:
         """Return a sentence on the cost of the edit, and on where most of it comes from."""
-        remark = f"Predicted cost: the loss rises by {total:.2g} nats per position (to second order, without data)."
+        remark = f"Predicted cost: the loss rises by {total:.2g} nats per loss position, to second order, without data."
         costs = {name: edit.predicted_loss for name, edit in self.layers.items() if edit.predicted_loss}
         if not costs:
             return remark

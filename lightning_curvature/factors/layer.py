@@ -14,7 +14,7 @@ from lightning_curvature.factors.fingerprints import Fingerprint
 
 OPTIONAL = ("A_coupled", "G_coupled", "eigenvalues", "margins")
 """Tensors of :class:`LayerFactors` that may be missing."""
-COUNTS = ("num_inputs", "num_gradients", "num_seen")
+COUNTS = ("num_inputs", "num_gradients", "num_seen", "num_losses")
 ERRORS = ("A_error", "G_error")
 """Numbers of :class:`LayerFactors` that may be missing."""
 _REST = 1e-3
@@ -31,6 +31,8 @@ class LayerFactors:
         num_inputs: Positions behind ``A``.
         num_gradients: Positions behind ``G`` (positions, not draws).
         num_seen: Positions that went through the layer, counted or not; by default ``num_inputs``.
+        num_losses: Loss positions (rows of logits with a target) behind ``G``; by default ``num_gradients``. Where only
+            a share of the layer's positions was used, that share of them.
         transposed: Whether the layer stores its weight as ``[d_in, d_out]`` (transformers ``Conv1D``).
         A_coupled: ``E[|g|^2 a a^T]``, ``[d_in, d_in]``, for the score ``"coupled"``.
         G_coupled: ``E[|a|^2 g g^T]``, ``[d_out, d_out]``, for the score ``"coupled"``.
@@ -64,6 +66,7 @@ class LayerFactors:
     A_error: float | None = None
     G_error: float | None = None
     weight: Fingerprint | None = None
+    num_losses: int = -1
     copied_from: "LayerFactors | None" = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,11 +89,21 @@ class LayerFactors:
                 raise ValueError(f"{name} must have the shape {list(shape)}, found {list(extra.shape)}.")
         if self.num_seen < 0:
             object.__setattr__(self, "num_seen", self.num_inputs)
+        if self.num_losses < 0:
+            object.__setattr__(self, "num_losses", self.num_gradients)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape ``(d_out, d_in)`` of the weight matrix that these factors describe."""
         return self.G.shape[0], self.A.shape[0]
+
+    @property
+    def positions_per_loss(self) -> float:
+        """Positions of the layer that serve one loss position, on average; never below 1.
+
+        About 1 for a language model, and the number of patches for a layer of a ViT, which has one label for an image.
+        """
+        return max(1.0, self.num_gradients / max(self.num_losses, 1))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -114,7 +127,7 @@ class LayerFactors:
         return {**self.numbers, **self.errors, **({} if self.weight is None else {"weight": dict(self.weight)})}
 
     def digest(self) -> str:
-        """Return a SHA-256 over counts and tensors."""
+        """Return a SHA-256 over the positions behind A and G and the tensors; the other counts do not change it."""
         digest = hashlib.sha256(f"{self.num_inputs}\0{self.num_gradients}\0{self.shape}\0".encode())
         for name, tensor in self.tensors.items():
             digest.update(f"{name}\0".encode())

@@ -1,6 +1,6 @@
 """One call of a watched layer: what it read, and where its output is in the autograd graph."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,8 @@ class BatchGradients:
         mask: Mask of the batch, for ``positions="mask:KEY"``.
         share: Share of the positions that is used, chosen at random.
         seed: Seed of that choice.
+        losses: For each layer, the loss positions behind its gradients (a scalar integer tensor). A layer that is not
+            there has one for each of its positions.
     """
 
     calls: Sequence[LayerCall]
@@ -96,6 +98,7 @@ class BatchGradients:
     mask: Tensor | None = None
     share: float = 1.0
     seed: int = 0
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_curvature.distributed import whole
 from lightning_curvature.recording.calls import LayerCall
+from lightning_curvature.recording.fisher import backpropagate
 from lightning_curvature.recording.graph import leaves_below
 from lightning_curvature.recording.losses import SoftmaxLoss
 
@@ -24,7 +25,7 @@ class DetachedCopy:
     Args:
         leaf: The copy; its memory is that of the activation.
         gradients: What each backward pass for the Fisher sent to it.
-        losses: For ``empirical``, the losses above it.
+        losses: The losses above it.
     """
 
     leaf: Tensor
@@ -89,6 +90,27 @@ def gradients_at(activation: Tensor, copies: Sequence[DetachedCopy], together: b
             part = gradient.as_strided(copy.leaf.shape, copy.leaf.stride(), offset)
             part += whole(received)
     return gradients
+
+
+def hand_on(
+    activation: Tensor, copies: Sequence[DetachedCopy], calls: Sequence[LayerCall], together: bool
+) -> list[tuple[LayerCall, Tensor]]:
+    """Backpropagate from an activation what copies of parts of it received.
+
+    Args:
+        activation: The activation.
+        copies: Copies of parts of it.
+        calls: Calls of layers below it; each has an edge.
+        together: As :func:`gradients_at`.
+
+    Returns:
+        Calls and the gradients at their outputs; a call comes once for each pass that reached it.
+    """
+    as_logits = SoftmaxLoss(activation, activation.dim() - 1, activation.new_empty(0))
+    passes = [backpropagate(as_logits, gradient, calls) for gradient in gradients_at(activation, copies, together)]
+    return [
+        (call, gradient) for sent in passes for call, gradient in zip(calls, sent, strict=True) if gradient is not None
+    ]
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

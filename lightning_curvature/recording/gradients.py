@@ -17,7 +17,7 @@ from lightning_curvature.recording import detached, empirical, fisher, objective
 from lightning_curvature.recording.calls import BatchGradients, LayerCall
 from lightning_curvature.recording.detached import DetachedCopy
 from lightning_curvature.recording.graph import node_of, origin_of, reached
-from lightning_curvature.recording.losses import SoftmaxLoss
+from lightning_curvature.recording.losses import SoftmaxLoss, count_by_layer
 from lightning_curvature.recording.named_logits import find_class_dim, losses_above, with_classes
 from lightning_curvature.recording.network import WatchedNetwork
 from lightning_curvature.recording.options import CollectorOptions
@@ -57,7 +57,7 @@ class StepGradients:
         self._objectives: list[weakref.ref[Tensor]] = []
         self._calls: list[LayerCall] = []
         self._received: dict[LayerCall, list[Tensor]] = {}  # gradients of the Fisher's own passes
-        self._expected: dict[LayerCall, list[SoftmaxLoss]] = {}  # losses whose gradients the training will send there
+        self._losses: dict[LayerCall, list[SoftmaxLoss]] = {}  # whose gradients were, or will be, sent to a call
         self._copies: list[DetachedCopy] = []
         self._heads: set[str] = set()
         self._head: tuple[Node, list[int]] | None = None
@@ -66,12 +66,12 @@ class StepGradients:
     @property
     def is_empty(self) -> bool:
         """Whether no gradient was taken, nor is on its way."""
-        return not (self._received or self._expected)
+        return not self._losses
 
     @property
     def edges(self) -> list[GradientEdge]:
         """Where the calls to which the training will send gradients are in the graph."""
-        return [call.edge for call in self._expected if call.edge is not None]
+        return [call.edge for call in self._losses if call.edge is not None] if self._options.is_empirical else []
 
     def take(self, objective: Tensor | None) -> None:
         """Take the gradients of one backward pass while its graph is alive.
@@ -216,7 +216,7 @@ class StepGradients:
         # Of a loss, what arrives is still to come; its logits are not needed any more.
         kept = [dataclasses.replace(loss, logits=loss.logits.new_empty(0)) for loss in losses]
         for call in calls:
-            self._expected.setdefault(call, []).extend(kept)
+            self._losses.setdefault(call, []).extend(kept)
         self._copies += [DetachedCopy(leaf, [], kept) for leaf in leaves]
 
     def _backpropagate(
@@ -234,13 +234,15 @@ class StepGradients:
             self._num_drawn += 1
             random = torch.Generator(losses[0].logits.device).manual_seed(seed)
             passes = list(fisher.gradient_passes(kind, losses, targets, draws, random, groups))
+        kept = [loss.without_graph() for loss in losses]
         for index, call in enumerate(calls):
             arrived = [gradient for sent in passes if (gradient := sent[index]) is not None]
             if arrived or not passes:  # the logits depend on this call, or there are no positions
                 self._received.setdefault(call, []).extend(arrived)
+                self._losses.setdefault(call, []).extend(kept)
         for index, leaf in enumerate(leaves, len(calls)):
-            gradients = [sent[index] for sent in passes]
-            self._copies.append(DetachedCopy(leaf, [torch.zeros_like(leaf) if g is None else g for g in gradients], []))
+            at_leaf = [torch.zeros_like(leaf) if (sent := received[index]) is None else sent for received in passes]
+            self._copies.append(DetachedCopy(leaf, at_leaf, kept))
 
     def _hand_on(self, activation: Tensor) -> bool:
         """Hand on what detached copies of an activation received; tell whether there are such copies."""
@@ -258,17 +260,14 @@ class StepGradients:
         if not calls:
             self._pass_over(chosen)
             return True
-        if self._options.is_empirical:
-            losses = list({id(loss): loss for copy in copies for loss in copy.losses}.values())
-            for call in calls:
-                self._expected.setdefault(call, []).extend(losses)
-            return True
-        as_logits = SoftmaxLoss(activation, activation.dim() - 1, activation.new_empty(0))
-        with self.taps.own_pass(), self._network.undisturbed():
-            for sent in detached.gradients_at(activation, copies, together=self._options.fisher != "exact"):
-                for call, gradient in zip(calls, fisher.backpropagate(as_logits, sent, calls), strict=True):
-                    if gradient is not None:
-                        self._received.setdefault(call, []).append(gradient)
+        if not self._options.is_empirical:
+            with self.taps.own_pass(), self._network.undisturbed():
+                sent = detached.hand_on(activation, copies, calls, together=self._options.fisher != "exact")
+            for call, gradient in sent:
+                self._received.setdefault(call, []).append(gradient)
+            calls = [call for call in calls if call in self._received]
+        for call in calls:
+            self._losses.setdefault(call, []).extend(dict.fromkeys(loss for copy in copies for loss in copy.losses))
         return True
 
     def finish(self) -> BatchGradients | None:
@@ -285,15 +284,17 @@ class StepGradients:
                     "handed on with activation.backward(gradient). Backpropagate it so, or take detach() away."
                 )
             return None
-        calls = [call for call in self._calls if call in self._received or call in self._expected]
+        calls = [call for call in self._calls if call in self._losses]
+        losses = [self._losses[call] for call in calls]
         scales: list[float | Tensor]
         if self._options.is_empirical:
             gradients = [[] if call.gradient is None else [call.gradient] for call in calls]
-            scales = empirical.scales_of([self._expected[call] for call in calls], gradients)
+            scales = empirical.scales_of(losses, gradients)
         else:
             gradients = [self._received[call] for call in calls]
             scales = [1.0 if self._options.fisher == "exact" else 1.0 / self._options.draws] * len(calls)
         # Only a finished batch is added, and the graph, which an edge keeps, must not outlive it.
         calls = [dataclasses.replace(call, edge=None, arrived=[]) for call in calls]
-        self._calls, self._received, self._expected, self._copies = [], {}, {}, []
-        return BatchGradients(calls, gradients, scales, self._mask, self._options.share, self._seed)
+        self._calls, self._received, self._losses, self._copies = [], {}, {}, []
+        counts = count_by_layer((call.name, behind) for call, behind in zip(calls, losses, strict=True))
+        return BatchGradients(calls, gradients, scales, self._mask, self._options.share, self._seed, counts)

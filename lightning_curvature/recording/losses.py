@@ -1,7 +1,7 @@
 """Softmax losses: what one call says about its logits, and which functions are other losses."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from lightning_curvature.distributed import whole
 
 
 @dataclass(eq=False)
@@ -57,6 +59,18 @@ class SoftmaxLoss:
     def num_classes(self) -> int:
         """Number of classes."""
         return self.logits.shape[self.class_dim]
+
+    def without_graph(self) -> "SoftmaxLoss":
+        """Return what says which loss positions count, and keeps neither logits nor their graph."""
+        return SoftmaxLoss(self.counted.new_empty(0), 0, self.counted)
+
+    @property
+    def num_counted(self) -> Tensor:
+        """Number of loss positions that count, int64 ``[]``; those do not whose weight arrived, and is zero."""
+        factors = [whole(part.factor) for part in (self, *self.twins) if part.factor is not None]
+        used = [factor.reshape(self.counted.shape) != 0 for factor in factors if factor.numel() == self.counted.numel()]
+        counted = self.counted & torch.stack(used).any(0) if len(used) == 1 + len(self.twins) else self.counted
+        return counted.sum()
 
     @property
     def factor(self) -> Tensor | None:
@@ -186,6 +200,24 @@ def every_position(logits: Tensor, class_dim: int) -> Tensor:
     """Return a bool tensor of ones, of the logits' shape without the classes."""
     rows = logits.movedim(class_dim, -1)
     return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+
+
+def count_by_layer(losses: Iterable[tuple[str, Sequence[SoftmaxLoss]]]) -> dict[str, Tensor]:
+    """Return the number of loss positions behind each layer's gradients, int64 ``[]``.
+
+    A loss counts once for a layer, however many of its calls it reaches. Layers with the same losses get one tensor.
+
+    Args:
+        losses: For each call, the name of its layer and the losses behind its gradients.
+    """
+    by_layer: dict[str, dict[SoftmaxLoss, None]] = {}
+    for name, behind in losses:
+        by_layer.setdefault(name, {}).update(dict.fromkeys(behind))
+    counts: dict[tuple[SoftmaxLoss, ...], Tensor] = {}
+    for met in map(tuple, by_layer.values()):
+        if met not in counts:
+            counts[met] = sum((loss.num_counted.to(met[0].counted.device) for loss in met[1:]), met[0].num_counted)
+    return {name: counts[tuple(met)] for name, met in by_layer.items()}
 
 
 def shapes_of(losses: Sequence[SoftmaxLoss]) -> list[list[int]]:

@@ -3,6 +3,7 @@
 An accelerator is waited for once for each batch, in :func:`read_batch`.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -32,6 +33,8 @@ class CallRows:
         positions_key: A number that tells one choice of positions from another, up to a chance of 2**-62.
         index: Where they are, int64 ``[num_counted]``; None if all count.
         num_seen: Positions of the call, or of the share of them that is used.
+        num_losses: Its part of the loss positions behind the layer's gradients, by ``num_seen``: of a layer that is
+            called once, all of them, or that share. Known when the batch has been read.
         key: Equal for two calls that read the same positions of the same tensor in the same way.
     """
 
@@ -44,6 +47,7 @@ class CallRows:
     positions_key: int = 0
     index: Tensor | None = None
     num_seen: int = 0
+    num_losses: float = 0.0
     key: tuple[Any, ...] = field(default=())
 
     def input_rows(self) -> Tensor:
@@ -76,12 +80,14 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
         RuntimeError: If a layer's input was overwritten, or positions cannot be told.
     """
     rows = [_rows_of(call, gradients) for call, gradients in zip(batch.calls, batch.gradients, strict=True)]
+    passed = _positions_by_layer(rows)
     totals, not_zero = _look_at(rows, positions)
     _choose_positions(rows, not_zero, batch, positions)
     device = rows[0].inputs.device
     read = OneRead()
     is_finite = read.ask(torch.isfinite(torch.stack([total.to(device) for total in totals])))
     units = {id(scale): read.ask_float(scale) for scale in batch.scales if isinstance(scale, Tensor)}
+    losses = {name: read.ask(count.reshape(1)) for name, count in batch.losses.items()}
     masked = [call_rows for call_rows in rows if call_rows.counted is not None]
     groups = _of_one_length([(call_rows, call_rows.counted) for call_rows in masked if call_rows.counted is not None])
     answers = []
@@ -94,6 +100,9 @@ def read_batch(batch: BatchGradients, positions: str) -> list[CallRows] | None:
         return None
     for call_rows, scale in zip(rows, batch.scales, strict=True):
         call_rows.scale = units[id(scale)].as_float() if isinstance(scale, Tensor) else scale
+        name = call_rows.call.name
+        num_losses = losses[name].values[0] if name in losses else passed[name]
+        call_rows.num_losses = num_losses * call_rows.num_seen / max(passed[name], 1)
     for group, counts, positions_keys in answers:
         for (call_rows, _), count, positions_key in zip(group, counts.values, positions_keys.values, strict=True):
             call_rows.num_counted, call_rows.positions_key = count, positions_key
@@ -109,6 +118,14 @@ def _rows_of(call: LayerCall, gradients: Sequence[Tensor]) -> CallRows:
     rows = CallRows(call, inputs, [whole(gradient) for gradient in gradients], key=_reading(call))
     rows.num_seen = rows.num_counted = count
     return rows
+
+
+def _positions_by_layer(rows: Sequence[CallRows]) -> Counter[str]:
+    """Return the positions that went through each layer, all of them."""
+    passed = Counter[str]()
+    for call_rows in rows:
+        passed[call_rows.call.name] += call_rows.num_seen
+    return passed
 
 
 def _look_at(rows: Sequence[CallRows], positions: str) -> tuple[list[Tensor], dict[int, list[Tensor]]]:

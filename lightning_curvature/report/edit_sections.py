@@ -82,7 +82,7 @@ def edited_layers(report: Report) -> Iterator[Block]:
             for name, edit in edits.items()
         ],
         "Kept: coefficients of the weight in the curvature basis. Relative change: ||W' - W|| / ||W||. "
-        "Predicted loss: how much the loss of a position rises, in nats, to second order.",
+        "Predicted loss: how much the loss rises, in nats per loss position, to second order.",
     )
     yield picture(plots.layer_map(edits), "How much of each edited layer is kept, and how far it moves.")
 

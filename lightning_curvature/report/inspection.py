@@ -57,6 +57,7 @@ def _describe_factors(path: str | os.PathLike[str]) -> dict[str, Any]:
             "num_inputs": layer.num_inputs,
             "num_gradients": layer.num_gradients,
             "num_seen": layer.num_seen,
+            "num_losses": layer.num_losses,
             "errors": layer.errors,
             "share_of_pairs": {
                 str(energy): select_staircase(lam, mu, energy).kept / (len(lam) * len(mu)) for energy in ENERGIES

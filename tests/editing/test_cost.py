@@ -1,15 +1,18 @@
 """What an edit is predicted to cost."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines.random_basis import RandomBasisEditor
 from lightning_curvature.baselines.svd import SVDEditor
+from lightning_curvature.collect.passes import collect
 from lightning_curvature.editing.bulk import BulkStepEditor
 from lightning_curvature.editing.cost import price
 from lightning_curvature.editing.scores import SCORES
@@ -62,6 +65,43 @@ def test_the_cost_is_exact_on_a_quadratic_model(editor, exponent):
     assert math.ldexp(edit.predicted_loss, -2 * exponent) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("read", [torch.sum, torch.mean], ids=["sum", "mean"])
+@pytest.mark.parametrize("positions", [1, 4])
+def test_equal_positions_of_one_loss_add_up(read, positions):
+    """Where the loss reads the sum or the mean of equal positions, the cost is the second order of its rise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Linear(D_OUT, 3)).double()
+    x = torch.randn(1, 1, D_IN).double().expand(1, positions, D_IN)
+    logits = lambda: model[1](read(model[0](x), dim=1))  # noqa: E731
+    factors = collect(
+        model, [None], lambda _: F.cross_entropy(logits(), torch.tensor([1])), layers=["0"], fisher="exact"
+    )
+    change = 1e-5 * torch.randn(D_OUT, D_IN).double()
+    with torch.no_grad():
+        before = logits().log_softmax(-1)
+        model[0].weight += change
+        rise = float(
+            (before.exp() * (before - logits().log_softmax(-1))).sum()
+        )  # of the loss on the model's own labels
+    for in_basis in (False, True):
+        assert price(change, factors["0"], in_basis).nats == pytest.approx(rise, rel=1e-3, abs=0)
+
+
+def test_an_edit_costs_more_where_positions_serve_one_loss():
+    """By the square of their number; but no less than of single positions, where there are more losses than these."""
+    factors, _ = quadratic_layer()
+    weight = torch.randn(D_OUT, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def edited(num_losses):
+        of_losses = dataclasses.replace(factors, num_losses=num_losses)
+        return CurvatureEditor(0.8).edit_weight("a", weight, of_losses, 0.8, False)[1]
+
+    one, four, less = edited(100), edited(25), edited(400)
+    assert four.predicted_loss == pytest.approx(16 * one.predicted_loss)
+    assert four.costliest.nats == pytest.approx(16 * one.costliest.nats)
+    assert less.predicted_loss == one.predicted_loss
+
+
 def test_the_pair_that_costs_most_is_named():
     """It is the one that a hard edit drops: large in the weight, and of little mass."""
     A, G = torch.diag(torch.tensor([100.0, 1.0, 1.0])), torch.diag(torch.tensor([100.0, 0.1]))
@@ -81,7 +121,7 @@ def test_an_edit_that_keeps_everything_costs_nothing():
     module = nn.Sequential(nn.Linear(D_IN, D_OUT, bias=False, dtype=torch.float64))
     report = CurvatureEditor(1.0).edit(module, KroneckerFactors({"0": factors}))
     assert report.predicted_loss == 0.0
-    assert "the loss rises by 0 nats per position (to second order, without data)." in str(report)
+    assert "the loss rises by 0 nats per loss position, to second order, without data." in str(report)
     assert price(torch.zeros(D_OUT, D_IN), factors).pair is None
 
 

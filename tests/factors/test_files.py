@@ -12,7 +12,9 @@ from tests.support.factors import layer
 
 
 def test_round_trip(tmp_path):
-    factors = KroneckerFactors({"a.b": layer(num_seen=20), "c": layer(1, transposed=True)}, {"fisher": "sketched"})
+    factors = KroneckerFactors(
+        {"a.b": layer(num_seen=20, num_losses=4), "c": layer(1, transposed=True)}, {"fisher": "sketched"}
+    )
     factors.save(tmp_path / "new" / "f.safetensors")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["f.safetensors"]
     loaded = KroneckerFactors.load(tmp_path / "new" / "f.safetensors")
@@ -22,17 +24,15 @@ def test_round_trip(tmp_path):
         loaded_layer = loaded[name]
         assert torch.equal(layer_factors.A, loaded_layer.A)
         assert torch.equal(layer_factors.G, loaded_layer.G)
-        assert (
-            layer_factors.num_inputs,
-            layer_factors.num_gradients,
-            layer_factors.num_seen,
-            layer_factors.transposed,
-        ) == (
-            loaded_layer.num_inputs,
-            loaded_layer.num_gradients,
-            loaded_layer.num_seen,
-            loaded_layer.transposed,
-        )
+        assert layer_factors.numbers == loaded_layer.numbers
+    assert loaded["a.b"].numbers == {
+        "num_inputs": 10,
+        "num_gradients": 10,
+        "num_seen": 20,
+        "num_losses": 4,
+        "transposed": False,
+    }
+    assert loaded.digest() == KroneckerFactors({"a.b": layer(), "c": layer(1)}).digest()  # of positions and tensors
     with safe_open(tmp_path / "new" / "f.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"a.b.A", "a.b.G", "c.A", "c.G"}
 

@@ -70,6 +70,7 @@ def test_factors_have_the_same_numbers(name):
     torch.testing.assert_close(factors["net.0"].A, x.T @ x / ROWS)
     assert factors.digest() == describe(DATA / "run-edited.ckpt")["edit"]["factors"]
     assert KroneckerFactors.open(DATA / name).digest() == factors.digest()
+    assert [layer.num_losses for layer in factors.values()] == [3 * ROWS, 3 * ROWS]  # one for each position
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DATA.iterdir() if path.suffix != ".md"))
@@ -109,6 +110,7 @@ def test_a_resumed_run_goes_on_collecting(tmp_path):
     trainer, callback = fit(5, tmp_path, ckpt_path=DATA / "run.ckpt", weights_only=True)
     assert trainer.global_step == 30
     assert callback.factors.counts() == {"net.0": 5 * ROWS, "net.2": 5 * ROWS}
+    assert [layer.num_losses for layer in callback.factors.values()] == [5 * ROWS, 5 * ROWS]
     old = KroneckerFactors.load(DATA / "factors.safetensors")
     torch.testing.assert_close(callback.factors["net.0"].A, old["net.0"].A)
     assert not torch.equal(callback.factors["net.2"].A, old["net.2"].A)
