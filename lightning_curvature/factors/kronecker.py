@@ -123,7 +123,6 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
                 raise ValueError(
                     f"Cannot merge factors of other layers: only in one are {sorted(set(self) ^ set(other))}."
                 )
-<<<<<<< HEAD
         merged, means = {}, dict[tuple[tuple[str, float], ...], Tensor]()
         ties = [source.tied_inputs() for source in sources]
         for name in self:
@@ -134,29 +133,6 @@ class KroneckerFactors(Mapping[str, LayerFactors]):
             if key not in means:
                 means[key] = weighted_mean([layer.A for layer in layers], counts)
             merged[name] = merged_layer(layers, weights, means[key])
-=======
-            pair = (tied[name], first.num_inputs, tied_in_other[name], second.num_inputs)
-            if pair not in means:
-                means[pair] = _weighted_mean(first.A, first.num_inputs, second.A, second.num_inputs)
-            merged[name] = LayerFactors(
-                A=means[pair],
-                G=_weighted_mean(first.G, first.num_gradients, second.G, second.num_gradients),
-                num_inputs=first.num_inputs + second.num_inputs,
-                num_gradients=first.num_gradients + second.num_gradients,
-                num_seen=first.num_seen + second.num_seen,
-                num_losses=first.num_losses + second.num_losses,
-                transposed=first.transposed,
-                A_coupled=_merged_mean(first.A_coupled, first.num_inputs, second.A_coupled, second.num_inputs),
-                G_coupled=_merged_mean(first.G_coupled, first.num_inputs, second.G_coupled, second.num_inputs),
-                A_error=_merged_error(
-                    first.A, first.num_inputs, first.A_error, second.A, second.num_inputs, second.A_error
-                ),
-                G_error=_merged_error(
-                    first.G, first.num_gradients, first.G_error, second.G, second.num_gradients, second.G_error
-                ),
-                weight=first.weight if first.weight == second.weight else None,
-            )
->>>>>>> losses
         return KroneckerFactors(merged, self.provenance)
 
     def save(self, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None) -> None:

@@ -35,6 +35,7 @@ def merged_layer(layers: Sequence[LayerFactors], weights: Sequence[float] | None
         num_inputs=sum(layer.num_inputs for layer in layers),
         num_gradients=sum(layer.num_gradients for layer in layers),
         num_seen=sum(layer.num_seen for layer in layers),
+        num_losses=sum(layer.num_losses for layer in layers),
         transposed=first.transposed,
         A_coupled=_mean_of_all([layer.A_coupled for layer in layers], inputs),
         G_coupled=_mean_of_all([layer.G_coupled for layer in layers], inputs),

@@ -23,6 +23,7 @@ from lightning_curvature.trainer.problems import Problems
 from lightning_curvature.trainer.run import CollectedRun
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker, Siblings
 
+
 class CallbackBase(CallbackArguments):
     """Results of :class:`~lightning_curvature.KFACEditCallback`, and its copies.
 

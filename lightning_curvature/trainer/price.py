@@ -42,7 +42,9 @@ class MeasuredPrice:
         """Forget the batches, since a loop begins whose steps are of a name."""
         self._step, self._batches = step, {}
 
-    def add(self, module: pl.LightningModule, batch: Any, batch_idx: int, loader: int = 0, num_loaders: int = 1) -> None:
+    def add(
+        self, module: pl.LightningModule, batch: Any, batch_idx: int, loader: int = 0, num_loaders: int = 1
+    ) -> None:
         """Keep a batch of the loop if there is room, with the other arguments of its step."""
         kept = self._batches.setdefault(loader, [])
         if len(kept) < BATCHES:
