@@ -47,8 +47,8 @@ class CurvatureEditor(WeightEditor):
         min_positions: Positions that each factor of a layer must rest on; a layer with fewer is skipped, with a
             warning. None for as many as the layer's live inputs and outputs, see
             :meth:`lightning_curvature.LayerFactors.too_few_positions`; 0 to skip no layer.
-        budget: Instead of an energy: what the edit is predicted to cost over all its layers, in nats per loss position. One
-            strength for all layers is found that meets it, see :mod:`lightning_curvature.editing.budget`.
+        budget: Instead of an energy: what the edit is predicted to cost over all its layers, in nats per loss position.
+            One strength for all layers is found that meets it, see :mod:`lightning_curvature.editing.budget`.
 
     Raises:
         TypeError: As :class:`lightning_curvature.editing.base.Editor`.
@@ -105,10 +105,14 @@ class CurvatureEditor(WeightEditor):
         return editor
 
     def within(self, budget: float) -> Self:
-        """Return the same editor with another budget, in nats per loss position; it keeps coefficients as :meth:`at`."""
+        """Return the same editor with a budget, in nats per loss position; it keeps coefficients as :meth:`at`."""
         editor = self.at(1.0)
-        editor.budget = _check_budget(budget)
+        editor.use_budget(budget)
         return editor
+
+    def use_budget(self, budget: float) -> None:
+        """Take another budget, in nats per loss position, in the place of an energy or a budget."""
+        self.energy, self.budget, self.penalty = 1.0, _check_budget(budget), None
 
     @override
     def energies(self, factors: KroneckerFactors) -> dict[str, float]:

@@ -62,6 +62,18 @@ class Purchase:
     points: Mapping[float, Costs]
     held_out: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        if not self.budget:
+            tried = ", ".join(f"{budget:.2g} nats: {_listed(costs)}" for budget, costs in self.points.items() if budget)
+            return f"No edit stays within the price. Before: {_listed(self.before)}; predicted to cost {tried}."
+        lines = [
+            f"The strongest edit within the price is predicted to cost {self.predicted:.2g} nats. On what it was "
+            f"chosen on: {_listed(self.before)} before, {_listed(self.after)} after."
+        ]
+        for name, (before, after) in self.held_out.items():
+            lines.append(f"On other batches: {name} {before:.4g} before, {after:.4g} after.")
+        return "\n".join(lines)
+
 
 def spend(
     editor: CurvatureEditor,
@@ -96,6 +108,10 @@ def spend(
         budget = _next(points, price, everything=report.keeps_nothing)
     chosen, _ = _bracket(points, price)
     return Purchase(chosen, predicted[chosen], points[0.0], points[chosen], dict(sorted(points.items())))
+
+
+def _listed(costs: Costs) -> str:
+    return ", ".join(f"{name} {cost:.4g}" for name, cost in costs.items())
 
 
 def _bracket(points: Mapping[float, Costs], price: Price) -> tuple[float, float]:

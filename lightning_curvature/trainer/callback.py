@@ -138,6 +138,8 @@ class KFACEditCallback(CallbackBase):
     ) -> None:
         """Add the batch, and end the window if it is full. Lightning calls it after each training step."""
         run, step = self.run, self._step
+        if self.price is not None and not trainer.enable_validation and pl_module.automatic_optimization:
+            self.price.add(pl_module, batch, batch_idx)
         if run is None:
             return
         try:
@@ -165,7 +167,11 @@ class KFACEditCallback(CallbackBase):
     @never_ends_a_fit
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the validation steps, if this is where to collect. Lightning calls it before their first one."""
-        if trainer.sanity_checking or not self._collects_in_validation or self._problems.given_up:
+        if trainer.sanity_checking or self._problems.given_up:
+            return
+        if self.price is not None:
+            self.price.start("validation_step")
+        if not self._collects_in_validation:
             return
         if not self._in_fit:
             self.probes.check_loaders(trainer, pl_module, self.target)
@@ -173,6 +179,21 @@ class KFACEditCallback(CallbackBase):
         if run is not None:
             run.windows.start(complete=False)
             self._validation_hooks.enter_context(collected_from(pl_module, run.collector))
+
+    @never_ends_a_fit
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the batch to measure the price of the edit on. Lightning calls it after each validation step."""
+        if self.price is not None and not trainer.sanity_checking and not self._problems.given_up:
+            loaders = trainer.num_val_batches
+            self.price.add(pl_module, batch, batch_idx, dataloader_idx, len(loaders) if loaders else 1)
 
     @never_ends_a_fit
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,6 +214,8 @@ class KFACEditCallback(CallbackBase):
         run = self.run
         # After a fit the factors are known; its other processes need not be here.
         if run is not None and (run.windows.factors if run.is_fitted else run.windows.synchronise()):
+            if self._collects_in_validation:
+                self._outcome.spend(trainer, pl_module, self.factors)
             self._outcome.search(trainer, pl_module, self.factors)
             if results := self._outcome.measure(trainer, pl_module, self.factors, may_fail=self._in_fit):
                 pl_module.log_dict(results)
@@ -221,6 +244,7 @@ class KFACEditCallback(CallbackBase):
         run.is_fitted = True
         if self.loop == "train":
             self._outcome.tell_silent(run.windows.silent, run.collector.network.frozen, may_fail=True)
+            self._outcome.spend(trainer, pl_module, self.factors)
             self._outcome.search(trainer, pl_module, self.factors)
             results = self._outcome.measure(trainer, pl_module, self.factors, may_fail=True)
             for logger in trainer.loggers:

@@ -20,7 +20,9 @@ from lightning_curvature.factors.decomposition import FaultyLayerError
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.memory import edit_seconds
 from lightning_curvature.search.energy import Match
+from lightning_curvature.search.price import Purchase
 from lightning_curvature.trainer.measuring import before_after
+from lightning_curvature.trainer.price import PREDICTED, MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.target import Target
 
@@ -35,21 +37,30 @@ class Outcome:
         target: What the edit may cost; None if the energy is given.
         probes: Data on which the model is measured.
         prefix: First part of the names under which results of probes are logged.
+        price: Measures what an edit costs, if neither a target nor a strength is given.
 
     Attributes:
         report: What an edit of the live weights does.
-        match: The energy of the target, and what it costs.
+        match: The energy of the target, or the budget that the price allows, and what it costs.
         probe_results: By ``{prefix}/{probe}/{metric}/before|after``.
         copies: What was done to each edited copy, by its path.
     """
 
-    def __init__(self, editor: CurvatureEditor, target: Target | None, probes: Probes, prefix: str) -> None:
+    def __init__(
+        self,
+        editor: CurvatureEditor,
+        target: Target | None,
+        probes: Probes,
+        prefix: str,
+        price: MeasuredPrice | None = None,
+    ) -> None:
         self.report: EditReport | None = None
-        self.match: Match | None = None
+        self.match: Match | Purchase | None = None
         self.probe_results: dict[str, float] = {}
         self.copies: dict[str, EditReport] = {}
         self._editor = editor
         self._target = target
+        self._price = price
         self._probes = probes
         self._prefix = prefix
         self._started = time.monotonic()
@@ -71,18 +82,36 @@ class Outcome:
         """Whether there is a target whose energy was not found yet."""
         return self._target is not None and self.match is None
 
+    def spend(self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors) -> None:
+        """Find the strongest edit within the price, if one is measured."""
+        if self._price is None:
+            return
+        self._editor.use_budget(PREDICTED)
+        purchase = self._price.find(trainer, module, self._editor, factors)
+        if purchase is None:
+            return
+        self.match = purchase
+        if purchase.budget:
+            self._editor.use_budget(purchase.budget)
+            rank_zero_info(f"\n{purchase}")
+        else:
+            self._editor.budget = None
+            self._editor.energy = 1.0
+            rank_zero_warn(f"The edited copies are what the checkpoints are. {purchase}")
+
     def search(self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors) -> None:
         """Find the energy of the target, if there is one."""
         if self._target is None:
             return
-        self.match = self._probes.match(trainer, module, self._editor.at(1.0), factors, self._target)
-        if self.match is not None:
-            self._editor.energy = self.match.energy
-            rank_zero_info(f"{self._target}: energy {self.match.energy:.4g}, {self.match.value:.4f} times")
+        match = self._probes.match(trainer, module, self._editor.at(1.0), factors, self._target)
+        self.match = match
+        if match is not None:
+            self._editor.energy = match.energy
+            rank_zero_info(f"{self._target}: energy {match.energy:.4g}, {match.value:.4f} times")
 
     def state(self) -> dict[str, Any]:
         """Return the energy that was found, as primitives; empty if there is none."""
-        if self._target is None or self.match is None:
+        if self._target is None or not isinstance(self.match, Match):
             return {}
         return {"match": {"target": self._target.entry, "energy": self.match.energy, "value": self.match.value}}
 
@@ -91,7 +120,7 @@ class Outcome:
         saved = state.get("match")
         if saved and self._target is not None and saved["target"] == self._target.entry:
             self.match = Match(saved["energy"], saved["value"], {saved["energy"]: saved["value"]})
-            self._editor.energy = self.match.energy
+            self._editor.energy = saved["energy"]
 
     def measure(
         self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors, may_fail: bool

@@ -95,7 +95,7 @@ class MeasuredPrice:
     def _read(
         self, trainer: pl.Trainer, module: pl.LightningModule, editor: CurvatureEditor, part: int
     ) -> dict[str, Reading]:
-        """Return what one half of the batches says, by the name of the cost; nothing if a loader has one batch alone."""
+        """Return what one half of the batches says, by the name of the cost; nothing of a loader without any."""
         readings = {}
         for loader in sorted(set().union(*editor.ranks.gather(set(self._batches)))):
             batches = self._batches.get(loader, [])[part::2]
