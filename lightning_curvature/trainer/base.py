@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from lightning_curvature.distributed import Ranks
+from lightning_curvature.editing.reference import Reference
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.recording.step import Step
@@ -19,7 +21,7 @@ from lightning_curvature.trainer.edited_copy import LaterCopy
 from lightning_curvature.trainer.outcome import Outcome
 from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
-from lightning_curvature.trainer.problems import Problems
+from lightning_curvature.trainer.problems import Problems, never_ends_a_fit
 from lightning_curvature.trainer.run import CollectedRun
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker, Siblings
 
@@ -41,6 +43,7 @@ class CallbackBase(CallbackArguments):
         self._outcome = Outcome(self.editor, self.target, self.probes, prefix, self.price)
         self._problems = Problems()
         self._factors = factors
+        self._start: dict[str, Tensor] | None = None
         self.run: CollectedRun | None = None
         self._step: Step | None = None
         self._prepared: CollectedRun | None = None
@@ -81,6 +84,20 @@ class CallbackBase(CallbackArguments):
     def problem(self) -> str | None:
         """Why the callback stopped, or collected nothing from a step, in the latest run; None if all went well."""
         return self._problems.first
+
+    @never_ends_a_fit
+    def _keep_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Keep the weights that the run begins with, on the CPU; those of a run that goes on are in its checkpoint."""
+        if not self.keeps_start:
+            return
+        if self._start is None or trainer.ckpt_path is None:
+            weights = dict(module.named_parameters())
+            if any(hasattr(weight, "full_tensor") for weight in weights.values()):
+                raise ValueError(
+                    "reference='start' keeps no sharded weights. Name the checkpoint that they come from: a path."
+                )
+            self._start = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+        self.editor.reference = Reference(self._start)
 
     def _abort_step(self) -> None:
         """Drop the step that is being recorded, and its hooks."""

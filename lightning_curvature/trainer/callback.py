@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_curvature.checkpoints.facts import checkpoint_note
@@ -54,6 +55,11 @@ class KFACEditCallback(CallbackBase):
         if stage not in ("fit", "validate"):
             return
         in_fit = stage == "fit"
+        if self.keeps_start and not in_fit and self._start is None:
+            raise MisconfigurationException(
+                "reference='start' is for a fit, whose first weights it keeps. Name the checkpoint that the model was "
+                "fine-tuned from: reference=PATH."
+            )
         self._saves_averages = check_trainer(self, KFACEditCallback, trainer, self.loop == "validation", in_fit)
         self._in_fit, self._module, self._problems = in_fit, pl_module, Problems()
         self._siblings = Siblings.of(trainer.strategy)
@@ -108,6 +114,7 @@ class KFACEditCallback(CallbackBase):
             raise
         except Exception as error:  # noqa: BLE001  # of modules that are not what their class says
             self._problems.meet(error)
+        self._keep_start(trainer, pl_module)
         self.probes.check_loaders(trainer, pl_module, self.target)
 
     @never_ends_a_fit
@@ -290,10 +297,11 @@ class KFACEditCallback(CallbackBase):
             self._siblings.waits = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what tells a resumed run that the factor file beside the checkpoint belongs to it; primitives."""
+        """Return what tells a resumed run that the factor file beside the checkpoint belongs to it, and the start."""
         run = self._run_of_module()
         state = {**({} if run is None else run.windows.state_dict()), **self._outcome.state()}
-        return {"name": self.name, **state} if state else {}
+        start = {} if self._start is None else {"start": self._start}
+        return {"name": self.name, **state, **start} if state or start else {}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -302,6 +310,8 @@ class KFACEditCallback(CallbackBase):
         if trainer.state.fn == "fit" and (note := checkpoint_note(checkpoint)) is not None:
             rank_zero_warn(f"Training goes on from {trainer.ckpt_path}. {note}")
         state = self._saved_state(checkpoint)
+        if trainer.state.fn == "fit" and state and self.keeps_start:
+            self._start = state.pop("start", None)
         if trainer.state.fn != "fit" or not state or self._siblings is None:
             return
         try:
