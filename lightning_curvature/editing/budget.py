@@ -13,6 +13,7 @@ Source: MacKay 1992, "A practical Bayesian framework for backpropagation network
 prior); LeCun et al. 1989, Optimal Brain Damage (the price of a coefficient).
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -77,20 +78,27 @@ def penalty_of(curves: Iterable[LossCurve], budget: float, soft: bool) -> float:
         The penalty; infinite if dropping everything is within the budget, 0 if nothing is.
     """
     curves = list(curves)
-    together = LossCurve(torch.cat([c.scores for c in curves]), torch.cat([c.losses for c in curves]))
-    if float(together.losses.sum()) <= budget:
-        return float("inf")
-    live = together.scores[together.scores > 0].log2()
+    scores, losses = (torch.cat([curve[i] for curve in curves]) for i in range(2))
+    if float(losses.sum()) <= budget:
+        return math.inf
+    scores, order = scores.sort()
+    if float(losses[scores == 0].sum()) > budget:
+        return 0.0
+    if not soft:  # bins lie on one grid: what lies below the lower end of a bin are the bins before it
+        within = int((losses[order].cumsum(0) <= budget).sum())
+        return float(scores[within]) * 2 ** (-0.5 / _STEPS)
+    together = LossCurve(scores, losses[order])
+    live = scores[scores > 0].log2()
     low, high = float(live.min()) - 60, float(live.max()) + 60
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if together.at(2.0**middle, soft) <= budget else (low, middle)
-    return 2.0**low if together.at(2.0**low, soft) <= budget else 0.0
+    return 2.0**low
 
 
 def kept_shares(scores: Tensor, penalty: float, soft: bool) -> Tensor:
     """Return the share of each coefficient that an edit of a penalty keeps, float64 ``[d_out, d_in]``."""
-    if penalty == float("inf"):
+    if penalty == math.inf:
         return torch.zeros_like(scores)
     if not soft:
         return ((scores >= penalty) & (scores > 0)).to(scores)

@@ -131,7 +131,7 @@ class CurvatureEditor(WeightEditor):
                 continue  # which the edit of the layer meets, too
         gathered = [curve for of_rank in self.ranks.gather(list(curves.values())) for curve in of_rank]
         editor = copy.copy(self)
-        editor.penalty = penalty_of(gathered, self.budget, self.soft)
+        editor.penalty = penalty_of(gathered, self.budget, self.soft) if gathered else 0.0
         return editor
 
     def _curve(self, weight: Tensor, factors: LayerFactors) -> LossCurve:

@@ -29,17 +29,27 @@ class Price:
     """What an edit may cost.
 
     Args:
-        allowed: By name of a cost, how far it may rise above its lowest point; nothing may exceed this.
+        allowed: By name of a cost, how far it may rise, and whether above its lowest point on the path, or above that
+            of the unedited model. Nothing may exceed this.
         start: Predicted loss at which to start, in nats.
     """
 
-    allowed: Costs
+    allowed: Mapping[str, tuple[float, bool]]
     start: float
 
-    def excess(self, costs: Costs, lowest: Costs) -> float:
-        """Return the largest rise of a cost, as a multiple of what is allowed; infinite where one is no number."""
-        rises = [(costs[name] - lowest[name]) / allowed for name, allowed in self.allowed.items()]
-        return max((rise if math.isfinite(rise) else math.inf for rise in rises), default=0.0)
+    def excess(self, costs: Costs, points: Mapping[float, Costs]) -> float:
+        """Return the largest rise of a cost, as a multiple of what is allowed; infinite where one is no number.
+
+        Args:
+            costs: Costs of an edit.
+            points: Costs of all edits that were measured, by budget; 0 is the unedited model.
+        """
+        rises = []
+        for name, (allowed, from_lowest) in self.allowed.items():
+            base = min(point[name] for point in points.values()) if from_lowest else points[0.0][name]
+            rise = (costs[name] - base) / allowed
+            rises.append(rise if math.isfinite(rise) else math.inf)
+        return max(rises, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ def spend(
     factors: KroneckerFactors,
     measure: Callable[[], Costs],
     price: Price,
+    before: Costs | None = None,
 ) -> Purchase:
     """Find the strongest edit within a price.
 
@@ -90,6 +101,7 @@ def spend(
         factors: Its factors.
         measure: Returns the costs of the module as it is, on data to choose by: lower is better. Report on other data.
         price: What the edit may cost.
+        before: The costs of the unedited module, if they are known already.
 
     Returns:
         The edit. No milder edit that was measured exceeds the price.
@@ -97,7 +109,7 @@ def spend(
     Raises:
         ValueError: As :meth:`~lightning_curvature.CurvatureEditor.edit`.
     """
-    points: dict[float, Costs] = {0.0: measure()}
+    points: dict[float, Costs] = {0.0: measure() if before is None else before}
     predicted, trial = {0.0: 0.0}, editor.within(price.start)
     budget: float | None = price.start
     while budget is not None and len(points) <= MOST:
@@ -116,10 +128,8 @@ def _listed(costs: Costs) -> str:
 
 def _bracket(points: Mapping[float, Costs], price: Price) -> tuple[float, float]:
     """Return the largest budget below which nothing exceeds the price, and the smallest one that does, or infinity."""
-    lowest = {
-        name: min(costs[name] for costs in points.values() if costs[name] == costs[name]) for name in price.allowed
-    }
-    beyond = min((b for b, costs in points.items() if price.excess(costs, lowest) > 1.0 and b > 0.0), default=math.inf)
+    exceeding = [budget for budget, costs in points.items() if budget > 0.0 and price.excess(costs, points) > 1.0]
+    beyond = min(exceeding, default=math.inf)
     return max(b for b in points if b < beyond), beyond
 
 
@@ -136,5 +146,9 @@ def _next(points: Mapping[float, Costs], price: Price, everything: bool) -> floa
         return None if everything else within * STEP
     if within == 0.0:
         return beyond / STEP
+    for name, (_, from_lowest) in price.allowed.items():  # a lowest point is one between two that are higher
+        lowest = min(points, key=lambda budget: (points[budget][name], budget))
+        if from_lowest and lowest > 0.0 and not any(lowest / STEP <= budget < lowest for budget in points):
+            return lowest / STEP
     is_near = beyond / within <= STEP ** (0.5**REFINEMENTS) * 1.01
     return None if is_near else math.sqrt(within * beyond)

@@ -145,8 +145,6 @@ class KFACEditCallback(CallbackBase):
     ) -> None:
         """Add the batch, and end the window if it is full. Lightning calls it after each training step."""
         run, step = self.run, self._step
-        if self.price is not None and not trainer.enable_validation and pl_module.automatic_optimization:
-            self.price.add(pl_module, batch, batch_idx)
         if run is None:
             return
         try:
@@ -177,7 +175,7 @@ class KFACEditCallback(CallbackBase):
         if trainer.sanity_checking or self._problems.given_up:
             return
         if self.price is not None:
-            self.price.start("validation_step")
+            self.price.start()
         if not self._collects_in_validation:
             return
         if not self._in_fit:
@@ -221,7 +219,7 @@ class KFACEditCallback(CallbackBase):
         run = self.run
         # After a fit the factors are known; its other processes need not be here.
         if run is not None and (run.windows.factors if run.is_fitted else run.windows.synchronise()):
-            if self._collects_in_validation:
+            if not self._in_fit:
                 self._outcome.spend(trainer, pl_module, self.factors)
             self._outcome.search(trainer, pl_module, self.factors)
             if results := self._outcome.measure(trainer, pl_module, self.factors, may_fail=self._in_fit):
@@ -249,9 +247,9 @@ class KFACEditCallback(CallbackBase):
             rank_zero_warn(no_data_message(nothing))
             return
         run.is_fitted = True
+        self._outcome.spend(trainer, pl_module, self.factors)
         if self.loop == "train":
             self._outcome.tell_silent(run.windows.silent, run.collector.network.frozen, may_fail=True)
-            self._outcome.spend(trainer, pl_module, self.factors)
             self._outcome.search(trainer, pl_module, self.factors)
             results = self._outcome.measure(trainer, pl_module, self.factors, may_fail=True)
             for logger in trainer.loggers:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_curvature.editing.curvature import CurvatureEditor
@@ -27,64 +27,77 @@ PREDICTED = 0.02
 
 
 class MeasuredPrice:
-    """Keeps batches of a run, and finds the strongest edit whose cost on them is within the price.
+    """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
 
-    For a classifier the cost is the error on validation batches: its loss falls when over-confidence goes, also where
-    classes are lost. For a text it is the loss of a token. Both are counted from the lowest point on the path of ever
-    stronger edits. Without a validation loop the batches are those of training.
+    For a text the cost is the loss of a token, for a classifier the error. Both are counted from the lowest point on
+    the path of ever stronger edits. The loss of a classifier falls when over-confidence goes, also where classes are
+    lost: it may not become higher than it was. Batches that were trained on tell no price: to forget them is what an
+    edit is for.
     """
 
     def __init__(self) -> None:
-        self._step = ""
         self._batches: dict[int, list[Arguments]] = {}  # by dataloader
 
-    def start(self, step: str) -> None:
-        """Forget the batches, since a loop begins whose steps are of a name."""
-        self._step, self._batches = step, {}
+    def start(self) -> None:
+        """Forget the batches, since a validation begins."""
+        self._batches = {}
 
     def add(
         self, module: pl.LightningModule, batch: Any, batch_idx: int, loader: int = 0, num_loaders: int = 1
     ) -> None:
-        """Keep a batch of the loop if there is room, with the other arguments of its step."""
+        """Keep a batch of the validation if there is room, with the other arguments of its step."""
         kept = self._batches.setdefault(loader, [])
         if len(kept) < BATCHES:
-            step = getattr(module, self._step)
-            indices = [batch_idx] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else []
-            indices += [loader] if num_loaders > 1 else []
+            takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
+            indices = [*([batch_idx] if takes_index else []), *([loader] if num_loaders > 1 else [])]
             kept.append((move_data_to_device(batch, torch.device("cpu")), *indices))
 
     def find(
         self, trainer: pl.Trainer, module: pl.LightningModule, editor: CurvatureEditor, factors: KroneckerFactors
     ) -> Purchase | None:
-        """Return the strongest edit within the price; None, with a warning, if nothing can be measured. A collective.
+        """Return the strongest edit within the price; None, which is told, if nothing can be measured. A collective.
 
         Args:
             trainer: The Trainer.
             module: The module; it is left as it was.
-            editor: Edits it; its budget does not matter.
+            editor: Edits it; its budget is the one of an edit that is not measured.
             factors: Its factors.
         """
+        instead = (
+            f"The edit is one that is predicted to cost {editor.budget:g} nats. Measure what it does, or say what it "
+            "may cost: target=, budget= or energy=."
+        )
         try:
-            return self._find(trainer, module, editor, factors)
+            purchase = self._find(trainer, module, editor, factors)
         except Exception as error:  # noqa: BLE001  # of code that is the user's
-            self._tell(editor, f"{type(error).__name__}: {error}")
-        return None
+            rank_zero_warn(f"The price of the edit could not be measured: {type(error).__name__}: {error}. {instead}")
+            return None
+        if purchase is None:
+            reason = "validation_step computed no softmax loss" if self._batches else "there was no validation"
+            rank_zero_info(f"The price of the edit was not measured, since {reason}. {instead}")
+        return purchase
 
     def _find(
         self, trainer: pl.Trainer, module: pl.LightningModule, editor: CurvatureEditor, factors: KroneckerFactors
     ) -> Purchase | None:
         first = self._read(trainer, module, editor, 0)
-        if not first or any(reading.positions == 0 for reading in first.values()):
-            self._tell(editor, f"no softmax loss was seen in {self._step or 'a validation'}")
+        if not first:
             return None
         of_classes = all(reading.of_classes for reading in first.values())
-        allowed = dict.fromkeys(first, CLASS_RISE if of_classes else TEXT_RISE)
 
         def measure(part: int = 0) -> Mapping[str, float]:
             readings = self._read(trainer, module, editor, part)
-            return {name: reading.error if of_classes else reading.loss for name, reading in readings.items()}
+            losses = {f"{name} loss": reading.loss for name, reading in readings.items()}
+            errors = {f"{name} error": reading.error for name, reading in readings.items()}
+            return {**errors, **losses} if of_classes else losses
 
-        purchase = spend(editor, module, factors, measure, Price(allowed, PREDICTED))
+        def price(name: str) -> tuple[float, bool]:
+            return (CLASS_RISE, True) if name.endswith("error") else (TEXT_RISE, not of_classes)
+
+        costs = measure()
+        purchase = spend(
+            editor, module, factors, measure, Price({name: price(name) for name in costs}, PREDICTED), costs
+        )
         before = measure(1)
         if not before or not purchase.budget:
             return purchase
@@ -99,15 +112,7 @@ class MeasuredPrice:
         readings = {}
         for loader in sorted(set().union(*editor.ranks.gather(set(self._batches)))):
             batches = self._batches.get(loader, [])[part::2]
-            reading = read_losses(trainer, module, self._step, batches, editor.ranks)
+            reading = read_losses(trainer, module, batches, editor.ranks)
             if reading.positions:
-                name = self._step.removesuffix("_step")
-                readings[f"{name} {loader}" if len(self._batches) > 1 else name] = reading
+                readings[f"validation {loader}" if len(self._batches) > 1 else "validation"] = reading
         return readings
-
-    def _tell(self, editor: CurvatureEditor, reason: str) -> None:
-        rank_zero_warn(
-            f"The price of the edit could not be measured ({reason}). The edit is one that is predicted to cost "
-            f"{editor.budget:g} nats of the loss; look at what it does, or say what it may cost: target=, budget= or "
-            "energy=."
-        )

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.overrides import TorchFunctionMode
 
+from lightning_curvature.collect.validation_step import CollectedStep
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.layers.modules import evaluating
+from lightning_curvature.recording.compiled import uncompiled
 from lightning_curvature.recording.losses import SOFTMAX_LOSSES, softmax_facts
 from lightning_curvature.trainer.measuring import random_state_kept
 from lightning_curvature.trainer.replay import without_trace
@@ -49,25 +51,24 @@ class Reading(NamedTuple):
         return self.positions <= self.examples
 
 
-def read_losses(
-    trainer: pl.Trainer, module: pl.LightningModule, step: str, batches: Sequence[Arguments], ranks: Ranks
-) -> Reading:
-    """Run a step of a module again, in eval mode without gradients, and return what its losses say. A collective.
+def read_losses(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequence[Arguments], ranks: Ranks) -> Reading:
+    """Run validation steps again, uncompiled, in eval mode, and return what their losses say. A collective.
 
     Args:
         trainer: The Trainer.
         module: The module; it is left as it was.
-        step: Name of the method.
-        batches: Arguments of the method; of several processes each has its own.
+        batches: Arguments of the steps; of several processes each has its own.
         ranks: The processes.
     """
+    step: Any = module.validation_step
+    step = step.step if isinstance(step, CollectedStep) else step  # these batches were collected when they came
     num_batches = min(ranks.gather(len(batches)))  # a step may call collectives: all run as many
     precision, total = trainer.precision_plugin, Reading()
-    with random_state_kept([]), evaluating(module), without_trace(trainer, module):
+    with random_state_kept([]), evaluating(module), without_trace(trainer, module), uncompiled(object()):
         for batch, *indices in batches[:num_batches]:
             moved = trainer.strategy.batch_to_device(precision.convert_input(batch))
             with precision.val_step_context(), _LossReader() as reader:
-                getattr(module, step)(moved, *indices)
+                step(moved, *indices)
             total = _sum([total, reader.reading._replace(examples=extract_batch_size(moved))])
     return _sum(ranks.gather(total))
 
@@ -94,7 +95,7 @@ class _LossReader(TorchFunctionMode):
 
 def _reading(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
     facts = softmax_facts(func, args, kwargs)
-    logits = facts.given["input"].movedim(facts.class_dim, -1)[facts.counted].float()
+    logits = facts.given["input"].detach().movedim(facts.class_dim, -1)[facts.counted].float()
     log_p = logits if func is F.nll_loss else logits.log_softmax(-1)
     target = facts.given["target"]
     if target.is_floating_point():

@@ -101,7 +101,9 @@ class Classifier(pl.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         images, labels = batch
-        self.log("val_accuracy", (self(images).argmax(1) == labels).float().mean())
+        logits = self(images)
+        self.log("val_loss", F.cross_entropy(logits, labels))
+        self.log("val_accuracy", (logits.argmax(1) == labels).float().mean())
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
@@ -131,7 +133,9 @@ class HFClassifier(Classifier):
 
     def validation_step(self, batch, batch_idx):
         images, labels = batch
-        self.log("val_accuracy", (self(images).logits.argmax(1) == labels).float().mean())
+        output = self.net(pixel_values=images[:, None], labels=labels)
+        self.log("val_loss", output.loss)
+        self.log("val_accuracy", (output.logits.argmax(1) == labels).float().mean())
 
 
 def images(n, seed=0, classes=4):

@@ -34,15 +34,14 @@ def test_no_argument_leaves_an_edited_checkpoint_that_helps_and_does_not_harm(na
     for key, value in module.state_dict().items():
         assert torch.equal(original.state_dict()[key], value)
         assert torch.equal(edited.state_dict()[key], value) == (key != f"{layer}.weight")
-    CurvatureEditor().edit(module, callback.factors)
+    budget = callback.match.budget
+    CurvatureEditor(budget=budget).edit(module, callback.factors)
     assert torch.equal(module.state_dict()[f"{layer}.weight"], edited.state_dict()[f"{layer}.weight"])
-    assert (
-        torch.load(edited_path, weights_only=True)[CHECKPOINT_KEY]["layers"][layer]["energy"] == callback.editor.energy
-    )
+    assert torch.load(edited_path, weights_only=True)[CHECKPOINT_KEY]["budget"] == budget
 
     held_out = models.images(2000, 2)
     assert accuracy(original, held_out) > 0.9
-    assert accuracy(edited, held_out) >= accuracy(original, held_out) - 0.02
+    assert accuracy(edited, held_out) >= accuracy(original, held_out) - 0.005
 
 
 @pytest.mark.parametrize("loss", ["module", "function", "nll"])
