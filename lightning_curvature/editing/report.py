@@ -10,6 +10,9 @@ from tabulate import tabulate
 from lightning_curvature._checks import listing
 from lightning_curvature.editing.cost import PairCost
 
+RUINOUS = 0.35
+"""Predicted loss, in nats, from which on a perplexity is likely to double: the prediction is low by two."""
+
 
 @dataclass(frozen=True)
 class LayerEdit:
@@ -98,6 +101,18 @@ class EditReport:
         costs = [edit.predicted_loss for edit in self.layers.values() if edit.predicted_loss is not None]
         return sum(costs) if len(costs) == len(self.layers) else None
 
+    @property
+    def warning(self) -> str | None:
+        """What a user must not overlook: that the model is likely to be gone; None if nothing says so."""
+        if self.predicted_loss is None or self.predicted_loss < RUINOUS:
+            return None
+        name = max(self.layers, key=lambda layer: self.layers[layer].predicted_loss or 0.0)
+        return (
+            f"This edit is likely to ruin the model: its loss is predicted to rise by {self.predicted_loss:.2g} nats, by "
+            f"{self.layers[name].predicted_loss:.2g} in layer {name!r} alone, and predictions are rather low. Measure "
+            "the edited model, or make a milder edit: budget=0.02 (--budget 0.02)."
+        )
+
     def with_tied(self, names: Mapping[str, Iterable[str]]) -> "EditReport":
         """Return the report with the names of the tensors that are tied to each layer's weight.
 
@@ -170,7 +185,7 @@ class EditReport:
                 remarks.append(
                     f"The weight of layer {name!r} is that of {listing(edit.also)}, too, which is edited with it."
                 )
-        return remarks
+        return [*remarks, *([] if self.warning is None else [self.warning])]
 
     def _loss_remark(self, total: float) -> str:
         """Return a sentence on the cost of the edit, and on where most of it comes from."""

@@ -45,10 +45,12 @@ class EditPlan:
     peak_bytes: int
 
     def __str__(self) -> str:
-        return (
+        lines = [
             f"{self.report}\n{matches(self.report)}\nTo read: {size(self.bytes_read)}; to write: "
-            f"{size(self.bytes_written)}; memory for the largest layer: {size(self.peak_bytes)}."
-        )
+            f"{size(self.bytes_written)}; memory for the largest layer: {size(self.peak_bytes)}.",
+            self.report.warning,
+        ]
+        return "\n".join(line for line in lines if line)
 
 
 def matches(report: EditReport) -> str:

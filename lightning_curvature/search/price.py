@@ -37,19 +37,30 @@ class Price:
     allowed: Mapping[str, tuple[float, bool]]
     start: float
 
-    def excess(self, costs: Costs, points: Mapping[float, Costs]) -> float:
+    def excess(self, budget: float, points: Mapping[float, Costs]) -> float:
         """Return the largest rise of a cost, as a multiple of what is allowed; infinite where one is no number.
 
         Args:
-            costs: Costs of an edit.
+            budget: Budget of an edit that was measured.
             points: Costs of all edits that were measured, by budget; 0 is the unedited model.
         """
-        rises = []
+        rises = [0.0]
         for name, (allowed, from_lowest) in self.allowed.items():
-            base = min(point[name] for point in points.values()) if from_lowest else points[0.0][name]
-            rise = (costs[name] - base) / allowed
-            rises.append(rise if math.isfinite(rise) else math.inf)
-        return max(rises, default=0.0)
+            base = lowest_point(points, name) if from_lowest else 0.0
+            rise = (points[budget][name] - points[base][name]) / allowed
+            if budget > base:  # before its lowest point a cost falls
+                rises.append(rise if math.isfinite(rise) else math.inf)
+        return max(rises)
+
+
+def lowest_point(points: Mapping[float, Costs], name: str) -> float:
+    """Return the budget at which a cost is lowest; the smallest of several."""
+
+    def rank(budget: float) -> tuple[float, float]:
+        cost = points[budget][name]
+        return (math.inf if math.isnan(cost) else cost), budget
+
+    return min(points, key=rank)
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ def _listed(costs: Costs) -> str:
 
 def _bracket(points: Mapping[float, Costs], price: Price) -> tuple[float, float]:
     """Return the largest budget below which nothing exceeds the price, and the smallest one that does, or infinity."""
-    exceeding = [budget for budget, costs in points.items() if budget > 0.0 and price.excess(costs, points) > 1.0]
+    exceeding = [budget for budget in points if price.excess(budget, points) > 1.0]
     beyond = min(exceeding, default=math.inf)
     return max(b for b in points if b < beyond), beyond
 
@@ -147,7 +158,7 @@ def _next(points: Mapping[float, Costs], price: Price, everything: bool) -> floa
     if within == 0.0:
         return beyond / STEP
     for name, (_, from_lowest) in price.allowed.items():  # a lowest point is one between two that are higher
-        lowest = min(points, key=lambda budget: (points[budget][name], budget))
+        lowest = lowest_point(points, name)
         if from_lowest and lowest > 0.0 and not any(lowest / STEP <= budget < lowest for budget in points):
             return lowest / STEP
     is_near = beyond / within <= STEP ** (0.5**REFINEMENTS) * 1.01

@@ -210,6 +210,9 @@ class Outcome:
                 rank_zero_info(f"Factors written to {path}.")
             except (OSError, ValueError) as error:
                 rank_zero_warn(f"save_factors: the factors could not be written to {path}: {error}")
+        ruined = [report for _, report in reports if report.warning is not None]
+        if ruined:
+            rank_zero_warn(str(ruined[-1].warning))  # the last thing that is said
 
 
 def _is_gone(path: str) -> bool:

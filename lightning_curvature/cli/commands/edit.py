@@ -118,6 +118,8 @@ def edit(
         write = partial(streaming.edit_checkpoint, overwrite=overwrite, delta=save_delta, to_hf=to_hf, device=device)
         report = write(editor, checkpoint, loaded, out, allow_globals=allowed, force=force)
     shown = f"{said}{report}\n{streaming.matches(report)}\nWritten to {out}"
+    if report.warning is not None:
+        shown += f"\n{report.warning}"
     values = {"out": str(out), **dataclasses.asdict(report), "predicted_loss": report.predicted_loss, **facts}
     return Output(shown, values)
 

@@ -1,0 +1,248 @@
+"""The callback without arguments: the price of its edit is measured on batches of the validation loop."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+import transformers
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_curvature import CurvatureEditor, KFACEditCallback
+from lightning_curvature.collect.validation_step import CollectedStep
+from lightning_curvature.trainer.price import PREDICTED
+from tests.support import models
+
+
+class Leaving(models.Classifier):
+    """Its validation step leaves things everywhere."""
+
+    def __init__(self):
+        super().__init__("mlp")
+        self.seen, self.by_index, self.nested = [], {}, {"all": [[], ()]}
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=4)
+        self.hidden = [torchmetrics.MeanMetric()]
+        self.register_buffer("steps", torch.zeros(()))
+        self.ran = 0
+
+    def validation_step(self, batch, batch_idx):
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        self.seen.append(loss)
+        self.nested["all"][0].append(batch_idx)
+        self.by_index[batch_idx] = logits
+        self.accuracy(logits, labels)
+        self.hidden[0].update(loss)
+        self.steps += 1
+        self.ran += 1
+        self.late = torch.rand(1)
+        self.log("val_loss", loss)
+        self.log_dict({"accuracy": self.accuracy})
+        self.logger.log_metrics({"own": float(loss)})
+        return loss
+
+    def state(self):
+        return copy.deepcopy(
+            (self.seen, self.by_index, self.nested, self.hidden[0].metric_state, self.accuracy.metric_state, self.ran)
+        ), self.steps.clone()
+
+
+def fit(module, callback, tmp_path, validated=256, **options):
+    loaders = [models.loader(models.images(256))]
+    loaders += [models.loader(models.images(validated, 1))] if validated else []
+    trainer = models.trainer(tmp_path, callback, max_epochs=6, **options)
+    trainer.fit(module, *loaders)
+    return trainer
+
+
+def test_steps_that_run_again_leave_nothing(tmp_path):
+    states = []
+    for callbacks in ([], [KFACEditCallback()]):
+        pl.seed_everything(0)
+        module = Leaving()
+        logger = CSVLogger(tmp_path, name=f"with {len(callbacks)}")
+        trainer = models.trainer(tmp_path, *callbacks, max_epochs=2, logger=logger)
+        trainer.fit(module, models.loader(models.images(128)), models.loader(models.images(96, 1)))
+        states.append((module.state(), module.state_dict(), torch.rand(3), module.late))
+        assert "log" not in vars(module)
+    flat = [torch.utils._pytree.tree_leaves(state) for state in states]
+    assert len(flat[0]) == len(flat[1])
+    for first, second in zip(*flat, strict=True):
+        assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+    assert callbacks[0].match is not None
+
+
+@pytest.mark.parametrize("network", ["mlp", "vit"])
+def test_a_classifier_loses_no_more_than_half_a_point(network, tmp_path):
+    pl.seed_everything(0)
+    module, callback = models.Classifier(network, lr=0.003), KFACEditCallback()
+    fit(module, callback, tmp_path)
+    match = callback.match
+    assert set(match.before) == {"validation error", "validation loss"} == set(match.held_out)
+    lowest = min(costs["validation error"] for budget, costs in match.points.items() if budget <= match.budget)
+    assert match.after["validation error"] <= lowest + 0.005
+    assert callback.report.predicted_loss == pytest.approx(match.predicted, rel=1e-6)
+    assert callback.editor.budget == match.budget
+
+
+class Text(pl.LightningModule):
+    """A small language model."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        self.model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=12, max_position_embeddings=32, tie_word_embeddings=True, **sizes)
+        )
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def counting(n, seed, step=1):
+    starts = torch.randint(12, (n, 1), generator=torch.Generator().manual_seed(seed))
+    return (starts + step * torch.arange(16)) % 12
+
+
+def test_texts_have_a_price_each(tmp_path):
+    pl.seed_everything(0)
+    module, callback = Text(), KFACEditCallback(layers="linear", soft=True, min_positions=0)
+    trainer = models.trainer(tmp_path, callback, max_epochs=4)
+    loaders = [models.loader(counting(32, seed, step)) for seed, step in ((1, 1), (2, 5))]
+    trainer.fit(module, models.loader(torch.cat([counting(64, 0), counting(64, 3, 5)])), loaders)
+    match = callback.match
+    assert set(match.before) == {"validation 0 loss", "validation 1 loss"}
+    assert match.budget > 0
+    for name in match.before:
+        lowest = min(costs[name] for costs in match.points.values())
+        assert match.after[name] <= lowest + 0.0199
+
+
+def test_without_a_validation_the_price_is_predicted(tmp_path, caplog):
+    pl.seed_everything(0)
+    callback = KFACEditCallback()
+    with caplog.at_level("INFO"):
+        fit(models.Classifier(lr=0.003), callback, tmp_path, validated=0)
+    assert callback.match is None
+    assert callback.report.predicted_loss <= PREDICTED
+    assert "was not measured, since there was no validation" in caplog.text
+
+
+def test_a_step_that_does_not_run_again_costs_a_warning(tmp_path):
+    class Refusing(models.Classifier):
+        calls = 0
+
+        def validation_step(self, batch, batch_idx):
+            Refusing.calls += 1
+            if Refusing.calls > 8 * 6:
+                raise KeyError("no more")
+            super().validation_step(batch, batch_idx)
+
+    callback = KFACEditCallback()
+    with pytest.warns(UserWarning, match=r"could not be measured: KeyError: 'no more'"):
+        trainer = fit(Refusing(lr=0.003), callback, tmp_path, num_sanity_val_steps=0)
+    assert callback.match is None
+    assert callback.report is not None
+    assert trainer.checkpoint_callback.best_model_path
+
+
+@pytest.mark.parametrize("loop", ["train", "validation"])
+def test_another_callback_collects_nothing_from_steps_that_run_again(loop, tmp_path):
+    pl.seed_everything(0)
+    callbacks = [KFACEditCallback(loop=loop), KFACEditCallback(loop="validation", name="other")]
+    trainer = models.trainer(tmp_path, *callbacks, max_epochs=2)
+    trainer.fit(models.Classifier(), models.loader(models.images(128)), models.loader(models.images(96, 1)))
+    assert callbacks[1].factors["net.3"].num_inputs == 96
+    assert all(callback.match is not None for callback in callbacks)
+    assert not isinstance(trainer.lightning_module.validation_step, CollectedStep)
+
+
+def test_validate_measures_the_price(tmp_path):
+    pl.seed_everything(0)
+    module = models.Classifier(lr=0.003)
+    fit(module, KFACEditCallback(), tmp_path)
+    callback = KFACEditCallback()
+    models.trainer(tmp_path, callback).validate(module, models.loader(models.images(256, 1)))
+    assert callback.match.budget > 0
+    assert callback.report.predicted_loss == pytest.approx(callback.match.predicted, rel=1e-6)
+
+
+def test_one_strength_is_asked_for():
+    with pytest.raises(ValueError, match="give one of them"):
+        KFACEditCallback(energy=0.8, budget=0.1)
+    with pytest.raises(ValueError, match="give one of them"):
+        KFACEditCallback(target={"a/perplexity": 1.1}, energy=0.1)
+    callback = KFACEditCallback(budget=0.1)
+    assert callback.price is None
+    assert callback.editor.budget == 0.1
+
+
+def test_a_budget_decides_the_edited_copy(tmp_path):
+    pl.seed_everything(0)
+    module, callback = models.Classifier(lr=0.003), KFACEditCallback(budget=0.01)
+    trainer = fit(module, callback, tmp_path)
+    edited = torch.load(trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt"))
+    expected, _ = CurvatureEditor(budget=0.01).edit_state_dict(module.state_dict(), callback.factors)
+    assert all(torch.equal(edited["state_dict"][name], tensor) for name, tensor in expected.items())
+
+
+def reference_run(tmp_path, **options):
+    pl.seed_everything(0)
+    module = models.Classifier(lr=0.003)
+    start = copy.deepcopy(module.state_dict())
+    callback = KFACEditCallback(**{"reference": "start", "budget": 1e-4, **options})
+    return start, module, callback, fit(module, callback, tmp_path)
+
+
+def test_the_update_since_the_start_is_edited(tmp_path):
+    start, module, callback, trainer = reference_run(tmp_path)
+    assert set(callback.report.layers) == {"net.1", "net.3"}
+    edited = torch.load(trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt"))
+    expected, report = CurvatureEditor(budget=1e-4, soft=True).edit_state_dict(
+        module.state_dict(), callback.factors, reference=start
+    )
+    assert all(torch.allclose(edited["state_dict"][name], tensor) for name, tensor in expected.items())
+    assert report.others > 0
+    assert edited["lightning_curvature"]["reference"] == {"name": "start"}
+
+
+def test_a_run_that_goes_on_knows_its_start(tmp_path):
+    start, _, _, trainer = reference_run(tmp_path)
+    path = trainer.checkpoint_callback.best_model_path
+    callback = KFACEditCallback(reference="start", budget=1e-4)
+    again = models.trainer(tmp_path, callback, max_epochs=7)
+    again.fit(models.Classifier(lr=0.003), models.loader(models.images(256)), ckpt_path=path)
+    assert all(torch.equal(callback._start[name], start[name]) for name in callback._start)
+
+
+def test_the_reference_may_be_a_file(tmp_path):
+    pl.seed_everything(0)
+    module = models.Classifier(lr=0.003)
+    torch.save(module.state_dict(), tmp_path / "start.pt")
+    callback = KFACEditCallback(reference=str(tmp_path / "start.pt"), budget=1e-4)
+    fit(module, callback, tmp_path)
+    same = reference_run(tmp_path / "other")[2]
+    assert callback.report.update_kept == pytest.approx(same.report.update_kept)
+    assert callback._start is None
+
+
+def test_start_is_for_a_fit(tmp_path):
+    trainer = models.trainer(tmp_path, KFACEditCallback(reference="start"))
+    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="is for a fit"):
+        trainer.validate(models.Classifier(), models.loader(models.images(32)))
+
+
+def test_the_start_of_a_second_fit_is_its_own(tmp_path):
+    _, module, callback, _ = reference_run(tmp_path)
+    second = copy.deepcopy(module.state_dict())
+    models.trainer(tmp_path / "2", callback).fit(module, models.loader(models.images(64)))
+    assert all(torch.equal(callback._start[name], second[name]) for name in callback._start)
