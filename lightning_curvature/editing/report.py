@@ -108,9 +108,9 @@ class EditReport:
             return None
         name = max(self.layers, key=lambda layer: self.layers[layer].predicted_loss or 0.0)
         return (
-            f"This edit is likely to ruin the model: its loss is predicted to rise by {self.predicted_loss:.2g} nats, by "
-            f"{self.layers[name].predicted_loss:.2g} in layer {name!r} alone, and predictions are rather low. Measure "
-            "the edited model, or make a milder edit: budget=0.02 (--budget 0.02)."
+            f"This edit is likely to ruin the model: its loss is predicted to rise by {self.predicted_loss:.2g} nats, "
+            f"by {self.layers[name].predicted_loss:.2g} in layer {name!r} alone, and predictions are rather low. "
+            "Measure the edited model, or make a milder edit: budget=0.02 (--budget 0.02)."
         )
 
     def with_tied(self, names: Mapping[str, Iterable[str]]) -> "EditReport":

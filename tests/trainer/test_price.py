@@ -215,6 +215,7 @@ def test_the_update_since_the_start_is_edited(tmp_path):
     assert edited["lightning_curvature"]["reference"] == {"name": "start"}
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_run_that_goes_on_knows_its_start(tmp_path):
     start, _, _, trainer = reference_run(tmp_path)
     path = trainer.checkpoint_callback.best_model_path

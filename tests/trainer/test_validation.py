@@ -69,7 +69,7 @@ def test_validation_inside_fit_gives_the_factors_of_the_saved_weights(tmp_path):
             calls.append(torch.is_grad_enabled())
             super().validation_step(batch, batch_idx)
 
-    module, callback, data = Counting(), KFACEditCallback(loop="validation"), models.images(64, 1)
+    module, callback, data = Counting(), KFACEditCallback(loop="validation", energy=0.85), models.images(64, 1)
     trainer = models.trainer(tmp_path, callback, max_epochs=3, num_sanity_val_steps=1)
     trainer.fit(module, models.loader(models.images(96)), models.loader(data))
     assert calls == [False, *[True] * 6]  # each step ran once
@@ -163,7 +163,11 @@ def test_a_validation_step_of_its_own_instance_comes_back(tmp_path):
 
 
 def test_a_validation_without_a_loss_is_an_error(tmp_path):
-    module = models.Classifier()  # logs the accuracy alone
+    class Accuracy(models.Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    module = Accuracy()
     with pytest.raises(RuntimeError, match="No softmax cross-entropy reaches"):
         models.trainer(tmp_path, KFACEditCallback()).validate(module, models.loader(models.images(64)), verbose=False)
     assert not module._forward_hooks
