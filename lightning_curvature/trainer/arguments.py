@@ -9,7 +9,7 @@ from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.reference import Reference
 from lightning_curvature.recording.options import CollectorOptions
-from lightning_curvature.trainer.price import PREDICTED, MeasuredPrice
+from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.target import Target
 
@@ -53,9 +53,10 @@ class CallbackArguments(Callback):
                 module names, or a list of them. By default ``"last-mlp"``, and with a reference ``"linear"``.
             energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
                 Without ``energy``, ``budget`` and ``target`` the strength follows from a price that is measured at the
-                end of fit on batches of the validation loop, or of training where there is none: the strongest edit
-                under which the perplexity of a language model is at most 1.02 times its lowest value on the path of
-                stronger and stronger edits, and the accuracy of a classifier at most half a point below its highest.
+                end of fit, on batches of the last validation: the strongest edit under which their loss is at most 0.02
+                nats above its lowest point on the path of stronger and stronger edits, and the accuracy of a classifier
+                at most half a point below that of the unedited model. Without a validation that computes a softmax loss
+                the edit is one that is predicted to cost 0.02 nats (of an update, 0.0003).
             fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
             draws: Backward passes per batch of ``"sketched"`` and ``"sampled"``.
             positions: Which positions count: ``"contributing"``, ``"all"``, ``"first"``, or ``"mask:KEY"`` for a mask
@@ -114,7 +115,8 @@ class CallbackArguments(Callback):
         self.name = name
         if sum(given is not None for given in (energy, target, budget)) > 1:
             raise ValueError("energy, target and budget each say how strong the edit is: give one of them.")
-        self.price = MeasuredPrice() if energy is None and target is None and budget is None else None
+        is_priced = energy is None and target is None and budget is None
+        self.price = MeasuredPrice(of_updates=reference is not None) if is_priced else None
         self.keeps_start = reference == "start"
         self._reference = None if reference is None or self.keeps_start else Reference(reference)
         self.editor = CurvatureEditor(
@@ -123,7 +125,7 @@ class CallbackArguments(Callback):
             soft=reference is not None if soft is None else soft,
             skip_faulty=skip_faulty,
             min_positions=min_positions,
-            budget=PREDICTED if self.price is not None else budget,
+            budget=budget if self.price is None else self.price.predicted,
         ).based_on(self._reference)
         layers = layers or ("last-mlp" if reference is None else "linear")
         self.options = CollectorOptions(

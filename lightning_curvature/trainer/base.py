@@ -188,7 +188,8 @@ class CallbackBase(CallbackArguments):
         vars(other).update(vars(self))
         other.editor = copy.copy(self.editor)
         other.editor.ranks = Ranks()
-        other.price = None if self.price is None else MeasuredPrice()
+        if other.price is not None:
+            other.price = MeasuredPrice(of_updates=self.keeps_start or self._reference is not None)
         other.probes = Probes(self.probes.files)
         other._start_anew(self.factors if self.editor.ranks.size == 1 else KroneckerFactors())
         other._outcome.take_over(self._outcome)

@@ -22,7 +22,7 @@ from lightning_curvature.memory import edit_seconds
 from lightning_curvature.search.energy import Match
 from lightning_curvature.search.price import Purchase
 from lightning_curvature.trainer.measuring import before_after
-from lightning_curvature.trainer.price import PREDICTED, MeasuredPrice
+from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.target import Target
 
@@ -86,7 +86,7 @@ class Outcome:
         """Find the strongest edit within the price, if one is measured."""
         if self._price is None:
             return
-        self._editor.use_budget(PREDICTED)
+        self._editor.use_budget(self._price.predicted)
         purchase = self._price.find(trainer, module, self._editor, factors)
         if purchase is None:
             return

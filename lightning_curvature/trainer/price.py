@@ -1,7 +1,6 @@
-"""The price of an edit where the user names none: it is measured on batches that the run has seen."""
+"""The price of an edit where the user names none: it is measured on batches of the validation loop."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,33 +17,40 @@ from lightning_curvature.trainer.samples import Arguments, Reading, read_losses
 
 BATCHES = 32
 """Batches of each dataloader that are kept: half of them to choose on, and half to report from."""
-TEXT_RISE = math.log(1.02)
-"""How far the loss of a position may rise above its lowest point, in nats: a perplexity of 1.02 times."""
-CLASS_RISE = 0.005
-"""How far the error of a classifier may rise above its lowest point: half a point of accuracy."""
+LOSS_RISE = 0.02
+"""How far the loss may rise above its lowest point, in nats: a perplexity of 1.02 times."""
+ERROR_RISE = 0.005
+"""How far the error of a classifier may rise above that of the unedited model: half a point of accuracy."""
 PREDICTED = 0.02
 """Predicted loss of the first edit that is tried, and of the only one where nothing can be measured, in nats."""
+PREDICTED_OF_UPDATES = 0.0003
+"""The same for edits of updates, whose layers move as one: there predictions are far lower."""
 
 
 class MeasuredPrice:
     """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
 
-    For a text the cost is the loss of a token, for a classifier the error. Both are counted from the lowest point on
-    the path of ever stronger edits. The loss of a classifier falls when over-confidence goes, also where classes are
-    lost: it may not become higher than it was. Batches that were trained on tell no price: to forget them is what an
-    edit is for.
+    The loss may rise by 0.02 nats above its lowest point on the path of stronger and stronger edits, and the error of a
+    classifier by half a point above that of the unedited model. Counted from where it was, the loss would be no limit:
+    it falls where over-confidence goes, also where classes are lost. Batches that were trained on tell no price: to
+    forget them is what an edit is for.
+
+    Args:
+        of_updates: Whether updates since a reference are edited.
+
+    Attributes:
+        predicted: Predicted loss of the first edit that is tried, and of the only one where nothing can be measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_updates: bool) -> None:
+        self.predicted = PREDICTED_OF_UPDATES if of_updates else PREDICTED
         self._batches: dict[int, list[Arguments]] = {}  # by dataloader
 
     def start(self) -> None:
         """Forget the batches, since a validation begins."""
         self._batches = {}
 
-    def add(
-        self, module: pl.LightningModule, batch: Any, batch_idx: int, loader: int = 0, num_loaders: int = 1
-    ) -> None:
+    def add(self, module: pl.LightningModule, batch: Any, batch_idx: int, loader: int, num_loaders: int) -> None:
         """Keep a batch of the validation if there is room, with the other arguments of its step."""
         kept = self._batches.setdefault(loader, [])
         if len(kept) < BATCHES:
@@ -60,11 +66,11 @@ class MeasuredPrice:
         Args:
             trainer: The Trainer.
             module: The module; it is left as it was.
-            editor: Edits it; its budget is the one of an edit that is not measured.
+            editor: Edits it; its strength does not matter.
             factors: Its factors.
         """
         instead = (
-            f"The edit is one that is predicted to cost {editor.budget:g} nats. Measure what it does, or say what it "
+            f"The edit is one that is predicted to cost {self.predicted:g} nats. Measure what it does, or say what it "
             "may cost: target=, budget= or energy=."
         )
         try:
@@ -80,39 +86,29 @@ class MeasuredPrice:
     def _find(
         self, trainer: pl.Trainer, module: pl.LightningModule, editor: CurvatureEditor, factors: KroneckerFactors
     ) -> Purchase | None:
-        first = self._read(trainer, module, editor, 0)
-        if not first:
-            return None
-        of_classes = all(reading.of_classes for reading in first.values())
+        def read(part: int) -> dict[str, Reading]:
+            """Return what one half of the batches says, by dataloader; nothing of one without a loss."""
+            readings = {}
+            for loader in sorted(set().union(*editor.ranks.gather(set(self._batches)))):
+                batches = self._batches.get(loader, [])[part::2]
+                reading = read_losses(trainer, module, batches, editor.ranks)
+                if reading.positions:
+                    readings[f"validation {loader}" if len(self._batches) > 1 else "validation"] = reading
+            return readings
 
         def measure(part: int = 0) -> Mapping[str, float]:
-            readings = self._read(trainer, module, editor, part)
-            losses = {f"{name} loss": reading.loss for name, reading in readings.items()}
-            errors = {f"{name} error": reading.error for name, reading in readings.items()}
-            return {**errors, **losses} if of_classes else losses
+            readings = read(part)
+            costs = {f"{name} loss": reading.loss for name, reading in readings.items()}
+            return costs | {f"{name} error": reading.error for name, reading in readings.items() if reading.of_classes}
 
-        def price(name: str) -> tuple[float, bool]:
-            return (CLASS_RISE, True) if name.endswith("error") else (TEXT_RISE, not of_classes)
-
-        costs = measure()
-        purchase = spend(
-            editor, module, factors, measure, Price({name: price(name) for name in costs}, PREDICTED), costs
-        )
-        before = measure(1)
-        if not before or not purchase.budget:
+        before = measure()
+        if not before:
+            return None
+        allowed = {name: (LOSS_RISE, True) if name.endswith("loss") else (ERROR_RISE, False) for name in before}
+        purchase = spend(editor, module, factors, measure, Price(allowed, self.predicted), before)
+        held_out = measure(part=1)
+        if not held_out or not purchase.budget:
             return purchase
         with editor.within(purchase.budget).applied(module, factors):
-            after = measure(1)
-        return dataclasses.replace(purchase, held_out={name: (before[name], after[name]) for name in before})
-
-    def _read(
-        self, trainer: pl.Trainer, module: pl.LightningModule, editor: CurvatureEditor, part: int
-    ) -> dict[str, Reading]:
-        """Return what one half of the batches says, by the name of the cost; nothing of a loader without any."""
-        readings = {}
-        for loader in sorted(set().union(*editor.ranks.gather(set(self._batches)))):
-            batches = self._batches.get(loader, [])[part::2]
-            reading = read_losses(trainer, module, batches, editor.ranks)
-            if reading.positions:
-                readings[f"validation {loader}" if len(self._batches) > 1 else "validation"] = reading
-        return readings
+            after = measure(part=1)
+        return dataclasses.replace(purchase, held_out={name: (held_out[name], after[name]) for name in held_out})
