@@ -38,7 +38,8 @@ def fit(
         callbacks=list(callbacks),
         gradient_clip_val=1.0,
         logger=False,
-        limit_val_batches=0,
+        check_val_every_n_epoch=epochs,  # once, for the price of the callback's edit
+        num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -29,7 +29,6 @@ from lightning_curvature.demos.label_noise import (
 )
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
-from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.report import plots
@@ -76,7 +75,7 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
 
     Writes ``original.ckpt``, ``edited.ckpt`` (at the energy that is chosen on the tuning half),
     ``factors.safetensors``, ``report.json``, ``analysis.json``, ``report.html``, ``logs/`` and pictures into ``out``.
-    The callback writes ``original-edited.ckpt``, at its default energy.
+    The callback writes ``original-edited.ckpt``, whose strength follows from the price that it measured.
 
     Args:
         out: Folder to write to.
@@ -96,6 +95,9 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
 
     train, val = data.halves()["report"]
     before = evaluate(model, train, val)
+    with callback.editor.applied(model, factors) as of_callback:
+        kept = [layer.energy_kept for layer in of_callback.layers.values()]
+        default = {"energy": round(sum(kept) / len(kept), 3), **evaluate(model, train, val)}
     curves = energy_curves(model, factors, data)
     methods = compare_methods(curves)
     methods["bsn"] = balanced_subnet(model, factors, data)
@@ -109,7 +111,7 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
     report = {
         "before": before,
         "after": after,
-        "default": {"energy": DEFAULT_ENERGY, **curves["report"]["kfac"][DEFAULT_ENERGY]},
+        "default": default,
         "methods": methods,
         "curves": curves,
         "layers": {name: dataclasses.asdict(layer) for name, layer in edit.layers.items()},
@@ -162,7 +164,7 @@ def summary(report: Mapping[str, Any]) -> str:
     default, methods = report["default"], report["methods"]
     rows = {
         "before": report["before"],
-        f"after, default energy {default['energy']:g}": default,
+        "after, as KFACEditCallback() edits": default,
         "after (edited.ckpt)": {"energy": report["settings"]["energy"], **report["after"]},
         **{label: methods[method] for method, label in CONTROL_LABELS.items()},
     }

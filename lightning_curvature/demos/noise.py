@@ -52,12 +52,14 @@ class NoisyLabels(pl.LightningDataModule):
         return self._loader(self.train, RandomSampler(self.train))
 
     def val_dataloader(self) -> Loader:
-        """Batches ``(images, labels)``."""
-        return self._loader(self.val, SequentialSampler(self.val))
+        """Batches ``(images, labels)`` of the tuning half, on which the callback measures the price of its edit."""
+        val = self.halves()["tuning"][1]
+        return self._loader(val, SequentialSampler(val))
 
     def probe_dataloader(self) -> dict[str, Loader]:
         """Batches of training and validation images; the callback measures them before and after the edit."""
-        return {"train": self._loader(self.train, SequentialSampler(self.train)), "val": self.val_dataloader()}
+        probes = {"train": self.train, "val": self.val}
+        return {name: self._loader(images, SequentialSampler(images)) for name, images in probes.items()}
 
     def halves(self) -> dict[str, tuple[TensorDataset, TensorDataset]]:
         """Return ``(train, val)`` of the ``"tuning"`` half and of the ``"report"`` half."""

@@ -22,7 +22,7 @@ def outcome(report: Report) -> Iterator[Block]:
     rows = {"before": before, "after": after}
     if "default" in report:
         default = report["default"]
-        rows = {"before": before, f"after, default energy {default['energy']:g}": default, "after": after}
+        rows = {"before": before, "after, as KFACEditCallback() edits": default, "after": after}
     names = [name for name in before if all(name in row for row in rows.values())]
     if {"strict", "perplexity"} <= set(names):
         yield paragraph(
