@@ -1,7 +1,7 @@
 """The LoRA adapters of a module that are active, and which of them can be edited."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -55,7 +55,8 @@ def find_adapters(module: nn.Module, layers: Iterable[str]) -> Adapted | None:
     places = {layer: layer.removesuffix(".base_layer") for layer in layers if layer in known}
     elsewhere = match_some([layer for layer in layers if layer not in known], [f"{name}.weight" for name in tuned])
     places |= {layer: name.removesuffix(".weight") for layer, name in elsewhere.items()}
-    found = {layer: _adapter(module, layer, name, tuned[name]) for layer, name in places.items() if name in tuned}
+    configs = [held for part in module.modules() if isinstance(held := getattr(part, "peft_config", None), dict)]
+    found = {layer: _adapter(layer, name, tuned[name], configs) for layer, name in places.items() if name in tuned}
     copies = [layer for layer in layers if layer in known and ".modules_to_save." in f".{layer}"]
     return Adapted(found, copies, [f"{name}.base_layer" for name in tuned])
 
@@ -69,8 +70,14 @@ def _active(layer: nn.Module) -> list[str]:
     return [name for name in layer.active_adapters if name in held]
 
 
-def _adapter(module: nn.Module, layer: str, name: str, lora: Any) -> Adapter:
-    """Return the adapter of a layer, by its name in the factors and its name in the module; raise if it is no update.
+def _adapter(layer: str, name: str, lora: Any, configs: Sequence[Mapping[str, Any]]) -> Adapter:
+    """Return the adapter of a layer, which is an update of its base.
+
+    Args:
+        layer: Name of the layer in the factors.
+        name: Its name in the module.
+        lora: The layer of peft.
+        configs: The configurations that the module holds, by name of the adapter.
 
     Raises:
         ValueError: If the layer has several active adapters, or one that is merged, or is of another kind.
@@ -88,7 +95,6 @@ def _adapter(module: nn.Module, layer: str, name: str, lora: Any) -> Adapter:
         )
     (adapter,) = active
     what = f"Layer {layer!r}: its adapter {adapter!r}"
-    configs: list[Any] = [holder.peft_config for holder in module.modules() if hasattr(holder, "peft_config")]
     config = next((held[adapter] for held in configs if adapter in held), None)
     if config is not None:
         check_kind(config.to_dict(), what)
