@@ -1,9 +1,10 @@
 """Which tensor of a checkpoint belongs to which layer of a factor file.
 
 Names differ by what wraps the model: ``model.`` of a LightningModule, ``module.`` of a data-parallel wrapper,
-``_orig_mod.`` of ``torch.compile``, ``base_layer`` of a LoRA adapter. Marks of wrappers are dropped; of what is left,
-one name must be the other one behind a prefix, and the prefix must be the same for all layers. Where a library renames
-tensors when it loads them (transformers does), its names count, too.
+``_orig_mod.`` of ``torch.compile``, ``base_layer`` of a LoRA adapter, ``modules_to_save.NAME`` of a copy that is
+trained beside one. Marks of wrappers are dropped; of what is left, one name must be the other one behind a prefix, and
+the prefix must be the same for all layers. Where a library renames tensors when it loads them (transformers does), its
+names count, too.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,11 @@ def plain(name: str) -> str:
     >>> plain("model._orig_mod.layers.0.fc")
     'model.layers.0.fc'
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while "modules_to_save" in parts[:-1]:
+        place = parts.index("modules_to_save")
+        del parts[place : place + 2]  # with the name of the adapter
+    return ".".join(parts)
 
 
 def match_layers(
@@ -55,6 +60,11 @@ def match_layers(
             ]
         )
     )
+
+
+def match_some(layers: Iterable[str], tensors: Iterable[str]) -> dict[str, str]:
+    """Return the name of the weight of each layer that has one, as :func:`match_layers`; the others may lack theirs."""
+    return _best_matches(list(dict.fromkeys(layers)), list(tensors))
 
 
 def _missing(layer: str, tensors: list[str], loaded: Iterable[str]) -> str:

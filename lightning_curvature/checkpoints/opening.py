@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_curvature.checkpoints.adapter import AdapterFolder, is_adapter
 from lightning_curvature.checkpoints.archive import ArchiveFile
 from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.huggingface import HuggingFaceFolder
@@ -19,7 +20,7 @@ from lightning_curvature.storage.sniff import looks_like_safetensors
 
 
 def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] = ()) -> Checkpoint:
-    """Open a Hugging Face folder, a ``.safetensors`` file, or a file of ``torch.save``.
+    """Open a Hugging Face folder, the folder of a LoRA adapter, a ``.safetensors`` file, or a file of ``torch.save``.
 
     Args:
         path: Folder or file.
@@ -33,7 +34,7 @@ def open_checkpoint(path: str | os.PathLike[str], allow_globals: Sequence[str] =
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
     if path.is_dir():
-        return HuggingFaceFolder(path)
+        return AdapterFolder(path) if is_adapter(path) else HuggingFaceFolder(path)
     if ending(path) == SAFETENSORS or (ending(path) not in ARCHIVES and looks_like_safetensors(path)):
         return SafetensorsFile(path)
     return ArchiveFile(path, allow_globals)

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.editing.adapters import refuse_adapters
 from lightning_curvature.editing.origin import edited_layers, refuse_other_weights
 from lightning_curvature.editing.others import moved
 from lightning_curvature.editing.reference import MatchedReference, Reference
@@ -42,6 +43,10 @@ class LayerEditor(Protocol):
     method: str
     reference: Reference | None
     budget: float | None
+    reads_factors: bool
+
+    def based_on(self, reference: Reference) -> Self:
+        """Return the same editor for the update since a reference."""
 
     def energies(self, factors: KroneckerFactors) -> dict[str, float]:
         """Return the energy of each layer to edit."""
@@ -154,13 +159,20 @@ class FileLayers:
     ) -> None:
         self.editor, self.checkpoint, self.factors, self.before = editor, checkpoint, factors, before
         self.energies = editor.energies(factors)
-        self.names = match_layers(self.energies, checkpoint.shapes(), checkpoint.module_names)
+        self._edits: dict[str, LayerEdit] = {}
+        self._skipped: dict[str, str] = {}
+        self.names = self._matched()
         self._edited_before = self._tensors_edited_before()
         self._start = None if editor.reference is None else editor.reference.matched(self.names)
         self._num_others = 0
-        self._edits: dict[str, LayerEdit] = {}
-        self._skipped: dict[str, str] = {}
         checkpoint.check_ties(self.names.values())
+
+    def _matched(self) -> dict[str, str]:
+        """Return the name of the weight of each layer in the checkpoint."""
+        shapes = self.checkpoint.shapes()
+        names = match_layers(self.energies, shapes, self.checkpoint.module_names)
+        refuse_adapters((name.removesuffix(".weight") for name in names.values()), shapes)
+        return names
 
     def _tensors_edited_before(self) -> set[str]:
         """Return the names of the tensors that earlier edits changed."""
@@ -216,29 +228,30 @@ class FileLayers:
             except TooFewPositionsError as error:
                 self._skipped[layer] = str(error)
                 continue
-            yield edited
-            del edited
+            while edited:
+                yield edited.pop(0)
 
     def _part(self, layer: str) -> tuple[Tensor, LayerFactors]:
         factors = self.factors.on_device(layer)
         weight = self.checkpoint.read(self.names[layer])
         return self.editor.part(layer, weight, factors, factors.transposed, self._start)
 
-    def _edit(self, layer: str) -> EditedTensor:
-        name = self.names[layer]
-        old = self.checkpoint.read(name)
+    def _edit(self, layer: str) -> list[EditedTensor]:
         try:
-            factors = self.factors.on_device(layer)
-            new, edit = self.editor.edit_weight(
-                layer, old, factors, self.energies[layer], factors.transposed, self._start
-            )
+            edited, self._edits[layer] = self._edited(layer, self.factors.on_device(layer))
         except torch.cuda.OutOfMemoryError as error:
             raise RuntimeError(
                 f"Layer {layer!r}: editing it takes about {size(edit_bytes(*self.factors.shapes[layer]))}, more than "
                 "the GPU has left. Edit on the CPU (device='cpu', --device cpu), or free the GPU."
             ) from error
-        self._edits[layer] = dataclasses.replace(edit, tensor=name)
-        return EditedTensor(name, old, new)
+        return edited
+
+    def _edited(self, layer: str, factors: LayerFactors) -> tuple[list[EditedTensor], LayerEdit]:
+        """Return the tensors of a layer that the edit replaces, and the report."""
+        name = self.names[layer]
+        old = self.checkpoint.read(name)
+        new, edit = self.editor.edit_weight(layer, old, factors, self.energies[layer], factors.transposed, self._start)
+        return [EditedTensor(name, old, new)], dataclasses.replace(edit, tensor=name)
 
     def others(self) -> Iterator[EditedTensor]:
         """Move the other weights that differ from the reference, one after the other; call it after :meth:`edits`."""

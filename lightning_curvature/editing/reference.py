@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_curvature.checkpoints.base import Checkpoint
-from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.checkpoints.names import match_layers, plain
 from lightning_curvature.checkpoints.opening import open_checkpoint
 from lightning_curvature.distributed import whole
 from lightning_curvature.layers.ties import named_tensors
@@ -28,6 +28,7 @@ class Reference:
     Args:
         source: A module, a state dict, or a Hugging Face folder, ``.safetensors`` file, Lightning checkpoint or state
             dict of ``torch.save``.
+        name: What reports call it; by default the name of the file, or "start".
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -35,14 +36,14 @@ class Reference:
         TypeError: If it is something else.
     """
 
-    def __init__(self, source: ReferenceLike) -> None:
+    def __init__(self, source: ReferenceLike, name: str | None = None) -> None:
         self._checkpoint: Checkpoint | None = None
         self._tensors: Mapping[str, Tensor] = {}
         if isinstance(source, (str, os.PathLike)):
-            self._checkpoint, self.name = open_checkpoint(source), Path(source).name
+            self._checkpoint, self.name = open_checkpoint(source), name or Path(source).name
             self._shapes = self._checkpoint.shapes()
         else:
-            self.name = "start"
+            self.name = name or "start"
             self._tensors = named_tensors(source) if isinstance(source, nn.Module) else _tensors(source)
             self._shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
@@ -102,7 +103,8 @@ class MatchedReference:
     def counterpart(self, name: str, shape: Iterable[int]) -> Callable[[], Tensor] | None:
         """Return what reads the counterpart of a tensor of the model to edit; None if there is none of its shape."""
         ours, theirs = self._prefixes
-        candidates = [theirs + name.removeprefix(ours)] if name.startswith(ours) else []
+        inner = plain(name)
+        candidates = [theirs + inner.removeprefix(ours)] if inner.startswith(ours) else []
         for candidate in [*candidates, name]:
             if self._shapes.get(candidate) == tuple(shape):
                 return lambda: self._reference.read(candidate)
@@ -112,7 +114,7 @@ class MatchedReference:
 def _prefixes(tensors: Mapping[str, str], own: Mapping[str, str]) -> tuple[str, str]:
     """Return what stands before the common part of two names of one tensor, in the model to edit and the reference."""
     layer = next(iter(tensors))
-    ours, theirs = tensors[layer].split("."), own[layer].split(".")
+    ours, theirs = plain(tensors[layer]).split("."), plain(own[layer]).split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()
         theirs.pop()
@@ -123,3 +125,7 @@ def _tensors(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(source, Mapping):
         raise TypeError(f"A reference is a module, a state dict, a file or a folder; found {type(source).__name__}.")
     return {name: tensor for name, tensor in source.items() if isinstance(tensor, Tensor)}
+
+
+BASE = Reference({}, "base")
+"""The reference of LoRA adapters, which are updates of their base already: nothing is read from it."""

@@ -36,6 +36,9 @@ class LayerEdit:
         costliest: The coefficient whose change costs most; None if none is known.
         update: ``||W - W0|| / ||W||``, how far the layer is from its reference; None without one.
         update_kept: Share of the update that is kept, ``<W' - W0, W - W0> / ||W - W0||^2``; None without a reference.
+            An adapter is an update: there, ``relative_change`` and ``changed`` are of the update, too.
+        rank_loss: Share of the squared norm of the edited update that the rank of its adapter cannot hold; None if the
+            layer has none.
     """
 
     energy: float | None
@@ -54,6 +57,7 @@ class LayerEdit:
     costliest: PairCost | None = None
     update: float | None = None
     update_kept: float | None = None
+    rank_loss: float | None = None
 
     @property
     def positions(self) -> int:
@@ -175,6 +179,12 @@ class EditReport:
         if self.update_kept is not None:
             rest = f", and so do {self.others} other weights that fine-tuning moved" if self.others else ""
             remarks.append(f"The layers keep {self.update_kept:.1%} of their update on the average{rest}.")
+        if lost := {name: edit.rank_loss for name, edit in self.layers.items() if edit.rank_loss}:
+            name = max(lost, key=lost.__getitem__)
+            remarks.append(
+                "An edited adapter keeps its rank, which cannot hold all of the edited update: it loses at most "
+                f"{lost[name]:.1%} of its square (layer {name!r})."
+            )
         if few:
             remarks.append(
                 f"Factors that rest on fewer positions than the larger side of the weight: {', '.join(few)}. Their "

@@ -16,6 +16,7 @@ from lightning_curvature.checkpoints.archive import ArchiveFile
 from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.deltas import DeltaRecord
 from lightning_curvature.checkpoints.opening import open_weights
+from lightning_curvature.editing.adapter_layers import layers_to_edit
 from lightning_curvature.editing.file_layers import FileLayers, LayerEditor, StreamedFactors
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.basis_cache import BASES, bases_in
@@ -77,7 +78,8 @@ def edit_checkpoint(
 
     Args:
         editor: Edits the weights.
-        source: Hugging Face folder, ``.safetensors`` file, Lightning checkpoint, or state dict of ``torch.save``.
+        source: Hugging Face folder, folder of a LoRA adapter, ``.safetensors`` file, Lightning checkpoint, or state
+            dict of ``torch.save``.
         factors: Factors of its layers; names are matched by rule, see :mod:`lightning_curvature.checkpoints.names`.
         target: File or folder to write, atomically; its name is one of the source's format.
         overwrite: Whether ``target`` may exist.
@@ -109,7 +111,7 @@ def edit_checkpoint(
         record = None if delta is None else stack.enter_context(DeltaRecord(Path(delta), layers.checkpoint, hashes))
         new = _edit_into(scratch, layers, record)
         report = layers.finish()
-        facts = editor.facts(streamed, source_hash, report)
+        facts = layers.editor.facts(streamed, source_hash, report)
         if layers.before is not None:
             facts["before"] = layers.before
         if record is not None:
@@ -137,7 +139,9 @@ def _match_and_hash(
     """
     before = checkpoint.edit_facts
     if to_hf is None:
-        layers = FileLayers(editor, checkpoint, factors, before)  # first, since hashing a large checkpoint takes long
+        layers = layers_to_edit(
+            editor, checkpoint, factors, before
+        )  # first, since hashing a large checkpoint takes long
         hashes = checkpoint.hashes()
         return layers, hashes, content_hash(hashes)
     from lightning_curvature.checkpoints.conversion import to_folder  # imports transformers
@@ -170,7 +174,7 @@ def plan_edit(
     streamed = StreamedFactors(factors, edit_device(device))
     checkpoint = open_weights(source, allow_globals)
     _warn_if_edited(checkpoint)
-    layers = FileLayers(editor, checkpoint, streamed, checkpoint.edit_facts)
+    layers = layers_to_edit(editor, checkpoint, streamed, checkpoint.edit_facts)
     layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force)
     for edited in chain(layers.edits(), layers.others()):
         del edited  # before the next layer is read
@@ -234,7 +238,9 @@ def check_origin_of_file(
     editor.energies(factors)
     checkpoint = open_weights(source, allow_globals)
     try:
-        layers = FileLayers(editor, checkpoint, StreamedFactors(factors, torch.device("cpu")), checkpoint.edit_facts)
+        layers = layers_to_edit(
+            editor, checkpoint, StreamedFactors(factors, torch.device("cpu")), checkpoint.edit_facts
+        )
     except ValueError:
         return
     layers.check_origin(source, {name: checkpoint.hash(name) for name in layers.names.values()}, force=False)

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import os
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,8 @@ from lightning_curvature._checks import did_you_mean
 from lightning_curvature._version import __version__
 from lightning_curvature.distributed import Ranks, spread_like, whole
 from lightning_curvature.editing import streaming
+from lightning_curvature.editing.adapter_edits import edit_adapters, edit_saved_adapters
+from lightning_curvature.editing.adapters import find_adapters, refuse_adapters
 from lightning_curvature.editing.base import Editor
 from lightning_curvature.editing.cost import LayerCost, price
 from lightning_curvature.editing.others import other_weights
@@ -29,8 +30,9 @@ from lightning_curvature.editing.projection import (
 )
 from lightning_curvature.editing.reference import MatchedReference, Reference, ReferenceLike
 from lightning_curvature.editing.report import EditReport, LayerEdit
+from lightning_curvature.editing.results import sort_results
 from lightning_curvature.editing.stored_weight import weight_matrix
-from lightning_curvature.factors.decomposition import FaultyLayerError, TooFewPositionsError, moderate, scaled
+from lightning_curvature.factors.decomposition import FaultyLayerError, moderate, scaled
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.factors.layer import LayerFactors
 from lightning_curvature.layers.kinds import as_matrix, from_matrix, is_conv1d
@@ -93,6 +95,7 @@ class WeightEditor(Editor):
         state_dict: Mapping[str, Tensor],
         factors: KroneckerFactors,
         reference: ReferenceLike | None = None,
+        module: nn.Module | None = None,
     ) -> tuple[dict[str, Tensor], EditReport]:
         """Return a state dict with edited weights; the input stays as it is.
 
@@ -103,11 +106,18 @@ class WeightEditor(Editor):
             state_dict: Tensors by name.
             factors: Factors of its layers, or of those of the reference.
             reference: What the weights were fine-tuned from, see :meth:`based_on`.
+            module: The module whose state dict it is; needed if it has active LoRA adapters, which are edited then:
+                their scaling is not in the state dict.
 
         Raises:
             ValueError: As :meth:`edit`.
         """
         editor = self.based_on(reference)
+        adapters = None if module is None else find_adapters(module, self.energies(factors))
+        if adapters is not None:
+            return edit_saved_adapters(editor, adapters, state_dict, factors)
+        if module is None:
+            refuse_adapters(self.energies(factors), state_dict)
         weights = {}
         for name in self.energies(factors):
             key = f"{name}.weight"
@@ -168,6 +178,9 @@ class WeightEditor(Editor):
 
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         """Return new weights by layer, and a report, computed from the factors alone."""
+        if (adapters := find_adapters(module, self.energies(factors))) is not None:
+            new, report = edit_adapters(self, adapters, named_tensors(module), factors)
+            return {name.removesuffix(".weight"): tensor for name, tensor in new.items()}, report
         transposed = {name: is_conv1d(find_layer(module, name)) for name in self.energies(factors)}
         weights = layer_weights(module, transposed)
         new, report = self.edit_layers(weights, factors, transposed)
@@ -178,7 +191,9 @@ class WeightEditor(Editor):
         if self.reference is None:
             return {}
         tensors = named_tensors(module)
-        weights = layer_weights(module, [*report.layers, *report.skipped])
+        names = [*report.layers, *report.skipped]
+        adapters = find_adapters(module, names)
+        weights = layer_weights(module, names if adapters is None else adapters.held)
         return other_weights(self.reference, tensors, tied_names(weights, tensors), report)
 
     def edit_layers(
@@ -216,19 +231,8 @@ class WeightEditor(Editor):
                 work[name], parts[name] = arguments, functools.partial(self.part, *arguments[:3], *arguments[4:])
         editor = self.prepared(parts)
         edits_of = {name: functools.partial(editor.edit_weight, *arguments) for name, arguments in work.items()}
-        new, edits, skipped = {}, {}, {}
-        for name, result in self.ranks.spread(energies, edits_of, owners).items():
-            if isinstance(result, TooFewPositionsError) or (isinstance(result, FaultyLayerError) and self.skip_faulty):
-                skipped[name] = str(result)
-            elif isinstance(result, ValueError):
-                raise result
-            else:
-                weight, edits[name] = result
-                new[name] = spread_like(weight, weights[name])
-        if skipped and not new:
-            raise FaultyLayerError(f"No layer can be edited: {next(iter(skipped.values()))}")
-        for reason in skipped.values():
-            warnings.warn(f"Left as it is: {reason}", stacklevel=2)
+        made, edits, skipped = sort_results(self.ranks.spread(energies, edits_of, owners), self.skip_faulty)
+        new = {name: spread_like(weight, weights[name]) for name, weight in made.items()}
         source = None if self.reference is None else self.reference.name
         return new, EditReport(edits, self.method, factors.provenance, skipped, source)
 

@@ -115,6 +115,8 @@ def edit_table(facts: Mapping[str, Any]) -> str:
         f"SHA-256 of the unedited weights {facts.get('source', _UNKNOWN)}",
         f"SHA-256 of the factors {facts.get('factors', _UNKNOWN)}",
     ]
+    if isinstance(facts.get("reference"), Mapping):
+        lines.insert(1, f"Edited is the update since {facts['reference'].get('name', _UNKNOWN)!r}.")
     if isinstance(facts.get("before"), Mapping):
         lines += ["Edited before:", edit_table(facts["before"])]
     return "\n".join(lines)

@@ -16,6 +16,8 @@ _OTHERS = (".json", ".jsonl", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".npy
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 NOTE = "curvature_edit.json"
 """File of a Hugging Face folder that says what was edited."""
+ADAPTER = "adapter_config.json"
+"""File of a folder with an adapter that says of which kind it is."""
 DELTA = "lightning_curvature.delta"
 """Metadata entry of a delta file, JSON."""
 FACTORS = "lightning_curvature.factors"
@@ -75,7 +77,7 @@ def _replaceable(folder: Path) -> bool:
     if not any(folder.iterdir()) or (folder / NOTE).is_file():
         return True
     weights = any(path.is_file() for pattern in _WEIGHTS for path in folder.glob(pattern))
-    return weights and (folder / "config.json").is_file()
+    return weights and any((folder / name).is_file() for name in ("config.json", ADAPTER))
 
 
 def check_safetensors_name(output: str | os.PathLike[str], what: str) -> None:

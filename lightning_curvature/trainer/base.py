@@ -180,7 +180,7 @@ class CallbackBase(CallbackArguments):
             return None
         # A price is measured when training ends, before its copies are made.
         editor = self.editor if self.price is not None else copy.copy(self.editor)
-        return LaterCopy(editor, factors, self._outcome.copies)
+        return LaterCopy(editor, factors, self._outcome.copies, None if run is None else run.module)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""

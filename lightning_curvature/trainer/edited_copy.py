@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_curvature.checkpoints.facts import ENTRY
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.distributed import Ranks, whole
+from lightning_curvature.editing.adapters import find_adapters
+from lightning_curvature.editing.reference import BASE
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -87,7 +89,7 @@ def why_no_copy(
 
 
 def edited_copy(
-    checkpoint: CheckpointDict, editor: WeightEditor, factors: KroneckerFactors
+    checkpoint: CheckpointDict, editor: WeightEditor, factors: KroneckerFactors, module: nn.Module | None = None
 ) -> tuple[CheckpointDict, EditReport]:
     """Return the edited copy of a Lightning checkpoint, and what was done.
 
@@ -98,21 +100,25 @@ def edited_copy(
         checkpoint: What Lightning saves.
         editor: Edits it.
         factors: Factors of its weights, or of those shortly before.
+        module: The module that was saved: its active LoRA adapters, if it has any, are edited in place of their base.
 
     Raises:
         ValueError: If it cannot be edited.
     """
     ranks, weights = editor.ranks, _tensors(checkpoint)
-    layers = _layer_tensors(checkpoint, dict.fromkeys(editor.energies(factors), factors), ranks)
+    energies = editor.energies(factors)
+    adapted = None if module is None else find_adapters(module, energies)
+    layers = _layer_tensors(checkpoint, dict.fromkeys(energies if adapted is None else adapted.modules), ranks)
     # The edit goes by the module's names, and reaches whatever shares memory with a weight.
     renamed = {f"{name}.weight": weight for name, weight in layers.items()}
-    edited, report = editor.edit_state_dict({**weights, **renamed}, factors)
+    edited, report = editor.edit_state_dict({**weights, **renamed}, factors, module=module)
     state_dict = {key: edited.get(key, value) for key, value in checkpoint["state_dict"].items()}
     if any(hasattr(weight, "full_tensor") for weight in weights.values()):
         hashes = weight_hashes(weights)
     else:
         hashes = tensor_hashes(weights, weights.__getitem__) if ranks.rank == 0 else {}
-    facts = editor.facts(factors, content_hash(hashes), report)
+    edited_by = editor if adapted is None else editor.based_on(BASE)
+    facts = edited_by.facts(factors, content_hash(hashes), report)
     return {**checkpoint, "state_dict": state_dict, ENTRY: facts}, report
 
 
@@ -123,10 +129,17 @@ class LaterCopy:
         editor: Edits it.
         factors: Factors of its weights.
         reports: Receives what was done, by the path of the copy.
+        module: The module that was saved, see :func:`edited_copy`.
     """
 
-    def __init__(self, editor: WeightEditor, factors: KroneckerFactors, reports: dict[str, EditReport]) -> None:
-        self._editor = editor
+    def __init__(
+        self,
+        editor: WeightEditor,
+        factors: KroneckerFactors,
+        reports: dict[str, EditReport],
+        module: nn.Module | None = None,
+    ) -> None:
+        self._editor, self._module = editor, module
         self._factors: KroneckerFactors | Path = factors
         self._reports = reports
 
@@ -135,7 +148,7 @@ class LaterCopy:
         try:
             held = self._factors
             factors = KroneckerFactors.load(held) if isinstance(held, Path) else held
-            copy, self._reports[path] = edited_copy(checkpoint, self._editor, factors)
+            copy, self._reports[path] = edited_copy(checkpoint, self._editor, factors, self._module)
         except ValueError as error:
             rank_zero_warn(f"The checkpoint of step {checkpoint['global_step']} has no edited copy: {error}")
             return None

@@ -154,7 +154,7 @@ def adapted():
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_the_base_under_an_adapter_is_edited(tmp_path):
+def test_the_base_under_an_adapter_is_edited_if_the_adapter_is_off(tmp_path):
     model = adapted()
     mlp = choose_layers(model, "mlp").modules
     assert len(mlp) == 6
@@ -165,23 +165,20 @@ def test_the_base_under_an_adapter_is_edited(tmp_path):
     name = "base_model.model.model.layers.1.mlp.up_proj.base_layer"
     before = {key: value.clone() for key, value in model.state_dict().items()}
     torch.save(model.state_dict(), tmp_path / "a.pt")
-    EDITOR.edit(model, factors)
+    with model.disable_adapter():
+        EDITOR.edit(model, factors)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {f"{layer}.weight" for layer in factors}
     assert f"{name}.weight" in changed
-    EDITOR.edit_checkpoint(tmp_path / "a.pt", factors, tmp_path / "b.pt")
-    edited = torch.load(tmp_path / "b.pt", weights_only=True)
-    assert all(torch.equal(value, edited[key]) for key, value in model.state_dict().items())
-    # Factors of the model without its adapter find the base, and the other way round.
+    # A file does not tell the scaling of its adapters.
     plain = language_factors(language.model("llama"))
-    report = EDITOR.edit_checkpoint(tmp_path / "a.pt", plain, tmp_path / "c.pt")
-    assert report.layers["model.layers.1.mlp.up_proj"].tensor == f"{name}.weight"
+    for made in (factors, plain):
+        with pytest.raises(ValueError, match=r"up_proj.base_layer' is the base under a LoRA adapter.*save_pretrained"):
+            EDITOR.edit_checkpoint(tmp_path / "a.pt", made, tmp_path / "b.pt")
+    # Factors of the model with its adapter find the base of the plain model.
     language.model("llama").save_pretrained(tmp_path / "plain")
     report = EDITOR.edit_checkpoint(tmp_path / "plain", factors, tmp_path / "d")
     assert report.layers[name].tensor == "model.layers.1.mlp.up_proj.weight"
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"holds neither model.safetensors nor"):
-        EDITOR.edit_checkpoint(tmp_path / "adapter", factors, tmp_path / "e")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])

@@ -28,6 +28,18 @@ def test_names_match_by_rule():
         names.match_layers(layers, packed)
 
 
+def test_copies_that_are_trained_beside_a_layer_have_its_name():
+    assert names.plain("base_model.model.score.modules_to_save.default") == "base_model.model.score"
+    matched = names.match_layers(["model.score.modules_to_save.default"], ["score.weight", "head.weight"])
+    assert list(matched.values()) == ["score.weight"]
+
+
+def test_some_names_match():
+    tensors = ["base.layers.0.fc.weight", "base.other.weight"]
+    assert names.match_some(["layers.0.fc", "layers.1.fc"], tensors) == {"layers.0.fc": tensors[0]}
+    assert names.match_some(["layers.1.fc"], tensors) == {}
+
+
 def test_names_never_lead_to_another_layer():
     """Exact names first, no other block, no tensor twice."""
     exact = ["net.base_layer.fc.weight", "net.fc.weight"]

@@ -3,11 +3,12 @@
 import warnings
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_curvature import KFACEditCallback, KroneckerFactors
+from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
 from lightning_curvature.trainer.weight_watch import WeightWatch
 from tests.support.rows import Plain, fit, loader, saved
 
@@ -161,3 +162,42 @@ def test_the_edited_copy_says_how_far_it_moved(tmp_path):
     told = {name: layer["relative_change"] for name, layer in facts["layers"].items()}
     assert told == {name: edit.relative_change for name, edit in callback.report.layers.items()}
     assert KroneckerFactors.load(tmp_path / "c" / "x-edited-factors.safetensors").digest() == facts["factors"]
+
+
+class Adapted(Plain):
+    """Has LoRA adapters on two layers."""
+
+    def __init__(self, **options):
+        super().__init__()
+        config = peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False, **options)
+        self.net = peft.get_peft_model(self.net, config)
+
+
+def test_the_edited_copy_of_an_adapted_module_has_edited_adapters(tmp_path):
+    layer, module = "net.base_model.model.2", Adapted()
+    callback = KFACEditCallback(layers=[f"{layer}.base_layer"], energy=0.7)
+    fit(tmp_path, module, callback, ModelCheckpoint(tmp_path / "c", filename="x"), max_epochs=1)
+    original, edited = (torch.load(tmp_path / "c" / f"x{mark}.ckpt", weights_only=True) for mark in ("", "-edited"))
+    weights = original["state_dict"]
+    changed = {name for name, tensor in edited["state_dict"].items() if not torch.equal(tensor, weights[name])}
+    assert changed == {f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"}
+    facts = edited["lightning_curvature"]
+    assert list(facts["layers"]) == [f"{layer}.base_layer"]
+    assert facts["reference"] == {"name": "base"}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
+    factors = KroneckerFactors.load(tmp_path / "c" / "x-edited-factors.safetensors")
+    report = CurvatureEditor(0.7).edit(module, factors)
+    assert all(torch.equal(tensor, edited["state_dict"][name]) for name, tensor in module.state_dict().items())
+    assert report.layers == callback.report.layers
+
+
+def test_an_adapter_that_cannot_be_edited_costs_the_copy(tmp_path):
+    callback = KFACEditCallback(layers=["net.base_model.model.2.base_layer"], energy=0.7)
+    saver = ModelCheckpoint(tmp_path / "c", filename="x")
+    with (
+        pytest.warns(UserWarning, match=r"KFACEditCallback stops.*2.base_layer'.* is of the kind DoRA"),
+        pytest.warns(UserWarning, match=r"has no edited copy: .*2.base_layer'.* is of the kind DoRA"),
+    ):
+        fit(tmp_path, Adapted(use_dora=True), callback, saver, max_epochs=1)
+    assert "x-edited.ckpt" not in saved(tmp_path)
+    assert "DoRA" in callback.problem

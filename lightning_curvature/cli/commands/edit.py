@@ -44,13 +44,14 @@ def edit(
     force: bool = False,
     allow_global: list[str] | None = None,
 ) -> Output:
-    """Edit a saved checkpoint: a Hugging Face folder, .safetensors, Lightning .ckpt, or state dict .pt.
+    """Edit a saved checkpoint: a Hugging Face folder, LoRA adapter, .safetensors, Lightning .ckpt, or state dict .pt.
 
     Example:
         lightning-curvature edit --checkpoint MODEL --factors factors.safetensors --energy 0.6 --out EDITED
 
     Args:
-        checkpoint: What to edit; it stays as it is.
+        checkpoint: What to edit; it stays as it is. Of a peft model name the folder of the adapter, which is the update
+            since its base: the factors may be those of the base.
         factors: Factor file of its model (.safetensors).
         out: File or folder to write, in the same format.
         energy: Share of the curvature mass to keep, in (0, 1], or a dict of layer patterns to shares; by default 0.85.
@@ -85,6 +86,7 @@ def edit(
         force: Edit weights that are not those that the factors were collected on, such as those of a fine-tune.
         allow_global: Classes that a .ckpt or .pt may hold besides tensors and primitives; only for trusted files.
     """
+    from lightning_curvature.checkpoints.adapter import is_adapter
     from lightning_curvature.editing import streaming
     from lightning_curvature.factors.basis_cache import bases_in
     from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -105,7 +107,8 @@ def edit(
     loaded = KroneckerFactors.open(factors)
     read = [path for path in (factors, corpus, forget, bases, reference) if path is not None]
     check_outputs([path for path in (out, save_delta) if path is not None], read, overwrite)
-    folder = next((path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir()), None)
+    models = (path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir())
+    folder = next((path for path in models if not is_adapter(path)), None)
     editor: CurvatureEditor = _make_editor(
         energy, named_layers(layers, loaded, folder), score, soft, min_positions, budget
     ).based_on(reference)

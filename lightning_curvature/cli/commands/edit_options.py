@@ -35,7 +35,15 @@ def check_options(
         ValueError: If an option has a wrong value, lacks another that it needs, or would be ignored.
         FileNotFoundError: If an option names no file or no folder.
     """
-    if given.get("model", checkpoint) != checkpoint and checkpoint.is_dir():
+    from lightning_curvature.checkpoints.adapter import is_adapter
+
+    adapter = checkpoint.is_dir() and is_adapter(checkpoint)
+    if adapter and given.keys() & {"perplexity", "forget"}:
+        raise ValueError(
+            f"{checkpoint} is an adapter, and --perplexity and --forget run a whole model: give --energy or --budget, "
+            "or merge the adapter into its base (merge_and_unload) and edit that with --reference."
+        )
+    if given.get("model", checkpoint) != checkpoint and checkpoint.is_dir() and not adapter:
         raise ValueError(f"{checkpoint} is a folder with a model of its own: leave --model out.")
     check_counts(tokens=given.get("tokens"), context=given.get("context"))
     _check_used(given, layers)
