@@ -86,7 +86,8 @@ def penalty_of(curves: Iterable[LossCurve], budget: float, soft: bool) -> float:
         return 0.0
     if not soft:  # bins lie on one grid: what lies below the lower end of a bin are the bins before it
         within = int((losses[order].cumsum(0) <= budget).sum())
-        return float(scores[within]) * 2 ** (-0.5 / _STEPS)
+        lower: float = math.exp2(-0.5 / _STEPS)
+        return float(scores[within]) * lower
     together = LossCurve(scores, losses[order])
     live = scores[scores > 0].log2()
     low, high = float(live.min()) - 60, float(live.max()) + 60

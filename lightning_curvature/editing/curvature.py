@@ -14,10 +14,11 @@ from lightning_curvature._checks import check_option
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from lightning_curvature.editing.budget import LossCurve, kept_shares, loss_curve, penalty_of
 from lightning_curvature.editing.cost import pair_losses
+from lightning_curvature.editing.matrix_editor import Part
 from lightning_curvature.editing.projection import Projection, project_on_free_device
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.editing.scores import SCORES, score_coefficients
-from lightning_curvature.editing.weight_editor import Part, WeightEditor
+from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.basis import coefficients, project_weight, select_largest, select_staircase, shrink
 from lightning_curvature.factors.decomposition import FaultyLayerError, TooFewPositionsError
 from lightning_curvature.factors.kronecker import KroneckerFactors
