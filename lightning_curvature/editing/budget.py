@@ -86,7 +86,7 @@ def penalty_of(curves: Iterable[LossCurve], budget: float, soft: bool) -> float:
         return 0.0
     if not soft:  # bins lie on one grid: what lies below the lower end of a bin are the bins before it
         within = int((losses[order].cumsum(0) <= budget).sum())
-        lower: float = math.exp2(-0.5 / _STEPS)
+        lower = math.pow(2.0, -0.5 / _STEPS)
         return float(scores[within]) * lower
     together = LossCurve(scores, losses[order])
     live = scores[scores > 0].log2()
@@ -94,7 +94,7 @@ def penalty_of(curves: Iterable[LossCurve], budget: float, soft: bool) -> float:
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if together.at(2.0**middle, soft) <= budget else (low, middle)
-    return 2.0**low
+    return math.pow(2.0, low)
 
 
 def kept_shares(scores: Tensor, penalty: float, soft: bool) -> Tensor:
