@@ -1,0 +1,72 @@
+"""The command edit with a reference and with a budget."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_curvature import CurvatureEditor, KroneckerFactors
+from lightning_curvature.cli.parser import main
+from tests.editing.test_reference import START, TUNED, factors
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Files of a start, of its fine-tune, and of factors."""
+    for name, net in (("start", START), ("tuned", TUNED)):
+        tensors = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    factors().save(tmp_path / "factors.safetensors")
+    return tmp_path
+
+
+def run(saved, *options):
+    paths = ["--checkpoint", saved / "tuned.safetensors", "--factors", saved / "factors.safetensors"]
+    main([str(argument) for argument in ("edit", *paths, "--out", saved / "edited.safetensors", *options)])
+
+
+@pytest.mark.parametrize("options", [["--budget", "0.01", "--soft"], ["--energy", "0.7"]], ids=["budget", "energy"])
+def test_a_reference_edits_the_update(options, saved, capsys):
+    run(saved, "--reference", saved / "start.safetensors", *options)
+    shown = capsys.readouterr().out
+    assert "Edited updates since 'start.safetensors'" in shown
+    assert "so do 6 other weights that fine-tuning moved" in shown
+    editor = CurvatureEditor(budget=0.01, soft=True) if "--soft" in options else CurvatureEditor(0.7)
+    expected, _ = editor.edit_state_dict(
+        TUNED.state_dict(), KroneckerFactors.load(saved / "factors.safetensors"), reference=START
+    )
+    edited = load_file(saved / "edited.safetensors")
+    assert all(torch.allclose(edited[name], tensor) for name, tensor in expected.items())
+    main(["inspect", str(saved / "edited.safetensors"), "--json"])
+    edit = json.loads(capsys.readouterr().out)["edit"]
+    assert edit["reference"]["name"] == "start.safetensors"
+    assert edit.get("budget") == (0.01 if "--soft" in options else None)
+    main(["inspect", str(saved / "edited.safetensors")])
+    assert "body.0" in capsys.readouterr().out
+
+
+def test_the_predicted_loss_is_in_the_plan_and_the_json(saved, capsys):
+    run(saved, "--budget", "0.01", "--dry-run", "--json")
+    plan = json.loads(capsys.readouterr().out)
+    losses = [layer["predicted_loss"] for layer in plan["report"]["layers"].values()]
+    assert 0 < sum(losses) <= 0.01
+    run(saved, "--budget", "0.01", "--json")
+    assert json.loads(capsys.readouterr().out)["predicted_loss"] == pytest.approx(sum(losses))
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_the_last_line_warns_of_ruin(option, saved, capsys):
+    run(saved, "--energy", "0.05", *option)
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("This edit is likely to ruin the model")
+
+
+@pytest.mark.parametrize("other", [["--energy", "0.7"], ["--perplexity", "1.1"], ["--forget", "list.jsonl"]])
+def test_a_budget_stands_alone(other, saved):
+    with pytest.raises(SystemExit, match="--budget says how strong the edit is"):
+        run(saved, "--budget", "0.01", *other)
+
+
+def test_a_reference_that_is_missing_is_named(saved):
+    with pytest.raises(SystemExit, match=r"none.safetensors: no such file"):
+        run(saved, "--reference", saved / "none.safetensors")
