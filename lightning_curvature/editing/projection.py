@@ -64,7 +64,7 @@ def relative_change(new: Tensor, old: Tensor) -> float:
 
 
 def share_kept(new: Tensor, old: Tensor) -> float:
-    """Return ``<new, old> / ||old||^2``, the share of a matrix that is kept; 1 if it is all zeros."""
+    """Return ``||new|| / ||old||`` (Frobenius), the share of a matrix that is kept; 1 if it is all zeros."""
     old, exponent = moderate(old.double())
-    kept = torch.sum(scaled(new.double(), exponent) * old) / torch.sum(old.square())
+    kept = torch.linalg.vector_norm(scaled(new.double(), exponent)) / torch.linalg.vector_norm(old)
     return float(kept.nan_to_num(1.0))

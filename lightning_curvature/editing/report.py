@@ -35,7 +35,7 @@ class LayerEdit:
             :mod:`lightning_curvature.editing.cost`; None if no factors are known.
         costliest: The coefficient whose change costs most; None if none is known.
         update: ``||W - W0|| / ||W||``, how far the layer is from its reference; None without one.
-        update_kept: Share of the update that is kept, ``<W' - W0, W - W0> / ||W - W0||^2``; None without a reference.
+        update_kept: Share of the update that is kept, ``||W' - W0|| / ||W - W0||``; None without a reference.
             An adapter is an update: there, ``relative_change`` and ``changed`` are of the update, too.
         rank_loss: Share of the squared norm of the edited update that the rank of its adapter cannot hold; None if the
             layer has none.
