@@ -1,11 +1,12 @@
 """Removing recitation from a real pretrained model that was fine-tuned: edits of updates and of weights.
 
 Protocol, for each seed: SmolLM2-135M-Instruct is fine-tuned for one pass over rows of WikiText-2 (validation part),
-each with one of 128 + 128 hidden sequences that occur 14 times: *web* (prefix 32, suffix 16 tokens) and *quotes* (24 and
-8), of texts that OLMo-2 7B recites. It recites them then. Factors are those of the model *before* fine-tuning, of all
-linear layers, over 30,720 tokens of WikiText's validation part, without the sequences. Each method is given ever stronger
-edits, and the strongest whose perplexity on the tuning half of WikiText's test part is within a limit is reported: on the
-other half (*wiki*), on web text that was never trained on (*web*), and on the validation half of the sequences.
+each with one of 128 + 128 hidden sequences that occur 14 times: *web* (prefix 32, suffix 16 tokens) and *quotes* (24
+and 8), of texts that OLMo-2 7B recites. It recites them then. Factors are those of the model *before* fine-tuning, of
+all linear layers, over 30,720 tokens of WikiText's validation part, without the sequences. Each method is given ever
+stronger edits, and the strongest whose perplexity on the tuning half of WikiText's test part is within a limit is
+reported: on the other half (*wiki*), on web text that was never trained on (*web*), and on the validation half of the
+sequences.
 
 A fine-tuned model and its factors are kept in ``--models``, and a run that was interrupted goes on.
 

@@ -102,7 +102,6 @@ def spend(
     factors: KroneckerFactors,
     measure: Callable[[], Costs],
     price: Price,
-    before: Costs | None = None,
 ) -> Purchase:
     """Find the strongest edit within a price.
 
@@ -112,7 +111,6 @@ def spend(
         factors: Its factors.
         measure: Returns the costs of the module as it is, on data to choose by: lower is better. Report on other data.
         price: What the edit may cost.
-        before: The costs of the unedited module, if they are known already.
 
     Returns:
         The edit. No milder edit that was measured exceeds the price.
@@ -120,7 +118,7 @@ def spend(
     Raises:
         ValueError: As :meth:`~lightning_curvature.CurvatureEditor.edit`.
     """
-    points: dict[float, Costs] = {0.0: measure() if before is None else before}
+    points: dict[float, Costs] = {0.0: measure()}
     predicted, trial = {0.0: 0.0}, editor.within(price.start)
     budget: float | None = price.start
     while budget is not None and len(points) <= MOST:

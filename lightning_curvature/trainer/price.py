@@ -1,6 +1,7 @@
 """The price of an edit where the user names none: it is measured on batches of the validation loop."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,9 @@ BATCHES = 32
 LOSS_RISE = 0.02
 """How far the loss may rise above its lowest point, in nats: a perplexity of 1.02 times."""
 ERROR_RISE = 0.005
-"""How far the error of a classifier may rise above that of the unedited model: half a point of accuracy."""
+"""How far the error of a classifier may rise above that of the unedited model: half a point of accuracy.
+
+Where batches are few it is one standard error of that error, since less cannot be told from chance."""
 PREDICTED = 0.02
 """Predicted loss of the first edit that is tried, and of the only one where nothing can be measured, in nats."""
 PREDICTED_OF_UPDATES = 0.0003
@@ -31,7 +34,7 @@ class MeasuredPrice:
     """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
 
     The loss may rise by 0.02 nats above its lowest point on the path of stronger and stronger edits, and the error of a
-    classifier by half a point above that of the unedited model. Counted from where it was, the loss would be no limit:
+    classifier by half a point, or one standard error, above that of the unedited model. Counted from where it was, the loss would be no limit:
     it falls where over-confidence goes, also where classes are lost. Batches that were trained on tell no price: to
     forget them is what an edit is for.
 
@@ -101,11 +104,15 @@ class MeasuredPrice:
             costs = {f"{name} loss": reading.loss for name, reading in readings.items()}
             return costs | {f"{name} error": reading.error for name, reading in readings.items() if reading.of_classes}
 
-        before = measure()
-        if not before:
+        first = read(0)
+        if not first:
             return None
-        allowed = {name: (LOSS_RISE, True) if name.endswith("loss") else (ERROR_RISE, False) for name in before}
-        purchase = spend(editor, module, factors, measure, Price(allowed, self.predicted), before)
+        allowed = {f"{name} loss": (LOSS_RISE, True) for name in first}
+        for name, reading in first.items():
+            if reading.of_classes:
+                chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
+                allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
+        purchase = spend(editor, module, factors, measure, Price(allowed, self.predicted))
         held_out = measure(part=1)
         if not held_out or not purchase.budget:
             return purchase
