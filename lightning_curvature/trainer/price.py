@@ -34,9 +34,9 @@ class MeasuredPrice:
     """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
 
     The loss may rise by 0.02 nats above its lowest point on the path of stronger and stronger edits, and the error of a
-    classifier by half a point, or one standard error, above that of the unedited model. Counted from where it was, the loss would be no limit:
-    it falls where over-confidence goes, also where classes are lost. Batches that were trained on tell no price: to
-    forget them is what an edit is for.
+    classifier by half a point, or one standard error, above that of the unedited model. Counted from where it was, the
+    loss would be no limit: it falls where over-confidence goes, also where classes are lost. Batches that were trained
+    on tell no price: to forget them is what an edit is for.
 
     Args:
         of_updates: Whether updates since a reference are edited.
