@@ -50,15 +50,17 @@ class Editor(ABC):
         editor.energy = _check_energies(energy)
         return editor
 
-    def based_on(self, reference: ReferenceLike | Reference | None) -> Self:
+    def based_on(self, reference: ReferenceLike | Reference | None, scale: float = 1.0) -> Self:  # noqa: ARG002
         """Return the same editor for the update of a fine-tune: what lies in the reference stays.
 
         Args:
             reference: What the weights were fine-tuned from: a module, a state dict, or the path of a checkpoint; None
                 to leave the editor as it is.
+            scale: Factor of what is kept of the update, in (0, 1]. Below 1 all weights go towards the reference, too,
+                which takes over-fitting away.
 
         Raises:
-            ValueError: If the method edits no updates.
+            ValueError: If the method edits no updates, or the scale lies outside (0, 1].
         """
         if reference is not None:
             raise ValueError(f"{self.method} edits weights, and no updates: it takes no reference.")

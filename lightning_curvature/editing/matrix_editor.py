@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
+from lightning_curvature._checks import check_energy
 from lightning_curvature.editing.base import Editor
 from lightning_curvature.editing.cost import LayerCost, price
 from lightning_curvature.editing.projection import (
@@ -41,6 +42,9 @@ class MatrixEditor(Editor):
     penalty: float | None = None
     """One strength for all layers, which takes the place of energies; see :mod:`lightning_curvature.editing.budget`."""
 
+    scale = 1.0
+    """Factor of what is kept of an update, see :meth:`based_on`."""
+
     budget: float | None = None
     """What an edit may cost over all its layers, which are then looked at together before each is edited."""
 
@@ -52,10 +56,11 @@ class MatrixEditor(Editor):
         """Return the edited ``[d_out, d_in]`` weight; ``energy`` is below 1, or nothing to this method."""
 
     @override
-    def based_on(self, reference: ReferenceLike | Reference | None) -> Self:
+    def based_on(self, reference: ReferenceLike | Reference | None, scale: float = 1.0) -> Self:
         if reference is None:
             return self
         editor = copy.copy(self)
+        editor.scale = check_energy(scale, "scale")
         editor.reference = reference if isinstance(reference, Reference) else Reference(reference)
         return editor
 
@@ -100,7 +105,7 @@ class MatrixEditor(Editor):
         matrix = weight_matrix(name, stored, factors.shape, transposed)
         first = None if start is None else self._start_matrix(name, start, stored, factors, transposed)
         part = matrix if first is None else matrix.double() - first
-        is_whole = energy == 1.0 and self.keeps_at_full_energy and self.penalty is None
+        is_whole = energy == 1.0 and self.keeps_at_full_energy and self.penalty is None and self.scale == 1.0
         if is_whole or (first is not None and not bool(part.any())):
             projection, exponent = Projection(part, part.numel(), 1.0, LayerCost(0.0, None)), 0
         else:
@@ -165,6 +170,8 @@ class MatrixEditor(Editor):
         def project(matrix: Tensor, factors: LayerFactors) -> Projection:
             self.check_positions(factors)
             projection = self.project(matrix, factors, energy)
+            if self.scale != 1.0:
+                projection = dataclasses.replace(projection, weight=self.scale * projection.weight)
             cost = price(projection.weight - matrix, factors, self.reads_factors, exponent)
             return dataclasses.replace(projection, cost=cost)
 

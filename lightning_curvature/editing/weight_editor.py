@@ -121,7 +121,7 @@ class WeightEditor(MatrixEditor):
             "provenance": factors.provenance,
             "layers": layers,
             **skipped,
-            **({} if self.reference is None else {"reference": self.reference.facts()}),
+            **({} if self.reference is None else {"reference": {**self.reference.facts(), "scale": self.scale}}),
         }
 
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:

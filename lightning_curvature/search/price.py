@@ -74,6 +74,7 @@ class Purchase:
         after: The costs of the edited one.
         points: All costs that were measured, by budget; 0 is the unedited model.
         held_out: The costs before and after on data that nothing was chosen on, where there are such data.
+        scale: Factor of what is kept of an update.
     """
 
     budget: float
@@ -82,6 +83,7 @@ class Purchase:
     after: Costs
     points: Mapping[float, Costs]
     held_out: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    scale: float = 1.0
 
     def __str__(self) -> str:
         if not self.budget:

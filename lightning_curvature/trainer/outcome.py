@@ -93,6 +93,7 @@ class Outcome:
         self.match = purchase
         if purchase.budget:
             self._editor.use_budget(purchase.budget)
+            self._editor.scale = purchase.scale
             rank_zero_info(f"\n{purchase}")
         else:
             self._editor.budget = None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +11,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_curvature.baselines.interpolation import InterpolationEditor
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.search.price import Price, Purchase, spend
@@ -26,6 +27,8 @@ ERROR_RISE = 0.005
 Where batches are few it is one standard error of that error, since less cannot be told from chance."""
 PREDICTED = 0.02
 """Predicted loss of the first edit that is tried, and of the only one where nothing can be measured, in nats."""
+SCALES = (0.8, 0.6, 0.4)
+"""Shares of an update that are tried before its edit, as long as the loss falls."""
 PREDICTED_OF_UPDATES = 0.0003
 """The same for edits of updates, whose layers move as one: there predictions are far lower."""
 
@@ -112,10 +115,31 @@ class MeasuredPrice:
             if reading.of_classes:
                 chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
                 allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
+        editor = editor.based_on(editor.reference, self._scale(editor, module, factors, measure))
         purchase = spend(editor, module, factors, measure, Price(allowed, self.predicted))
+        purchase = dataclasses.replace(purchase, scale=editor.scale)
         held_out = measure(part=1)
         if not held_out or not purchase.budget:
             return purchase
         with editor.within(purchase.budget).applied(module, factors):
             after = measure(part=1)
         return dataclasses.replace(purchase, held_out={name: (held_out[name], after[name]) for name in held_out})
+
+    def _scale(
+        self,
+        editor: CurvatureEditor,
+        module: pl.LightningModule,
+        factors: KroneckerFactors,
+        measure: Callable[[], Mapping[str, float]],
+    ) -> float:
+        """Return the share of all updates with the lowest losses: fine-tuning over-fits, and 1 is seldom the best."""
+        if editor.reference is None:
+            return 1.0
+        best, lowest = 1.0, math.inf
+        for scale in (1.0, *SCALES):
+            with InterpolationEditor(scale).based_on(editor.reference).applied(module, factors):
+                loss = sum(cost for name, cost in measure().items() if name.endswith("loss"))
+            if not loss < lowest:
+                break
+            best, lowest = scale, loss
+        return best

@@ -67,6 +67,15 @@ def test_a_budget_stands_alone(other, saved):
         run(saved, "--budget", "0.01", *other)
 
 
+def test_a_scale_is_of_an_update(saved):
+    run(saved, "--reference", saved / "start.safetensors", "--energy", "0.7", "--scale", "0.5")
+    expected, _ = CurvatureEditor(0.7).based_on(START, 0.5).edit_state_dict(TUNED.state_dict(), factors())
+    edited = load_file(saved / "edited.safetensors")
+    assert all(torch.allclose(edited[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(SystemExit, match="--scale is used by --reference alone"):
+        run(saved, "--scale", "0.5", "--overwrite")
+
+
 def test_a_reference_that_is_missing_is_named(saved):
     with pytest.raises(SystemExit, match=r"none.safetensors: no such file"):
         run(saved, "--reference", saved / "none.safetensors")

@@ -72,7 +72,7 @@ def test_no_graph_outlives_its_batch(tmp_path):
             gc.collect()
             alive.append(sum(reference() is not None for reference in Witness.contexts))
 
-    module, callback = Keeper(), KFACEditCallback()
+    module, callback = Keeper(), KFACEditCallback(energy=0.85)
     watch = Watch()
     models.trainer(tmp_path, callback, watch).validate(module, models.loader(models.images(96)), verbose=False)
     assert len(Witness.contexts) == 3

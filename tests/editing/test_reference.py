@@ -158,3 +158,29 @@ def test_what_is_no_reference_is_refused(tmp_path):
         ascent.edit(copy.deepcopy(TUNED), factors(), reference=START)
     with pytest.raises(ValueError, match="needs the weights that the model was fine-tuned from"):
         InterpolationEditor(0.5).edit(copy.deepcopy(TUNED), factors())
+
+
+@pytest.mark.parametrize(
+    "editor", [EDITORS[0], EDITORS[4], EDITORS[5], CurvatureEditor(1.0)], ids=["kfac", "soft budget", "svd", "all"]
+)
+def test_a_scale_shrinks_what_is_kept_and_all_else(editor):
+    edited, shrunk = copy.deepcopy(TUNED), copy.deepcopy(TUNED)
+    report = editor.based_on(START).edit(edited, factors())
+    half = editor.based_on(START, scale=0.5).edit(shrunk, factors())
+    assert half.update_kept == pytest.approx(0.5 * report.update_kept)
+    for name, parameter in shrunk.named_parameters():
+        start = START.get_parameter(name)
+        assert torch.allclose(parameter - start, 0.5 * (edited.get_parameter(name) - start), atol=1e-6)
+    if editor.reads_factors:
+        cost = 0.0
+        for name, layer in factors().items():
+            change = (shrunk.get_parameter(f"{name}.weight") - TUNED.get_parameter(f"{name}.weight")).detach().double()
+            cost += 0.5 * float(torch.trace(change.T @ layer.G @ change @ layer.A))
+        assert half.predicted_loss == pytest.approx(cost, rel=1e-5)
+    assert editor.based_on(START, scale=0.5).facts(factors(), "source")["reference"] == {"name": "start", "scale": 0.5}
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_a_scale_is_a_share(scale):
+    with pytest.raises(ValueError, match="scale"):
+        CurvatureEditor(0.7).based_on(START, scale=scale)

@@ -213,7 +213,7 @@ def test_the_update_since_the_start_is_edited(tmp_path):
     )
     assert all(torch.allclose(edited["state_dict"][name], tensor) for name, tensor in expected.items())
     assert report.others > 0
-    assert edited["lightning_curvature"]["reference"] == {"name": "start"}
+    assert edited["lightning_curvature"]["reference"] == {"name": "start", "scale": 1.0}
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")

@@ -23,6 +23,7 @@ def edit(
     energy: float | dict[str, float] | None = None,
     budget: float | None = None,
     reference: Path | None = None,
+    scale: float = 1.0,
     layers: list[str] | None = None,
     score: Score = "kfac",
     soft: bool = False,
@@ -58,6 +59,7 @@ def edit(
         budget: Instead of an energy: what the edit is predicted to cost, over all its layers, in nats per position.
         reference: Checkpoint that this one was fine-tuned from: the update since is edited, and the rest stays. The
             factors may be those of either.
+        scale: Factor of what is kept of the update, in (0, 1]; below 1 all weights go towards the reference, too.
         layers: fnmatch patterns on the layers of the factor file, or, where there is a model folder, presets (last-mlp,
             mlp, attention, linear); by default all of them.
         score: What decides what is kept: kfac, activations, saliency, or, if the factors have it, ekfac, coupled.
@@ -93,6 +95,8 @@ def edit(
 
     if budget is not None and (energy, perplexity, forget) != (None, None, None):
         raise ValueError("--budget says how strong the edit is: give no --energy, --perplexity or --forget beside it.")
+    if scale != 1.0 and reference is None:
+        raise ValueError("--scale is used by --reference alone, which is not given. Leave it out.")
     options = {"perplexity": perplexity, "corpus": corpus, "forget": forget, "half": half, "strength": strength}
     options |= {"model": model, "tokens": tokens, "context": context}
     given = {name: value for name, value in options.items() if value is not None}
@@ -111,7 +115,7 @@ def edit(
     folder = next((path for path in models if not is_adapter(path)), None)
     editor: CurvatureEditor = _make_editor(
         energy, named_layers(layers, loaded, folder), score, soft, min_positions, budget
-    ).based_on(reference)
+    ).based_on(reference, scale)
     with bases_in(bases, write=not dry_run):
         editor, loaded, target = edit_on_data(editor, checkpoint, loaded, given, allowed, force)
         said, facts = (f"{target['text']}\n", {"target": target}) if target else ("", {})

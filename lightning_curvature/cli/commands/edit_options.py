@@ -125,7 +125,7 @@ def edit_on_data(
         strength = given.get("strength", STRENGTH)
         editor = BulkStepEditor(
             strength, editor.energy, editor.layers, editor.score, editor.soft, min_positions=editor.min_positions
-        ).based_on(editor.reference)
+        ).based_on(editor.reference, editor.scale)
     if "perplexity" not in given:
         return editor, factors, {}
     target = chooser.find(editor, given["perplexity"], given["corpus"], tokens, context)
