@@ -40,7 +40,7 @@ LIMITS = (1.0, 1.02, 1.05)
 """Perplexities that an edit may leave, as multiples of the fine-tuned model's."""
 WINDOWS, SEQUENCES = 24, 64
 """Windows of 128 tokens of each text, and sequences of each set, that are measured."""
-BUDGETS = [1e-5 * 2**k for k in range(12)]
+BUDGETS = [2e-5 * 2.5**k for k in range(8)]
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 COLUMNS: Columns = {
     "wiki": ("wiki", 1, 1),
@@ -58,9 +58,13 @@ def methods(base: Any) -> dict[str, list[Editor]]:
     mlps = CurvatureEditor(1.0, layers=["*.mlp.*"])
     return {
         "interpolation with the start": [InterpolationEditor(share).based_on(base) for share in SHARES],
-        "update, soft, one strength": [soft.based_on(base).within(budget) for budget in BUDGETS],
-        "update, SVD": [SVDEditor(energy).based_on(base) for energy in (0.99, 0.97, 0.9, 0.8, 0.6, 0.4)],
-        "weights, soft, one strength": [soft.within(10 * budget) for budget in BUDGETS],
+        "update, soft, times 0.8": [soft.based_on(base, 0.8).within(budget) for budget in BUDGETS],
+        "update, soft": [soft.based_on(base).within(budget) for budget in BUDGETS],
+        "update, activations, soft": [
+            CurvatureEditor(energy, score="activations", soft=True).based_on(base, 0.8) for energy in (0.99, 0.9, 0.8)
+        ],
+        "update, SVD": [SVDEditor(energy).based_on(base) for energy in (0.95, 0.8, 0.6)],
+        "weights, soft": [soft.within(10 * budget) for budget in BUDGETS],
         "weights, all MLPs, hard": [mlps.at(energy) for energy in (0.99999, 0.9999, 0.9997, 0.9992, 0.998, 0.99)],
     }
 
