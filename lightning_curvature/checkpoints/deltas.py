@@ -136,7 +136,8 @@ def apply_delta(
         for recorded, name in names.items():
             new = _flipped(checkpoint.read(name), file.read(recorded))
             if new is None or tensor_hash(new) != header["tensors"][recorded][after]:
-                raise ValueError(f"{delta} is damaged: {recorded!r} does not become the {after} tensor. {COPY_AGAIN}")
+                layer = recorded.removesuffix(".weight")
+                raise ValueError(f"{delta} is damaged: {layer!r} does not become the {after} tensor. {COPY_AGAIN}")
             edits[name] = scratch.keep(new)
         if revert:
             checkpoint.copy(target, edits, header["before"], header["headers"])

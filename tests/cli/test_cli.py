@@ -125,7 +125,11 @@ def test_json(files, capsys):
     assert done["layers"]["fc"]["changed"] == 14
     facts = run("inspect", files / "b.safetensors")
     assert facts["edit"]["layers"] == {
-        "fc": {"energy": 0.7, "positions": 50, "relative_change": done["layers"]["fc"]["relative_change"]}
+        "fc": {
+            "energy": 0.7,
+            "positions": 50,
+            **{key: done["layers"]["fc"][key] for key in ("relative_change", "predicted_loss")},
+        }
     }
     assert run("inspect", files / "f.safetensors")["layers"]["fc"]["shape"] == [4, 6]
     out = files / "back.safetensors"

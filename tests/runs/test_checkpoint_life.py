@@ -62,10 +62,11 @@ def equal(factors, expected):
     return factors.digest() == expected.digest() and factors.provenance == expected.provenance
 
 
-def assert_edit_of(edited_path, original_path, factors, energy=0.85):
-    """The sibling holds the edit of the weights in the original, and says so."""
+def assert_edit_of(edited_path, original_path, factors, energy=None):
+    """The sibling holds the edit of the weights in the original, of an energy or the budget that it names."""
     edited, original = (torch.load(path, weights_only=True) for path in (edited_path, original_path))
-    expected, _ = CurvatureEditor(energy).edit_state_dict(original["state_dict"], factors)
+    budget = edited[ENTRY]["budget"] if energy is None else None
+    expected, _ = CurvatureEditor(energy, budget=budget).edit_state_dict(original["state_dict"], factors)
     assert all(torch.equal(value, expected[key]) for key, value in edited["state_dict"].items())
     assert any(not torch.equal(value, original["state_dict"][key]) for key, value in edited["state_dict"].items())
     checkpoint = open_checkpoint(original_path)

@@ -40,7 +40,7 @@ def rows():
 def fit(epochs, folder, **options):
     """Train and collect until an epoch has ended; return the Trainer and the callback."""
     torch.manual_seed(0)
-    callback = KFACEditCallback("linear", window=10_000, every=1, positions="all", min_positions=0)
+    callback = KFACEditCallback("linear", 0.85, window=10_000, every=1, positions="all", min_positions=0)
     trainer = pl.Trainer(
         max_epochs=epochs,
         callbacks=[callback],

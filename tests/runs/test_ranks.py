@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The factors of layer .* rest on"
 def trained(strategy, folder, settings, **options):
     """Train with or without the callback; return the weights, gathered."""
     size, make, parallel = cells.STRATEGIES[strategy]
-    callbacks = [KFACEditCallback(cells.LAYERS, **settings)] if settings is not None else []
+    callbacks = [KFACEditCallback(cells.LAYERS, **{"energy": 0.85} | settings)] if settings is not None else []
     trainer = models.trainer(
         folder,
         *callbacks,
@@ -72,7 +72,7 @@ def saving(strategy, folder, options, full=True):
     made = make()
     if isinstance(made, ModelParallelStrategy):
         made._save_distributed_checkpoint = not full
-    callback = KFACEditCallback(cells.LAYERS, fisher="exact", **options)
+    callback = KFACEditCallback(cells.LAYERS, fisher="exact", **{"energy": 0.85} | options)
     callback.editor.min_positions = 0  # there are fewer images than inputs
     saver = ModelCheckpoint(folder, "{step}", monitor="step", mode="max", save_top_k=2)
     trainer = models.trainer(
@@ -138,7 +138,7 @@ def test_siblings_are_those_of_one_process(strategy, options, full, tmp_path):
 def resuming(strategy, folder, settings, stop, ckpt_path):
     """Fit for some epochs, saving the last checkpoint; return the factors."""
     size, make, parallel = cells.STRATEGIES[strategy]
-    callback = KFACEditCallback(cells.LAYERS, **settings)
+    callback = KFACEditCallback(cells.LAYERS, **{"energy": 0.85} | settings)
     callback.editor.min_positions = 0  # there are fewer images than inputs
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     trainer = models.trainer(
@@ -276,7 +276,7 @@ def test_processes_with_other_probes_decide_together(tmp_path):
 
 def alone_afterwards(folder, same):
     """The first process goes on alone, with a Trainer of one device."""
-    callback = KFACEditCallback(cells.LAYERS)
+    callback = KFACEditCallback(cells.LAYERS, energy=0.85)
     trainer = models.trainer(
         folder,
         callback,
@@ -290,7 +290,7 @@ def alone_afterwards(folder, same):
     module = cells.Net()
     trainer.fit(module)
     if trainer.global_rank == 0:
-        second = callback if same else KFACEditCallback(cells.LAYERS)
+        second = callback if same else KFACEditCallback(cells.LAYERS, energy=0.85)
         alone = models.trainer(folder, second, devices=1)
         alone.validate(module)
         alone.save_checkpoint(folder / "x.ckpt")

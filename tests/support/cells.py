@@ -103,7 +103,8 @@ def run(loop, fisher, strategy="one process", module=None, callbacks=(), folder=
     }
     folder = Path(tempfile.gettempdir(), f"{os.environ.get('MASTER_PORT')}") if folder is None else Path(folder)
     saved = folder / "factors.safetensors"
-    callback = KFACEditCallback(LAYERS, fisher=fisher, save_factors=str(saved), **({"window": 10_000} | settings))
+    settings = {"window": 10_000, **({} if "target" in settings else {"energy": 0.85}), **settings}
+    callback = KFACEditCallback(LAYERS, fisher=fisher, save_factors=str(saved), **settings)
     callback.editor.min_positions = 0  # the first layer has more inputs than there are images
     options = {
         "max_epochs": 1,
