@@ -89,8 +89,11 @@ class Purchase:
         if not self.budget:
             tried = ", ".join(f"{budget:.2g} nats: {_listed(costs)}" for budget, costs in self.points.items() if budget)
             return f"No edit stays within the price. Before: {_listed(self.before)}; predicted to cost {tried}."
+        scaled = (
+            "" if self.scale == 1.0 else f"The update was scaled by {self.scale:g} first, which has the lowest loss. "
+        )
         lines = [
-            f"The strongest edit within the price is predicted to cost {self.predicted:.2g} nats. On what it was "
+            f"{scaled}The strongest edit within the price is predicted to cost {self.predicted:.2g} nats. On what it was "
             f"chosen on: {_listed(self.before)} before, {_listed(self.after)} after."
         ]
         for name, (before, after) in self.held_out.items():
@@ -104,6 +107,7 @@ def spend(
     factors: KroneckerFactors,
     measure: Callable[[], Costs],
     price: Price,
+    before: Costs | None = None,
 ) -> Purchase:
     """Find the strongest edit within a price.
 
@@ -113,6 +117,8 @@ def spend(
         factors: Its factors.
         measure: Returns the costs of the module as it is, on data to choose by: lower is better. Report on other data.
         price: What the edit may cost.
+        before: Costs at the beginning of the path, if they are known: those of the unedited module, or, where updates
+            are scaled, of the module with scaled updates alone.
 
     Returns:
         The edit. No milder edit that was measured exceeds the price.
@@ -120,7 +126,7 @@ def spend(
     Raises:
         ValueError: As :meth:`~lightning_curvature.CurvatureEditor.edit`.
     """
-    points: dict[float, Costs] = {0.0: measure()}
+    points: dict[float, Costs] = {0.0: measure() if before is None else before}
     predicted, trial = {0.0: 0.0}, editor.within(price.start)
     budget: float | None = price.start
     while budget is not None and len(points) <= MOST:

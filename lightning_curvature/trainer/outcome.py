@@ -87,18 +87,21 @@ class Outcome:
         if self._price is None:
             return
         self._editor.use_budget(self._price.predicted)
+        self._editor.scale = 1.0
         purchase = self._price.find(trainer, module, self._editor, factors)
         if purchase is None:
             return
-        self.match = purchase
+        self.match, self._editor.scale = purchase, purchase.scale
         if purchase.budget:
             self._editor.use_budget(purchase.budget)
-            self._editor.scale = purchase.scale
             rank_zero_info(f"\n{purchase}")
         else:
             self._editor.budget = None
             self._editor.energy = 1.0
-            rank_zero_warn(f"The edited copies are what the checkpoints are. {purchase}")
+            copies = (
+                "what the checkpoints are" if purchase.scale == 1.0 else f"updates times {purchase.scale:g}, no more"
+            )
+            rank_zero_warn(f"The edited copies are {copies}. {purchase}")
 
     def search(self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors) -> None:
         """Find the energy of the target, if there is one."""

@@ -115,9 +115,11 @@ class MeasuredPrice:
             if reading.of_classes:
                 chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
                 allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
-        editor = editor.based_on(editor.reference, self._scale(editor, module, factors, measure))
-        purchase = spend(editor, module, factors, measure, Price(allowed, self.predicted))
-        purchase = dataclasses.replace(purchase, scale=editor.scale)
+        before = measure()
+        scale, scaled = self._scale(editor, module, factors, measure, before)
+        editor = editor.based_on(editor.reference, scale)
+        purchase = spend(editor, module, factors, measure, Price(allowed, self.predicted), scaled)
+        purchase = dataclasses.replace(purchase, before=before, scale=scale)
         held_out = measure(part=1)
         if not held_out or not purchase.budget:
             return purchase
@@ -131,15 +133,18 @@ class MeasuredPrice:
         module: pl.LightningModule,
         factors: KroneckerFactors,
         measure: Callable[[], Mapping[str, float]],
-    ) -> float:
-        """Return the share of all updates with the lowest losses: fine-tuning over-fits, and 1 is seldom the best."""
-        if editor.reference is None:
-            return 1.0
-        best, lowest = 1.0, math.inf
-        for scale in (1.0, *SCALES):
+        before: Mapping[str, float],
+    ) -> tuple[float, Mapping[str, float]]:
+        """Return the share of all updates with the lowest losses, and the costs there: 1 if no update is edited."""
+        best, costs = 1.0, before
+        for scale in () if editor.reference is None else SCALES:
             with InterpolationEditor(scale).based_on(editor.reference).applied(module, factors):
-                loss = sum(cost for name, cost in measure().items() if name.endswith("loss"))
-            if not loss < lowest:
+                there = measure()
+            if not _losses(there) < _losses(costs):
                 break
-            best, lowest = scale, loss
-        return best
+            best, costs = scale, there
+        return best, costs
+
+
+def _losses(costs: Mapping[str, float]) -> float:
+    return sum(cost for name, cost in costs.items() if name.endswith("loss"))

@@ -248,3 +248,19 @@ def test_the_start_of_a_second_fit_is_its_own(tmp_path):
     second = copy.deepcopy(module.state_dict())
     models.trainer(tmp_path / "2", callback).fit(module, models.loader(models.images(64)))
     assert all(torch.equal(callback._start[name], second[name]) for name in callback._start)
+
+
+def test_a_fine_tune_is_scaled_where_that_lowers_the_loss(tmp_path):
+    """Text of the validation is what the start knows, and the fit makes it worse: the update goes as far as allowed."""
+    pl.seed_everything(0)
+    module = Text()
+    models.trainer(tmp_path / "1", max_epochs=4, enable_checkpointing=False).fit(module, models.loader(counting(64, 0)))
+    callback = KFACEditCallback(reference="start", min_positions=0)
+    trainer = models.trainer(tmp_path / "2", callback, max_epochs=4)
+    trainer.fit(module, models.loader(counting(64, 3, 5)), models.loader(counting(32, 1)))
+    match = callback.match
+    assert match.scale == callback.editor.scale < 1.0
+    assert match.before["validation loss"] > match.points[0.0]["validation loss"]
+    assert f"The update was scaled by {match.scale:g} first" in str(match)
+    edited = torch.load(trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt"))
+    assert edited["lightning_curvature"]["reference"]["scale"] == match.scale
