@@ -89,13 +89,12 @@ class Purchase:
         if not self.budget:
             tried = ", ".join(f"{budget:.2g} nats: {_listed(costs)}" for budget, costs in self.points.items() if budget)
             return f"No edit stays within the price. Before: {_listed(self.before)}; predicted to cost {tried}."
-        scaled = (
-            "" if self.scale == 1.0 else f"The update was scaled by {self.scale:g} first, which has the lowest loss. "
-        )
         lines = [
-            f"{scaled}The strongest edit within the price is predicted to cost {self.predicted:.2g} nats. On what it was "
-            f"chosen on: {_listed(self.before)} before, {_listed(self.after)} after."
+            f"The strongest edit within the price is predicted to cost {self.predicted:.2g} nats. On what it was chosen "
+            f"on: {_listed(self.before)} before, {_listed(self.after)} after."
         ]
+        if self.scale != 1.0:
+            lines.insert(0, f"The update was scaled by {self.scale:g} first, which has the lowest loss.")
         for name, (before, after) in self.held_out.items():
             lines.append(f"On other batches: {name} {before:.4g} before, {after:.4g} after.")
         return "\n".join(lines)

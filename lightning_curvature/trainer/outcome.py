@@ -98,9 +98,7 @@ class Outcome:
         else:
             self._editor.budget = None
             self._editor.energy = 1.0
-            copies = (
-                "what the checkpoints are" if purchase.scale == 1.0 else f"updates times {purchase.scale:g}, no more"
-            )
+            copies = "the checkpoints" if purchase.scale == 1.0 else f"the updates times {purchase.scale:g}"
             rank_zero_warn(f"The edited copies are {copies}. {purchase}")
 
     def search(self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors) -> None:
