@@ -90,8 +90,8 @@ class Purchase:
             tried = ", ".join(f"{budget:.2g} nats: {_listed(costs)}" for budget, costs in self.points.items() if budget)
             return f"No edit stays within the price. Before: {_listed(self.before)}; predicted to cost {tried}."
         lines = [
-            f"The strongest edit within the price is predicted to cost {self.predicted:.2g} nats. On what it was chosen "
-            f"on: {_listed(self.before)} before, {_listed(self.after)} after."
+            f"The strongest edit within the price is predicted to cost {self.predicted:.2g} nats. On what chose it: "
+            f"{_listed(self.before)} before, {_listed(self.after)} after."
         ]
         if self.scale != 1.0:
             lines.insert(0, f"The update was scaled by {self.scale:g} first, which has the lowest loss.")
