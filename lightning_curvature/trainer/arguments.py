@@ -1,6 +1,7 @@
 """The arguments of the callback."""
 
 import re
+from abc import abstractmethod
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -8,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.reference import Reference
+from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
@@ -138,6 +140,11 @@ class CallbackArguments(Callback):
         self.loop = check_option(loop, LOOPS, "loop")
         self.probes = Probes(probes or {})
         self.save_factors = save_factors
+        self._start_anew(KroneckerFactors())
+
+    @abstractmethod
+    def _start_anew(self, factors: KroneckerFactors) -> None:
+        """Reset to the state before any run; the factors given are kept."""
 
     @property
     def state_key(self) -> str:

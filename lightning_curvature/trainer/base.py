@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_curvature.distributed import Ranks
-from lightning_curvature.editing.reference import Reference
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.recording.step import Step
@@ -21,7 +21,7 @@ from lightning_curvature.trainer.edited_copy import LaterCopy
 from lightning_curvature.trainer.outcome import Outcome
 from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
-from lightning_curvature.trainer.problems import Problems, never_ends_a_fit
+from lightning_curvature.trainer.problems import Problems
 from lightning_curvature.trainer.run import CollectedRun
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker, Siblings
 
@@ -33,12 +33,8 @@ class CallbackBase(CallbackArguments):
         run: What the latest run collected; None before the first batch.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._start_anew(KroneckerFactors())
-
+    @override
     def _start_anew(self, factors: KroneckerFactors) -> None:
-        """Reset to the state before any run; the factors given are kept."""
         prefix = "curvature" if self.name == "edited" else f"curvature-{self.name}"
         self._outcome = Outcome(self.editor, self.target, self.probes, prefix, self.price)
         self._problems = Problems()
@@ -84,20 +80,6 @@ class CallbackBase(CallbackArguments):
     def problem(self) -> str | None:
         """Why the callback stopped, or collected nothing from a step, in the latest run; None if all went well."""
         return self._problems.first
-
-    @never_ends_a_fit
-    def _keep_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Keep the weights that the run begins with, on the CPU; those of a run that goes on are in its checkpoint."""
-        if not self.keeps_start:
-            return
-        if self._start is None or trainer.ckpt_path is None:
-            weights = dict(module.named_parameters())
-            if any(hasattr(weight, "full_tensor") for weight in weights.values()):
-                raise ValueError(
-                    "reference='start' keeps no sharded weights. Name the checkpoint that they come from: a path."
-                )
-            self._start = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
-        self.editor.reference = Reference(self._start)
 
     def _abort_step(self) -> None:
         """Drop the step that is being recorded, and its hooks."""

@@ -8,21 +8,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_curvature.checkpoints.facts import checkpoint_note
-from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.validation_step import collected_from
-from lightning_curvature.collect.windows import WindowedFactors
-from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.layers.kinds import has_lazy
 from lightning_curvature.layers.selection import PresetError
-from lightning_curvature.trainer.base import CallbackBase
 from lightning_curvature.trainer.problems import Problems, never_ends_a_fit
 from lightning_curvature.trainer.refusals import check_package, check_trainer, check_validation
-from lightning_curvature.trainer.run import CollectedRun, no_data_message
+from lightning_curvature.trainer.run import no_data_message
+from lightning_curvature.trainer.runs import CallbackRuns
 from lightning_curvature.trainer.siblings import Siblings
 
 
-class KFACEditCallback(CallbackBase):
+class KFACEditCallback(CallbackRuns):
     """Collects K-FAC factors in fit or validation, and leaves an edited sibling beside every checkpoint.
 
     A run with the callback is bit for bit the run without it: weights, optimizer and random state never change. Beside
@@ -78,27 +73,6 @@ class KFACEditCallback(CallbackBase):
             loop.inference_mode = False
         if self._in_fit or self._collects_in_validation:
             self._awaits_batch, self._prepared = True, None
-
-    def _prepare(self, pl_module: pl.LightningModule) -> CollectedRun | None:
-        """Return the run to collect, whose layers are chosen when the module has been built (``configure_model``).
-
-        Lazy layers have no shape yet: the run begins with the first batch that finds them built.
-        """
-        if self._awaits_batch and self._prepared is None and not self._problems.given_up and not has_lazy(pl_module):
-            on_error = self._problems.meet if self._in_fit else None
-            ranks, shard = self.editor.ranks, self.shard_factors
-            collector = Collector(pl_module, self.options, ranks=ranks, shard=shard, on_error=on_error)
-            windows = WindowedFactors(collector, self.window, self._settings, self.every)
-            self._prepared = CollectedRun(collector, windows)
-        return self._prepared if self._awaits_batch else self.run
-
-    def _begin(self, pl_module: pl.LightningModule) -> CollectedRun | None:
-        """Let this run take the place of the one before; None if layers are lazy still."""
-        run = self._prepare(pl_module)
-        if self._awaits_batch and run is not None:
-            self.run, self._prepared, self._awaits_batch, self._factors = run, None, False, KroneckerFactors()
-            self._outcome.clear()
-        return run
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose layers, and check the probes. Lightning calls it when module and data are set up, before any step.
@@ -293,39 +267,3 @@ class KFACEditCallback(CallbackBase):
         self._in_fit = False
         if self._siblings is not None:
             self._siblings.waits = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what tells a resumed run that the factor file beside the checkpoint belongs to it, and the start."""
-        run = self._run_of_module()
-        state = {**({} if run is None else run.windows.state_dict()), **self._outcome.state()}
-        start = {} if self._start is None else {"start": self._start}
-        return {"name": self.name, **state, **start} if state or start else {}
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Go on collecting where the run that saved the checkpoint was. Lightning calls it before a fit goes on."""
-        if trainer.state.fn == "fit" and (note := checkpoint_note(checkpoint)) is not None:
-            rank_zero_warn(f"Training goes on from {trainer.ckpt_path}. {note}")
-        state = self._saved_state(checkpoint)
-        if trainer.state.fn == "fit" and state and self.keeps_start:
-            self._start = state.pop("start", None)
-        if trainer.state.fn != "fit" or not state or self._siblings is None:
-            return
-        try:
-            run = self._prepare(pl_module)
-            reason: str | None = "its layers are lazy, and have no shape yet"
-            if run is not None:
-                with self._siblings.loaded_factors(self.name) as file:
-                    reason = run.windows.resume(state, file)
-        except PresetError as error:
-            reason = str(error).rstrip(".")
-        except (KeyError, TypeError) as error:
-            reason = f"its state is not one of this version ({type(error).__name__}: {error})"
-        if reason is not None:
-            rank_zero_warn(
-                f"KFACEditCallback does not go on where {trainer.ckpt_path} was saved, it starts anew: {reason}."
-            )
-            return
-        self._begin(pl_module)
-        self._outcome.resume(state)
