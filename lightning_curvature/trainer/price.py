@@ -20,7 +20,9 @@ from lightning_curvature.trainer.samples import Arguments, Reading, read_losses
 BATCHES = 32
 """Batches of each dataloader that are kept: half of them to choose on, and half to report from."""
 LOSS_RISE = 0.02
-"""How far the loss may rise above its lowest point, in nats: a perplexity of 1.02 times."""
+"""How far the loss of a token may rise above its lowest point, in nats: a perplexity of 1.02 times."""
+LOSS_RISE_OF_CLASSES = 0.05
+"""The same for the loss of a classifier, whose confidence an edit takes away before its accuracy."""
 ERROR_RISE = 0.005
 """How far the error of a classifier may rise above that of the unedited model: half a point of accuracy.
 
@@ -36,8 +38,8 @@ PREDICTED_OF_UPDATES = 0.0003
 class MeasuredPrice:
     """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
 
-    The loss may rise by 0.02 nats above its lowest point on the path of stronger and stronger edits, and the error of a
-    classifier by half a point, or one standard error, above that of the unedited model. Counted from where it was, the
+    The loss of a token may rise by 0.02 nats (of a classifier, 0.05) above its lowest point on the path of stronger and
+    stronger edits, and the error of a classifier by half a point, or one standard error, above that of the unedited model. Counted from where it was, the
     loss would be no limit: it falls where over-confidence goes, also where classes are lost. Batches that were trained
     on tell no price: to forget them is what an edit is for.
 
@@ -113,6 +115,7 @@ class MeasuredPrice:
         allowed = {f"{name} loss": (LOSS_RISE, True) for name in first}
         for name, reading in first.items():
             if reading.of_classes:
+                allowed[f"{name} loss"] = (LOSS_RISE_OF_CLASSES, True)
                 chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
                 allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
         before = measure()

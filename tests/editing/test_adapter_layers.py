@@ -79,7 +79,7 @@ def test_the_folder_says_what_was_done_and_can_go_back(tmp_path):
     assert hashes(tmp_path / "adapter") == before
     facts = open_checkpoint(tmp_path / "out").edit_facts
     assert list(facts["layers"]) == ["0", "2"]
-    assert facts["reference"] == {"name": "base"}
+    assert facts["reference"] == {"name": "base", "scale": 1.0}
     assert json.loads((tmp_path / "out" / "curvature_edit.json").read_text()) == facts
     assert "Edited weights" in (tmp_path / "out" / "README.md").read_text()
     apply_delta(tmp_path / "out", delta, tmp_path / "back", revert=True)

@@ -183,7 +183,7 @@ def test_the_edited_copy_of_an_adapted_module_has_edited_adapters(tmp_path):
     assert changed == {f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"}
     facts = edited["lightning_curvature"]
     assert list(facts["layers"]) == [f"{layer}.base_layer"]
-    assert facts["reference"] == {"name": "base"}
+    assert facts["reference"] == {"name": "base", "scale": 1.0}
     assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
     factors = KroneckerFactors.load(tmp_path / "c" / "x-edited-factors.safetensors")
     report = CurvatureEditor(0.7).edit(module, factors)

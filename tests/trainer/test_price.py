@@ -84,7 +84,7 @@ def test_a_classifier_loses_no_more_than_half_a_point(network, tmp_path):
     assert set(match.before) == {"validation error", "validation loss"} == set(match.held_out)
     error = match.before["validation error"]
     assert match.after["validation error"] <= error + max(0.005, (error * (1 - error) / 128) ** 0.5)
-    assert match.after["validation loss"] <= min(c["validation loss"] for c in match.points.values()) + 0.02
+    assert match.after["validation loss"] <= min(c["validation loss"] for c in match.points.values()) + 0.05
     assert callback.report.predicted_loss == pytest.approx(match.predicted, rel=1e-6)
     assert callback.editor.budget == match.budget
 
