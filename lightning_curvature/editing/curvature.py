@@ -124,13 +124,20 @@ class CurvatureEditor(WeightEditor):
     def prepared(self, parts: Mapping[str, Part]) -> Self:
         if self.budget is None:
             return self
-        curves = {}
+        curves, failure = [], None
         for name, part in parts.items():
             try:
-                curves[name] = project_on_free_device(name, *part(), self._curve)
+                curves.append(project_on_free_device(name, *part(), self._curve))
             except FaultyLayerError:
                 continue  # which the edit of the layer meets, too
-        gathered = [curve for of_rank in self.ranks.gather(list(curves.values())) for curve in of_rank]
+            except (ValueError, RuntimeError, OSError) as error:
+                failure = error
+                break
+        outcomes = self.ranks.gather((curves, failure))
+        for _, failed in outcomes:
+            if failed is not None:  # on all processes: none waits for one that has given up
+                raise failed
+        gathered = [curve for of_rank, _ in outcomes for curve in of_rank]
         editor = copy.copy(self)
         editor.penalty = penalty_of(gathered, self.budget, self.soft) if gathered else 0.0
         return editor

@@ -151,7 +151,8 @@ class MatrixEditor(Editor):
         try:
             first = weight_matrix(name, start.layer(name), factors.shape, transposed)
         except ValueError as error:
-            raise ValueError(f"In the reference: {error}") from error
+            kind = type(error) if isinstance(error, FaultyLayerError) else ValueError
+            raise kind(f"In the reference: {error}") from error
         return first.to(stored.device, torch.float64)
 
     def _project_layer(
@@ -169,7 +170,10 @@ class MatrixEditor(Editor):
 
         def project(matrix: Tensor, factors: LayerFactors) -> Projection:
             self.check_positions(factors)
-            projection = self.project(matrix, factors, energy)
+            if energy == 1.0 and self.keeps_at_full_energy and self.penalty is None:
+                projection = Projection(matrix, matrix.numel(), 1.0)
+            else:
+                projection = self.project(matrix, factors, energy)
             if self.scale != 1.0:
                 projection = dataclasses.replace(projection, weight=self.scale * projection.weight)
             cost = price(projection.weight - matrix, factors, self.reads_factors, exponent)

@@ -5,8 +5,9 @@ its method to the update: ``W' = W0 + P(W - W0)``. All other weights that fine-t
 and biases, go back towards the reference by the share of the update that the edited layers lose on the average.
 """
 
+import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Reference:
         source: A module, a state dict, or a Hugging Face folder, ``.safetensors`` file, Lightning checkpoint or state
             dict of ``torch.save``.
         name: What reports call it; by default the name of the file, or "start".
+        allow_globals: Classes that a file of ``torch.save`` may hold.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -36,11 +38,11 @@ class Reference:
         TypeError: If it is something else.
     """
 
-    def __init__(self, source: ReferenceLike, name: str | None = None) -> None:
+    def __init__(self, source: ReferenceLike, name: str | None = None, allow_globals: Sequence[str] = ()) -> None:
         self._checkpoint: Checkpoint | None = None
         self._tensors: Mapping[str, Tensor] = {}
         if isinstance(source, (str, os.PathLike)):
-            self._checkpoint, self.name = open_checkpoint(source), name or Path(source).name
+            self._checkpoint, self.name = open_checkpoint(source, allow_globals), name or Path(source).name
             self._shapes = self._checkpoint.shapes()
         else:
             self.name = name or "start"
@@ -94,6 +96,7 @@ class MatchedReference:
         own: Mapping[str, str],
     ) -> None:
         self._reference, self._shapes, self._own = reference, shapes, dict(own)
+        self._names = {plain(name): name for name in shapes}
         self._prefixes = _prefixes(tensors, own)
 
     def layer(self, layer: str) -> Tensor:
@@ -103,11 +106,12 @@ class MatchedReference:
     def counterpart(self, name: str, shape: Iterable[int]) -> Callable[[], Tensor] | None:
         """Return what reads the counterpart of a tensor of the model to edit; None if there is none of its shape."""
         ours, theirs = self._prefixes
-        inner = plain(name)
-        candidates = [theirs + inner.removeprefix(ours)] if inner.startswith(ours) else []
+        name = plain(name)
+        candidates = [theirs + name.removeprefix(ours)] if name.startswith(ours) else []
         for candidate in [*candidates, name]:
-            if self._shapes.get(candidate) == tuple(shape):
-                return lambda: self._reference.read(candidate)
+            own = self._names.get(candidate)
+            if own is not None and self._shapes[own] == tuple(shape):
+                return functools.partial(self._reference.read, own)
         return None
 
 

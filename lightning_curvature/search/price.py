@@ -32,23 +32,26 @@ class Price:
         allowed: By name of a cost, how far it may rise, and whether above its lowest point on the path, or above that
             of the unedited model. Nothing may exceed this.
         start: Predicted loss at which to start, in nats.
+        unedited: Costs of the unedited model, if the path begins elsewhere.
     """
 
     allowed: Mapping[str, tuple[float, bool]]
     start: float
+    unedited: Costs | None = None
 
     def excess(self, budget: float, points: Mapping[float, Costs]) -> float:
         """Return the largest rise of a cost, as a multiple of what is allowed; infinite where one is no number.
 
         Args:
             budget: Budget of an edit that was measured.
-            points: Costs of all edits that were measured, by budget; 0 is the unedited model.
+            points: Costs of all edits that were measured, by budget; 0 is where the path begins.
         """
         rises = [0.0]
         for name, (allowed, from_lowest) in self.allowed.items():
-            base = lowest_point(points, name) if from_lowest else 0.0
-            rise = (points[budget][name] - points[base][name]) / allowed
-            if budget > base:  # before its lowest point a cost falls
+            lowest = lowest_point(points, name) if from_lowest else 0.0
+            base = points[lowest] if from_lowest or self.unedited is None else self.unedited
+            rise = (points[budget][name] - base[name]) / allowed
+            if budget > lowest:  # before its lowest point a cost falls
                 rises.append(rise if math.isfinite(rise) else math.inf)
         return max(rises)
 

@@ -61,6 +61,7 @@ class KFACEditCallback(CallbackRuns):
         self._siblings.watch(self.name, self, in_fit=self._in_fit)
         self.editor.ranks = self._siblings.ranks
         self._outcome.start()
+        self._start = None if in_fit else self._start
         sources = (pl_module, getattr(trainer, "datamodule", None))
         self.probes.check(self.target, sources)
         is_fitted = self.run is not None and self.run.is_fitted
@@ -160,19 +161,15 @@ class KFACEditCallback(CallbackRuns):
             self._validation_hooks.enter_context(collected_from(pl_module, run.collector))
 
     @never_ends_a_fit
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep the batch to measure the price of the edit on. Lightning calls it after each validation step."""
+        """Keep the batch to measure the price of the edit on. Lightning calls it before each validation step."""
         if self.price is not None and not trainer.sanity_checking and not self._problems.given_up:
-            loaders = trainer.num_val_batches
-            self.price.add(pl_module, batch, batch_idx, dataloader_idx, len(loaders) if loaders else 1)
+            loop: Any = trainer.fit_loop.epoch_loop.val_loop if self._in_fit else trainer.validate_loop
+            in_turn = getattr(loop, "_is_sequential", True)  # otherwise a step is not told the dataloader
+            loaders = len(trainer.num_val_batches) if in_turn and trainer.num_val_batches else 1
+            self.price.add(pl_module, batch, batch_idx, dataloader_idx, loaders)
 
     @never_ends_a_fit
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

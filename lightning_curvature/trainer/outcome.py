@@ -68,6 +68,9 @@ class Outcome:
     def start(self) -> None:
         """Start the clock of a run, which has no edited copies yet."""
         self.copies, self._started = {}, time.monotonic()
+        if self._price is not None:
+            self._price.start()
+            self._use_predicted(self._price)
 
     def clear(self) -> None:
         """Forget the results of the run before, since other factors are collected."""
@@ -86,8 +89,7 @@ class Outcome:
         """Find the strongest edit within the price, if one is measured."""
         if self._price is None:
             return
-        self._editor.use_budget(self._price.predicted)
-        self._editor.scale = 1.0
+        self._use_predicted(self._price)
         purchase = self._price.find(trainer, module, self._editor, factors)
         if purchase is None:
             return
@@ -100,6 +102,11 @@ class Outcome:
             self._editor.energy = 1.0
             copies = "the checkpoints" if purchase.scale == 1.0 else f"the updates times {purchase.scale:g}"
             rank_zero_warn(f"The edited copies are {copies}. {purchase}")
+
+    def _use_predicted(self, price: MeasuredPrice) -> None:
+        """Make the edit the one that is made where nothing is measured."""
+        self._editor.use_budget(price.predicted)
+        self._editor.scale = 1.0
 
     def search(self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors) -> None:
         """Find the energy of the target, if there is one."""

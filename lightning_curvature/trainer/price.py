@@ -1,5 +1,6 @@
 """The price of an edit where the user names none: it is measured on batches of the validation loop."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_curvature.baselines.interpolation import InterpolationEditor
 from lightning_curvature.editing.curvature import CurvatureEditor
@@ -17,8 +19,8 @@ from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.search.price import Price, Purchase, spend
 from lightning_curvature.trainer.samples import Arguments, Reading, read_losses
 
-BATCHES = 32
-"""Batches of each dataloader that are kept: half of them to choose on, and half to report from."""
+BATCHES, BYTES = 32, 2**28
+"""Batches of each dataloader that are kept, and bytes of all: half of them to choose on, and half to report from."""
 LOSS_RISE = 0.02
 """How far the loss of a token may rise above its lowest point, in nats: a perplexity of 1.02 times."""
 LOSS_RISE_OF_CLASSES = 0.05
@@ -52,19 +54,25 @@ class MeasuredPrice:
 
     def __init__(self, of_updates: bool) -> None:
         self.predicted = PREDICTED_OF_UPDATES if of_updates else PREDICTED
-        self._batches: dict[int, list[Arguments]] = {}  # by dataloader
+        self.start()
 
     def start(self) -> None:
-        """Forget the batches, since a validation begins."""
-        self._batches = {}
+        """Forget the batches, since a run or a validation begins."""
+        self._batches: dict[int, list[Arguments]] = {}  # by dataloader
+        self._room = BYTES
 
     def add(self, module: pl.LightningModule, batch: Any, batch_idx: int, loader: int, num_loaders: int) -> None:
-        """Keep a batch of the validation if there is room, with the other arguments of its step."""
+        """Keep a copy of a batch of the validation if there is room, with the other arguments of its step."""
         kept = self._batches.setdefault(loader, [])
-        if len(kept) < BATCHES:
+        if len(kept) < BATCHES and self._room > 0:
             takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
             indices = [*([batch_idx] if takes_index else []), *([loader] if num_loaders > 1 else [])]
-            kept.append((move_data_to_device(batch, torch.device("cpu")), *indices))
+            own = copy.deepcopy(move_data_to_device(batch, torch.device("cpu")))
+            kept.append((own, *indices))
+            apply_to_collection(own, torch.Tensor, self._take_room)
+
+    def _take_room(self, tensor: torch.Tensor) -> None:
+        self._room -= tensor.nbytes
 
     def find(
         self, trainer: pl.Trainer, module: pl.LightningModule, editor: CurvatureEditor, factors: KroneckerFactors
@@ -89,6 +97,7 @@ class MeasuredPrice:
         if purchase is None:
             reason = "validation_step computed no softmax loss" if self._batches else "there was no validation"
             rank_zero_info(f"The price of the edit was not measured, since {reason}. {instead}")
+        self.start()
         return purchase
 
     def _find(
@@ -119,9 +128,10 @@ class MeasuredPrice:
                 chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
                 allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
         before = measure()
-        scale, scaled = self._scale(editor, module, factors, measure, before)
+        price = Price(allowed, self.predicted, before)
+        scale, scaled = self._scale(editor, module, factors, measure, before, price)
         editor = editor.based_on(editor.reference, scale)
-        purchase = spend(editor, module, factors, measure, Price(allowed, self.predicted), scaled)
+        purchase = spend(editor, module, factors, measure, price, scaled)
         purchase = dataclasses.replace(purchase, before=before, scale=scale)
         held_out = measure(part=1)
         if not held_out or not purchase.budget:
@@ -137,13 +147,16 @@ class MeasuredPrice:
         factors: KroneckerFactors,
         measure: Callable[[], Mapping[str, float]],
         before: Mapping[str, float],
+        price: Price,
     ) -> tuple[float, Mapping[str, float]]:
         """Return the share of all updates with the lowest losses, and the costs there: 1 if no update is edited."""
         best, costs = 1.0, before
         for scale in () if editor.reference is None else SCALES:
-            with InterpolationEditor(scale).based_on(editor.reference).applied(module, factors):
+            interpolation = InterpolationEditor(scale).based_on(editor.reference)
+            interpolation.ranks, interpolation.skip_faulty = editor.ranks, editor.skip_faulty
+            with interpolation.applied(module, factors):
                 there = measure()
-            if not _losses(there) < _losses(costs):
+            if not _losses(there) < _losses(costs) or price.excess(1.0, {0.0: costs, 1.0: there}) > 1.0:
                 break
             best, costs = scale, there
         return best, costs

@@ -4,9 +4,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -51,9 +53,9 @@ class _Kept:
 
     def restore(self) -> None:
         """Put everything back."""
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as stack:  # each is done, whatever becomes of the others
             for undo in self._undo:
-                undo()
+                stack.callback(undo)
 
     def keep_module(self, module: nn.Module) -> None:
         """Keep the attributes of a module and of the modules in it."""
@@ -79,9 +81,22 @@ class _Kept:
             self._undo.append(partial(_fill, value, items))
             for item in items.values() if isinstance(items, dict) else items:
                 self._keep(item)
+        elif isinstance(value, np.ndarray):
+            self._undo.append(partial(np.copyto, value, value.copy()))
         elif isinstance(value, tuple):
             for item in value:
                 self._keep(item)
+        elif id(value) not in self._seen and _is_plain(value):
+            self._seen[id(value)] = value
+            self._undo.append(partial(_put_back, vars(value), dict(vars(value))))
+            for item in vars(value).values():
+                self._keep(item)
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is an object of somebody's own class that keeps its state in attributes, such as a meter."""
+    library = type(value).__module__.partition(".")[0] in ("torch", "lightning", "lightning_curvature", "builtins")
+    return hasattr(value, "__dict__") and not (library or callable(value) or isinstance(value, ModuleType))
 
 
 def _put_back(attributes: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -91,7 +106,7 @@ def _put_back(attributes: dict[str, Any], saved: dict[str, Any]) -> None:
 
 
 def _copy_back(tensor: Tensor, saved: Tensor) -> None:
-    if tensor.shape != saved.shape or not torch.equal(tensor, saved):
+    if tensor.layout != torch.strided or not torch.equal(tensor, saved):
         tensor.detach().copy_(saved)
 
 

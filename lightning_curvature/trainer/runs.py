@@ -46,7 +46,12 @@ class CallbackRuns(CallbackBase):
         """Keep the weights that the run begins with, on the CPU; those of a run that goes on are in its checkpoint."""
         if not self.keeps_start:
             return
-        if self._start is None or trainer.ckpt_path is None:
+        if self._start is None:
+            if trainer.ckpt_path is not None:
+                rank_zero_warn(
+                    f"{trainer.ckpt_path} does not hold the start of its run; the update since this run is edited. "
+                    "Name the checkpoint that the model was fine-tuned from, reference=PATH, if you mean that."
+                )
             weights = dict(module.named_parameters())
             if any(hasattr(weight, "full_tensor") for weight in weights.values()):
                 raise ValueError(

@@ -1,11 +1,13 @@
 """What the losses of a module say on batches that its steps run on again."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch.nn.functional as F
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.overrides import TorchFunctionMode
 
@@ -63,13 +65,22 @@ def read_losses(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequen
     step: Any = module.validation_step
     step = step.step if isinstance(step, CollectedStep) else step  # these batches were collected when they came
     num_batches = min(ranks.gather(len(batches)))  # a step may call collectives: all run as many
-    precision, total = trainer.precision_plugin, Reading()
-    with random_state_kept([]), evaluating(module), without_trace(trainer, module), uncompiled(object()):
-        for batch, *indices in batches[:num_batches]:
-            moved = trainer.strategy.batch_to_device(precision.convert_input(batch))
-            with precision.val_step_context(), _LossReader() as reader:
-                step(moved, *indices)
-            total = _sum([total, reader.reading._replace(examples=extract_batch_size(moved))])
+    total, failure = Reading(), None
+    try:
+        with random_state_kept([]), evaluating(module), without_trace(trainer, module), uncompiled(object()):
+            for batch, *indices in batches[:num_batches]:
+                # The hooks of a transfer have seen it. A step may change its batch, and gets a copy.
+                moved = move_data_to_device(copy.deepcopy(batch), trainer.strategy.root_device)
+                with trainer.precision_plugin.val_step_context(), _LossReader() as reader:
+                    step(moved, *indices)
+                total = _sum([total, reader.reading._replace(examples=extract_batch_size(moved))])
+    except Exception as error:
+        if ranks.size == 1:
+            raise
+        failure = f"{type(error).__name__}: {error}"
+    failures = [reason for reason in ranks.gather(failure) if reason]
+    if failures:  # told to all: none waits for one that has given up
+        raise RuntimeError(failures[0])
     return _sum(ranks.gather(total))
 
 

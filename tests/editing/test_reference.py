@@ -184,3 +184,23 @@ def test_a_scale_shrinks_what_is_kept_and_all_else(editor):
 def test_a_scale_is_a_share(scale):
     with pytest.raises(ValueError, match="scale"):
         CurvatureEditor(0.7).based_on(START, scale=scale)
+
+
+def test_a_wrapped_reference_moves_all_other_weights():
+    """Names of a compiled module have a mark of its own in them."""
+    wrapped = {f"model._orig_mod.{name}": tensor for name, tensor in START.state_dict().items()}
+    edited, expected = copy.deepcopy(TUNED), copy.deepcopy(TUNED)
+    CurvatureEditor(0.7).edit(edited, factors(), reference=wrapped)
+    CurvatureEditor(0.7).edit(expected, factors(), reference=START)
+    assert all(torch.equal(edited.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_a_dead_direction_keeps_its_share_where_an_edit_only_scales():
+    layer = factors()["body.0"]
+    A = layer.A.clone()
+    A[0], A[:, 0] = 0.0, 0.0
+    dead = KroneckerFactors({"body.0": LayerFactors(A=A, G=layer.G, num_inputs=40, num_gradients=40)})
+    edited = copy.deepcopy(TUNED)
+    CurvatureEditor(1.0, soft=True).based_on(START, 0.5).edit(edited, dead)
+    middle = 0.5 * (START.body[0].weight + TUNED.body[0].weight)
+    assert torch.allclose(edited.body[0].weight, middle, atol=1e-6)

@@ -3,6 +3,7 @@
 import copy
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
 from lightning_curvature.collect.validation_step import CollectedStep
-from lightning_curvature.trainer.price import PREDICTED
+from lightning_curvature.search.price import Price
+from lightning_curvature.trainer.price import PREDICTED, MeasuredPrice
 from tests.support import models
 
 
@@ -264,3 +266,80 @@ def test_a_fine_tune_is_scaled_where_that_lowers_the_loss(tmp_path):
     assert f"The update was scaled by {match.scale:g} first" in str(match)
     edited = torch.load(trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt"))
     assert edited["lightning_curvature"]["reference"]["scale"] == match.scale
+
+
+class Seen(models.Classifier):
+    """Notes what its validation steps get; changes its batches, and has hooks that do."""
+
+    seen = ()
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] * 2.0, *batch[1:]]
+
+    def validation_step(self, batch, batch_idx):
+        Seen.seen = (*Seen.seen, float(batch[0].abs().mean()))
+        super().validation_step(batch, batch_idx)
+        batch[0].mul_(3.0)
+        batch.pop()
+
+
+def test_a_step_sees_its_batch_again_as_it_was(tmp_path):
+    Seen.seen = ()
+    callback = KFACEditCallback()
+    trainer = models.trainer(tmp_path, callback, max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(Seen(), models.loader(models.images(64)), models.loader(models.images(64, 1)))
+    assert callback.match is not None
+    assert len(Seen.seen) > 6
+    assert set(Seen.seen) == set(Seen.seen[:2])
+
+
+class Meter:
+    """An object of somebody's own class."""
+
+    def __init__(self):
+        self.total, self.all = 0, []
+
+
+class Counting(models.Classifier):
+    def __init__(self):
+        super().__init__()
+        self.meter, self.matrix = Meter(), np.zeros(2)
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.matrix[0] += len(batch[1])
+        self.meter.total += len(batch[1])
+        self.meter.all.append(batch_idx)
+
+
+def test_objects_and_arrays_of_a_module_are_put_back(tmp_path):
+    module, callback = Counting(), KFACEditCallback()
+    trainer = models.trainer(tmp_path, callback, max_epochs=1, num_sanity_val_steps=0, enable_checkpointing=False)
+    trainer.fit(module, models.loader(models.images(64)), models.loader(models.images(96, 1)))
+    assert callback.match is not None
+    assert module.matrix.tolist() == [96.0, 0.0]
+    assert (module.meter.total, module.meter.all) == (96, [0, 1, 2])
+
+
+def test_what_is_kept_of_a_loop_is_forgotten(tmp_path):
+    callback = KFACEditCallback()
+    pl.seed_everything(0)
+    fit(models.Classifier(lr=0.003), callback, tmp_path / "1")
+    assert callback.match is not None
+    fit(models.Classifier(lr=0.003), callback, tmp_path / "2", validated=0)
+    assert callback.match is None
+    assert callback.editor.budget == PREDICTED
+
+
+def test_only_so_many_bytes_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_curvature.trainer.price.BYTES", 32 * 64 * 4)
+    price = MeasuredPrice(of_updates=False)
+    for index in range(5):
+        price.add(models.Classifier(), (torch.zeros(32, 8, 8), torch.zeros(32)), index, 0, 1)
+    assert sum(map(len, price._batches.values())) == 1
+
+
+def test_an_accuracy_is_not_spent_on_the_scale_of_an_update():
+    price = Price({"loss": (0.02, True), "error": (0.01, False)}, 0.1, {"loss": 1.0, "error": 0.1})
+    assert price.excess(1.0, {0.0: {"loss": 0.8, "error": 0.1}, 1.0: {"loss": 0.7, "error": 0.2}}) > 1

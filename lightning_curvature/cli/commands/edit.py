@@ -90,6 +90,7 @@ def edit(
     """
     from lightning_curvature.checkpoints.adapter import is_adapter
     from lightning_curvature.editing import streaming
+    from lightning_curvature.editing.reference import Reference
     from lightning_curvature.factors.basis_cache import bases_in
     from lightning_curvature.factors.kronecker import KroneckerFactors
 
@@ -115,7 +116,9 @@ def edit(
     folder = next((path for path in models if not is_adapter(path)), None)
     editor: CurvatureEditor = _make_editor(
         energy, named_layers(layers, loaded, folder), score, soft, min_positions, budget
-    ).based_on(reference, scale)
+    )
+    if reference is not None:
+        editor = editor.based_on(Reference(reference, allow_globals=allowed), scale)
     with bases_in(bases, write=not dry_run):
         editor, loaded, target = edit_on_data(editor, checkpoint, loaded, given, allowed, force)
         said, facts = (f"{target['text']}\n", {"target": target}) if target else ("", {})
