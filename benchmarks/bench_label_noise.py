@@ -84,7 +84,7 @@ def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, R
     }
     with callback.editor.applied(model, callback.factors) as edit:
         kept = [layer.energy_kept for layer in edit.layers.values()]
-        default = {"kfac, default": {"energy": sum(kept) / len(kept), **evaluate(model, *report)}}
+        default = {"callback": {"energy": sum(kept) / len(kept), **evaluate(model, *report)}}
     curve = {f"kfac {e:g}": {"energy": e, **row} for e, row in curves["report"]["kfac"].items() if e >= 0.6}
     return {
         "methods": {**before, **default, **methods},
