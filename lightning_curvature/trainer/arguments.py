@@ -56,9 +56,10 @@ class CallbackArguments(Callback):
             energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
                 Without ``energy``, ``budget`` and ``target`` the strength follows from a price that is measured at the
                 end of fit, on batches of the last validation: the strongest edit under which their loss is at most 0.02
-                nats (of a classifier, 0.05) above its lowest point on the path of stronger and stronger edits, and the
-                accuracy of a classifier at most half a point below that of the unedited model. Without a validation
-                that computes a softmax loss the edit is one that is predicted to cost 0.02 nats (of an update, 0.0003).
+                nats (of a classifier, a tenth of it, at most 0.05) above its lowest point on the path of stronger and
+                stronger edits, and the accuracy of a classifier at most half a point below that of the unedited model.
+                Without a validation that computes a softmax loss the edit is one that is predicted to cost 0.02 nats
+                (of an update, 0.0003).
             fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
             draws: Backward passes per batch of ``"sketched"`` and ``"sampled"``.
             positions: Which positions count: ``"contributing"``, ``"all"``, ``"first"``, or ``"mask:KEY"`` for a mask

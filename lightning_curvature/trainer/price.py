@@ -23,8 +23,10 @@ BATCHES, BYTES = 32, 2**28
 """Batches of each dataloader that are kept, and bytes of all: half of them to choose on, and half to report from."""
 LOSS_RISE = 0.02
 """How far the loss of a token may rise above its lowest point, in nats: a perplexity of 1.02 times."""
-LOSS_RISE_OF_CLASSES = 0.05
-"""The same for the loss of a classifier, whose confidence an edit takes away before its accuracy."""
+LOSS_RISE_OF_CLASSES, LOSS_SHARE_OF_CLASSES = 0.05, 0.1
+"""The same for the loss of a classifier, and as a share of the unedited model's: the smaller one counts.
+
+An edit takes confidence away before accuracy; a loss of 0.01 that becomes 0.06 is no small rise."""
 ERROR_RISE = 0.005
 """How far the error of a classifier may rise above that of the unedited model: half a point of accuracy.
 
@@ -40,9 +42,9 @@ PREDICTED_OF_UPDATES = 0.0003
 class MeasuredPrice:
     """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
 
-    The loss of a token may rise by 0.02 nats (of a classifier, 0.05) above its lowest point on the path of stronger and
-    stronger edits, and the error of a classifier by half a point, or one standard error, above that of the unedited
-    model. Counted from where it was, the loss would be no limit: it falls where over-confidence goes, also where
+    The loss of a token may rise by 0.02 nats (of a classifier, a tenth, at most 0.05) above its lowest point on the path
+    of stronger and stronger edits, and the error of a classifier by half a point, or one standard error, above that of
+    the unedited model. Counted from where it was, the loss would be no limit: it falls where over-confidence goes, also where
     classes are lost. Batches that were trained on tell no price: to forget them is what an edit is for.
 
     Args:
@@ -124,7 +126,8 @@ class MeasuredPrice:
         allowed = {f"{name} loss": (LOSS_RISE, True) for name in first}
         for name, reading in first.items():
             if reading.of_classes:
-                allowed[f"{name} loss"] = (LOSS_RISE_OF_CLASSES, True)
+                rise = min(LOSS_RISE_OF_CLASSES, LOSS_SHARE_OF_CLASSES * reading.loss)
+                allowed[f"{name} loss"] = (max(rise, 1e-6), True)
                 chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
                 allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
         before = measure()
