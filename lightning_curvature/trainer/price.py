@@ -42,10 +42,11 @@ PREDICTED_OF_UPDATES = 0.0003
 class MeasuredPrice:
     """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
 
-    The loss of a token may rise by 0.02 nats (of a classifier, a tenth, at most 0.05) above its lowest point on the path
-    of stronger and stronger edits, and the error of a classifier by half a point, or one standard error, above that of
-    the unedited model. Counted from where it was, the loss would be no limit: it falls where over-confidence goes, also where
-    classes are lost. Batches that were trained on tell no price: to forget them is what an edit is for.
+    The loss of a token may rise by 0.02 nats (of a classifier, a tenth, at most 0.05) above its lowest point on the
+    path of stronger and stronger edits, and the error of a classifier by half a point, or one standard error, above
+    that of the unedited model. Counted from where it was, the loss would be no limit: it falls where over-confidence
+    goes, also where classes are lost. Batches that were trained on tell no price: to forget them is what an edit is
+    for.
 
     Args:
         of_updates: Whether updates since a reference are edited.
