@@ -111,6 +111,23 @@ class Ranks:
         result: T = outcome[0]
         return result
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Return what a function returns on this process, each of which calls it.
+
+        Raises:
+            RuntimeError: If it raises anything on one of several processes, on all; alone it raises what it raises.
+        """
+        if self.size == 1:
+            return work()
+        failure = None
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001  # told to all: none waits for one that has given up
+            failure = f"{type(error).__name__}: {error}"
+        if failures := [reason for reason in self.gather(failure) if reason]:
+            raise RuntimeError(failures[0])
+        return result
+
     def sum(self, tensor: Tensor, to: int | None = None) -> Tensor:
         """Return the sum of the tensors of all processes, on the device of this process's tensor.
 

@@ -157,21 +157,12 @@ class Probes:
             return trainer.strategy.batch_to_device(precision.convert_input(batch))
 
         def run() -> dict[str, float]:
-            failure, results = None, dict[str, float]()
-            try:
-                results = run_probes(module, loaders, to_device, precision.val_step_context, layers)
-                for name, reader in readers.items():
-                    results |= {f"{name}/{metric}": value for metric, value in reader.measure(module, layers).items()}
-            except Exception as error:
-                if ranks.size == 1:
-                    raise
-                failure = f"{type(error).__name__}: {error}"
-            failures = [reason for reason in ranks.gather(failure) if reason]
-            if failures:  # told to all: none waits for one that has given up
-                raise RuntimeError(failures[0])
-            return ranks.gather(results)[0]
+            results = run_probes(module, loaders, to_device, precision.val_step_context, layers)
+            for name, reader in readers.items():
+                results |= {f"{name}/{metric}": value for metric, value in reader.measure(module, layers).items()}
+            return results
 
-        return run
+        return lambda: ranks.gather(ranks.together(run))[0]
 
     def _loaders(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[Any]:
         """Return the dataloaders whose iteration may draw random numbers: those of probes, and of the Trainer."""

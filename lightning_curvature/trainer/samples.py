@@ -65,8 +65,9 @@ def read_losses(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequen
     step: Any = module.validation_step
     step = step.step if isinstance(step, CollectedStep) else step  # these batches were collected when they came
     num_batches = min(ranks.gather(len(batches)))  # a step may call collectives: all run as many
-    total, failure = Reading(), None
-    try:
+
+    def replay() -> Reading:
+        total = Reading()
         with random_state_kept([]), evaluating(module), without_trace(trainer, module), uncompiled(object()):
             for batch, *indices in batches[:num_batches]:
                 # The hooks of a transfer have seen it. A step may change its batch, and gets a copy.
@@ -74,14 +75,9 @@ def read_losses(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequen
                 with trainer.precision_plugin.val_step_context(), _LossReader() as reader:
                     step(moved, *indices)
                 total = _sum([total, reader.reading._replace(examples=extract_batch_size(moved))])
-    except Exception as error:
-        if ranks.size == 1:
-            raise
-        failure = f"{type(error).__name__}: {error}"
-    failures = [reason for reason in ranks.gather(failure) if reason]
-    if failures:  # told to all: none waits for one that has given up
-        raise RuntimeError(failures[0])
-    return _sum(ranks.gather(total))
+        return total
+
+    return _sum(ranks.gather(ranks.together(replay)))
 
 
 def _sum(readings: Sequence[Reading]) -> Reading:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.baselines import InterpolationEditor, RandomBasisEditor, SVDEditor
+from tests.editing.test_reference import EDITORS, IDS
 from tests.support import processes
 from tests.support.processes import here
 
@@ -46,19 +47,6 @@ def update(model, name, adapter="default"):
 
 def is_adapter(name):
     return ".lora_" in name
-
-
-EDITORS = [
-    CurvatureEditor(0.7),
-    CurvatureEditor(0.7, soft=True),
-    CurvatureEditor(0.7, score="activations"),
-    CurvatureEditor(budget=0.01),
-    CurvatureEditor(budget=0.01, soft=True),
-    SVDEditor(0.7),
-    RandomBasisEditor(0.7),
-    InterpolationEditor(0.7),
-]
-IDS = ["kfac", "soft", "activations", "budget", "soft budget", "svd", "random", "interpolation"]
 
 
 def edited_products(editor, model):
