@@ -1,6 +1,7 @@
 """One strength for all layers, found for a budget of predicted loss."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
 from lightning_curvature.editing.budget import kept_shares, loss_curve, penalty_of
 from lightning_curvature.editing.scores import SCORES
+from tests.support import processes
+from tests.support.processes import here
 
 SIDES = {"0": (9, 7), "2": (5, 9)}
 SCALES = {"0": 1.0, "2": 30.0}
@@ -147,3 +150,32 @@ def test_the_file_says_the_budget(tmp_path):
     assert report.layers.keys() == same.layers.keys()
     written = torch.load(tmp_path / "edited.pt", weights_only=True)
     assert all(torch.allclose(written[name], tensor) for name, tensor in state_dict.items())
+
+
+def test_a_budget_counts_the_losses_behind_positions():
+    """Where four positions serve one loss, a change costs sixteen times as much, in the report and in the budget."""
+    net, factors = made()
+    several = {name: dataclasses.replace(layer, num_losses=15) for name, layer in factors.items()}
+    report = CurvatureEditor(budget=0.5, soft=True).edited_weights(net, KroneckerFactors(several))[1]
+    assert report.predicted_loss == pytest.approx(0.5, rel=0.03)
+    new = CurvatureEditor(budget=0.5, soft=True).edited_weights(net, KroneckerFactors(several))[0]
+    expected = CurvatureEditor(budget=0.5 / 16, soft=True).edited_weights(net, factors)[0]
+    assert all(torch.allclose(new[name], weight, rtol=0.02, atol=1e-3) for name, weight in expected.items())
+
+
+def edit_with_a_wrong_reference():
+    """Edit on one of two processes; the layer of one of them has another shape in the reference."""
+    net, factors = made()
+    editor = CurvatureEditor(budget=0.5)
+    editor.ranks = here()
+    reference = {**net.state_dict(), "2.weight": torch.zeros(3, 3)}
+    try:
+        editor.edit(net, factors, reference=reference)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_layer_that_cannot_be_priced_is_an_error_on_all_processes():
+    reasons = processes.run(2, edit_with_a_wrong_reference)
+    assert all(reason is not None and "In the reference: Layer '2'" in reason for reason in reasons)
