@@ -115,7 +115,7 @@ def edit_adapters(
     }
     copies, skipped = [name for name in energies if name in adapted.copies], dict[str, str]()
     if reference is None:
-        editor = editor.based_on(BASE)
+        editor = editor.based_on(BASE, editor.scale)
         skipped = {name: trained_copy(name) for name in copies}
     elif copies:
         start = reference.matched({name: f"{name}.weight" for name in copies})

@@ -38,7 +38,7 @@ class AdapterLayers(FileLayers):
         self._adapters = folder.adapters
         self._adapter_of: dict[str, Adapter] = {}
         super().__init__(editor, folder, factors, before)
-        self.editor = editor.based_on(BASE)
+        self.editor = editor.based_on(BASE, editor.scale)
 
     @override
     def _matched(self) -> dict[str, str]:

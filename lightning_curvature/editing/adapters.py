@@ -61,6 +61,11 @@ def find_adapters(module: nn.Module, layers: Iterable[str]) -> Adapted | None:
     return Adapted(found, copies, [f"{name}.base_layer" for name in tuned])
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Tell whether a layer of a module has an active adapter."""
+    return any(_active(layer) for layer in module.modules())
+
+
 def _active(layer: nn.Module) -> list[str]:
     """Return the names of the active adapters of a layer; none if it is no layer of peft, which is not imported."""
     tuners: Any = sys.modules.get("peft.tuners.tuners_utils")

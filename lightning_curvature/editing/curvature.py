@@ -90,8 +90,7 @@ class CurvatureEditor(WeightEditor):
             raise ValueError(f"min_positions must not be negative, found {min_positions!r}.")
         self.min_positions = min_positions
         self.score = check_option(score, SCORES, "score")
-        self.soft = soft
-        self.method = f"{score}, soft" if soft else score
+        self.use_soft(soft)
         self._known: WeakKeyDictionary[LayerFactors, tuple[Tensor, Tensor]] | None = None  # weights, coefficients
 
     def at(self, energy: float | Mapping[str, float]) -> Self:
@@ -110,6 +109,11 @@ class CurvatureEditor(WeightEditor):
         editor = self.at(1.0)
         editor.use_budget(budget)
         return editor
+
+    def use_soft(self, soft: bool) -> None:
+        """Shrink coefficients, or drop them."""
+        self.soft = soft
+        self.method = f"{self.score}, soft" if soft else self.score
 
     def use_budget(self, budget: float) -> None:
         """Take another budget, in nats per loss position, in the place of an energy or a budget."""

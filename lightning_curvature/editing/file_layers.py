@@ -42,10 +42,11 @@ class LayerEditor(Protocol):
 
     method: str
     reference: Reference | None
+    scale: float
     budget: float | None
     reads_factors: bool
 
-    def based_on(self, reference: Reference) -> Self:
+    def based_on(self, reference: Reference, scale: float = 1.0) -> Self:
         """Return the same editor for the update since a reference."""
 
     def energies(self, factors: KroneckerFactors) -> dict[str, float]:

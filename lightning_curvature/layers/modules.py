@@ -31,6 +31,13 @@ def find_layer(module: nn.Module, name: str) -> Any:
     return layer
 
 
+def is_under_adapter(module: nn.Module, name: str) -> bool:
+    """Tell whether a layer is the base of an adapter that is trained, as peft names it."""
+    above, _, last = name.rpartition(".")
+    parts = module.get_submodule(above).parameters() if last == "base_layer" else ()
+    return any(part.requires_grad for part in parts)
+
+
 def layer_weights(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """Return the weights of layers as they are stored: the shards, if FSDP2 shards the module.
 

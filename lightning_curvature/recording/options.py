@@ -16,7 +16,8 @@ class CollectorOptions:
     """What is collected from the steps of a model, and how.
 
     Args:
-        layers: Presets or name patterns, see :mod:`lightning_curvature.layers.selection`.
+        layers: Presets or name patterns, see :mod:`lightning_curvature.layers.selection`; None for ``"linear"`` in a
+            deep network, and ``"last-mlp"`` otherwise.
         fisher: Kind of Fisher, see :mod:`lightning_curvature.recording.fisher`.
         draws: Random vectors (labels) per loss position, for ``"sketched"`` (``"sampled"``).
         positions: Which positions count, see :mod:`lightning_curvature.recording.positions`.
@@ -36,7 +37,7 @@ class CollectorOptions:
         ValueError: If an argument is none of its options.
     """
 
-    layers: str | Sequence[str] = "last-mlp"
+    layers: str | Sequence[str] | None = None
     fisher: str = "sketched"
     draws: int = 1
     positions: str = "contributing"

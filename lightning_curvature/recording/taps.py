@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_curvature.distributed import whole
+from lightning_curvature.layers.modules import is_under_adapter
 from lightning_curvature.recording.calls import LayerCall, check_call, is_transformed, version_of
 from lightning_curvature.recording.compiled import uncompiled
 from lightning_curvature.recording.forwards import check_forward, rows_agree
@@ -161,10 +162,8 @@ class Taps:
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Look at one call of a watched layer."""
-        if (
-            torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
-        ):  # the network is being exported or compiled
-            return
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+            return  # the network is being exported or compiled
         if not (self.recording and torch.is_grad_enabled()):
             self.without_graph.add(name)
             return
@@ -194,6 +193,8 @@ class Taps:
                     f"Layer {name!r} cannot be collected: {reason}. Its factors would be those of another product; "
                     "leave it out of layers=."
                 )
+        if not output.requires_grad and is_under_adapter(self._root, name):
+            output.requires_grad_()  # what is added to it is trained: the gradient is that of the sum
         call = LayerCall(
             name=name,
             module=module,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.editing.report import RUINOUS
 from lightning_curvature.factors.kronecker import KroneckerFactors
 
 STEP = 4.0
@@ -87,6 +88,17 @@ class Purchase:
     points: Mapping[float, Costs]
     held_out: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     scale: float = 1.0
+
+    @property
+    def warning(self) -> str | None:
+        """What a user must not overlook: that other batches say that the model is gone; None if they do not."""
+        for name, (before, after) in self.held_out.items():
+            if name.endswith("loss") and not after - before < RUINOUS:
+                return (
+                    f"This edit ruins the model: on batches that did not choose it, {name} is {before:.4g} before and "
+                    f"{after:.4g} after. Validate on more batches, or ask for less: budget={self.budget / 4:.2g}."
+                )
+        return None
 
     def __str__(self) -> str:
         if not self.budget:

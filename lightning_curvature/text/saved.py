@@ -113,7 +113,7 @@ class SavedModel:
         """Raise ``ValueError`` if the model cannot read some sequences."""
         check_fit(sequences, self.vocabulary, self.context)
 
-    def check_layers(self, layers: str | Sequence[str]) -> None:
+    def check_layers(self, layers: str | Sequence[str] | None) -> None:
         """Raise ``ValueError`` if presets or patterns match no layer of the model; see :func:`choose_layers`."""
         with torch.device("meta"):
             kind: Any = AutoModelForCausalLM

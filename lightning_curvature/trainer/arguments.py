@@ -1,17 +1,21 @@
 """The arguments of the callback."""
 
+import dataclasses
 import re
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lightning_curvature._checks import check_count, check_option
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.reference import Reference
 from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.layers.selection import default_layers
 from lightning_curvature.recording.options import CollectorOptions
-from lightning_curvature.trainer.price import MeasuredPrice
+from lightning_curvature.trainer.price import PREDICTED, PREDICTED_SOFT, MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.target import Target
 
@@ -46,20 +50,23 @@ class CallbackArguments(Callback):
         skip_faulty: bool = False,
         min_positions: int | None = None,
         budget: float | None = None,
-        reference: str | None = None,
+        reference: str | None = "auto",
+        factors: str | None = None,
     ) -> None:
         """Check the arguments.
 
         Args:
             layers: What to edit: presets ``"last-mlp"``, ``"mlp"``, ``"attention"``, ``"linear"``, fnmatch patterns on
-                module names, or a list of them. By default ``"last-mlp"``, and with a reference ``"linear"``.
+                module names, or a list of them. By default ``"linear"`` where updates are edited (see ``reference``)
+                and in networks of more than six blocks, and otherwise ``"last-mlp"``; with ``factors``, all of that
+                file, of which patterns choose some.
             energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
                 Without ``energy``, ``budget`` and ``target`` the strength follows from a price that is measured at the
                 end of fit, on batches of the last validation: the strongest edit under which their loss is at most 0.02
                 nats (of a classifier, a tenth of it, at most 0.05) above its lowest point on the path of stronger and
                 stronger edits, and the accuracy of a classifier at most half a point below that of the unedited model.
                 Without a validation that computes a softmax loss the edit is one that is predicted to cost 0.02 nats
-                (of an update, 0.0003).
+                (if it is soft, 0.0003).
             fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
             draws: Backward passes per batch of ``"sketched"`` and ``"sampled"``.
             positions: Which positions count: ``"contributing"``, ``"all"``, ``"first"``, or ``"mask:KEY"`` for a mask
@@ -89,7 +96,8 @@ class CallbackArguments(Callback):
             seed: Seed of the callback's own random generator.
             score: What a direction is worth, see :mod:`~lightning_curvature.editing.scores`; all but ``"ekfac"``, which
                 needs a pass over the data of its own.
-            soft: Shrink directions of low score instead of dropping them; by default with a reference alone.
+            soft: Shrink directions of low score instead of dropping them; by default where all linear layers are edited
+                by default.
             target: Instead of an energy, what the edit may cost: ``{"clean/perplexity": 1.1}`` is the strongest edit
                 that raises the perplexity of the probe ``clean`` to at most 1.1 times what it was, ``{"val/accuracy":
                 0.99}`` one that keeps 0.99 of an accuracy. The energy is searched for at the end of each validation
@@ -105,11 +113,17 @@ class CallbackArguments(Callback):
             budget: Instead of an energy: what the edit is predicted to cost over all its layers, in nats.
             reference: Edit the update since a reference, and keep what the reference has: ``"start"`` for the weights
                 that the run began with, which are kept on the CPU and in every checkpoint, or the path of a checkpoint,
-                of which nothing is kept. For fine-tuning: what a fine-tune memorized lies in its update.
+                of which nothing is kept. For fine-tuning: what a fine-tune memorized lies in its update. ``"auto"`` is
+                ``"start"`` where a fit begins with trained weights (see :mod:`lightning_curvature.layers.trained`) and
+                no ``energy`` is given; otherwise, and with None, the weights are edited. LoRA adapters are updates, and
+                need no reference.
+            factors: File of factors to edit with, in the place of collecting any: those of the model that a fine-tune
+                starts from, for example. Training does nothing more then.
 
         Raises:
             TypeError: If an argument is of the wrong type.
             ValueError: If an argument is none of its options.
+            FileNotFoundError: If there is no file of factors.
         """
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"name must be a part of a file name (letters, digits, '_', '-', '.'), found {name!r}.")
@@ -118,22 +132,29 @@ class CallbackArguments(Callback):
         self.name = name
         if sum(given is not None for given in (energy, target, budget)) > 1:
             raise ValueError("energy, target and budget each say how strong the edit is: give one of them.")
-        is_priced = energy is None and target is None and budget is None
-        self.price = MeasuredPrice(of_updates=reference is not None) if is_priced else None
+        if factors is not None and save_factors is not None:
+            raise ValueError("With factors= nothing is collected that save_factors= could save: give one of them.")
+        self.price = MeasuredPrice() if energy is None and target is None and budget is None else None
+        self.factors_file = None if factors is None else Path(factors)
+        if self.factors_file is not None and not self.factors_file.is_file():
+            raise FileNotFoundError(f"factors: there is no file {factors}.")
+        self._finds_reference = reference == "auto" and energy is None
         self.keeps_start = reference == "start"
-        self._reference = None if reference is None or self.keeps_start else Reference(reference)
+        self._reference = None if reference in ("auto", "start", None) else Reference(reference)
+        patterns = [layers] if isinstance(layers, str) else layers
         self.editor = CurvatureEditor(
             1.0 if target is not None else energy,
+            layers=None if factors is None else patterns,
             score=score,
-            soft=reference is not None if soft is None else soft,
             skip_faulty=skip_faulty,
             min_positions=min_positions,
             budget=budget if self.price is None else self.price.predicted,
         ).based_on(self._reference)
-        layers = layers or ("last-mlp" if reference is None else "linear")
+        self._layers, self._soft = layers, soft
         self.options = CollectorOptions(
-            layers, fisher, draws, positions, logits, class_dim, accumulate_on, share, score == "coupled", seed
+            None, fisher, draws, positions, logits, class_dim, accumulate_on, share, score == "coupled", seed
         )
+        self._use_defaults(self.keeps_start or self._reference is not None)
         self.shard_factors = shard_factors
         self.target = None if target is None else Target(target)
         self.window = None if window is None else check_count(window, "window")
@@ -142,6 +163,23 @@ class CallbackArguments(Callback):
         self.probes = Probes(probes or {})
         self.save_factors = save_factors
         self._start_anew(KroneckerFactors())
+
+    def _use_defaults(self, updates: bool, module: nn.Module | None = None) -> None:
+        """Set what follows from what is edited, unless it was given.
+
+        Args:
+            updates: Whether updates are edited, of a fine-tune or an adapter, and not weights.
+            module: The module, once there is one.
+        """
+        layers = self._layers
+        if layers is None and (updates or module is not None):
+            layers = "linear" if updates or module is None else default_layers(module)
+        self.options = dataclasses.replace(self.options, layers=layers)
+        are_all = self._layers is None and layers == "linear"
+        self.editor.use_soft(are_all if self._soft is None else self._soft)
+        if self.price is not None:
+            self.price.of_updates, self.price.predicted = updates, PREDICTED_SOFT if self.editor.soft else PREDICTED
+            self.editor.use_budget(self.price.predicted)
 
     @abstractmethod
     def _start_anew(self, factors: KroneckerFactors) -> None:
@@ -153,7 +191,8 @@ class CallbackArguments(Callback):
         strength: Any = self.editor.energy if self.target is None else self.target.entry
         if self.price is not None or self.editor.budget is not None:
             strength = "price" if self.price is not None else f"budget {self.editor.budget:g}"
-        return self._generate_state_key(name=self.name, energy=strength, **self._settings)
+        given = {**self._settings, "layers": self._layers}  # the default is not known before a run
+        return self._generate_state_key(name=self.name, energy=strength, **given)
 
     @property
     def _settings(self) -> dict[str, Any]:

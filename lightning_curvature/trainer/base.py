@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.layers.modules import layer_weights
 from lightning_curvature.recording.step import Step
 from lightning_curvature.search.energy import Match
 from lightning_curvature.search.price import Purchase
@@ -22,7 +24,7 @@ from lightning_curvature.trainer.outcome import Outcome
 from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.problems import Problems
-from lightning_curvature.trainer.run import CollectedRun
+from lightning_curvature.trainer.run import CollectedRun, no_data_message
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker, Siblings
 
 
@@ -44,6 +46,7 @@ class CallbackBase(CallbackArguments):
         self._step: Step | None = None
         self._prepared: CollectedRun | None = None
         self._awaits_batch = self._collects_in_validation = self._in_fit = self._saves_averages = False
+        self._is_settled = self._is_fitted = False
         self._siblings: Siblings | None = None
         self._module: pl.LightningModule | None = None
         self._validation_hooks, self._inference_mode_kept = ExitStack(), ExitStack()
@@ -92,6 +95,14 @@ class CallbackBase(CallbackArguments):
             self._step.close()
             run.windows.end_step(global_step)
 
+    def _have_factors(self) -> bool:
+        """Tell whether there are factors to edit with, given or collected, and add up the latter. A collective."""
+        run = self.run
+        if self.factors_file is not None or run is None:
+            return bool(self._factors)
+        # After a fit they are known; its other processes need not be here.
+        return bool(run.windows.factors if run.is_fitted else run.windows.synchronise())
+
     def _end_validation(self, trainer: pl.Trainer) -> None:
         """Take the factors of a validation that ends."""
         run = self._running()
@@ -104,6 +115,23 @@ class CallbackBase(CallbackArguments):
         silent = run.end_validation(step)
         self._outcome.tell_silent(silent, run.collector.network.frozen, may_fail=self._in_fit)
 
+    def _end_collection(self) -> bool:
+        """End what a fit collects, and tell whether there are factors of it, or given ones. A collective."""
+        if self.factors_file is not None:
+            return not self._has_stopped() and bool(self._factors)
+        run, nothing = self.run, "training step ran a backward pass" if self.loop == "train" else "validation ran"
+        if run is None and not self._problems.given_up:
+            rank_zero_warn(no_data_message(nothing))
+        if run is None or self._awaits_batch:
+            return False
+        run.collector.drain()
+        if self._has_stopped():
+            return False
+        run.is_fitted = bool(run.windows.synchronise())
+        if not run.is_fitted:
+            rank_zero_warn(no_data_message(nothing))
+        return run.is_fitted
+
     def _running(self) -> CollectedRun:
         if self.run is None:
             raise RuntimeError("KFACEditCallback.setup was not called; use the callback in a Trainer.")
@@ -115,8 +143,8 @@ class CallbackBase(CallbackArguments):
             return
         self._siblings.waits = False
         count, factors = self._siblings.num_waiting(self.name), self.factors
-        if count and factors:
-            self._outcome.tell_time(count, self._running().collector.kinds, factors)
+        if count and factors and self._module is not None:
+            self._outcome.tell_time(count, layer_weights(self._module, factors).values())
         self._siblings.make_copies(self.name)
 
     def _run_of_module(self) -> CollectedRun | None:
@@ -147,7 +175,7 @@ class CallbackBase(CallbackArguments):
     def copy_maker(self, checkpoint: CheckpointDict) -> CopyMaker | None:
         """Return what makes the edited copy of a checkpoint; None, with a warning, if there is none that is right."""
         run = self._run_of_module()
-        factors = KroneckerFactors() if run is None else self.factors
+        factors = KroneckerFactors() if run is None and self.factors_file is None else self.factors
         if self._has_stopped() or not (factors or self._collects_in_validation):
             return None  # which was told when it happened, or there is nothing yet
         reason: str | None = "it was saved before the first validation"
@@ -155,6 +183,8 @@ class CallbackBase(CallbackArguments):
             reason = (
                 f"it was saved before the energy for {self.target} was searched, which is done when validation ends"
             )
+        elif self.factors_file is not None:
+            reason = None
         elif run is not None and factors:
             reason = run.why_no_copy(checkpoint, factors, self._saves_averages, self.editor.ranks)
         if reason is not None:
@@ -162,7 +192,7 @@ class CallbackBase(CallbackArguments):
             return None
         # A price is measured when training ends, before its copies are made.
         editor = self.editor if self.price is not None else copy.copy(self.editor)
-        return LaterCopy(editor, factors, self._outcome.copies, None if run is None else run.module)
+        return LaterCopy(editor, factors, self._outcome.copies, self._module)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""
@@ -170,8 +200,9 @@ class CallbackBase(CallbackArguments):
         vars(other).update(vars(self))
         other.editor = copy.copy(self.editor)
         other.editor.ranks = Ranks()
-        if other.price is not None:
-            other.price = MeasuredPrice(of_updates=self.keeps_start or self._reference is not None)
+        if self.price is not None:
+            other.price = MeasuredPrice()
+            other.price.of_updates, other.price.predicted = self.price.of_updates, self.price.predicted
         other.probes = Probes(self.probes.files)
         other._start_anew(self.factors if self.editor.ranks.size == 1 else KroneckerFactors())
         other._outcome.take_over(self._outcome)

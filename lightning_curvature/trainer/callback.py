@@ -6,13 +6,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_curvature.collect.validation_step import collected_from
+from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.selection import PresetError
 from lightning_curvature.trainer.problems import Problems, never_ends_a_fit
 from lightning_curvature.trainer.refusals import check_package, check_trainer, check_validation
-from lightning_curvature.trainer.run import no_data_message
 from lightning_curvature.trainer.runs import CallbackRuns
 from lightning_curvature.trainer.siblings import Siblings
 
@@ -61,18 +60,26 @@ class KFACEditCallback(CallbackRuns):
         self._siblings.watch(self.name, self, in_fit=self._in_fit)
         self.editor.ranks = self._siblings.ranks
         self._outcome.start()
-        self._start = None if in_fit else self._start
+        if in_fit:
+            self._is_settled = self._is_fitted = False
+            self._start = None
+            if self._finds_reference:
+                self.keeps_start, self.editor.reference = False, None
         sources = (pl_module, getattr(trainer, "datamodule", None))
         self.probes.check(self.target, sources)
         is_fitted = self.run is not None and self.run.is_fitted
         self._collects_in_validation = self.loop == "validation" if self._in_fit else not is_fitted
+        self._collects_in_validation &= self.factors_file is None
         if self._collects_in_validation:
             check_validation(self.editor.ranks, *sources)
             # Inference tensors can never enter a graph, and the mode is entered before any hook of a callback runs.
             loop: Any = trainer.fit_loop.epoch_loop.val_loop if self._in_fit else trainer.validate_loop
             self._inference_mode_kept.callback(setattr, loop, "inference_mode", loop.inference_mode)
             loop.inference_mode = False
-        if self._in_fit or self._collects_in_validation:
+        if self.factors_file is not None:
+            self.run, self._factors = None, KroneckerFactors()
+            self._outcome.clear()
+        elif self._in_fit or self._collects_in_validation:
             self._awaits_batch, self._prepared = True, None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -81,6 +88,7 @@ class KFACEditCallback(CallbackRuns):
         Raises:
             ValueError: If an argument does not fit the module. A preset that has no layers in it costs a warning.
         """
+        self._settle(trainer, pl_module)
         try:
             self._prepare(pl_module)
         except PresetError as error:  # the network is not one for it, which is no mistake in an argument
@@ -90,6 +98,7 @@ class KFACEditCallback(CallbackRuns):
         except Exception as error:  # noqa: BLE001  # of modules that are not what their class says
             self._problems.meet(error)
         self._keep_start(trainer, pl_module)
+        self._take_factors(pl_module)
         self.probes.check_loaders(trainer, pl_module, self.target)
 
     @never_ends_a_fit
@@ -137,11 +146,9 @@ class KFACEditCallback(CallbackRuns):
 
         Lightning calls it after the last step of an epoch, and after the validation there.
         """
-        if self.run is None:
-            return
         self._abort_step()
         searches = self.target is not None and not trainer.enable_validation
-        if searches and not self._has_stopped() and self.run.windows.synchronise():
+        if searches and not self._has_stopped() and self._have_factors():
             self._outcome.search(trainer, pl_module, self.factors)
 
     @never_ends_a_fit
@@ -151,10 +158,12 @@ class KFACEditCallback(CallbackRuns):
             return
         if self.price is not None:
             self.price.start()
+        if not self._in_fit and (self._collects_in_validation or self.factors_file is not None):
+            self._settle(trainer, pl_module)
+            self.probes.check_loaders(trainer, pl_module, self.target)
+            self._take_factors(pl_module)
         if not self._collects_in_validation:
             return
-        if not self._in_fit:
-            self.probes.check_loaders(trainer, pl_module, self.target)
         run = self._begin(pl_module)
         if run is not None:
             run.windows.start(complete=False)
@@ -187,15 +196,13 @@ class KFACEditCallback(CallbackRuns):
             self._end_validation(trainer)
         elif self._has_stopped():
             return
-        run = self.run
-        # After a fit the factors are known; its other processes need not be here.
-        if run is not None and (run.windows.factors if run.is_fitted else run.windows.synchronise()):
+        if self._have_factors():
             if not self._in_fit:
                 self._outcome.spend(trainer, pl_module, self.factors)
             self._outcome.search(trainer, pl_module, self.factors)
             if results := self._outcome.measure(trainer, pl_module, self.factors, may_fail=self._in_fit):
                 pl_module.log_dict(results)
-        if self._collects_in_validation and not self._in_fit:
+        if not self._in_fit and (self._collects_in_validation or self.factors_file is not None):
             self._outcome.edit_live(pl_module, self.factors)
             self._outcome.show(
                 "Trainer.validate writes no checkpoint. An edit of these weights would do:",
@@ -206,21 +213,13 @@ class KFACEditCallback(CallbackRuns):
     @never_ends_a_fit
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Search a last time, work out what an edit does, and measure the probes. Lightning calls it after training."""
-        run, nothing = self.run, "training step ran a backward pass" if self.loop == "train" else "validation ran"
-        if run is None and not self._problems.given_up:
-            rank_zero_warn(no_data_message(nothing))
-        if run is None or self._awaits_batch:
+        if not self._end_collection():
             return
-        run.collector.drain()
-        if self._has_stopped():
-            return
-        if not run.windows.synchronise():
-            rank_zero_warn(no_data_message(nothing))
-            return
-        run.is_fitted = True
+        self._is_fitted = True
         self._outcome.spend(trainer, pl_module, self.factors)
         if self.loop == "train":
-            self._outcome.tell_silent(run.windows.silent, run.collector.network.frozen, may_fail=True)
+            if self.run is not None:
+                self._outcome.tell_silent(self.run.windows.silent, self.run.collector.network.frozen, may_fail=True)
             self._outcome.search(trainer, pl_module, self.factors)
             results = self._outcome.measure(trainer, pl_module, self.factors, may_fail=True)
             for logger in trainer.loggers:
@@ -231,7 +230,7 @@ class KFACEditCallback(CallbackRuns):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Edit the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
         self._make_copies()
-        if self.run is not None and self.run.is_fitted and not (self._awaits_batch or self._problems.given_up):
+        if self._is_fitted and not (self._awaits_batch or self._problems.given_up):
             self._outcome.show(
                 f"No checkpoint was edited. An edit of the weights at step {trainer.global_step} would do:",
                 self.factors,

@@ -117,7 +117,7 @@ def edited_copy(
         hashes = weight_hashes(weights)
     else:
         hashes = tensor_hashes(weights, weights.__getitem__) if ranks.rank == 0 else {}
-    edited_by = editor if adapted is None else editor.based_on(BASE)
+    edited_by = editor if adapted is None else editor.based_on(BASE, editor.scale)
     facts = edited_by.facts(factors, content_hash(hashes), report)
     return {**checkpoint, "state_dict": state_dict, ENTRY: facts}, report
 

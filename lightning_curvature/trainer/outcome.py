@@ -1,7 +1,8 @@
 """What a run comes to: the energy of its target, what an edit of its weights does, the probes, and what is shown."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.collect.passes import check_silent
-from lightning_curvature.collect.sums import LayerKind
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.decomposition import FaultyLayerError
@@ -181,10 +181,11 @@ class Outcome:
         why = f" (the outputs of {listing(asleep)} needed no gradient: frozen)" if asleep else ""
         rank_zero_warn(f"Chosen layers {listing(silent)} never ran{why}, and stay as they are.")
 
-    def tell_time(self, num_copies: int, kinds: Mapping[str, LayerKind], factors: KroneckerFactors) -> None:
-        """Say how long the edits take that are made now, if that is more than a tenth of the training's time."""
+    def tell_time(self, num_copies: int, weights: Iterable[torch.Tensor]) -> None:
+        """Say how long edits of some weights take that are made now, if that is over a tenth of the training's time."""
         on_gpu = torch.cuda.is_available()
-        seconds = sum(edit_seconds(kinds[name].d_out, kinds[name].d_in, on_gpu) for name in factors)
+        shapes = [(len(weight), math.prod(weight.shape[1:])) for weight in weights]
+        seconds = sum(edit_seconds(*shape, on_gpu) for shape in shapes)
         trained = time.monotonic() - self._started
         if num_copies * seconds > _TENTH * trained:
             rank_zero_info(
@@ -219,9 +220,11 @@ class Outcome:
                 rank_zero_info(f"Factors written to {path}.")
             except (OSError, ValueError) as error:
                 rank_zero_warn(f"save_factors: the factors could not be written to {path}: {error}")
-        ruined = [report for _, report in reports if report.warning is not None]
-        if ruined:
-            rank_zero_warn(str(ruined[-1].warning))  # the last thing that is said
+        purchase = self.match if isinstance(self.match, Purchase) and self.match.budget else None
+        # What was measured counts, and not what is predicted.
+        warnings = [report.warning for _, report in reports] if purchase is None else [purchase.warning]
+        for warning in [warning for warning in warnings if warning is not None][-1:]:
+            rank_zero_warn(warning)  # the last thing that is said
 
 
 def _is_gone(path: str) -> bool:

@@ -35,8 +35,8 @@ PREDICTED = 0.02
 """Predicted loss of the first edit that is tried, and of the only one where nothing can be measured, in nats."""
 SCALES = (0.8, 0.6, 0.4)
 """Shares of an update that are tried before its edit, as long as the loss falls."""
-PREDICTED_OF_UPDATES = 0.0003
-"""The same for edits of updates, whose layers move as one: there predictions are far lower."""
+PREDICTED_SOFT = 0.0003
+"""The same for soft edits, which move all layers together: there predictions are far lower."""
 
 
 class MeasuredPrice:
@@ -48,15 +48,13 @@ class MeasuredPrice:
     goes, also where classes are lost. Batches that were trained on tell no price: to forget them is what an edit is
     for.
 
-    Args:
-        of_updates: Whether updates since a reference are edited.
-
     Attributes:
+        of_updates: Whether updates are edited, since a reference or of an adapter, and not weights.
         predicted: Predicted loss of the first edit that is tried, and of the only one where nothing can be measured.
     """
 
-    def __init__(self, of_updates: bool) -> None:
-        self.predicted = PREDICTED_OF_UPDATES if of_updates else PREDICTED
+    def __init__(self) -> None:
+        self.of_updates, self.predicted = False, PREDICTED
         self.start()
 
     def start(self) -> None:
@@ -134,7 +132,8 @@ class MeasuredPrice:
         before = measure()
         price = Price(allowed, self.predicted, before)
         scale, scaled = self._scale(editor, module, factors, measure, before, price)
-        editor = editor.based_on(editor.reference, scale)
+        editor = copy.copy(editor)
+        editor.scale = scale
         purchase = spend(editor, module, factors, measure, price, scaled)
         purchase = dataclasses.replace(purchase, before=before, scale=scale)
         held_out = measure(part=1)
@@ -155,7 +154,7 @@ class MeasuredPrice:
     ) -> tuple[float, Mapping[str, float]]:
         """Return the share of all updates with the lowest losses, and the costs there: 1 if no update is edited."""
         best, costs = 1.0, before
-        for scale in () if editor.reference is None else SCALES:
+        for scale in SCALES if self.of_updates else ():
             interpolation = InterpolationEditor(scale).based_on(editor.reference)
             interpolation.ranks, interpolation.skip_faulty = editor.ranks, editor.skip_faulty
             with interpolation.applied(module, factors):

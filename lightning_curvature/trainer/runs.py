@@ -3,16 +3,21 @@
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature.checkpoints.facts import checkpoint_note
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.windows import WindowedFactors
+from lightning_curvature.editing.adapters import has_adapters
 from lightning_curvature.editing.reference import Reference
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.kinds import has_lazy
 from lightning_curvature.layers.selection import PresetError
+from lightning_curvature.layers.trained import has_trained_weights
+from lightning_curvature.memory import free_memory, size
 from lightning_curvature.trainer.base import CallbackBase
+from lightning_curvature.trainer.given_factors import given_factors
 from lightning_curvature.trainer.problems import never_ends_a_fit
 from lightning_curvature.trainer.run import CollectedRun
 
@@ -42,6 +47,39 @@ class CallbackRuns(CallbackBase):
         return run
 
     @never_ends_a_fit
+    def _settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Decide what is edited, updates or weights, when the module has been built. A collective."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        updates = has_adapters(module)
+        if self._finds_reference and self._in_fit and not updates:
+            self.keeps_start = self._start is not None or self._begins_trained(trainer, module)
+        self._use_defaults(updates or self.keeps_start or self._reference is not None, module)
+
+    def _begins_trained(self, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+        """Tell whether a run begins with trained weights, of which a copy can be kept. A collective."""
+        weights = dict(module.named_parameters())
+        sharded = any(hasattr(weight, "full_tensor") for weight in weights.values())
+        is_trained = trainer.ckpt_path is None and not sharded and has_trained_weights(module)
+        if not all(self.editor.ranks.gather(is_trained)):
+            return False
+        num_bytes = sum(weight.nbytes for weight in weights.values())
+        fits = all(self.editor.ranks.gather(2 * num_bytes <= free_memory(torch.device("cpu"))))
+        what = "This fit begins with trained weights"
+        if fits:
+            rank_zero_info(
+                f"{what}: KFACEditCallback edits what it changes, and keeps the start on the CPU and in checkpoints, "
+                f"{size(num_bytes)}. reference=PATH keeps nothing; reference=None edits the weights."
+            )
+        else:
+            rank_zero_warn(
+                f"{what}, and there is no room to keep a copy of them ({size(num_bytes)}): KFACEditCallback edits the "
+                "weights. To edit what the fit changes, name the checkpoint that it begins with: reference=PATH."
+            )
+        return fits
+
+    @never_ends_a_fit
     def _keep_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Keep the weights that the run begins with, on the CPU; those of a run that goes on are in its checkpoint."""
         if not self.keeps_start:
@@ -60,6 +98,11 @@ class CallbackRuns(CallbackBase):
             self._start = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
         self.editor.reference = Reference(self._start)
 
+    def _take_factors(self, module: pl.LightningModule) -> None:
+        """Take the factors of a file, if one is given, under the names of the module."""
+        if self.factors_file is not None:
+            self._factors = given_factors(self.factors_file, module, self.editor)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what tells a resumed run that the factor file beside the checkpoint belongs to it, and the start."""
         run = self._run_of_module()
@@ -74,9 +117,15 @@ class CallbackRuns(CallbackBase):
         if trainer.state.fn == "fit" and (note := checkpoint_note(checkpoint)) is not None:
             rank_zero_warn(f"Training goes on from {trainer.ckpt_path}. {note}")
         state = self._saved_state(checkpoint)
-        if trainer.state.fn == "fit" and state and self.keeps_start:
+        if trainer.state.fn != "fit":
+            return
+        if state and (self.keeps_start or self._finds_reference):
             self._start = state.pop("start", None)
-        if trainer.state.fn != "fit" or not state or self._siblings is None:
+        self._settle(trainer, pl_module)
+        if not state or self._siblings is None:
+            return
+        if self.factors_file is not None:
+            self._outcome.resume(state)
             return
         try:
             run = self._prepare(pl_module)

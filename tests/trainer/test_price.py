@@ -334,7 +334,7 @@ def test_what_is_kept_of_a_loop_is_forgotten(tmp_path):
 
 def test_only_so_many_bytes_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_curvature.trainer.price.BYTES", 32 * 64 * 4)
-    price = MeasuredPrice(of_updates=False)
+    price = MeasuredPrice()
     for index in range(5):
         price.add(models.Classifier(), (torch.zeros(32, 8, 8), torch.zeros(32)), index, 0, 1)
     assert sum(map(len, price._batches.values())) == 1

@@ -52,7 +52,8 @@ def collect(
         corpus: Text file, or JSON lines (.jsonl) with a field "text"; several for factors of a mixture.
         out: Factor file to write (.safetensors).
         weights: What each corpus counts, whatever its length; by default all count the same.
-        layers: Presets (last-mlp, mlp, attention, linear) or fnmatch patterns on module names; by default last-mlp.
+        layers: Presets (last-mlp, mlp, attention, linear) or fnmatch patterns on module names; by default linear in a
+            network of more than six blocks, and last-mlp in others.
         tokens: Tokens of each corpus to read at most.
         context: Tokens of a window, those that the tokenizer puts in front among them; by default 512, or what the
             model takes if that is less.
@@ -93,7 +94,6 @@ def collect(
     for path in corpus:
         next(token_windows(path, saved.tokenizer, context, tokens))  # raises if it is too short for a window
     saved.check_predicts(context)
-    layers = layers or ["last-mlp"]
     saved.check_layers(layers)
     factors = collect_text(
         saved.load(),
