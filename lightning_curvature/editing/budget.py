@@ -24,6 +24,20 @@ _STEPS = 32
 """Bins of a histogram for each power of two of the score: a bin is 2 % wide."""
 
 
+def careful_budget(soft: bool, of_one_layer: bool) -> float:
+    """Return a budget for an edit that nothing measures, in nats: what an edit costs is more than is predicted.
+
+    The more layers move together, the more it is; see "Predicted and measured" in ``docs/decisions.md``.
+
+    Args:
+        soft: Whether coefficients are shrunk: all of them move then.
+        of_one_layer: Whether a single layer is edited.
+    """
+    if soft:
+        return 0.0003
+    return 0.02 if of_one_layer else 0.002
+
+
 class LossCurve(NamedTuple):
     """What it costs to shrink the coefficients of a layer, for every penalty.
 

@@ -36,10 +36,10 @@ from lightning_curvature.layers.roles import ATTENTION, MIXER, MLP, block_of, la
 
 PRESETS = ("last-mlp", "mlp", "attention", "linear")
 DEEP = 6
-"""A network of more blocks is deep: what it memorized lies in many of them, and the default is ``"linear"``.
+"""A network of more blocks is deep: what it memorized lies in many of them, and the default is ``"mlp"``.
 
-In SmolLM2-135M (30 blocks) the last MLP has to be ruined before recitation falls; in networks of two to five blocks it
-holds most of it. See ``docs/decisions.md``."""
+In a fine-tuned SmolLM2-135M (30 blocks) the last MLP alone has to be ruined before recitation falls; in networks of two
+to five blocks it holds most of it. See ``docs/decisions.md``."""
 
 
 class PresetError(ValueError):
@@ -47,14 +47,14 @@ class PresetError(ValueError):
 
 
 def default_layers(root: nn.Module) -> str:
-    """Return the preset that is used where no layers are asked for: ``"linear"`` in a deep network, or ``"last-mlp"``.
+    """Return the preset that is used where no layers are asked for: ``"mlp"`` in a deep network, or ``"last-mlp"``.
 
     >>> default_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
     'last-mlp'
     """
     modules = dict(root.named_modules())
     blocks = {block_of(name, modules) for name, module in modules.items() if is_matmul(module)}
-    return "linear" if len(blocks - {""}) > DEEP else "last-mlp"
+    return "mlp" if len(blocks - {""}) > DEEP else "last-mlp"
 
 
 def choose_layers(root: nn.Module, layers: str | Sequence[str] | None) -> LayerChoice:

@@ -16,7 +16,7 @@ class CollectorOptions:
     """What is collected from the steps of a model, and how.
 
     Args:
-        layers: Presets or name patterns, see :mod:`lightning_curvature.layers.selection`; None for ``"linear"`` in a
+        layers: Presets or name patterns, see :mod:`lightning_curvature.layers.selection`; None for ``"mlp"`` in a
             deep network, and ``"last-mlp"`` otherwise.
         fisher: Kind of Fisher, see :mod:`lightning_curvature.recording.fisher`.
         draws: Random vectors (labels) per loss position, for ``"sketched"`` (``"sampled"``).

@@ -10,12 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_curvature._checks import check_count, check_option
+from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.reference import Reference
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.selection import default_layers
 from lightning_curvature.recording.options import CollectorOptions
-from lightning_curvature.trainer.price import PREDICTED, PREDICTED_SOFT, MeasuredPrice
+from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.target import Target
 
@@ -57,16 +58,16 @@ class CallbackArguments(Callback):
 
         Args:
             layers: What to edit: presets ``"last-mlp"``, ``"mlp"``, ``"attention"``, ``"linear"``, fnmatch patterns on
-                module names, or a list of them. By default ``"linear"`` where updates are edited (see ``reference``)
-                and in networks of more than six blocks, and otherwise ``"last-mlp"``; with ``factors``, all of that
-                file, of which patterns choose some.
+                module names, or a list of them. By default ``"linear"`` where updates are edited (see
+                ``reference``), ``"mlp"`` in other networks of more than six blocks, and otherwise ``"last-mlp"``. With
+                ``factors``: patterns on the names of those in the file; by default all of them.
             energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
                 Without ``energy``, ``budget`` and ``target`` the strength follows from a price that is measured at the
                 end of fit, on batches of the last validation: the strongest edit under which their loss is at most 0.02
                 nats (of a classifier, a tenth of it, at most 0.05) above its lowest point on the path of stronger and
                 stronger edits, and the accuracy of a classifier at most half a point below that of the unedited model.
-                Without a validation that computes a softmax loss the edit is one that is predicted to cost 0.02 nats
-                (if it is soft, 0.0003).
+                Without a validation that computes a softmax loss the edit is one that is predicted to cost 0.02 nats in
+                a single layer, 0.002 in several, and 0.0003 if it is soft: the more layers, the less is predicted.
             fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
             draws: Backward passes per batch of ``"sketched"`` and ``"sampled"``.
             positions: Which positions count: ``"contributing"``, ``"all"``, ``"first"``, or ``"mask:KEY"`` for a mask
@@ -96,8 +97,7 @@ class CallbackArguments(Callback):
             seed: Seed of the callback's own random generator.
             score: What a direction is worth, see :mod:`~lightning_curvature.editing.scores`; all but ``"ekfac"``, which
                 needs a pass over the data of its own.
-            soft: Shrink directions of low score instead of dropping them; by default where all linear layers are edited
-                by default.
+            soft: Shrink directions of low score instead of dropping them; by default where updates are edited.
             target: Instead of an energy, what the edit may cost: ``{"clean/perplexity": 1.1}`` is the strongest edit
                 that raises the perplexity of the probe ``clean`` to at most 1.1 times what it was, ``{"val/accuracy":
                 0.99}`` one that keeps 0.99 of an accuracy. The energy is searched for at the end of each validation
@@ -172,13 +172,13 @@ class CallbackArguments(Callback):
             module: The module, once there is one.
         """
         layers = self._layers
-        if layers is None and (updates or module is not None):
-            layers = "linear" if updates or module is None else default_layers(module)
+        if layers is None and module is not None:
+            layers = "linear" if updates else default_layers(module)
         self.options = dataclasses.replace(self.options, layers=layers)
-        are_all = self._layers is None and layers == "linear"
-        self.editor.use_soft(are_all if self._soft is None else self._soft)
+        self.editor.use_soft(updates if self._soft is None else self._soft)
         if self.price is not None:
-            self.price.of_updates, self.price.predicted = updates, PREDICTED_SOFT if self.editor.soft else PREDICTED
+            self.price.of_updates = updates
+            self.price.predicted = careful_budget(self.editor.soft, of_one_layer=layers in ("last-mlp", None))
             self.editor.use_budget(self.price.predicted)
 
     @abstractmethod

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_curvature.baselines.interpolation import InterpolationEditor
+from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.search.price import Price, Purchase, spend
@@ -31,12 +32,8 @@ ERROR_RISE = 0.005
 """How far the error of a classifier may rise above that of the unedited model: half a point of accuracy.
 
 Where batches are few it is one standard error of that error, since less cannot be told from chance."""
-PREDICTED = 0.02
-"""Predicted loss of the first edit that is tried, and of the only one where nothing can be measured, in nats."""
 SCALES = (0.8, 0.6, 0.4)
 """Shares of an update that are tried before its edit, as long as the loss falls."""
-PREDICTED_SOFT = 0.0003
-"""The same for soft edits, which move all layers together: there predictions are far lower."""
 
 
 class MeasuredPrice:
@@ -54,7 +51,7 @@ class MeasuredPrice:
     """
 
     def __init__(self) -> None:
-        self.of_updates, self.predicted = False, PREDICTED
+        self.of_updates, self.predicted = False, careful_budget(soft=False, of_one_layer=True)
         self.start()
 
     def start(self) -> None:

@@ -79,3 +79,22 @@ def test_a_scale_is_of_an_update(saved):
 def test_a_reference_that_is_missing_is_named(saved):
     with pytest.raises(SystemExit, match=r"none.safetensors: no such file"):
         run(saved, "--reference", saved / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], CurvatureEditor(budget=0.002)),
+        (["--layers", "body.2"], CurvatureEditor(budget=0.02, layers=["body.2"])),
+        (["--soft"], CurvatureEditor(budget=0.0003, soft=True)),
+        (["--reference", "start.safetensors"], CurvatureEditor(budget=0.0003, soft=True).based_on(START)),
+    ],
+    ids=["several", "one", "soft", "update"],
+)
+def test_without_a_strength_the_edit_is_a_careful_one(options, expected, saved, capsys):
+    run(saved, *(saved / option if option.startswith("start") else option for option in options))
+    factors = KroneckerFactors.load(saved / "factors.safetensors")
+    edited, report = expected.edit_state_dict(TUNED.state_dict(), factors)
+    written = load_file(saved / "edited.safetensors")
+    assert all(torch.allclose(written[name], tensor) for name, tensor in edited.items())
+    assert report.predicted_loss <= expected.budget

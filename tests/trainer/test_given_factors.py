@@ -104,7 +104,7 @@ def test_factors_of_other_weights_are_told(tmp_path):
     torch.save(models.Classifier().state_dict(), tmp_path / "other.pt")
     callback = KFACEditCallback(factors=file, reference=str(tmp_path / "other.pt"), budget=1e-4)
     with pytest.warns(UserWarning, match=r"than the reference 'other.pt' has, in 2 of 2 layers"):
-        fit(models.Classifier(lr=0.003), callback, tmp_path)
+        fit(models.Classifier(lr=0.003), callback, tmp_path / "2")
 
 
 def test_factors_of_another_model_are_refused_before_training(tmp_path):

@@ -52,7 +52,7 @@ def collect(
         corpus: Text file, or JSON lines (.jsonl) with a field "text"; several for factors of a mixture.
         out: Factor file to write (.safetensors).
         weights: What each corpus counts, whatever its length; by default all count the same.
-        layers: Presets (last-mlp, mlp, attention, linear) or fnmatch patterns on module names; by default linear in a
+        layers: Presets (last-mlp, mlp, attention, linear) or fnmatch patterns on module names; by default mlp in a
             network of more than six blocks, and last-mlp in others.
         tokens: Tokens of each corpus to read at most.
         context: Tokens of a window, those that the tokenizer puts in front among them; by default 512, or what the

@@ -55,15 +55,18 @@ def edit(
             since its base: the factors may be those of the base.
         factors: Factor file of its model (.safetensors).
         out: File or folder to write, in the same format.
-        energy: Share of the curvature mass to keep, in (0, 1], or a dict of layer patterns to shares; by default 0.85.
-        budget: Instead of an energy: what the edit is predicted to cost, over all its layers, in nats per position.
+        energy: Share of the curvature mass to keep, in (0, 1], or a dict of layer patterns to shares.
+        budget: Instead of an energy: what the edit is predicted to cost, over all its layers, in nats per position. By
+            default 0.02 for a single layer, 0.002 for several, and 0.0003 for a soft edit. An edit costs more than is
+            predicted: use --perplexity, or evaluate the edited model.
         reference: Checkpoint that this one was fine-tuned from: the update since is edited, and the rest stays. The
             factors may be those of either.
         scale: Factor of what is kept of the update, in (0, 1]; below 1 all weights go towards the reference, too.
         layers: fnmatch patterns on the layers of the factor file, or, where there is a model folder, presets (last-mlp,
             mlp, attention, linear); by default all of them.
         score: What decides what is kept: kfac, activations, saliency, or, if the factors have it, ekfac, coupled.
-        soft: Shrink what has a low score instead of dropping it.
+        soft: Shrink what has a low score instead of dropping it; always where an update is edited, with --reference or
+            of an adapter, without an --energy.
         min_positions: Positions that the factors of a layer must rest on, or it is left as it is; by default as many as
             its live inputs and outputs; 0 edits it whatever they rest on.
         perplexity: Instead of an energy: find the strongest edit that raises the perplexity of --corpus to at most this
@@ -90,6 +93,7 @@ def edit(
     """
     from lightning_curvature.checkpoints.adapter import is_adapter
     from lightning_curvature.editing import streaming
+    from lightning_curvature.editing.budget import careful_budget
     from lightning_curvature.editing.reference import Reference
     from lightning_curvature.factors.basis_cache import bases_in
     from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -114,9 +118,11 @@ def edit(
     check_outputs([path for path in (out, save_delta) if path is not None], read, overwrite)
     models = (path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir())
     folder = next((path for path in models if not is_adapter(path)), None)
-    editor: CurvatureEditor = _make_editor(
-        energy, named_layers(layers, loaded, folder), score, soft, min_positions, budget
-    )
+    soft = soft or (energy is None and (reference is not None or is_adapter(checkpoint)))
+    layers = named_layers(layers, loaded, folder)
+    if (energy, budget, perplexity, forget) == (None, None, None, None):
+        budget = careful_budget(soft, of_one_layer=len(_make_editor(1.0, layers).energies(loaded)) == 1)
+    editor = _make_editor(energy, layers, score, soft, min_positions, budget)
     if reference is not None:
         editor = editor.based_on(Reference(reference, allow_globals=allowed), scale)
     with bases_in(bases, write=not dry_run):
@@ -137,10 +143,10 @@ def edit(
 def _make_editor(
     energy: float | dict[str, float] | None,
     layers: list[str] | None,
-    score: Score,
-    soft: bool,
-    min_positions: int | None,
-    budget: float | None,
+    score: Score = "kfac",
+    soft: bool = False,
+    min_positions: int | None = None,
+    budget: float | None = None,
 ) -> "CurvatureEditor":
     from lightning_curvature.editing.curvature import CurvatureEditor
 
