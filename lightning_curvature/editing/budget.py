@@ -96,13 +96,14 @@ def penalty_of(curves: Iterable[LossCurve], budget: float, soft: bool) -> float:
     if float(losses.sum()) <= budget:
         return math.inf
     scores, order = scores.sort()
+    losses = losses[order]
     if float(losses[scores == 0].sum()) > budget:
         return 0.0
     if not soft:  # bins lie on one grid: what lies below the lower end of a bin are the bins before it
-        within = int((losses[order].cumsum(0) <= budget).sum())
+        within = int((losses.cumsum(0) <= budget).sum())
         lower = math.pow(2.0, -0.5 / _STEPS)
         return float(scores[within]) * lower
-    together = LossCurve(scores, losses[order])
+    together = LossCurve(scores, losses)
     live = scores[scores > 0].log2()
     low, high = float(live.min()) - 60, float(live.max()) + 60
     for _ in range(60):

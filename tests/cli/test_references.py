@@ -97,4 +97,4 @@ def test_without_a_strength_the_edit_is_a_careful_one(options, expected, saved, 
     edited, report = expected.edit_state_dict(TUNED.state_dict(), factors)
     written = load_file(saved / "edited.safetensors")
     assert all(torch.allclose(written[name], tensor) for name, tensor in edited.items())
-    assert report.predicted_loss <= expected.budget
+    assert 0 < report.predicted_loss <= 1.001 * expected.budget

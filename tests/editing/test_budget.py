@@ -179,3 +179,16 @@ def edit_with_a_wrong_reference():
 def test_a_layer_that_cannot_be_priced_is_an_error_on_all_processes():
     reasons = processes.run(2, edit_with_a_wrong_reference)
     assert all(reason is not None and "In the reference: Layer '2'" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_small_budget_of_several_layers_is_spent(soft):
+    """Each layer has coefficients of no score, which are free, and dear ones that no budget pays for."""
+    curves = [
+        loss_curve(torch.tensor([[0.0, first, 8.0]]).double(), torch.tensor([[0.0, cost, 5.0]]).double())
+        for first, cost in ((4.0, 3.0), (0.5, 1e-6), (1.0, 2e-6))
+    ]
+    penalty = penalty_of(curves, 1e-5, soft)
+    assert 1.0 < penalty < 4.1 if not soft else penalty > 0.0
+    spent = sum(curve.at(penalty, soft) for curve in curves)
+    assert spent == pytest.approx(1e-5 if soft else 3e-6)
