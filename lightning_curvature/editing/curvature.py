@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,14 @@ from lightning_curvature.factors.basis import coefficients, project_weight, sele
 from lightning_curvature.factors.decomposition import FaultyLayerError, TooFewPositionsError
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.factors.layer import LayerFactors
+
+
+class _Known(NamedTuple):
+    """A weight, its coefficients, and the price of every penalty by score."""
+
+    weight: Tensor
+    coefficients: Tensor
+    curves: dict[str, LossCurve]
 
 
 class CurvatureEditor(WeightEditor):
@@ -91,7 +99,7 @@ class CurvatureEditor(WeightEditor):
         self.min_positions = min_positions
         self.score = check_option(score, SCORES, "score")
         self.use_soft(soft)
-        self._known: WeakKeyDictionary[LayerFactors, tuple[Tensor, Tensor]] | None = None  # weights, coefficients
+        self._known: WeakKeyDictionary[LayerFactors, _Known] | None = None
 
     def at(self, energy: float | Mapping[str, float]) -> Self:
         """Return the same editor at another energy.
@@ -148,8 +156,12 @@ class CurvatureEditor(WeightEditor):
 
     def _curve(self, weight: Tensor, factors: LayerFactors) -> LossCurve:
         self.check_positions(factors)
-        C = self._coefficients(weight, factors)
-        return loss_curve(score_coefficients(self.score, C, factors), pair_losses(C, factors))
+        known = self._known_of(weight, factors)
+        curves = {} if known is None else known.curves
+        if self.score not in curves:
+            C = coefficients(weight, factors.basis) if known is None else known.coefficients.to(weight.device)
+            curves[self.score] = loss_curve(score_coefficients(self.score, C, factors), pair_losses(C, factors))
+        return curves[self.score]
 
     def check_positions(self, factors: LayerFactors) -> None:
         """Raise ``TooFewPositionsError`` if the factors rest on too few positions."""
@@ -172,14 +184,16 @@ class CurvatureEditor(WeightEditor):
             scores = score_coefficients(self.score, C, factors)
             shares = kept_shares(scores, self.penalty, self.soft)
             edited = project_weight(weight, basis, shares, C).to(device)
-            return Projection(edited, int((shares > 0).sum()), float((scores * shares).sum() / scores.sum()))
-        known = self._known_coefficients(weight, factors)
+            kept = float((scores * shares).sum() / scores.sum())
+            return Projection(edited, int((shares > 0).sum()), kept, change=C * (self.scale * shares - 1.0))
         if self.score in ("kfac", "activations") and not self.soft:
             lam = basis.lam if self.score == "kfac" else torch.ones_like(basis.lam)
             staircase = select_staircase(lam, basis.mu, energy)
-            edited = project_weight(weight, basis, staircase.columns, known)
+            known = self._known_of(weight, factors)
+            of_known = None if known is None else known.coefficients.to(weight.device)
+            edited = project_weight(weight, basis, staircase.columns, of_known)
             return Projection(edited.to(device), staircase.kept, staircase.energy_kept)
-        C = coefficients(weight, basis) if known is None else known
+        C = self._coefficients(weight, factors)
         select = shrink if self.soft else select_largest
         keep, energy_kept = select(score_coefficients(self.score, C, factors), energy)
         edited = project_weight(weight, basis, keep.to(basis.U_A.dtype), C).to(device)
@@ -196,24 +210,23 @@ class CurvatureEditor(WeightEditor):
 
     def _coefficients(self, weight: Tensor, factors: LayerFactors) -> Tensor:
         """Return the coefficients of a weight, float64, on the device of the factors' basis."""
-        known = self._known_coefficients(weight, factors)
-        return coefficients(weight, factors.basis) if known is None else known
+        known = self._known_of(weight, factors)
+        return coefficients(weight, factors.basis) if known is None else known.coefficients.to(weight.device)
 
-    def _known_coefficients(self, weight: Tensor, factors: LayerFactors) -> Tensor | None:
-        """Return the coefficients of a weight if they are kept for other energies, see :meth:`at`; None if not.
+    def _known_of(self, weight: Tensor, factors: LayerFactors) -> _Known | None:
+        """Return what is kept of a weight for other strengths, see :meth:`at`; None if nothing is kept.
 
-        They are kept with the weight that they are of, on the device of the original factors, since the copy of the
-        factors on a GPU is dropped after each edit.
+        It lies on the device of the original factors, since the copy of the factors on a GPU is dropped after each
+        edit.
         """
         if self._known is None:
             return None
         home = factors.original.A.device
-        at_home = weight.to(home)
-        known_weight, C = self._known.get(factors.original, (None, None))
-        if C is None or not _is_equal(known_weight, at_home):
-            C = coefficients(weight, factors.basis)
-            self._known[factors.original] = (weight.to(home, copy=True), C.to(home))
-        return C.to(weight.device)
+        at_home, known = weight.to(home), self._known.get(factors.original)
+        if known is None or known.weight.dtype != weight.dtype or not torch.equal(known.weight, at_home):
+            C = coefficients(weight, factors.basis).to(home)
+            known = self._known[factors.original] = _Known(weight.to(home, copy=True), C, {})
+        return known
 
 
 def _check_budget(budget: float) -> float:
@@ -222,7 +235,3 @@ def _check_budget(budget: float) -> float:
     if not 0.0 < budget < math.inf:
         raise ValueError(f"budget must be positive, in nats per loss position, found {budget!r}.")
     return float(budget)
-
-
-def _is_equal(known: Tensor | None, weight: Tensor) -> bool:
-    return known is not None and known.dtype == weight.dtype and torch.equal(known, weight)

@@ -12,7 +12,7 @@ from typing_extensions import Self, override
 
 from lightning_curvature._checks import check_energy
 from lightning_curvature.editing.base import Editor
-from lightning_curvature.editing.cost import LayerCost, price
+from lightning_curvature.editing.cost import LayerCost, price, price_pairs
 from lightning_curvature.editing.projection import (
     Projection,
     project_on_free_device,
@@ -176,8 +176,11 @@ class MatrixEditor(Editor):
                 projection = self.project(matrix, factors, energy)
             if self.scale != 1.0:
                 projection = dataclasses.replace(projection, weight=self.scale * projection.weight)
-            cost = price(projection.weight - matrix, factors, self.reads_factors, exponent)
-            return dataclasses.replace(projection, cost=cost)
+            if projection.change is None:
+                cost = price(projection.weight - matrix, factors, self.reads_factors, exponent)
+            else:
+                cost = price_pairs(projection.change, factors, exponent)
+            return dataclasses.replace(projection, cost=cost, change=None)
 
         try:
             return project_on_free_device(name, matrix, factors, project)

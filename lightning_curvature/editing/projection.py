@@ -25,12 +25,14 @@ class Projection:
         kept: Number of kept coefficients.
         energy_kept: Kept share of the method's mass, in [0, 1].
         cost: What the change costs; None if it was not asked.
+        change: Change of each coefficient, float64 ``[d_out, d_in]``, where it is known.
     """
 
     weight: Tensor
     kept: int
     energy_kept: float
     cost: LayerCost | None = None
+    change: Tensor | None = None
 
 
 def project_on_free_device(
