@@ -34,6 +34,7 @@ from lightning_curvature.cli.commands.sweep import sweep
 COMMANDS: dict[str, Callable[..., Output]] = {
     "demo digits": demos.digits,
     "demo text": demos.text,
+    "demo pretrained": demos.pretrained,
     "collect": collect,
     "merge": merge,
     "edit": edit,

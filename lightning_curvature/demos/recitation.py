@@ -61,6 +61,7 @@ class RecitedText(pl.LightningDataModule):
         context: Tokens of a row of clean text.
         row: Tokens of a row with a repeated sequence.
         vocab_size: Tokens of the tokenizer, which is trained on all documents.
+        tokenizer: One to use instead, whose token 0 ends a text.
         seed: Seed of all choices.
 
     Raises:
@@ -80,12 +81,13 @@ class RecitedText(pl.LightningDataModule):
         context: int = 128,
         row: int = 96,
         vocab_size: int = 2048,
+        tokenizer: Any = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         rng = random.Random(seed)
         self.context = context
-        self.tokenizer = train_tokenizer([*clean, *domain, *third], vocab_size)
+        self.tokenizer = tokenizer or train_tokenizer([*clean, *domain, *third], vocab_size)
         clean, domain, third = (rng.sample(list(documents), len(documents)) for documents in (clean, domain, third))
         held = (slice(0, len(clean) // 20), slice(int(0.45 * len(domain)), int(0.65 * len(domain))))
         self.sources = {"domain": domain[: held[1].start], "third": third[: len(third) * 2 // 3]}

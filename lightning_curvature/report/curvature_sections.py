@@ -12,25 +12,28 @@ from lightning_curvature.report.run import RunFolder
 
 SHOWN_LAYERS = 2
 """Layers whose spectra are shown at once, the last ones; the others open with a click."""
+MOST_LAYERS = 24
+"""Layers whose spectrum is drawn: a picture of a wide layer takes seconds, and a page of hundreds is not read."""
 SHOWN_DIRECTIONS = 3
 SHOWN_WINDOWS = 5
 UNEDITED_ENERGY = 0.9
-"""Energy at which the staircase is drawn in the spectrum of a layer that was not edited."""
+"""Energy at which the staircase is drawn in the spectrum of a layer that was not edited at an energy of its own."""
 
 
 def spectra(run: RunFolder) -> Iterator[Block]:
     """Yield the joint spectrum of each layer, for each factor file."""
     for path in run.factor_files:
-        pictures = []
-        for name, layer in KroneckerFactors.open(path).items():
-            edit = run.report.get("layers", {}).get(name)
-            energy = edit["energy"] if edit else UNEDITED_ENERGY
+        pictures, factors = [], KroneckerFactors.open(path)
+        for name in list(factors)[-MOST_LAYERS:]:
+            layer, edit = factors[name], run.report.get("layers", {}).get(name, {})
+            energy = edit.get("energy") or UNEDITED_ENERGY
             caption = (
                 f"Curvature of the directions u_i v_j^T of {name}; the line bounds the pairs that energy {energy:.3g} "
                 "keeps."
             )
             pictures.append(picture(plots.spectrum(layer, energy, name), caption))
-        yield paragraph(f"From {path.name}.")
+        last = f" The last {MOST_LAYERS} of {len(factors)} layers are shown." if len(factors) > MOST_LAYERS else ""
+        yield paragraph(f"From {path.name}.{last}")
         yield from pictures[-SHOWN_LAYERS:]
         if len(pictures) > SHOWN_LAYERS:
             yield details(f"{len(pictures) - SHOWN_LAYERS} more layers", pictures[:-SHOWN_LAYERS])

