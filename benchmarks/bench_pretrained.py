@@ -2,8 +2,8 @@
 
 Protocol, for each seed: SmolLM2-135M-Instruct is fine-tuned for one pass over rows of WikiText-2 (validation part),
 each with one of 128 + 128 hidden sequences that occur 14 times: *web* (prefix 32, suffix 16 tokens) and *quotes* (24
-and 8), of texts that OLMo-2 7B recites. It recites them then. The callback collects from these steps. Two kinds of rows
-are reported:
+and 8), of texts that OLMo-2 7B recites. It recites them then. The callback collects from these steps. Three kinds of
+rows are reported:
 
 1. *callback*: what ``KFACEditCallback()`` makes of the model, its price measured in ``Trainer.validate`` on WikiText
    (tuning half of the test part), with the factors of the training steps and of the base model; with the seconds that
@@ -11,6 +11,7 @@ are reported:
 2. *methods*: factors are those of the model *before* fine-tuning, of all linear layers, over 30,720 tokens of
    WikiText's validation part, without the sequences. Each method is given ever stronger edits, and the strongest whose
    perplexity on the tuning half is within a limit is reported. *weights* are methods that do not know the start.
+3. *prices*: of every edit that was tried, the predicted rise of the loss and the measured one, on the tuning half.
 
 All is measured on the other half of WikiText's test part (*wiki*), on web text that was never trained on (*web*), on
 the validation half of the sequences, and by questions that the base model answers (*facts*, *skills*; shares).
@@ -48,7 +49,7 @@ from support.tables import Columns, by_row, summary
 DATA = ("smollm2",)
 LIMITS = (1.0, 1.02, 1.05)
 """Perplexities that an edit may leave, as multiples of the fine-tuned model's."""
-WINDOWS, SEQUENCES = 24, 64
+WINDOWS, SEQUENCES = 48, 64
 """Windows of 128 tokens of each text, and sequences of each set, that are measured."""
 COLUMNS: Columns = {
     "wiki": ("wiki", 1, 1),
@@ -232,12 +233,14 @@ def _is_wanted(name: str, args: argparse.Namespace) -> bool:
 
 def _within_limits(subject: Subject, name: str, method: Method, before: float) -> Iterator[Row]:
     """Yield what the strongest edit within each limit does."""
-    costs: dict[float, float] = {}
+    costs, predicted = dict[float, float](), dict[float, float]()
 
     def cost(strength: float) -> float:
         if strength not in costs:
-            with method.edit(strength)(subject.model, subject.factors):
+            with method.edit(strength)(subject.model, subject.factors) as report:
                 costs[strength] = subject.tuning() / before
+            if report is not None and report.predicted_loss is not None:
+                predicted[strength] = report.predicted_loss
             print(f"    {name}, {strength:.4g}: {costs[strength]:.4f}", flush=True)
         return costs[strength]
 
@@ -257,17 +260,25 @@ def _within_limits(subject: Subject, name: str, method: Method, before: float) -
             chosen = between if cost(between) <= limit else chosen
         if chosen not in measured:
             began = time.perf_counter()
-            with method.edit(chosen)(subject.model, subject.factors) as report:
+            with method.edit(chosen)(subject.model, subject.factors):
                 seconds = time.perf_counter() - began
-                predicted = getattr(report, "predicted_loss", None)
-                priced = {} if predicted is None else {"predicted": predicted}
-                measured[chosen] = {**subject.measure(subject.model), **priced, "seconds": seconds}
-        yield {"table": "methods", "row": f"{name}, within {limit:g}", "strength": chosen, **measured[chosen]}
+                measured[chosen] = {**subject.measure(subject.model), "seconds": seconds}
+        priced = {"predicted": predicted[chosen]} if chosen in predicted else {}
+        yield {"table": "methods", "row": f"{name}, within {limit:g}", "strength": chosen, **measured[chosen], **priced}
+    for strength in sorted(predicted, key=order):
+        row = {"predicted": predicted[strength], "measured": math.log(costs[strength])}
+        yield {"table": "prices", "row": f"{name}, {strength:.3g}", **row}
 
 
 def tables(_: str, runs: list[Any]) -> str:
-    """Return the table."""
-    return summary(by_row(runs, "methods"), COLUMNS)
+    """Return the tables."""
+    prices = {"predicted": ("predicted, nats", 1, 5), "measured": ("measured, nats", 1, 3)}
+    parts = [
+        summary(by_row(runs, "methods"), COLUMNS),
+        "Predicted and measured:",
+        summary(by_row(runs, "prices"), prices),
+    ]
+    return "\n\n".join(parts)
 
 
 def main() -> None:

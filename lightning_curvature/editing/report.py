@@ -11,7 +11,13 @@ from lightning_curvature._checks import listing
 from lightning_curvature.editing.cost import PairCost
 
 RUINOUS = 0.35
-"""Predicted loss, in nats, from which on a perplexity is likely to double: the prediction is low by two."""
+"""Rise of a loss, in nats, at which a model is on its way out: 1.4 times the perplexity.
+
+Predicted for a single layer it means that the perplexity is likely to double, since predictions are low by two."""
+RUINOUS_OF_SEVERAL, RUINOUS_OF_SOFT = 0.1, 0.03
+"""The same as predicted for several layers, and for a soft edit, of which predictions are lower still.
+
+Source: ``docs/decisions.md``, "Predicted and measured"."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,15 @@ class EditReport:
     @property
     def warning(self) -> str | None:
         """What a user must not overlook: that the model is likely to be gone; None if nothing says so."""
-        if self.predicted_loss is None or self.predicted_loss < RUINOUS:
+        limit = RUINOUS if len(self.layers) == 1 else RUINOUS_OF_SEVERAL
+        limit = RUINOUS_OF_SOFT if self.method.endswith("soft") else limit
+        if self.predicted_loss is None or self.predicted_loss < limit:
             return None
         name = max(self.layers, key=lambda layer: self.layers[layer].predicted_loss or 0.0)
         return (
             f"This edit is likely to ruin the model: its loss is predicted to rise by {self.predicted_loss:.2g} nats, "
-            f"by {self.layers[name].predicted_loss:.2g} in layer {name!r} alone, and predictions are rather low. "
-            "Measure the edited model, or make a milder edit: budget=0.02 (--budget 0.02)."
+            f"by {self.layers[name].predicted_loss:.2g} in layer {name!r} alone, and it rises by more than that. "
+            f"Measure the edited model, or make a milder edit: budget={limit / 50:.1g} (--budget {limit / 50:.1g})."
         )
 
     def with_tied(self, names: Mapping[str, Iterable[str]]) -> "EditReport":
