@@ -60,7 +60,7 @@ class CallbackArguments(Callback):
             layers: What to edit: presets ``"last-mlp"``, ``"mlp"``, ``"attention"``, ``"linear"``, fnmatch patterns on
                 module names, or a list of them. By default ``"linear"`` where updates are edited (see
                 ``reference``), ``"mlp"`` in other networks of more than six blocks, and otherwise ``"last-mlp"``. With
-                ``factors``: patterns on the names of those in the file; by default all of them.
+                ``factors``: patterns that choose layers of that file, by their names in the module; by default all.
             energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
                 Without ``energy``, ``budget`` and ``target`` the strength follows from a price that is measured at the
                 end of fit, on batches of the last validation: the strongest edit under which their loss is at most 0.02
@@ -100,10 +100,10 @@ class CallbackArguments(Callback):
             soft: Shrink directions of low score instead of dropping them; by default where updates are edited.
             target: Instead of an energy, what the edit may cost: ``{"clean/perplexity": 1.1}`` is the strongest edit
                 that raises the perplexity of the probe ``clean`` to at most 1.1 times what it was, ``{"val/accuracy":
-                0.99}`` one that keeps 0.99 of an accuracy. The energy is searched for at the end of each validation
-                (each epoch where there is none) and of fit, on that probe; look at another one for what the edit costs.
-                Checkpoints that are saved later get the edit of the latest search, and those before the first one have
-                no edited sibling.
+                0.99}`` one that keeps 0.99 of an accuracy; of several entries none is exceeded. The energy is searched
+                for at the end of each validation (each epoch where there is none) and of fit, on these probes; look at
+                another one for what the edit costs. Checkpoints that are saved later get the edit of the latest search,
+                and those before the first one have no edited sibling.
             shard_factors: With several processes, spread the sums of the factors over them: each keeps those of some
                 layers, and receives what the others add in every step. Less memory, more traffic.
             skip_faulty: Leave layers that cannot be edited (NaN, factors of zero) as they are, with a warning, and edit

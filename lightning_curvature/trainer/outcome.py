@@ -116,7 +116,7 @@ class Outcome:
         self.match = match
         if match is not None:
             self._editor.energy = match.energy
-            rank_zero_info(f"{self._target}: energy {match.energy:.4g}, {match.value:.4f} times")
+            rank_zero_info(f"{self._target}: energy {match.energy:.4g}, {self._target.found(match.value)}")
 
     def state(self) -> dict[str, Any]:
         """Return the energy that was found, as primitives; empty if there is none."""

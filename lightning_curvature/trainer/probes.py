@@ -1,7 +1,7 @@
 """Probes: data on which a model is measured before and after the edit."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,8 @@ class Probes:
                 )
             for name, loader in loaders.items():
                 measured |= {f"{name}/{metric}" for metric in _first_batch(where, name, loader, module)}
-        if target is not None and target.probe not in self.files and target.name not in measured:
-            raise ValueError(target.unmeasured(measured))
+        if target is not None and (missing := target.missing(measured, self.files)) is not None:
+            raise ValueError(missing)
 
     def measure(
         self, trainer: pl.Trainer, module: pl.LightningModule, editor: WeightEditor, factors: KroneckerFactors
@@ -104,23 +104,27 @@ class Probes:
         Raises:
             ValueError: If no probe has the target's metric.
         """
-        run = self._runner(trainer, module, factors, editor.ranks, target.probe)
+        run = self._runner(trainer, module, factors, editor.ranks, target.probes)
         with random_state_kept(self._loaders(trainer, module)), evaluating(module):
-            results = {} if run is None else run()
-            if run is None or target.name not in results:
-                raise ValueError(target.unmeasured(results))
-            before = results[target.name]
-            if not 0 < before < math.inf:
-                rank_zero_warn(f"{target}: the metric of the unedited model is {before}, there is nothing to keep yet.")
-                return None
+            before = {} if run is None else run()
+            missing = target.missing(before)
+            if run is None or missing is not None:
+                raise ValueError(missing)
+            for limit in target.limits:
+                if not 0 < before[limit.name] < math.inf:
+                    rank_zero_warn(
+                        f"{target}: {limit.name} of the unedited model is {before[limit.name]}, there is nothing to "
+                        "keep yet."
+                    )
+                    return None
             return match_energy(
                 editor,
                 module,
                 factors,
-                lambda: run()[target.name],
-                target.limit,
-                higher_is_better=target.benefit,
-                before=before,
+                lambda: target.spent(run(), before),
+                target.most,
+                higher_is_better=target.higher_is_better,
+                before=1.0,
             )
 
     def _runner(
@@ -129,7 +133,7 @@ class Probes:
         module: pl.LightningModule,
         factors: KroneckerFactors,
         ranks: Ranks,
-        only: str | None = None,
+        only: Collection[str] | None = None,
     ) -> Callable[[], dict[str, float]] | None:
         """Return what measures the module as it is, on all probes or one of them; None if there is no probe.
 
@@ -146,7 +150,7 @@ class Probes:
             tokenizers = [t for source in sources if (t := getattr(source, "tokenizer", None)) is not None]
             self._readers = make_probes(self.files, tokenizers[0] if tokenizers else None)
         loaders, readers = (
-            {name: probe for name, probe in probes.items() if only in (None, name)}
+            {name: probe for name, probe in probes.items() if only is None or name in only}
             for probes in (loaders, self._readers)
         )
         if not loaders and not readers:

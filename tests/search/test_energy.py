@@ -1,5 +1,7 @@
 """Edits by what they may cost: the search, the callback's target, and the interval on other text."""
 
+import math
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -8,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_curvature import CurvatureEditor, KFACEditCallback
 from lightning_curvature.checkpoints.facts import ENTRY
 from lightning_curvature.search.energy import NARROW, Match, match_energy
-from lightning_curvature.trainer.target import Target
+from lightning_curvature.trainer.target import Limit, Target
 from tests.support import models
 
 
@@ -213,7 +215,7 @@ def test_a_metric_that_is_zero_does_not_stop_a_run(tmp_path):
 
     callback = KFACEditCallback(target={"val/accuracy": 0.9})
     loader = models.loader(models.images(64))
-    with pytest.warns(UserWarning, match=r"metric of the unedited model is 0\.0, there is nothing to keep yet"):
+    with pytest.warns(UserWarning, match=r"val/accuracy of the unedited model is 0\.0, there is nothing to keep yet"):
         models.trainer(tmp_path, callback, enable_checkpointing=False).fit(Wrong(), loader)
     assert callback.report is None
     assert callback.probe_results == {}
@@ -232,8 +234,8 @@ def test_the_callback_can_collect_for_another_score(tmp_path):
 
 def test_targets_that_mean_nothing(tmp_path):
     for entry, error, message in [
-        (1.1, TypeError, "must be a dict of one entry"),
-        ({}, TypeError, "must be a dict of one entry"),
+        (1.1, TypeError, "must be a dict such as"),
+        ({}, TypeError, "must be a dict such as"),
         ({"val/loss": 1.1}, ValueError, r"The metric of target 'val/loss' must be one of \['perplexity'"),
         ({"val/perplexity": "much"}, TypeError, "must be a number"),
         ({"val/perplexity": 0.9}, ValueError, "must be above 1"),
@@ -247,8 +249,45 @@ def test_targets_that_mean_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"there is no probe 'val'\. Give a file, probes=\{'val': \.\.\.\}"):
         trainer.fit(models.Classifier(), *loaders)
     trainer = models.trainer(tmp_path, KFACEditCallback(target={"vall/accuracy": 0.9}), enable_checkpointing=False)
-    with pytest.raises(ValueError, match=r"no probe measures that\. .*measured: nothing"):
+    with pytest.raises(ValueError, match=r"no probe measures vall/accuracy\. .*measured: nothing"):
         trainer.fit(Probed(), *loaders)
     trainer = models.trainer(tmp_path, KFACEditCallback(target={"val/recall": 0.9}), enable_checkpointing=False)
     with pytest.raises(ValueError, match="measured: 'val/accuracy'"):
         trainer.fit(Probed(), *loaders)
+
+
+class TwoProbes(Probed):
+    """Has a probe of other images, too, whose accuracy falls sooner or later than that of the first one."""
+
+    def probe_dataloader(self):
+        return {**super().probe_dataloader(), "other": models.loader(models.images(96, 5))}
+
+
+@pytest.mark.filterwarnings("ignore:The metric is not monotone")
+def test_of_several_limits_none_is_exceeded(tmp_path, caplog):
+    energies = {}
+    for entry in ({"val/accuracy": 0.9}, {"other/accuracy": 0.8}, {"val/accuracy": 0.9, "other/accuracy": 0.8}):
+        pl.seed_everything(0)
+        callback = KFACEditCallback(layers="mlp", target=entry)
+        trainer = models.trainer(tmp_path, callback, enable_checkpointing=False, max_epochs=2)
+        trainer.fit(TwoProbes(lr=0.003), models.loader(models.images(256)))
+        energies[tuple(entry)] = callback.match.energy
+        results = callback.probe_results
+        for name, multiple in entry.items():
+            before, after = (results[f"curvature/{name}/{when}"] for when in ("before", "after"))
+            assert after >= multiple * before
+    assert max(energies.values()) < 1.0
+    assert "of what the dearest of them allows" in caplog.text
+
+
+def test_what_is_used_of_a_limit():
+    assert Limit("val/accuracy", 0.81).used(0.9) == pytest.approx(0.5)
+    assert Limit("val/accuracy", 1.0).used(1.0) == 0.0
+    assert Limit("val/accuracy", 1.0).used(0.99) == math.inf
+    assert Limit("val/perplexity", 1.1).used(math.nan) == math.inf
+    target = Target({"a/perplexity": 1.1, "b/accuracy": 0.5})
+    before = {"a/perplexity": 10.0, "b/accuracy": 0.8}
+    assert target.spent({"a/perplexity": 11.0, "b/accuracy": 0.8}, before) == pytest.approx(target.most)
+    assert target.spent({"a/perplexity": 10.0, "b/accuracy": 0.4}, before) == pytest.approx(target.most)
+    assert target.spent({"a/perplexity": math.inf, "b/accuracy": 0.8}, before) > 1e300
+    assert str(target) == "target a/perplexity x 1.1, b/accuracy x 0.5"
