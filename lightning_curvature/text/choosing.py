@@ -14,10 +14,10 @@ from lightning_curvature.editing import bulk
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.origin import check_loaded
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.search.energy import FLOOR, Match
+from lightning_curvature.search.energy import FLOOR, Match, match_energy
 from lightning_curvature.search.sweep import Row, sweep
 from lightning_curvature.text.evaluation import WINDOW, perplexity, strict_rate, window_nll
-from lightning_curvature.text.matching import match_perplexity, perplexity_ratio
+from lightning_curvature.text.matching import perplexity_ratio
 from lightning_curvature.text.saved import SavedModel
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences
 from lightning_curvature.text.suffixes import suffix_batches, suffix_margins
@@ -79,12 +79,12 @@ class Chooser:
         return KroneckerFactors({self.names[layer]: self.given[layer] for layer in self.given}, self.given.provenance)
 
     def check_data(
-        self, forget: Path | None, half: str | None, corpus: Path | None, tokens: int, context: int | None
+        self, forget: Path | None, half: str | None, corpora: Sequence[Path], tokens: int, context: int | None
     ) -> None:
         """Check the named data before the model is loaded; raise ``ValueError`` if the model cannot read them."""
         if forget is not None:
             self._sequences(forget, half)
-        if corpus is not None:
+        for corpus in corpora:
             self._windows(corpus, tokens, context)
 
     def add_margins(self, forget: Path, half: str | None) -> KroneckerFactors:
@@ -103,49 +103,63 @@ class Chooser:
         return KroneckerFactors({layer: self.factors[name] for layer, name in self.names.items()}, provenance)
 
     def find(
-        self, editor: CurvatureEditor, limit: float, corpus: Path, tokens: int, context: int | None
+        self, editor: CurvatureEditor, limit: float, corpora: Sequence[Path], tokens: int, context: int | None
     ) -> dict[str, Any]:
-        """Find the strongest edit within a perplexity on every second window, and measure it on the others.
+        """Find the strongest edit within a perplexity on every second window of each text, and measure the others.
+
+        Args:
+            editor: Its energy is searched for.
+            limit: What the perplexity of each text may become, as a multiple of what it was.
+            corpora: The texts.
+            tokens: Tokens to read of each.
+            context: Tokens of a window.
 
         Returns:
-            ``energy``; ``perplexity``, as a multiple of what it was, on the windows that the energy was chosen on;
-            ``held_out``, the multiple on the other windows, with the bounds ``low`` and ``high`` of its 95 % interval;
-            and all this as ``text``.
+            ``energy``; ``perplexity``, the largest multiple on the windows that the energy was chosen on; ``held_out``,
+            the largest on the other windows, with the bounds ``low`` and ``high`` of its 95 % interval; all but the
+            energy by text in ``corpora``; and all this as ``text``.
 
         Raises:
-            ValueError: If the limit is not above 1, the corpus is too short or does not tell the cost, or no edit is
+            ValueError: If the limit is not above 1, a corpus is too short or does not tell the cost, or no edit is
                 within the limit.
         """
         if not 1 < limit < float("inf"):
             raise ValueError(f"The perplexity may become a multiple above 1 of what it was, found {limit!r}.")
-        windows = self._windows(corpus, tokens, context)
-        if len(windows) < 4:
-            raise ValueError(
-                f"{corpus} has {len(windows)} windows of {windows.shape[1]} tokens; choose on four at least."
-            )
+        windows = {corpus: self._windows(corpus, tokens, context) for corpus in corpora}
+        for corpus, rows in windows.items():
+            if len(rows) < 4:
+                raise ValueError(
+                    f"{corpus} has {len(rows)} windows of {rows.shape[1]} tokens; choose on four at least."
+                )
         editor = self._renamed(editor)
+        chosen_on = {corpus: self._nll(rows[::2]).mean() for corpus, rows in windows.items()}
+
+        def multiples() -> dict[Path, float]:
+            return {c: float((self._nll(windows[c][::2]).mean() - before).exp()) for c, before in chosen_on.items()}
+
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No edit stays within")  # said below, with the remedy
-            match = match_perplexity(
-                self.model, self.factors, editor, windows[::2], limit, num_leading=len(self.leading)
-            )
-        _check_match(match, editor, limit, corpus)
-        before = self._nll(windows[1::2])
+            match = match_energy(editor, self.model, self.factors, lambda: max(multiples().values()), limit, before=1.0)
+        _check_match(match, editor, limit, " and ".join(map(str, corpora)))
+        others = {corpus: self._nll(rows[1::2]) for corpus, rows in windows.items()}
         with editor.at(match.energy).applied(self.model, self.factors):
-            ratio = perplexity_ratio(before, self._nll(windows[1::2]))
-        text = (
-            f"Energy {match.energy:.4g}: perplexity x {match.value:.4f} on the {len(windows[::2])} windows that it was "
-            f"chosen on, x {ratio.value:.4f} on {len(windows[1::2])} others (95 % interval {ratio.low:.4f} to "
-            f"{ratio.high:.4f})."
-        )
-        return {
-            "energy": match.energy,
-            "perplexity": match.value,
-            "held_out": ratio.value,
-            "low": ratio.low,
-            "high": ratio.high,
-            "text": text,
+            reached = multiples()
+            ratios = {
+                corpus: perplexity_ratio(before, self._nll(windows[corpus][1::2])) for corpus, before in others.items()
+            }
+        lines = [
+            f"{f'{corpus}: ' if len(corpora) > 1 else ''}perplexity x {reached[corpus]:.4f} on the "
+            f"{len(windows[corpus][::2])} windows that it was chosen on, x {ratio.value:.4f} on {len(others[corpus])} "
+            f"others (95 % interval {ratio.low:.4f} to {ratio.high:.4f})."
+            for corpus, ratio in ratios.items()
+        ]
+        found = {
+            str(corpus): {"perplexity": reached[corpus], "held_out": ratio.value, "low": ratio.low, "high": ratio.high}
+            for corpus, ratio in ratios.items()
         }
+        dearest = max(found.values(), key=lambda of_corpus: of_corpus["held_out"])
+        text = f"Energy {match.energy:.4g}: " + "\n".join(lines)
+        return {"energy": match.energy, **dearest, "perplexity": match.value, "corpora": found, "text": text}
 
     def sweep(
         self,
@@ -211,7 +225,7 @@ class Chooser:
         return self.saved.windows(corpus, tokens, context, WINDOW)
 
 
-def _check_match(match: Match, editor: CurvatureEditor, limit: float, corpus: Path) -> None:
+def _check_match(match: Match, editor: CurvatureEditor, limit: float, corpus: str) -> None:
     """Raise ``ValueError`` if the edit costs nothing on the text, or no edit is within the limit."""
     if match.energy <= FLOOR and max(match.points.values()) <= 1 + _FREE:
         raise ValueError(

@@ -152,6 +152,20 @@ def test_progress_without_them_is_not_gone_on_with(fronted, tmp_path):
         collecting.collect_text(fronted.net, fronted.tokenizer, fronted.path / "long.txt", out, **options)
 
 
+@pytest.mark.filterwarnings("ignore:The metric is not monotone", "ignore:Every edit that was tried")
+def test_of_several_texts_none_exceeds_the_price(fronted, capsys, tmp_path):
+    first, second = fronted.path / "long.txt", tmp_path / "other.txt"
+    second.write_text(" ".join(reversed(first.read_text().split())))
+    factors = tmp_path / "f.safetensors"
+    collecting.collect_text(fronted.net, fronted.tokenizer, first, factors, context=9, layers="mlp")
+    start = ("edit", "--checkpoint", fronted.model, "--factors", factors, "--perplexity", "1.3", "--context", "10")
+    both = run(capsys, *start, "--corpus", first, second, "--out", tmp_path / "both")["target"]
+    assert set(both["corpora"]) == {str(first), str(second)}
+    assert max(found["perplexity"] for found in both["corpora"].values()) == pytest.approx(both["perplexity"])
+    assert both["perplexity"] <= 1.3
+    assert str(second) in both["text"]
+
+
 def test_the_price_of_an_edit_and_a_sweep(fronted, capsys, tmp_path):
     factors = collecting.collect_text(
         fronted.net, fronted.tokenizer, fronted.path / "long.txt", tmp_path / "f.safetensors", context=9, layers="mlp"

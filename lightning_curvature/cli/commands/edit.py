@@ -29,7 +29,7 @@ def edit(
     soft: bool = False,
     min_positions: int | None = None,
     perplexity: float | None = None,
-    corpus: Path | None = None,
+    corpus: list[Path] | None = None,
     forget: Path | None = None,
     half: Half | None = None,
     strength: float | None = None,
@@ -71,7 +71,7 @@ def edit(
             its live inputs and outputs; 0 edits it whatever they rest on.
         perplexity: Instead of an energy: find the strongest edit that raises the perplexity of --corpus to at most this
             multiple, 1.1 for example, on one half of its windows; what it costs on the other half is printed.
-        corpus: Text file, or JSON lines with a field "text", for --perplexity.
+        corpus: Text file, or JSON lines with a field "text", for --perplexity; of several none may exceed it.
         forget: JSON lines with prefix_ids and suffix_ids, such as mine writes: make a bulk step against reciting them
             before the edit.
         half: Use the tuning or the validation half of the sequences of --forget alone.
@@ -114,7 +114,7 @@ def edit(
     if allowed and source.format != "archive":
         raise ValueError(f"--allow-global is for files of torch.save; {checkpoint} is none.")
     loaded = KroneckerFactors.open(factors)
-    read = [path for path in (factors, corpus, forget, bases, reference) if path is not None]
+    read = [path for path in (factors, *(corpus or []), forget, bases, reference) if path is not None]
     check_outputs([path for path in (out, save_delta) if path is not None], read, overwrite)
     models = (path for path in (checkpoint, to_hf, model) if path is not None and path.is_dir())
     folder = next((path for path in models if not is_adapter(path)), None)

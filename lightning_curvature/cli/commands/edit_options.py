@@ -54,9 +54,11 @@ def check_options(
             raise ValueError(
                 f"The perplexity may become a multiple above 1 of what it was, found {given['perplexity']!r}."
             )
-    for name in ("corpus", "forget"):
-        if name in given and not given[name].is_file():
-            raise FileNotFoundError(f"--{name}: {given[name]} is no file.")
+    files = {"--corpus": given.get("corpus", []), "--forget": [given["forget"]] if "forget" in given else []}
+    for option, paths in files.items():
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"{option}: {path} is no file.")
     if "model" in given and not given["model"].is_dir():
         raise FileNotFoundError(f"--model: {given['model']} is no folder; name one written by save_pretrained.")
     if "perplexity" in given and energy is not None:
@@ -117,7 +119,7 @@ def edit_on_data(
     chooser = Chooser(model, None if model == checkpoint else checkpoint, factors, allowed)
     forget, half = given.get("forget"), given.get("half")
     tokens, context = given.get("tokens", TOKENS), given.get("context")
-    chooser.check_data(forget, half, given.get("corpus"), tokens, context)
+    chooser.check_data(forget, half, given.get("corpus", []), tokens, context)
     loaded = {layer: chooser.factors[name] for layer, name in chooser.names.items()}  # which need not be read again
     factors = KroneckerFactors(loaded, factors.provenance)
     if forget is not None:
