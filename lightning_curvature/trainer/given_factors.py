@@ -56,7 +56,7 @@ def _shape(module: nn.Module, name: str) -> tuple[int, int]:
 def _check_weights(file: Path, module: pl.LightningModule, editor: WeightEditor, factors: KroneckerFactors) -> None:
     """Warn if factors were collected on other weights than those of the reference, or of the module without one."""
     recorded, others = factors.fingerprints(), list[str]()
-    if editor.reference is not None:
+    if recorded and editor.reference is not None:  # factors of a training know of no weights
         start = editor.reference.matched({layer: f"{layer}.weight" for layer in recorded})
     for layer, collected_on in recorded.items():
         weight = module.get_parameter(f"{layer}.weight") if editor.reference is None else start.layer(layer)

@@ -107,6 +107,17 @@ def test_factors_of_other_weights_are_told(tmp_path):
         fit(models.Classifier(lr=0.003), callback, tmp_path / "2")
 
 
+def test_factors_of_a_training_tell_of_no_weights(tmp_path):
+    pl.seed_everything(0)
+    file = str(tmp_path / "trained.safetensors")
+    fit(models.Classifier(lr=0.003), KFACEditCallback(save_factors=file, layers="linear", budget=1e-4), tmp_path / "1")
+    assert not KroneckerFactors.load(file).fingerprints()
+    torch.save(models.Classifier().state_dict(), tmp_path / "start.pt")
+    callback = KFACEditCallback(factors=file, reference=str(tmp_path / "start.pt"), budget=1e-4)
+    fit(models.Classifier(lr=0.003), callback, tmp_path / "2")
+    assert callback.report.reference == "start.pt"
+
+
 def test_factors_of_another_model_are_refused_before_training(tmp_path):
     _, _, file = start_and_factors(tmp_path)
     for network, message in (("vit", "have no weight"), ("cnn", "have no weight")):

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lightning_curvature import KFACEditCallback
+from lightning_curvature.demos.vit import ViT
+from lightning_curvature.layers.selection import DEEP
 from lightning_curvature.search.price import Purchase
 from tests.layers.test_trained import stand_out
 from tests.support import models
@@ -92,6 +94,28 @@ def test_no_process_keeps_a_start_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(gather, lambda self, value: asked.append(value) or [value])
     tuned(tmp_path, budget=1e-4)
     assert asked[:2] == [True, True]
+
+
+class Deep(models.Classifier):
+    """A transformer of as many blocks as small pretrained models have."""
+
+    def __init__(self, depth):
+        super().__init__("vit", lr=0.003)
+        self.net = ViT(image_size=8, patch=4, classes=4, width=16, depth=depth, heads=2, inner=8, mlp_ratio=2)
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "budget"), [(DEEP + 1, {"fc1", "fc2"}, 0.002), (DEEP, {"fc2"}, 0.02)], ids=["deep", "shallow"]
+)
+def test_all_mlps_of_a_deep_network_are_edited(depth, layers, budget, tmp_path):
+    pl.seed_everything(0)
+    callback = KFACEditCallback(min_positions=0)
+    models.trainer(tmp_path, callback).fit(Deep(depth), models.loader(models.images(64)))
+    assert {name.rpartition(".")[2] for name in callback.report.layers} == layers
+    assert len(callback.report.layers) == (2 * depth if budget == 0.002 else 1)
+    assert callback.editor.budget == budget
+    assert not callback.editor.soft
+    assert callback.report.predicted_loss <= 1.001 * budget
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
