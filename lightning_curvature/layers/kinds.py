@@ -50,7 +50,7 @@ def fused_experts(module: nn.Module) -> list[str]:
 
 def is_lazy(module: nn.Module) -> bool:
     """Tell whether a layer's weight has no shape yet: a lazy layer that has not run."""
-    weight: Any = getattr(module, "weight", None)
+    weight: Any = module._parameters.get("weight")  # to read one that is computed may change its state
     return nn.parameter.is_lazy(weight)
 
 

@@ -1,5 +1,6 @@
 """The weights of a module's layers, by name."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,11 +32,15 @@ def find_layer(module: nn.Module, name: str) -> Any:
     return layer
 
 
-def is_under_adapter(module: nn.Module, name: str) -> bool:
-    """Tell whether a layer is the base of an adapter that is trained, as peft names it."""
+def is_under_lora(module: nn.Module, name: str) -> bool:
+    """Tell whether a layer is the base of a plain LoRA adapter of peft, which is trained and added to its output."""
+    lora: Any = sys.modules.get("peft.tuners.lora.layer")
     above, _, last = name.rpartition(".")
-    parts = module.get_submodule(above).parameters() if last == "base_layer" else ()
-    return any(part.requires_grad for part in parts)
+    if lora is None or last != "base_layer":
+        return False
+    adapter = module.get_submodule(above)
+    is_plain = isinstance(adapter, lora.Linear) and not getattr(adapter, "lora_variant", None)
+    return is_plain and any(part.requires_grad for part in adapter.parameters())
 
 
 def layer_weights(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:

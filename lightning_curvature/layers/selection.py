@@ -53,7 +53,12 @@ def default_layers(root: nn.Module) -> str:
     'last-mlp'
     """
     modules = dict(root.named_modules())
-    blocks = {block_of(name, modules) for name, module in modules.items() if is_matmul(module)}
+    layers = [name for name, module in modules.items() if is_matmul(module)]
+    copies, ours = find_copies(modules, layers), dict[str, None]()
+    for name in layers:  # of a network and its teacher, one counts
+        if not any(copy in ours for copy in copies.get(name, ())):
+            ours[name] = None
+    blocks = {block_of(name, modules) for name in ours}
     return "mlp" if len(blocks - {""}) > DEEP else "last-mlp"
 
 
@@ -199,7 +204,7 @@ def _presets(
 def _tied(modules: Mapping[str, nn.Module]) -> set[str]:
     """Return the modules whose weight is a parameter of another module, too."""
     uses = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
-    return {name for name, module in modules.items() if uses[id(getattr(module, "weight", None))] > 1}
+    return {name for name, module in modules.items() if uses[id(module._parameters.get("weight"))] > 1}
 
 
 def _is_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:

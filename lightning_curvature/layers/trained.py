@@ -31,7 +31,7 @@ def has_trained_weights(module: nn.Module) -> bool:
     """
     trained = entries = 0
     for child in module.modules():
-        weight = None if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) else getattr(child, "weight", None)
+        weight = None if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) else child._parameters.get("weight")
         if not _is_matrix(weight):
             continue
         ratio = _edge_ratio(weight.detach().flatten(1))
@@ -49,7 +49,7 @@ def _is_matrix(weight: object) -> TypeGuard[nn.Parameter]:
         and weight.device.type != "meta"
         and weight.is_floating_point()
         and weight.ndim >= 2
-        and min(len(weight), weight[0].numel()) >= SMALLEST
+        and min(len(weight), weight.numel() // max(len(weight), 1)) >= SMALLEST
     )
 
 

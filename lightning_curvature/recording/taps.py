@@ -23,7 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_curvature.distributed import whole
-from lightning_curvature.layers.modules import is_under_adapter
+from lightning_curvature.layers.modules import is_under_lora
 from lightning_curvature.recording.calls import LayerCall, check_call, is_transformed, version_of
 from lightning_curvature.recording.compiled import uncompiled
 from lightning_curvature.recording.forwards import check_forward, rows_agree
@@ -181,9 +181,8 @@ class Taps:
         shape = torch.Size([len(rows), output.size(-1)]) if output.is_nested else output.shape
         if not rows_agree(module, rows, shape):
             raise RuntimeError(
-                f"Layer {name!r}: it read {list(rows.shape)} and returned {list(shape)}, which are not as many "
-                f"positions: the forward of its class {type(module).__name__} does more than multiply. Leave it out of "
-                "layers=."
+                f"Layer {name!r}: it read {list(rows.shape)} and returned {list(shape)}, not as many positions: the "
+                f"forward of its class {type(module).__name__} does more than multiply. Leave it out of layers=."
             )
         if name in self._unchecked:
             self._unchecked.discard(name)
@@ -193,7 +192,7 @@ class Taps:
                     f"Layer {name!r} cannot be collected: {reason}. Its factors would be those of another product; "
                     "leave it out of layers=."
                 )
-        if not output.requires_grad and is_under_adapter(self._root, name):
+        if not output.requires_grad and is_under_lora(self._root, name):
             output.requires_grad_()  # what is added to it is trained: the gradient is that of the sum
         call = LayerCall(
             name=name,

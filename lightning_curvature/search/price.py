@@ -1,8 +1,8 @@
 """The strongest edit that a price allows, found by few measurements.
 
 An edit has one strength, the budget of predicted loss. The cost of stronger and stronger edits falls at first, where
-over-confidence or a fine-tune's over-fitting goes, and then rises. The price is how far it may rise above its lowest
-point on that path, so that what an edit gains first is not spent.
+over-confidence or a fine-tune's over-fitting goes, and then rises. The price is how far it may rise above the unedited
+model's, or above its lowest point on that path, so that what an edit gains first is not spent.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +136,8 @@ class Chooser:
         chosen_on = {corpus: self._nll(rows[::2]).mean() for corpus, rows in windows.items()}
 
         def multiples() -> dict[Path, float]:
-            return {c: float((self._nll(windows[c][::2]).mean() - before).exp()) for c, before in chosen_on.items()}
+            reached = {c: float((self._nll(windows[c][::2]).mean() - before).exp()) for c, before in chosen_on.items()}
+            return {c: value if math.isfinite(value) else math.inf for c, value in reached.items()}
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No edit stays within")  # said below, with the remedy

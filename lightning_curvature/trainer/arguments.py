@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_curvature._checks import check_count, check_option
-from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.reference import Reference
 from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -63,9 +62,10 @@ class CallbackArguments(Callback):
                 ``factors``: patterns that choose layers of that file, by their names in the module; by default all.
             energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
                 Without ``energy``, ``budget`` and ``target`` the strength follows from a price that is measured at the
-                end of fit, on batches of the last validation: the strongest edit under which their loss is at most 0.02
-                nats (of a classifier, a tenth of it, at most 0.05) above its lowest point on the path of stronger and
-                stronger edits, and the accuracy of a classifier at most half a point below that of the unedited model.
+                end of fit, on batches of the last validation: the strongest edit under which the loss of a token is at
+                most 0.02 nats above that of the unedited model. The loss of a classifier may be a tenth, at most 0.05,
+                above its lowest point on the path of stronger and stronger edits, and its accuracy at most half a point
+                below that of the unedited model.
                 Without a validation that computes a softmax loss the edit is one that is predicted to cost 0.02 nats in
                 a single layer, 0.002 in several, and 0.0003 if it is soft: the more layers, the less is predicted.
             fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
@@ -178,8 +178,6 @@ class CallbackArguments(Callback):
         self.editor.use_soft(updates if self._soft is None else self._soft)
         if self.price is not None:
             self.price.of_updates = updates
-            self.price.predicted = careful_budget(self.editor.soft, of_one_layer=layers in ("last-mlp", None))
-            self.editor.use_budget(self.price.predicted)
 
     @abstractmethod
     def _start_anew(self, factors: KroneckerFactors) -> None:

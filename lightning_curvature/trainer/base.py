@@ -1,6 +1,7 @@
 """The callback without its life cycle: its results, what it saves beside a checkpoint, and its copies."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -115,10 +116,24 @@ class CallbackBase(CallbackArguments):
         silent = run.end_validation(step)
         self._outcome.tell_silent(silent, run.collector.network.frozen, may_fail=self._in_fit)
 
-    def _end_collection(self) -> bool:
+    def _unsettle(self) -> None:
+        """Forget what was decided to be edited, since another run begins."""
+        self._is_settled = False
+        if self._finds_reference:
+            self.keeps_start, self.editor.reference = False, None
+
+    @abstractmethod
+    def _take_factors(self, module: pl.LightningModule, at_start: bool = True) -> None:
+        """Take the factors of a file, if one is given, under the names of the module; see :func:`.given_factors`."""
+
+    def _end_collection(self, module: pl.LightningModule) -> bool:
         """End what a fit collects, and tell whether there are factors of it, or given ones. A collective."""
         if self.factors_file is not None:
-            return not self._has_stopped() and bool(self._factors)
+            if self._has_stopped():
+                return False
+            if not self._factors:  # a lazy module
+                self._take_factors(module, at_start=False)
+            return bool(self._factors)
         run, nothing = self.run, "training step ran a backward pass" if self.loop == "train" else "validation ran"
         if run is None and not self._problems.given_up:
             rank_zero_warn(no_data_message(nothing))
@@ -204,6 +219,7 @@ class CallbackBase(CallbackArguments):
             other.price = MeasuredPrice()
             other.price.of_updates, other.price.predicted = self.price.of_updates, self.price.predicted
         other.probes = Probes(self.probes.files)
+        other._unsettle()
         other._start_anew(self.factors if self.editor.ranks.size == 1 else KroneckerFactors())
         other._outcome.take_over(self._outcome)
         for name in ("log", "log_dict"):  # methods of the module, which Lightning puts here

@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.collect.validation_step import collected_from
 from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.layers.kinds import has_lazy
 from lightning_curvature.layers.selection import PresetError
 from lightning_curvature.trainer.problems import Problems, never_ends_a_fit
 from lightning_curvature.trainer.refusals import check_package, check_trainer, check_validation
@@ -54,17 +55,18 @@ class KFACEditCallback(CallbackRuns):
                 "reference='start' is for a fit, whose first weights it keeps. Name the checkpoint that the model was "
                 "fine-tuned from: reference=PATH."
             )
-        self._saves_averages = check_trainer(self, KFACEditCallback, trainer, self.loop == "validation", in_fit)
+        self._saves_averages = check_trainer(
+            self, KFACEditCallback, trainer, self.loop == "validation" or self.factors_file is not None, in_fit
+        )
         self._in_fit, self._module, self._problems = in_fit, pl_module, Problems()
         self._siblings = Siblings.of(trainer.strategy)
         self._siblings.watch(self.name, self, in_fit=self._in_fit)
         self.editor.ranks = self._siblings.ranks
         self._outcome.start()
         if in_fit:
-            self._is_settled = self._is_fitted = False
-            self._start = None
-            if self._finds_reference:
-                self.keeps_start, self.editor.reference = False, None
+            self._start, self._is_fitted = None, False
+        if self._start is None:
+            self._unsettle()
         sources = (pl_module, getattr(trainer, "datamodule", None))
         self.probes.check(self.target, sources)
         is_fitted = self.run is not None and self.run.is_fitted
@@ -98,7 +100,8 @@ class KFACEditCallback(CallbackRuns):
         except Exception as error:  # noqa: BLE001  # of modules that are not what their class says
             self._problems.meet(error)
         self._keep_start(trainer, pl_module)
-        self._take_factors(pl_module)
+        if not has_lazy(pl_module):  # otherwise when it has been built
+            self._take_factors(pl_module)
         self.probes.check_loaders(trainer, pl_module, self.target)
 
     @never_ends_a_fit
@@ -213,7 +216,7 @@ class KFACEditCallback(CallbackRuns):
     @never_ends_a_fit
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Search a last time, work out what an edit does, and measure the probes. Lightning calls it after training."""
-        if not self._end_collection():
+        if not self._end_collection(pl_module):
             return
         self._is_fitted = True
         self._outcome.spend(trainer, pl_module, self.factors)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.checkpoints.names import match_layers
+from lightning_curvature.distributed import whole
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.fingerprints import difference
 from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -17,7 +18,9 @@ from lightning_curvature.layers.modules import find_layer
 from lightning_curvature.storage.hashes import tensor_hash
 
 
-def given_factors(file: Path, module: pl.LightningModule, editor: WeightEditor) -> KroneckerFactors:
+def given_factors(
+    file: Path, module: pl.LightningModule, editor: WeightEditor, at_start: bool = True
+) -> KroneckerFactors:
     """Return the factors of a file under the names of a module, those of layers that an editor edits.
 
     Args:
@@ -25,13 +28,17 @@ def given_factors(file: Path, module: pl.LightningModule, editor: WeightEditor) 
         module: The module that will be edited. Its names may have other prefixes than those in the file.
         editor: Edits it. If the factors were collected on other weights than those of its reference, or of the module
             where there is none, a warning says so.
+        at_start: Whether the module has the weights that the run begins with.
 
     Raises:
         ValueError: If the file is none of factors, or belongs to another model.
     """
     factors = KroneckerFactors.load(file)
-    weights = match_layers(factors, [name for name, _ in module.named_parameters(remove_duplicate=False)])
-    names = {layer: name.removesuffix(".weight") for layer, name in weights.items()}
+    own = {
+        name.replace("base_model.model.", ""): name  # what peft puts between the names
+        for name, _ in module.named_parameters(remove_duplicate=False)
+    }
+    names = {layer: own[name].removesuffix(".weight") for layer, name in match_layers(factors, own).items()}
     given = KroneckerFactors({names[layer]: factors[layer] for layer in factors}, factors.provenance)
     chosen = list(editor.energies(given))
     for name in chosen:
@@ -42,7 +49,8 @@ def given_factors(file: Path, module: pl.LightningModule, editor: WeightEditor) 
                 f"{list(found)}. Were the factors collected on another model?"
             )
     given = KroneckerFactors({name: given[name] for name in chosen}, factors.provenance)
-    _check_weights(file, module, editor, given)
+    if at_start or editor.reference is not None:
+        _check_weights(file, module, editor, given)
     return given
 
 
@@ -60,7 +68,8 @@ def _check_weights(file: Path, module: pl.LightningModule, editor: WeightEditor,
         start = editor.reference.matched({layer: f"{layer}.weight" for layer in recorded})
     for layer, collected_on in recorded.items():
         weight = module.get_parameter(f"{layer}.weight") if editor.reference is None else start.layer(layer)
-        if difference(collected_on, tensor_hash(weight.detach()), weight.detach().clone) is not None:
+        weight = whole(weight.detach())
+        if difference(collected_on, tensor_hash(weight), weight.clone) is not None:
             others.append(layer)
     if others:
         whose = "this run begins with" if editor.reference is None else f"the reference {editor.reference.name!r} has"

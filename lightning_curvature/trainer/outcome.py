@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature._checks import listing
 from lightning_curvature.collect.passes import check_silent
+from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.decomposition import FaultyLayerError
@@ -89,6 +90,7 @@ class Outcome:
         """Find the strongest edit within the price, if one is measured."""
         if self._price is None:
             return
+        self._price.predicted = careful_budget(self._editor.soft, len(self._editor.energies(factors)) == 1)
         self._use_predicted(self._price)
         purchase = self._price.find(trainer, module, self._editor, factors)
         if purchase is None:

@@ -1,10 +1,14 @@
 """How a run of the callback begins, and how it goes on where another one was saved."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn.parameter import is_lazy as is_lazy_tensor
+from typing_extensions import override
 
 from lightning_curvature.checkpoints.facts import checkpoint_note
 from lightning_curvature.collect.collector import Collector
@@ -59,13 +63,15 @@ class CallbackRuns(CallbackBase):
 
     def _begins_trained(self, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
         """Tell whether a run begins with trained weights, of which a copy can be kept. A collective."""
-        weights = dict(module.named_parameters())
-        sharded = any(hasattr(weight, "full_tensor") for weight in weights.values())
-        is_trained = trainer.ckpt_path is None and not sharded and has_trained_weights(module)
-        if not all(self.editor.ranks.gather(is_trained)):
+        weights, ranks = list(module.parameters()), self.editor.ranks
+        sharded = any(hasattr(weight, "full_tensor") for weight in weights)
+        if sharded or has_lazy(module) or _goes_on(trainer):
             return False
-        num_bytes = sum(weight.nbytes for weight in weights.values())
-        fits = all(self.editor.ranks.gather(2 * num_bytes <= free_memory(torch.device("cpu"))))
+        if not all(ranks.gather(ranks.together(lambda: has_trained_weights(module)))):
+            return False
+        num_bytes = sum(weight.nbytes for weight in weights)
+        # Each process of this machine keeps a copy.
+        fits = all(ranks.gather(2 * num_bytes * trainer.num_devices <= free_memory(torch.device("cpu"))))
         what = "This fit begins with trained weights"
         if fits:
             rank_zero_info(
@@ -85,23 +91,27 @@ class CallbackRuns(CallbackBase):
         if not self.keeps_start:
             return
         if self._start is None:
-            if trainer.ckpt_path is not None:
+            if _goes_on(trainer):
                 rank_zero_warn(
                     f"{trainer.ckpt_path} does not hold the start of its run; the update since this run is edited. "
                     "Name the checkpoint that the model was fine-tuned from, reference=PATH, if you mean that."
                 )
-            weights = dict(module.named_parameters())
+            weights = dict(module.named_parameters(remove_duplicate=False))
             if any(hasattr(weight, "full_tensor") for weight in weights.values()):
                 raise ValueError(
                     "reference='start' keeps no sharded weights. Name the checkpoint that they come from: a path."
                 )
-            self._start = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+            kept: dict[int, Tensor] = {}  # a tied weight is kept once, under each of its names
+            for weight in weights.values():
+                if id(weight) not in kept and not is_lazy_tensor(weight):
+                    kept[id(weight)] = weight.detach().to("cpu", copy=True)
+            self._start = {name: kept[id(weight)] for name, weight in weights.items() if id(weight) in kept}
         self.editor.reference = Reference(self._start)
 
-    def _take_factors(self, module: pl.LightningModule) -> None:
-        """Take the factors of a file, if one is given, under the names of the module."""
+    @override
+    def _take_factors(self, module: pl.LightningModule, at_start: bool = True) -> None:
         if self.factors_file is not None:
-            self._factors = given_factors(self.factors_file, module, self.editor)
+            self._factors = given_factors(self.factors_file, module, self.editor, at_start)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells a resumed run that the factor file beside the checkpoint belongs to it, and the start."""
@@ -124,7 +134,7 @@ class CallbackRuns(CallbackBase):
         self._settle(trainer, pl_module)
         if not state or self._siblings is None:
             return
-        if self.factors_file is not None:
+        if self.factors_file is not None or "settings" not in state:
             self._outcome.resume(state)
             return
         try:
@@ -144,3 +154,9 @@ class CallbackRuns(CallbackBase):
             return
         self._begin(pl_module)
         self._outcome.resume(state)
+
+
+def _goes_on(trainer: pl.Trainer) -> bool:
+    """Tell whether a fit goes on from a checkpoint, and not from one that a tuner of Lightning restores."""
+    path = trainer.ckpt_path
+    return path is not None and not Path(path).name.startswith((".lr_find_", ".scale_batch_size_"))

@@ -1,10 +1,13 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import ViTForImageClassification
 
-from lightning_curvature.layers.selection import choose_layers
+from lightning_curvature.demos.vit import ViT
+from lightning_curvature.layers.selection import choose_layers, default_layers
 from tests.support import models
 from tests.support.blocks import Parts, lin, resolve_all
 
@@ -149,3 +152,14 @@ def test_nothing_but_the_head():
     choice = choose_layers(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), "last-mlp")
     with pytest.raises(RuntimeError, match=r"nothing to edit besides the output head \('1'\)"):
         choice.resolve(["1"], {"1"})
+
+
+def test_of_a_network_and_its_teacher_one_tells_the_depth():
+    class Student(nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.student = ViT(image_size=8, patch=4, classes=4, width=16, depth=depth, heads=2, inner=8, mlp_ratio=2)
+            self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    assert default_layers(Student(4)) == "last-mlp"
+    assert default_layers(Student(7)) == "mlp"

@@ -5,6 +5,7 @@ import torch
 import torchvision
 import transformers
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_curvature.layers.trained import EDGE, _edge_ratio, has_trained_weights
 from tests.support import models
@@ -25,7 +26,7 @@ INITIALIZATIONS = [
 def stand_out(module):
     """Give the matrices of a module a direction that stands out, as training does."""
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_lazy(layer.weight):
             weight = layer.weight.detach().flatten(1)
             direction = torch.outer(torch.randn(len(weight)), torch.randn(weight.shape[1]))
             layer.weight.data += (weight.norm() * direction / direction.norm()).view_as(layer.weight)

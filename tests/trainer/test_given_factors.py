@@ -3,6 +3,7 @@
 import copy
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
 from torch import nn
@@ -145,3 +146,32 @@ def test_a_file_of_factors_survives_a_copy(tmp_path):
     callback = copy.deepcopy(KFACEditCallback(factors=file, energy=0.7))
     models.trainer(tmp_path, callback).validate(module, models.loader(models.images(32)))
     assert len(callback.report.layers) == len(KroneckerFactors.load(file)) == len(factors)
+
+
+def test_a_budget_is_for_as_many_layers_as_are_edited(tmp_path):
+    module, _, file = start_and_factors(tmp_path)
+    for layers, budget in ((None, 0.002), (["net.3"], 0.02)):
+        callback = KFACEditCallback(factors=file, reference=None, layers=layers)
+        models.trainer(tmp_path, callback, enable_checkpointing=False).fit(
+            copy.deepcopy(module), models.loader(models.images(64))
+        )
+        assert callback.editor.budget == budget
+
+
+def test_lazy_modules_take_them_when_they_are_built(tmp_path):
+    module, _, file = start_and_factors(tmp_path)
+    lazy = copy.deepcopy(module)
+    lazy.net[5] = nn.LazyLinear(4)
+    callback = KFACEditCallback(factors=file, budget=1e-4)
+    fit(lazy, callback, tmp_path)
+    assert callback.report is not None
+
+
+def test_factors_of_the_base_edit_its_adapters(tmp_path):
+    module, factors, file = start_and_factors(tmp_path)
+    config = peft.LoraConfig(r=2, target_modules=["1", "3"], init_lora_weights=False)
+    module.net = peft.get_peft_model(module.net, config)
+    callback = KFACEditCallback(factors=file, budget=1e-4)
+    fit(module, callback, tmp_path)
+    assert callback.report.reference == "base"
+    assert len(callback.report.layers) == len(factors)
