@@ -138,7 +138,7 @@ def run_pretrained(out: Path, seed: int = 0) -> dict[str, Any]:
     )
     start = evaluate(model, data)
     pl.seed_everything(seed, verbose=False)
-    module, callback = FineTuned(model, BLOCKS, lr=5e-4), KFACEditCallback()
+    module, callback = FineTuned(model, BLOCKS, lr=2e-3), KFACEditCallback()
     fit(module, data, callback, out, max_epochs=1, precision="bf16-mixed", num_sanity_val_steps=0)
     module.eval()
     trained = time.perf_counter()
