@@ -27,7 +27,7 @@ _STEPS = 32
 def careful_budget(soft: bool, of_one_layer: bool) -> float:
     """Return a budget for an edit that nothing measures, in nats: what an edit costs is more than is predicted.
 
-    The more layers move together, the more it is; see "Predicted and measured" in ``docs/decisions.md``.
+    The more layers move together, the more it is; see "What is edited where nobody says it" in ``docs/decisions.md``.
 
     Args:
         soft: Whether coefficients are shrunk: all of them move then.

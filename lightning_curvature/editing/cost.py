@@ -3,8 +3,7 @@ r"""What an edit costs, told from the factors alone: the rise of the loss, to se
 A change ``D = W' - W`` of a layer's weight, at one of its positions alone, raises the loss by ``1/2 tr(D^T G D A)``. In
 the curvature basis that is ``1/2 sum_ij lam_i mu_j D_ij^2``: each pair of eigenvectors has a price of its own. Where T
 positions of the layer serve one loss position (the patches of an image), its loss rises by T^2 times as much if they
-add up coherently, as equal positions do. That is a careful estimate: on a small ViT 0.2 to 0.75 of it was measured. For
-a language model T is about 1.
+add up coherently, as equal positions do, which is a careful estimate. For a language model T is about 1.
 
 On a quadratic model whose curvature is the factors this is exact. A network is not quadratic, and what several layers
 do together is not in it: docs/method.md says how far it is off.

@@ -17,7 +17,7 @@ Predicted for a single layer it means that the perplexity is likely to double, s
 RUINOUS_OF_SEVERAL, RUINOUS_OF_SOFT = 0.1, 0.03
 """The same as predicted for several layers, and for a soft edit, of which predictions are lower still.
 
-Source: ``docs/decisions.md``, "Predicted and measured"."""
+Source: ``docs/decisions.md``, "What is edited where nobody says it"."""
 
 
 @dataclass(frozen=True)
