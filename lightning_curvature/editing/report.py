@@ -82,6 +82,7 @@ class EditReport:
         skipped: Why a layer was not edited although it was asked for, by layer.
         reference: What the weights were fine-tuned from, for an edit of the update.
         others: Weights outside of the layers that an edit of the update moved towards the reference.
+        was_measured: Whether the edit was chosen by what it costs, so that the predicted loss warns of nothing.
     """
 
     layers: Mapping[str, LayerEdit]
@@ -90,6 +91,7 @@ class EditReport:
     skipped: Mapping[str, str] = field(default_factory=dict)
     reference: str | None = None
     others: int = 0
+    was_measured: bool = False
 
     @property
     def update_kept(self) -> float | None:
@@ -116,7 +118,7 @@ class EditReport:
         """What a user must not overlook: that the model is likely to be gone; None if nothing says so."""
         limit = RUINOUS if len(self.layers) == 1 else RUINOUS_OF_SEVERAL
         limit = RUINOUS_OF_SOFT if self.method.endswith("soft") else limit
-        if self.predicted_loss is None or self.predicted_loss < limit:
+        if self.was_measured or self.predicted_loss is None or self.predicted_loss < limit:
             return None
         name = max(self.layers, key=lambda layer: self.layers[layer].predicted_loss or 0.0)
         return (

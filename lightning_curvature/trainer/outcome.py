@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,10 @@ class Outcome:
             factors: The factors.
             path: File to save them to, or None. What goes wrong there costs a warning.
         """
+        purchase = self.match if isinstance(self.match, Purchase) and self.match.budget else None
+        if purchase is not None:
+            self.copies = {path: replace(report, was_measured=True) for path, report in self.copies.items()}
+            self.report = None if self.report is None else replace(self.report, was_measured=True)
         reports = [entry for entry in self.copies.items() if not _is_gone(entry[0])]
         if reports:
             copy, report = reports[-1]
@@ -222,8 +227,6 @@ class Outcome:
                 rank_zero_info(f"Factors written to {path}.")
             except (OSError, ValueError) as error:
                 rank_zero_warn(f"save_factors: the factors could not be written to {path}: {error}")
-        purchase = self.match if isinstance(self.match, Purchase) and self.match.budget else None
-        # What was measured counts, and not what is predicted.
         warnings = [report.warning for _, report in reports] if purchase is None else [purchase.warning]
         for warning in [warning for warning in warnings if warning is not None][-1:]:
             rank_zero_warn(warning)  # the last thing that is said
