@@ -97,7 +97,8 @@ class CallbackArguments(Callback):
             seed: Seed of the callback's own random generator.
             score: What a direction is worth, see :mod:`~lightning_curvature.editing.scores`; all but ``"ekfac"``, which
                 needs a pass over the data of its own.
-            soft: Shrink directions of low score instead of dropping them; by default where updates are edited.
+            soft: Shrink directions of low score instead of dropping them; by default where updates are edited and no
+                ``energy`` is given.
             target: Instead of an energy, what the edit may cost: ``{"clean/perplexity": 1.1}`` is the strongest edit
                 that raises the perplexity of the probe ``clean`` to at most 1.1 times what it was, ``{"val/accuracy":
                 0.99}`` one that keeps 0.99 of an accuracy; of several entries none is exceeded. The energy is searched
@@ -150,7 +151,7 @@ class CallbackArguments(Callback):
             min_positions=min_positions,
             budget=budget if self.price is None else self.price.predicted,
         ).based_on(self._reference)
-        self._layers, self._soft = layers, soft
+        self._layers, self._soft = layers, False if soft is None and energy is not None else soft
         self.options = CollectorOptions(
             None, fisher, draws, positions, logits, class_dim, accumulate_on, share, score == "coupled", seed
         )

@@ -39,7 +39,7 @@ class Limit:
     def used(self, multiple: float) -> float:
         """Return the share of what is allowed that is used where the metric became a multiple; above 1 is too much.
 
-        >>> Limit("val/perplexity", 1.21).used(1.1)
+        >>> round(Limit("val/perplexity", 1.21).used(1.1), 3)
         0.5
         """
         sign = -1.0 if self.benefit else 1.0
