@@ -104,6 +104,7 @@ def test_validate_collects_over_text(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:This edit is likely to ruin the model")
 def test_a_saved_model_is_trained_further_and_edited(tmp_path, monkeypatch):
     """And goes on from a checkpoint, with the factors beside it."""
     monkeypatch.chdir(tmp_path)
