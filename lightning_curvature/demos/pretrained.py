@@ -203,14 +203,18 @@ def perplexity_under(callback: KFACEditCallback, module: FineTuned, data: Recite
 def interpolated(
     module: FineTuned, callback: KFACEditCallback, reference: Reference, data: RecitedText, limit: float
 ) -> Metrics:
-    """Return what the strongest interpolation with the start leaves whose tuning perplexity is within a limit."""
-    chosen: Metrics = {}
+    """Return what the strongest interpolation with the start leaves whose tuning perplexity is within a limit.
+
+    If none is, it is the one whose perplexity is lowest.
+    """
+    costs = {}
     for share in SHARES:
         with InterpolationEditor(share).based_on(reference).applied(module, callback.factors):
-            if tuning_perplexity(module, data) > limit and chosen:
-                break
-            chosen = {"energy": share, **evaluate(module.model, data)}
-    return chosen
+            costs[share] = tuning_perplexity(module, data)
+    within = [share for share, cost in costs.items() if cost <= limit]
+    share = min(within) if within else min(costs, key=costs.__getitem__)
+    with InterpolationEditor(share).based_on(reference).applied(module, callback.factors):
+        return {"energy": share, **evaluate(module.model, data)}
 
 
 @contextmanager
