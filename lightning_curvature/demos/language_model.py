@@ -1,4 +1,4 @@
-"""A small OLMo-2 as a LightningModule."""
+"""Causal language models as LightningModules: the steps of all of them, and a small OLMo-2."""
 
 from typing import Any
 
@@ -8,7 +8,23 @@ from torch import Tensor
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 
-class LitCausalLM(pl.LightningModule):
+class CausalLM(pl.LightningModule):
+    """The steps of a causal language model of transformers, its attribute ``model``."""
+
+    model: Any
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Cross-entropy of the next token."""
+        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log the same loss."""
+        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss)
+
+
+class LitCausalLM(CausalLM):
     """Trains a small ``Olmo2ForCausalLM`` from scratch.
 
     Args:
@@ -57,16 +73,6 @@ class LitCausalLM(pl.LightningModule):
                 use_cache=False,
             )
         )
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Cross-entropy of the next token."""
-        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Log the same loss."""
-        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss)
 
     def configure_optimizers(self) -> Any:
         """AdamW; warm-up, a constant learning rate, and a linear decay to zero."""

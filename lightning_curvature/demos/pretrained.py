@@ -12,12 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from tabulate import tabulate
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lightning_curvature.baselines.interpolation import InterpolationEditor
 from lightning_curvature.demos.files import versions, write_json
 from lightning_curvature.demos.fitting import fit
+from lightning_curvature.demos.language_model import CausalLM
 from lightning_curvature.demos.python_text import read_texts
 from lightning_curvature.demos.recitation import Batches, RecitedText
 from lightning_curvature.demos.text import continuation_records, count_data, example_prompts
@@ -75,7 +75,7 @@ class Data(RecitedText):
         return torch.utils.data.DataLoader(self.held_out["clean"]["tuning"][:64], batch_size=8)  # type: ignore[arg-type]
 
 
-class FineTuned(pl.LightningModule):
+class FineTuned(CausalLM):
     """Trains the last blocks of a pretrained language model.
 
     Args:
@@ -90,16 +90,6 @@ class FineTuned(pl.LightningModule):
         model.train().requires_grad_(False)
         trained: Any = model.get_submodule("model.layers")
         trained[-blocks:].requires_grad_(True)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Cross-entropy of the next token."""
-        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Log the same loss."""
-        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss)
 
     def configure_optimizers(self) -> Any:
         """AdamW; the learning rate falls in a line."""
