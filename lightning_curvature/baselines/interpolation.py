@@ -1,6 +1,7 @@
 """A control of every edit of an update: going back towards the weights that the model was fine-tuned from."""
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_curvature.editing.projection import Projection
 from lightning_curvature.editing.weight_editor import WeightEditor
@@ -11,7 +12,7 @@ class InterpolationEditor(WeightEditor):
     """Keeps the share ``energy`` of the update of all weights: ``W' = W0 + energy (W - W0)``.
 
     It needs a reference, see :meth:`~lightning_curvature.editing.base.Editor.based_on`. Weights without factors keep
-    the same share; the factors only say how layers are named.
+    the same share, unless energies are given by layer; the factors only say how layers are named.
 
     Source: Wortsman et al. 2022, arXiv:2109.01903 (WiSE-FT).
 
@@ -25,6 +26,11 @@ class InterpolationEditor(WeightEditor):
 
     reads_factors = False
     method = "interpolation"
+
+    @property
+    @override
+    def share_of_others(self) -> float:
+        return self.scale * (1.0 if isinstance(self.energy, dict) else self.energy)
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the share of an update."""

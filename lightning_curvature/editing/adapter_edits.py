@@ -34,6 +34,10 @@ class AdapterEditor(LayerEditor, Protocol):
     ranks: Ranks
     skip_faulty: bool
 
+    @property
+    def share_of_others(self) -> float:
+        """Share of their update that weights outside of the edited layers keep."""
+
 
 class _UpdateOfAdapter:
     """The work on the adapter of one layer, whose tensors are gathered. A collective if they are sharded."""
@@ -143,7 +147,8 @@ def edit_saved_adapters(
         raise ValueError(f"The state dict lacks tensors of the module's adapters: {listing(lacking, 3)}.")
     new, report = edit_adapters(editor, adapted, state_dict, factors)
     held = {name: state_dict[f"{name}.weight"] for name in adapted.held if f"{name}.weight" in state_dict}
-    others = other_weights(editor.reference, state_dict, tied_names(held, state_dict), report)
+    tied = tied_names(held, state_dict)
+    others = other_weights(editor.reference, state_dict, tied, report, editor.share_of_others)
     new |= others
     replaced = {name: state_dict[name] for name in new}
     return with_replaced(state_dict, replaced, new), dataclasses.replace(report, others=len(others))

@@ -49,6 +49,10 @@ class LayerEditor(Protocol):
     def based_on(self, reference: Reference, scale: float = 1.0) -> Self:
         """Return the same editor for the update since a reference."""
 
+    @property
+    def share_of_others(self) -> float:
+        """Share of their update that weights outside of the edited layers keep."""
+
     def energies(self, factors: KroneckerFactors) -> dict[str, float]:
         """Return the energy of each layer to edit."""
 
@@ -256,10 +260,10 @@ class FileLayers:
 
     def others(self) -> Iterator[EditedTensor]:
         """Move the other weights that differ from the reference, one after the other; call it after :meth:`edits`."""
-        share = self._report().update_kept
-        if self._start is None or share is None:
+        share = self.editor.share_of_others
+        if self._start is None or share == 1.0:
             return
-        done = set().union(*(self.checkpoint.tied_to(name) for name in self.names.values()))
+        done = set().union(*(self.checkpoint.tied_to(self.names[layer]) for layer in self._edits))
         for name, shape in self.checkpoint.shapes().items():
             read = None if name in done else self._start.counterpart(name, shape)
             if read is None or not (old := self.checkpoint.read(name)).is_floating_point():
@@ -286,5 +290,5 @@ class FileLayers:
         if not any(edit.changed for edit in self._edits.values()):
             raise ValueError(_NOTHING_CHANGES)
         for reason in self._skipped.values():
-            warnings.warn(f"Left as it is: {reason}", stacklevel=3)
+            warnings.warn(f"Not edited: {reason}", stacklevel=3)
         return self._report()

@@ -64,6 +64,14 @@ class MatrixEditor(Editor):
         editor.reference = reference if isinstance(reference, Reference) else Reference(reference)
         return editor
 
+    @property
+    def share_of_others(self) -> float:
+        """Share of their update that weights outside of the edited layers keep: the factor of all updates.
+
+        Recitation hardly depends on them, and the loss does; see "A real pretrained model" in ``docs/decisions.md``.
+        """
+        return self.scale
+
     def prepared(self, parts: Mapping[str, Part]) -> Self:  # noqa: ARG002
         """Return the editor for layers that are edited together.
 

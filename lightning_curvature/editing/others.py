@@ -16,20 +16,21 @@ def other_weights(
     tensors: Mapping[str, Tensor],
     layers: Mapping[str, Iterable[str]],
     report: EditReport,
+    share: float,
 ) -> dict[str, Tensor]:
     """Return new values of the weights outside of the edited layers that differ from the reference, by name.
 
-    Embeddings, norms, biases and layers without factors moved in fine-tuning, too. They keep the share of their update
-    that the edited layers keep on the average. Of tied tensors one is returned.
+    Embeddings, norms, biases and layers without factors moved in fine-tuning, too. They keep one share of their update.
+    Of tied tensors one is returned.
 
     Args:
         reference: The reference; None for an edit of the weights themselves, which moves nothing else.
         tensors: All tensors of the model, by name.
-        layers: For each layer to edit, the names of the tensors that are tied to its weight.
+        layers: For each edited layer, the names of the tensors that are tied to its weight.
         report: The report of the edited layers.
+        share: The share that they keep.
     """
-    share = report.update_kept
-    if reference is None or share is None:
+    if reference is None or share == 1.0:
         return {}
     matched = reference.matched({layer: f"{layer}.weight" for layer in report.layers})
     edited = {name for names in layers.values() for name in names} | {f"{layer}.weight" for layer in layers}

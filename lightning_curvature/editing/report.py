@@ -97,7 +97,8 @@ class EditReport:
     def update_kept(self) -> float | None:
         """Share of the update that the edited layers keep on the average of their coefficients; None if none has one.
 
-        All other weights that differ from the reference keep this share of their update, too.
+        Other weights that differ from the reference keep the factor of all updates, see
+        :meth:`~lightning_curvature.editing.base.Editor.based_on`.
         """
         shares = [(edit.update_kept, edit.total) for edit in self.layers.values() if edit.update_kept is not None]
         return sum(share * total for share, total in shares) / sum(total for _, total in shares) if shares else None
@@ -183,11 +184,11 @@ class EditReport:
             for name, edit in self.layers.items()
             if edit.positions < edit.needed
         ]
-        remarks = [f"Left as it is: {reason}" for reason in self.skipped.values()]
+        remarks = [f"Not edited: {reason}" for reason in self.skipped.values()]
         if self.predicted_loss is not None:
             remarks.append(self._loss_remark(self.predicted_loss))
         if self.update_kept is not None:
-            rest = f", and so do {self.others} other weights that fine-tuning moved" if self.others else ""
+            rest = f", and {self.others} other weights that fine-tuning moved are scaled, too" if self.others else ""
             remarks.append(f"The layers keep {self.update_kept:.1%} of their update on the average{rest}.")
         if lost := {name: edit.rank_loss for name, edit in self.layers.items() if edit.rank_loss}:
             name = max(lost, key=lost.__getitem__)

@@ -36,5 +36,5 @@ def sort_results(
     if skipped and not new:
         raise FaultyLayerError(f"No layer can be edited: {next(iter(skipped.values()))}")
     for reason in skipped.values():
-        warnings.warn(f"Left as it is: {reason}", stacklevel=3)
+        warnings.warn(f"Not edited: {reason}", stacklevel=3)
     return new, edits, skipped

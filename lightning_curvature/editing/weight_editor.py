@@ -77,7 +77,8 @@ class WeightEditor(MatrixEditor):
             weights[name] = state_dict[key]
         new, report = editor.edit_layers(weights, factors)
         tied = tied_names(weights, state_dict)
-        others = other_weights(editor.reference, state_dict, tied, report)
+        done = {name: names for name, names in tied.items() if name in report.layers}
+        others = other_weights(editor.reference, state_dict, done, report, editor.share_of_others)
         replaced = {**weights, **{name: state_dict[name] for name in others}}
         report = dataclasses.replace(report.with_tied(tied), others=len(others))
         return with_replaced(state_dict, replaced, {**new, **others}), report
@@ -139,10 +140,9 @@ class WeightEditor(MatrixEditor):
         if self.reference is None:
             return {}
         tensors = named_tensors(module)
-        names = [*report.layers, *report.skipped]
-        adapters = find_adapters(module, names)
-        weights = layer_weights(module, names if adapters is None else adapters.held)
-        return other_weights(self.reference, tensors, tied_names(weights, tensors), report)
+        adapters = find_adapters(module, report.layers)
+        weights = layer_weights(module, report.layers if adapters is None else adapters.held)
+        return other_weights(self.reference, tensors, tied_names(weights, tensors), report, self.share_of_others)
 
     def edit_layers(
         self, weights: Mapping[str, Tensor], factors: KroneckerFactors, transposed: Mapping[str, bool] | None = None

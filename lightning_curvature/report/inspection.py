@@ -111,7 +111,7 @@ def edit_table(facts: Mapping[str, Any]) -> str:
     lines = [
         f"Method {facts.get('method', _UNKNOWN)}, by {facts.get('package', _UNKNOWN)}; factors: {source or _UNKNOWN}",
         tabulate(rows, headers, disable_numparse=True),
-        *(f"Left as it is: {reason}" for reason in dict(facts.get("skipped") or {}).values()),
+        *(f"Not edited: {reason}" for reason in dict(facts.get("skipped") or {}).values()),
         f"SHA-256 of the unedited weights {facts.get('source', _UNKNOWN)}",
         f"SHA-256 of the factors {facts.get('factors', _UNKNOWN)}",
     ]

@@ -5,6 +5,8 @@ over-confidence or a fine-tune's over-fitting goes, and then rises. The price is
 model's, or above its lowest point on that path, so that what an edit gains first is not spent.
 """
 
+import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +17,16 @@ from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.report import RUINOUS
 from lightning_curvature.factors.kronecker import KroneckerFactors
 
+NEAR, AIM = 0.8, 0.9
+"""An edit that uses this share of the price is strong enough; the search aims between it and all of the price."""
 STEP = 4.0
-"""Factor between two budgets until one is within the price, and one is not."""
-REFINEMENTS = 2
-"""Halvings of that step, on a logarithmic scale."""
+"""A factor between two budgets, where nothing says how far to go."""
+NARROW = 1.4
+"""The search ends where a budget within the price, and one beyond it, are no farther apart than this factor."""
+SCALES = (0.8, 0.6, 0.4)
+"""Shares of an update that are tried before its edit, as long as the loss falls."""
+SMALLEST = STEP**-8
+"""No budget below this part of the first one is tried: such an edit hardly removes anything."""
 MOST = 9
 """Largest number of edits that are measured."""
 
@@ -54,6 +62,15 @@ class Price:
             rise = (points[budget][name] - base[name]) / allowed
             if budget > lowest:  # before its lowest point a cost falls
                 rises.append(rise if math.isfinite(rise) else math.inf)
+        return max(rises)
+
+    def used(self, budget: float, points: Mapping[float, Costs]) -> float:
+        """Return :meth:`excess` as a number to interpolate: also below 0, and before the lowest point of a cost."""
+        rises = []
+        for name, (allowed, from_lowest) in self.allowed.items():
+            lowest = points[lowest_point(points, name)]
+            base = lowest if from_lowest else points[0.0] if self.unedited is None else self.unedited
+            rises.append((points[budget][name] - base[name]) / allowed)
         return max(rises)
 
 
@@ -153,6 +170,47 @@ def spend(
     return Purchase(chosen, predicted[chosen], points[0.0], points[chosen], dict(sorted(points.items())))
 
 
+def spend_on_update(
+    editor: CurvatureEditor,
+    module: nn.Module,
+    factors: KroneckerFactors,
+    measure: Callable[[], Costs],
+    price: Price,
+    total: Callable[[Costs], float],
+    unedited: Costs | None = None,
+) -> Purchase:
+    """Find the strongest edit of updates within a price: they are scaled first, as long as that lowers the loss.
+
+    Fine-tuning over-fits in directions of high curvature, too, which no edit by curvature takes away. The update times
+    0.8, 0.6, 0.4 is tried, and the path of stronger and stronger edits begins where the loss is lowest.
+
+    Args:
+        editor: As :func:`spend`; it has a reference, or the module adapters. A scale of its own below 1 stays.
+        module: As :func:`spend`.
+        factors: As :func:`spend`.
+        measure: As :func:`spend`.
+        price: As :func:`spend`.
+        total: Returns the loss, given the costs.
+        unedited: Costs of the unedited module, if they are known.
+    """
+    unedited = measure() if unedited is None else unedited
+    price = dataclasses.replace(price, unedited=unedited)
+    best, costs = copy.copy(editor), unedited
+    if editor.scale != 1.0:
+        with editor.at(1.0).applied(module, factors):
+            costs = measure()
+    for scale in SCALES if editor.scale == 1.0 else ():
+        scaled = best.at(1.0)
+        scaled.scale = scale
+        with scaled.applied(module, factors):
+            there = measure()
+        if not total(there) < total(costs) or price.excess(1.0, {0.0: costs, 1.0: there}) > 1.0:
+            break
+        best, costs = scaled, there
+    purchase = spend(best, module, factors, measure, price, costs)
+    return dataclasses.replace(purchase, before=unedited, scale=best.scale)
+
+
 def _listed(costs: Costs) -> str:
     return ", ".join(f"{name} {cost:.4g}" for name, cost in costs.items())
 
@@ -174,12 +232,39 @@ def _next(points: Mapping[float, Costs], price: Price, everything: bool) -> floa
     """
     within, beyond = _bracket(points, price)
     if beyond == math.inf:
-        return None if everything else within * STEP
+        if everything or (within > 0 and price.used(within, points) >= NEAR):
+            return None
+        return within / _factor(points, price, within)
     if within == 0.0:
-        return beyond / STEP
+        smallest = price.start * SMALLEST
+        return None if beyond <= smallest else max(beyond / _factor(points, price, beyond), smallest)
     for name, (_, from_lowest) in price.allowed.items():  # a lowest point is one between two that are higher
         lowest = lowest_point(points, name)
         if from_lowest and lowest > 0.0 and not any(lowest / STEP <= budget < lowest for budget in points):
             return lowest / STEP
-    is_near = beyond / within <= STEP ** (0.5**REFINEMENTS) * 1.01
-    return None if is_near else math.sqrt(within * beyond)
+    low, high = price.used(within, points), price.used(beyond, points)
+    if low >= NEAR or beyond / within <= NARROW:
+        return None
+    # The cost rises ever faster on a logarithmic scale, so that this lies on the safe side.
+    share = (AIM - low) / (high - low) if low < AIM < high < math.inf else 0.5
+    return within * math.pow(beyond / within, min(max(share, 0.2), 0.8))
+
+
+def _factor(points: Mapping[float, Costs], price: Price, budget: float) -> float:
+    """Return by what to divide the largest or the smallest budget that was measured, if costs rise as a power of it.
+
+    The power is 1 until there are two edits to tell it by.
+    """
+    first = price.used(0.0, points)
+    rises = {tried: price.used(tried, points) - first for tried in points if tried}
+    there, is_within = rises.pop(budget), price.used(budget, points) <= 1.0
+    smallest, largest = (STEP**-2, STEP**-0.5) if is_within else (STEP**0.5, STEP**4)
+    if not 0.0 < there < math.inf or first >= AIM:
+        return 1 / STEP if is_within else STEP**2
+    power = 1.0
+    if rises:
+        other = min(rises, key=lambda tried: abs(math.log(tried / budget)))
+        if 0.0 < rises[other] < math.inf:
+            power = max(math.log(there / rises[other]) / math.log(budget / other), 0.1)
+    ratio = math.log(there / (AIM - first)) / power
+    return math.exp(min(max(ratio, math.log(smallest)), math.log(largest)))

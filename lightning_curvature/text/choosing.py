@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,18 @@ from lightning_curvature.editing import bulk
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.origin import check_loaded
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.search.energy import FLOOR, Match, match_energy
 from lightning_curvature.search.sweep import Row, sweep
 from lightning_curvature.text.evaluation import WINDOW, perplexity, strict_rate, window_nll
 from lightning_curvature.text.matching import perplexity_ratio
 from lightning_curvature.text.saved import SavedModel
 from lightning_curvature.text.sequences import PromptedSequence, read_sequences
+from lightning_curvature.text.strength import strongest
 from lightning_curvature.text.suffixes import suffix_batches, suffix_margins
 
 ENERGIES = (0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.96, 0.98, 0.99)
 """Energies that a sweep tries."""
 LIMITS = (1.02, 1.05, 1.10, 1.20)
 """Multiples of the perplexity within which a sweep names its best edit."""
-_FREE = 0.001
-"""The smallest relative rise of the perplexity that counts as the cost of an edit."""
 
 
 class Chooser:
@@ -105,20 +102,20 @@ class Chooser:
 
     def find(
         self, editor: CurvatureEditor, limit: float, corpora: Sequence[Path], tokens: int, context: int | None
-    ) -> dict[str, Any]:
+    ) -> tuple[CurvatureEditor, dict[str, Any]]:
         """Find the strongest edit within a perplexity on every second window of each text, and measure the others.
 
         Args:
-            editor: Its energy is searched for.
+            editor: Its energy is searched for; of a soft edit of updates, the factor of all updates and the budget.
             limit: What the perplexity of each text may become, as a multiple of what it was.
             corpora: The texts.
             tokens: Tokens to read of each.
             context: Tokens of a window.
 
         Returns:
-            ``energy``; ``perplexity``, the largest multiple on the windows that the energy was chosen on; ``held_out``,
-            the largest on the other windows, with the bounds ``low`` and ``high`` of its 95 % interval; all but the
-            energy by text in ``corpora``; and all this as ``text``.
+            The editor that was found. And ``energy``, or ``budget`` and ``scale``; ``perplexity``, the largest multiple
+            on the windows that the edit was chosen on; ``held_out``, the largest on the other windows, with the bounds
+            ``low`` and ``high`` of its 95 % interval; these numbers by text in ``corpora``; and all this as ``text``.
 
         Raises:
             ValueError: If the limit is not above 1, a corpus is too short or does not tell the cost, or no edit is
@@ -132,19 +129,16 @@ class Chooser:
                 raise ValueError(
                     f"{corpus} has {len(rows)} windows of {rows.shape[1]} tokens; choose on four at least."
                 )
-        editor = self._renamed(editor)
+        named, editor = editor, self._renamed(editor)
         chosen_on = {corpus: self._nll(rows[::2]).mean() for corpus, rows in windows.items()}
 
         def multiples() -> dict[Path, float]:
             reached = {c: float((self._nll(windows[c][::2]).mean() - before).exp()) for c, before in chosen_on.items()}
             return {c: value if math.isfinite(value) else math.inf for c, value in reached.items()}
 
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "No edit stays within")  # said below, with the remedy
-            match = match_energy(editor, self.model, self.factors, lambda: max(multiples().values()), limit, before=1.0)
-        _check_match(match, editor, limit, " and ".join(map(str, corpora)))
+        found, strength = strongest(editor, self.model, self.factors, multiples, limit, " and ".join(map(str, corpora)))
         others = {corpus: self._nll(rows[1::2]) for corpus, rows in windows.items()}
-        with editor.at(match.energy).applied(self.model, self.factors):
+        with found.applied(self.model, self.factors):
             reached = multiples()
             ratios = {
                 corpus: perplexity_ratio(before, self._nll(windows[corpus][1::2])) for corpus, before in others.items()
@@ -155,13 +149,15 @@ class Chooser:
             f"others (95 % interval {ratio.low:.4f} to {ratio.high:.4f})."
             for corpus, ratio in ratios.items()
         ]
-        found = {
+        by_corpus = {
             str(corpus): {"perplexity": reached[corpus], "held_out": ratio.value, "low": ratio.low, "high": ratio.high}
             for corpus, ratio in ratios.items()
         }
-        dearest = max(found.values(), key=lambda of_corpus: of_corpus["held_out"])
-        text = f"Energy {match.energy:.4g}: " + "\n".join(lines)
-        return {"energy": match.energy, **dearest, "perplexity": match.value, "corpora": found, "text": text}
+        dearest = max(by_corpus.values(), key=lambda of_corpus: of_corpus["held_out"])
+        text = ", ".join(f"{name} {value:.4g}" for name, value in strength.items()).capitalize()
+        text += ": " + "\n".join(lines)
+        values = {**strength, **dearest, "perplexity": max(reached.values()), "corpora": by_corpus, "text": text}
+        return _strong_as(found, named), values
 
     def sweep(
         self,
@@ -227,23 +223,13 @@ class Chooser:
         return self.saved.windows(corpus, tokens, context, WINDOW)
 
 
-def _check_match(match: Match, editor: CurvatureEditor, limit: float, corpus: str) -> None:
-    """Raise ``ValueError`` if the edit costs nothing on the text, or no edit is within the limit."""
-    if match.energy <= FLOOR and max(match.points.values()) <= 1 + _FREE:
-        raise ValueError(
-            f"{corpus} does not tell what the edit costs: its perplexity rises by less than {_FREE:.1%} with every "
-            f"energy that was tried, down to {match.energy:.3g}. Measure on text that the model knows (--corpus), "
-            "edit other layers (--layers), or give an --energy."
-        )
-    if match.value > limit:
-        raise ValueError(
-            f"The bulk step alone makes the perplexity {match.value:.4g} times what it was. Make it shorter "
-            "(--strength), or allow more (--perplexity)."
-        )
-    if match.energy == 1.0 and editor.keeps_at_full_energy:
-        raise ValueError(
-            f"No edit of these layers stays within {limit:g} times the perplexity. Allow more, or edit fewer."
-        )
+def _strong_as(found: CurvatureEditor, editor: CurvatureEditor) -> CurvatureEditor:
+    """Return an editor with the strength of another one, which edits the layers by other names."""
+    if found.budget is None:
+        return editor.at(found.energy)
+    strong = editor.within(found.budget)
+    strong.scale = found.scale
+    return strong
 
 
 def best_within(rows: Sequence[Row], limits: Sequence[float] = LIMITS) -> list[Row]:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,11 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 
-from lightning_curvature.baselines.interpolation import InterpolationEditor
 from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.search.price import Price, Purchase, spend
+from lightning_curvature.search.price import Costs, Price, Purchase, spend, spend_on_update
 from lightning_curvature.trainer.samples import Arguments, Reading, read_losses
 
 BATCHES, BYTES = 32, 2**28
@@ -32,8 +31,6 @@ ERROR_RISE = 0.005
 """How far the error of a classifier may rise above that of the unedited model: half a point of accuracy.
 
 Where batches are few it is one standard error of that error, since less cannot be told from chance."""
-SCALES = (0.8, 0.6, 0.4)
-"""Shares of an update that are tried before its edit, as long as the loss falls."""
 
 
 class MeasuredPrice:
@@ -111,10 +108,8 @@ class MeasuredPrice:
                     readings[f"validation {loader}" if len(self._batches) > 1 else "validation"] = reading
             return readings
 
-        def measure(part: int = 0) -> Mapping[str, float]:
-            readings = read(part)
-            costs = {f"{name} loss": reading.loss for name, reading in readings.items()}
-            return costs | {f"{name} error": reading.error for name, reading in readings.items() if reading.of_classes}
+        def measure(part: int = 0) -> Costs:
+            return _costs(read(part))
 
         first = read(0)
         if not first:
@@ -126,41 +121,25 @@ class MeasuredPrice:
                 allowed[f"{name} loss"] = (max(rise, 1e-6), True)
                 chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
                 allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
-        before = measure()
-        price = Price(allowed, self.predicted, before)
-        scale, scaled = self._scale(editor, module, factors, measure, before, price)
-        editor = copy.copy(editor)
-        editor.scale = scale
-        purchase = spend(editor, module, factors, measure, price, scaled)
-        purchase = dataclasses.replace(purchase, before=before, scale=scale)
+        price = Price(allowed, self.predicted)
+        if self.of_updates:
+            purchase = spend_on_update(editor, module, factors, measure, price, _losses, _costs(first))
+        else:
+            purchase = spend(editor, module, factors, measure, price, _costs(first))
         held_out = measure(part=1)
         if not held_out or not purchase.budget:
             return purchase
-        with editor.within(purchase.budget).applied(module, factors):
+        bought = editor.within(purchase.budget)
+        bought.scale = purchase.scale
+        with bought.applied(module, factors):
             after = measure(part=1)
         return dataclasses.replace(purchase, held_out={name: (held_out[name], after[name]) for name in held_out})
 
-    def _scale(
-        self,
-        editor: CurvatureEditor,
-        module: pl.LightningModule,
-        factors: KroneckerFactors,
-        measure: Callable[[], Mapping[str, float]],
-        before: Mapping[str, float],
-        price: Price,
-    ) -> tuple[float, Mapping[str, float]]:
-        """Return the share of all updates with the lowest losses, and the costs there: 1 if no update is edited."""
-        best, costs = 1.0, before
-        for scale in SCALES if self.of_updates else ():
-            interpolation = InterpolationEditor(scale).based_on(editor.reference)
-            interpolation.ranks, interpolation.skip_faulty = editor.ranks, editor.skip_faulty
-            with interpolation.applied(module, factors):
-                there = measure()
-            if not _losses(there) < _losses(costs) or price.excess(1.0, {0.0: costs, 1.0: there}) > 1.0:
-                break
-            best, costs = scale, there
-        return best, costs
+
+def _costs(readings: Mapping[str, Reading]) -> Costs:
+    costs = {f"{name} loss": reading.loss for name, reading in readings.items()}
+    return costs | {f"{name} error": reading.error for name, reading in readings.items() if reading.of_classes}
 
 
-def _losses(costs: Mapping[str, float]) -> float:
+def _losses(costs: Costs) -> float:
     return sum(cost for name, cost in costs.items() if name.endswith("loss"))

@@ -28,13 +28,13 @@ def run(saved, *options):
 
 @pytest.mark.parametrize("options", [["--budget", "0.01", "--soft"], ["--energy", "0.7"]], ids=["budget", "energy"])
 def test_a_reference_edits_the_update(options, saved, capsys):
-    run(saved, "--reference", saved / "start.safetensors", *options)
+    run(saved, "--reference", saved / "start.safetensors", "--scale", "0.8", *options)
     shown = capsys.readouterr().out
     assert "Edited updates since 'start.safetensors'" in shown
-    assert "so do 6 other weights that fine-tuning moved" in shown
+    assert "6 other weights that fine-tuning moved are scaled, too" in shown
     editor = CurvatureEditor(budget=0.01, soft=True) if "--soft" in options else CurvatureEditor(0.7)
-    expected, _ = editor.edit_state_dict(
-        TUNED.state_dict(), KroneckerFactors.load(saved / "factors.safetensors"), reference=START
+    expected, _ = editor.based_on(START, 0.8).edit_state_dict(
+        TUNED.state_dict(), KroneckerFactors.load(saved / "factors.safetensors")
     )
     edited = load_file(saved / "edited.safetensors")
     assert all(torch.allclose(edited[name], tensor) for name, tensor in expected.items())

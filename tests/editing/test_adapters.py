@@ -224,15 +224,16 @@ def test_a_trained_copy_is_edited_with_a_reference(editor):
     model, every = with_copy()
     before = copy.deepcopy(model.state_dict())
     start = adapted().unload().state_dict()
-    new, from_state_dict = editor.edit_state_dict(before, every, reference=start, module=model)
-    report = editor.edit(model, every, reference=start)
+    editor = editor.based_on(start, 0.8)
+    new, from_state_dict = editor.edit_state_dict(before, every, module=model)
+    report = editor.edit(model, every)
     assert dataclasses.replace(report, others=1) == from_state_dict
     assert set(report.layers) == {*factors(), COPY}
     after = model.state_dict()
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {f"{COPY}.weight", f"{COPY}.bias", *filter(is_adapter, before)}
     assert all(torch.equal(new[name], tensor) for name, tensor in after.items())
-    torch.testing.assert_close(after[f"{COPY}.bias"] - start["4.bias"], torch.full((3,), report.update_kept).double())
+    torch.testing.assert_close(after[f"{COPY}.bias"] - start["4.bias"], torch.full((3,), 0.8).double())
 
 
 class Convolution(nn.Module):

@@ -109,7 +109,7 @@ def test_layers_with_too_few_positions_are_passed_over():
     G = torch.zeros(5, 5, dtype=torch.float64)
     G[0, 0] = 1.0
     few = LayerFactors(A=factors["2"].A, G=G + 1e-30 * torch.eye(5), num_inputs=60, num_gradients=1)
-    with pytest.warns(UserWarning, match="Left as it is: Layer '2'"):
+    with pytest.warns(UserWarning, match="Not edited: Layer '2'"):
         new, report = CurvatureEditor(budget=0.5).edited_weights(net, KroneckerFactors({"0": factors["0"], "2": few}))
     alone, _ = CurvatureEditor(budget=0.5).edited_weights(net, KroneckerFactors({"0": factors["0"]}))
     assert torch.equal(new["0"], alone["0"])

@@ -39,12 +39,12 @@ def test_a_faulty_layer_stops_the_edit_or_is_left_as_it_is(name):
     with pytest.raises(ValueError, match=f"Layer '0': .*{message}"):
         CurvatureEditor(0.5).edit(net, factors)
     assert all(torch.equal(a, b.weight) for a, b in zip(before, net, strict=True))
-    with pytest.warns(UserWarning, match=f"Left as it is: Layer '0': .*{message}"):
+    with pytest.warns(UserWarning, match=f"Not edited: Layer '0': .*{message}"):
         report = CurvatureEditor(0.5, skip_faulty=True).edit(net, factors)
     assert torch.equal(before[0], net[0].weight)
     assert not torch.equal(before[1], net[1].weight)
     assert list(report.layers) == ["1"]
     assert message in report.skipped["0"]
-    assert f"Left as it is: {report.skipped['0']}" in str(report)
+    assert f"Not edited: {report.skipped['0']}" in str(report)
     with pytest.raises(ValueError, match="No layer can be edited: Layer '0'"):
         CurvatureEditor(0.5, ["0"], skip_faulty=True).edit(net, factors)

@@ -73,12 +73,16 @@ def test_an_edit_of_the_update_is_the_start_and_an_edit_of_the_difference(editor
 
 
 @pytest.mark.parametrize("editor", EDITORS, ids=IDS)
-def test_other_weights_keep_the_same_share_of_their_update(editor):
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_other_weights_keep_the_factor_of_all_updates(editor, scale):
     edited = copy.deepcopy(TUNED)
-    report = editor.edit(edited, factors(), reference=START)
+    editor = editor.based_on(START, scale)
+    report = editor.edit(edited, factors())
+    share = editor.share_of_others
+    assert share == pytest.approx(report.update_kept if isinstance(editor, InterpolationEditor) else scale)
     for name in ("embedding.weight", "body.0.bias", "body.2.bias", "body.3.weight", "body.3.bias"):
         start, tuned = START.get_parameter(name), TUNED.get_parameter(name)
-        assert torch.allclose(edited.get_parameter(name), start + report.update_kept * (tuned - start), atol=1e-6)
+        assert torch.allclose(edited.get_parameter(name), start + share * (tuned - start), atol=1e-6)
     assert edited.head.weight is edited.embedding.weight
     assert edited.steps == 1
     layers = report.layers.values()
@@ -97,7 +101,7 @@ def test_interpolation_keeps_one_share_of_everything():
 
 def test_the_edit_is_undone_behind_a_with_block():
     edited = copy.deepcopy(TUNED)
-    with CurvatureEditor(0.7).applied(edited, factors(), reference=START):
+    with CurvatureEditor(0.7).based_on(START, 0.8).applied(edited, factors()):
         assert not torch.equal(edited.embedding.weight, TUNED.embedding.weight)
     assert all(torch.equal(edited.state_dict()[name], tensor) for name, tensor in TUNED.state_dict().items())
 
@@ -107,15 +111,15 @@ def test_the_edit_is_undone_behind_a_with_block():
 def test_module_state_dict_and_file_are_edited_alike(editor, prefix, tmp_path):
     """Whatever the reference is: a module, a state dict, or a file whose names have another prefix."""
     edited = copy.deepcopy(TUNED)
-    expected_report = editor.edit(edited, factors(), reference=START)
+    expected_report = editor.based_on(START, 0.8).edit(edited, factors())
     save_file({prefix + name: tensor.clone() for name, tensor in START.state_dict().items()}, tmp_path / "start.st")
     (tmp_path / "start.st").rename(tmp_path / "start.safetensors")
-    state_dict, report = editor.edit_state_dict(TUNED.state_dict(), factors(), reference=tmp_path / "start.safetensors")
+    by_file = editor.based_on(tmp_path / "start.safetensors", 0.8)
+    state_dict, report = by_file.edit_state_dict(TUNED.state_dict(), factors())
     torch.save(TUNED.state_dict(), tmp_path / "tuned.pt")
     delta = tmp_path / "delta.safetensors"
-    file_report = editor.edit_checkpoint(
-        tmp_path / "tuned.pt", factors(), tmp_path / "edited.pt", reference=START.state_dict(), delta=delta
-    )
+    by_state_dict = editor.based_on(START.state_dict(), 0.8)
+    file_report = by_state_dict.edit_checkpoint(tmp_path / "tuned.pt", factors(), tmp_path / "edited.pt", delta=delta)
     from_file = torch.load(tmp_path / "edited.pt", weights_only=True)
     for name, tensor in edited.state_dict().items():
         assert torch.equal(state_dict[name], tensor), name
@@ -130,7 +134,7 @@ def test_module_state_dict_and_file_are_edited_alike(editor, prefix, tmp_path):
 
 def test_a_plan_counts_the_other_weights(tmp_path):
     torch.save(TUNED.state_dict(), tmp_path / "tuned.pt")
-    plan = plan_edit(CurvatureEditor(0.7).based_on(START), tmp_path / "tuned.pt", factors())
+    plan = plan_edit(CurvatureEditor(0.7).based_on(START, 0.8), tmp_path / "tuned.pt", factors())
     assert plan.report.others == 5
 
 
@@ -190,8 +194,8 @@ def test_a_wrapped_reference_moves_all_other_weights():
     """Names of a compiled module have a mark of its own in them."""
     wrapped = {f"model._orig_mod.{name}": tensor for name, tensor in START.state_dict().items()}
     edited, expected = copy.deepcopy(TUNED), copy.deepcopy(TUNED)
-    CurvatureEditor(0.7).edit(edited, factors(), reference=wrapped)
-    CurvatureEditor(0.7).edit(expected, factors(), reference=START)
+    CurvatureEditor(0.7).based_on(wrapped, 0.8).edit(edited, factors())
+    CurvatureEditor(0.7).based_on(START, 0.8).edit(expected, factors())
     assert all(torch.equal(edited.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
 
 

@@ -81,13 +81,13 @@ def edited(way, editor, net, factors):
 def test_a_layer_on_too_few_positions_is_left_as_it_is(name, way):
     editor, net, factors = CURVATURE_EDITORS[name](), linears(), two_layers()
     before = [layer.weight.clone() for layer in net]
-    with pytest.warns(UserWarning, match="Left as it is: Layer '0': Factor A rests on 5 positions"):
+    with pytest.warns(UserWarning, match="Not edited: Layer '0': Factor A rests on 5 positions"):
         report, after = edited(way, editor, net, factors)
     assert torch.equal(before[0], after[0])
     assert not torch.equal(before[1], after[1])
     assert list(report.layers) == ["1"]
     assert "Layer '0': Factor A rests on 5 positions, too few" in report.skipped["0"]
-    assert f"Left as it is: {report.skipped['0']}" in str(report)
+    assert f"Not edited: {report.skipped['0']}" in str(report)
     with pytest.raises(ValueError, match="No layer can be edited: Layer '0': Factor A rests on 5 positions"):
         editor.edit(net, KroneckerFactors({"0": factors["0"]}))
     insist = r"Layer '0': Factor A .* insist \(CurvatureEditor\(min_positions=0\), --min-positions 0\)"

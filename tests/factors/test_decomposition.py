@@ -309,7 +309,7 @@ def test_a_saliency_of_zeros_is_one_layer_that_can_be_left_out():
     layer = LayerFactors(A=ordinary(6), G=ordinary(5), num_inputs=64, num_gradients=64)
     factors = KroneckerFactors({"0": layer, "1": layer})
     weights = {"0": torch.zeros(5, 6), "1": torch.ones(5, 6)}
-    with pytest.warns(UserWarning, match="Left as it is: Layer '0': The scores"):
+    with pytest.warns(UserWarning, match="Not edited: Layer '0': The scores"):
         new, _ = CurvatureEditor(0.7, score="saliency", skip_faulty=True).edit_layers(weights, factors)
     assert list(new) == ["1"]
 

@@ -132,7 +132,7 @@ def test_a_layer_of_zeros_leaves_the_others_edited_if_so_told(skip, tmp_path):
         assert not (tmp_path / "x-edited.ckpt").exists()
         assert (tmp_path / "x.ckpt").exists()
         return
-    with pytest.warns(UserWarning, match="Left as it is: Layer 'net.1': Factor A is zero"):
+    with pytest.warns(UserWarning, match="Not edited: Layer 'net.1': Factor A is zero"):
         trainer.fit(Dead(), data)
     original, edited = (torch.load(tmp_path / f"x{mark}.ckpt", weights_only=True) for mark in ("", "-edited"))
     assert torch.equal(original["state_dict"]["net.1.weight"], edited["state_dict"]["net.1.weight"])

@@ -187,7 +187,7 @@ def test_a_layer_with_too_few_positions_is_left_as_it_is(tmp_path, monkeypatch):
     refuse(monkeypatch, "b.fc")
     weights, out = small_weights(), tmp_path / "o.safetensors"
     save_file(weights, tmp_path / "m.safetensors")
-    with pytest.warns(UserWarning, match="Left as it is: Layer 'b.fc': 3 positions"):
+    with pytest.warns(UserWarning, match="Not edited: Layer 'b.fc': 3 positions"):
         report = CurvatureEditor(0.8).edit_checkpoint(tmp_path / "m.safetensors", some_factors(), out)
     assert list(report.layers) == ["a.fc", "c.fc"]
     assert report.skipped == {"b.fc": "Layer 'b.fc': 3 positions."}
@@ -196,7 +196,7 @@ def test_a_layer_with_too_few_positions_is_left_as_it_is(tmp_path, monkeypatch):
     assert facts["skipped"] == report.skipped
     edited = formats.open_checkpoint(out)
     assert [torch.equal(edited.read(name), weight) for name, weight in weights.items()] == [False, True, False]
-    with pytest.warns(UserWarning, match="Left as it is"):
+    with pytest.warns(UserWarning, match="Not edited"):
         plan = files.plan_edit(CurvatureEditor(0.8), tmp_path / "m.safetensors", some_factors())
     assert plan.report.skipped == report.skipped
     refuse(monkeypatch, "a.fc", "b.fc", "c.fc")

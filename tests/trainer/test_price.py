@@ -209,11 +209,10 @@ def test_the_update_since_the_start_is_edited(tmp_path):
     start, module, callback, trainer = reference_run(tmp_path)
     assert set(callback.report.layers) == {"net.1", "net.3"}
     edited = torch.load(trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt"))
-    expected, report = CurvatureEditor(budget=1e-4, soft=True).edit_state_dict(
+    expected, _ = CurvatureEditor(budget=1e-4, soft=True).edit_state_dict(
         module.state_dict(), callback.factors, reference=start
     )
     assert all(torch.allclose(edited["state_dict"][name], tensor) for name, tensor in expected.items())
-    assert report.others > 0
     assert edited["lightning_curvature"]["reference"] == {"name": "start", "scale": 1.0}
 
 

@@ -130,5 +130,5 @@ def edit_on_data(
         ).based_on(editor.reference, editor.scale)
     if "perplexity" not in given:
         return editor, factors, {}
-    target = chooser.find(editor, given["perplexity"], given["corpus"], tokens, context)
-    return editor.at(target["energy"]), factors, target
+    editor, target = chooser.find(editor, given["perplexity"], given["corpus"], tokens, context)
+    return editor, factors, target
