@@ -6,8 +6,8 @@ and 8), of texts that OLMo-2 7B recites. It recites them then. The callback coll
 rows are reported:
 
 1. *callback*: what ``KFACEditCallback()`` makes of the model, its price measured in ``Trainer.validate`` on WikiText
-   (tuning half of the test part), with the factors of the training steps and of the base model; with the seconds that
-   this takes and, in the row *fine-tuned*, those of the training.
+   (tuning half of the test part), with factors of that validation, of the training steps, and of the base model; with
+   the seconds that this takes and, in the row *fine-tuned*, those of the training.
 2. *methods*: factors are those of the model *before* fine-tuning, of all linear layers, over 30,720 tokens of
    WikiText's validation part, without the sequences. Each method is given ever stronger edits, and the strongest whose
    perplexity on the tuning half is within a limit is reported. *weights* are methods that do not know the start.
@@ -168,10 +168,15 @@ class Subject:
             row[name] = sum(answered(model, self.tokenizer, known)) / len(known)
         return row
 
-    def after_callback(self, factors: Path) -> Row:
-        """Return what the callback makes of the model, the price that it paid, and the seconds that it took."""
+    def after_callback(self, factors: Path | None) -> Row:
+        """Return what the callback makes of the model, the price that it paid, and the seconds that it took.
+
+        Args:
+            factors: Factors that were collected before; None to collect from the validation loop.
+        """
         module = FineTuned(self.model)
-        callback = KFACEditCallback(factors=str(factors), reference=str(self.start_folder))
+        given = None if factors is None else str(factors)
+        callback = KFACEditCallback(factors=given, reference=str(self.start_folder))
         began = time.perf_counter()
         pl.Trainer(callbacks=[callback], **OPTIONS).validate(module, self.data, verbose=False)
         seconds = time.perf_counter() - began
@@ -216,9 +221,13 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     seconds = Path(f"{subject.folder}-seconds.json")
     timed = {"seconds": json.loads(seconds.read_text())} if seconds.exists() else {}
     yield {"table": "methods", "row": "fine-tuned", **subject.measure(subject.model), **timed}
-    sources = {"KFACEditCallback()": subject.stream, "KFACEditCallback(factors=BASE)": subject.start}
+    sources = {
+        "KFACEditCallback()": None,
+        "KFACEditCallback(), factors of training steps": subject.stream,
+        "KFACEditCallback(factors=BASE)": subject.start,
+    }
     for name, factors in sources.items():
-        if factors.exists() and _is_wanted(name, args):
+        if _is_wanted(name, args):
             yield {"table": "methods", "row": name, **subject.after_callback(factors)}
     before = subject.tuning()
     with bases_in(args.models / "bases"):

@@ -22,9 +22,9 @@ from lightning_curvature.trainer.samples import Arguments, Reading, read_losses
 BATCHES, BYTES = 32, 2**28
 """Batches of each dataloader that are kept, and bytes of all: half of them to choose on, and half to report from."""
 LOSS_RISE = 0.02
-"""How far the loss of a token may rise above that of the unedited model, in nats: a perplexity of 1.02 times."""
+"""How far the loss of a token may rise above its lowest point on the path, in nats: a perplexity of 1.02 times."""
 LOSS_RISE_OF_CLASSES, LOSS_SHARE_OF_CLASSES = 0.05, 0.1
-"""The same above the lowest point, for a classifier, and as a share of the unedited model's: the smaller one counts.
+"""The same for a classifier, and as a share of the unedited model's loss: the smaller one counts.
 
 An edit takes confidence away before accuracy; a loss of 0.01 that becomes 0.06 is no small rise."""
 ERROR_RISE = 0.005
@@ -36,10 +36,10 @@ Where batches are few it is one standard error of that error, since less cannot 
 class MeasuredPrice:
     """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
 
-    The loss of a token may rise by 0.02 nats above that of the unedited model. The loss of a classifier may rise by a
-    tenth, at most 0.05, above its lowest point on the path of stronger and stronger edits, and its error by half a
-    point, or one standard error, above that of the unedited model: its loss falls where over-confidence goes, also
-    where classes are lost, and counted from where it was it would be no limit. Batches that were trained on tell no
+    The loss may rise above its lowest point on the path of stronger and stronger edits: that of a token by 0.02 nats,
+    that of a classifier by a tenth, at most 0.05. Counted from the unedited model's it would be no limit: it falls where
+    over-fitting and over-confidence go, also where classes are lost. The error of a classifier may rise by half a point,
+    or one standard error, above that of the unedited model. Batches that were trained on tell no
     price: to forget them is what an edit is for.
 
     Attributes:
@@ -114,7 +114,7 @@ class MeasuredPrice:
         first = read(0)
         if not first:
             return None
-        allowed = {f"{name} loss": (LOSS_RISE, False) for name in first}
+        allowed = {f"{name} loss": (LOSS_RISE, True) for name in first}
         for name, reading in first.items():
             if reading.of_classes:
                 rise = min(LOSS_RISE_OF_CLASSES, LOSS_SHARE_OF_CLASSES * reading.loss)
