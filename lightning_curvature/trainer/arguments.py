@@ -19,7 +19,7 @@ from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.target import Target
 
-LOOPS = ("train", "validation")
+LOOPS = ("auto", "train", "validation")
 
 
 class CallbackArguments(Callback):
@@ -35,7 +35,7 @@ class CallbackArguments(Callback):
         window: int | None = None,
         every: int = 8,
         share: float = 1.0,
-        loop: str = "train",
+        loop: str = "auto",
         logits: str | None = None,
         class_dim: int | None = None,
         probes: dict[str, Any] | None = None,
@@ -81,7 +81,10 @@ class CallbackArguments(Callback):
                 validation. More makes training cheaper, and the factors in the middle of a run older; see
                 ``docs/performance.md``.
             share: Share of the positions of a collected batch that is used, in (0, 1], chosen at random.
-            loop: Where to collect during fit: ``"train"``, or ``"validation"``.
+            loop: Where to collect during fit: ``"train"``, or ``"validation"``. By default training steps; but where
+                updates are edited at a measured price, the validation batches that measure it, when training ends, and
+                training steps only if these are too few. The steps of a fine-tune hold what it is to forget, and an
+                edit keeps what its factors come from.
             logits: Submodule or method of the module that returns the logits, if its cross-entropy cannot be found: a
                 tensor ``[batch, classes]``, or one of more dimensions whose classes the softmax of the loss tells.
             class_dim: Dimension of the classes of these logits, where the loss does not tell: 1 for ``[batch, classes,

@@ -1,6 +1,7 @@
 """The callback without its life cycle: its results, what it saves beside a checkpoint, and its copies."""
 
 import copy
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -27,6 +28,7 @@ from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.problems import Problems
 from lightning_curvature.trainer.run import CollectedRun, no_data_message
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker, Siblings
+from lightning_curvature.trainer.validated import validated_factors
 
 
 class CallbackBase(CallbackArguments):
@@ -41,7 +43,7 @@ class CallbackBase(CallbackArguments):
         prefix = "curvature" if self.name == "edited" else f"curvature-{self.name}"
         self._outcome = Outcome(self.editor, self.target, self.probes, prefix, self.price)
         self._problems = Problems()
-        self._factors = factors
+        self._factors, self._validated = factors, KroneckerFactors()
         self._start: dict[str, Tensor] | None = None
         self.run: CollectedRun | None = None
         self._step: Step | None = None
@@ -56,8 +58,12 @@ class CallbackBase(CallbackArguments):
     def factors(self) -> KroneckerFactors:
         """The factors of the latest complete window, or of all steps so far; empty before the first batch.
 
+        Behind a fit whose update is edited at a measured price, those of the last validation (see ``loop``).
+
         With several processes, as of the latest checkpoint, or end of a validation or of fit: they are added up there.
         """
+        if self._validated:
+            return self._validated
         return self._factors if self.run is None else self.run.windows.factors
 
     @property
@@ -134,7 +140,7 @@ class CallbackBase(CallbackArguments):
             if not self._factors:  # a lazy module
                 self._take_factors(module, at_start=False)
             return bool(self._factors)
-        run, nothing = self.run, "training step ran a backward pass" if self.loop == "train" else "validation ran"
+        run, nothing = self.run, "validation ran" if self.loop == "validation" else "training step ran a backward pass"
         if run is None and not self._problems.given_up:
             rank_zero_warn(no_data_message(nothing))
         if run is None or self._awaits_batch:
@@ -146,6 +152,22 @@ class CallbackBase(CallbackArguments):
         if not run.is_fitted:
             rank_zero_warn(no_data_message(nothing))
         return run.is_fitted
+
+    def _take_validated(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Let factors of validation batches take the place of those of training steps, where updates are edited."""
+        price, run = self.price, self.run
+        if self.loop != "auto" or price is None or not price.of_updates or run is None or run.collector.is_sharded:
+            return
+        if not (batches := price.batches(self.editor.ranks)):
+            return
+        options = dataclasses.replace(self.options, layers=list(run.windows.factors))
+        try:
+            self._validated = validated_factors(trainer, module, batches, options, self.editor)
+        except Exception as error:  # noqa: BLE001  # of code that is the user's
+            rank_zero_info(
+                "The edit uses factors of training steps, which protect what it is to remove, too: validation batches "
+                f"gave none. {type(error).__name__}: {error}"
+            )
 
     def _running(self) -> CollectedRun:
         if self.run is None:
@@ -207,7 +229,7 @@ class CallbackBase(CallbackArguments):
             return None
         # A price is measured when training ends, before its copies are made.
         editor = self.editor if self.price is not None else copy.copy(self.editor)
-        return LaterCopy(editor, factors, self._outcome.copies, self._module)
+        return LaterCopy(editor, factors, self._outcome.copies, self._module, lambda: self._validated)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""

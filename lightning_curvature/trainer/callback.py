@@ -79,7 +79,7 @@ class KFACEditCallback(CallbackRuns):
             self._inference_mode_kept.callback(setattr, loop, "inference_mode", loop.inference_mode)
             loop.inference_mode = False
         if self.factors_file is not None:
-            self.run, self._factors = None, KroneckerFactors()
+            self.run, self._factors, self._validated = None, KroneckerFactors(), KroneckerFactors()
             self._outcome.clear()
         elif self._in_fit or self._collects_in_validation:
             self._awaits_batch, self._prepared = True, None
@@ -109,7 +109,7 @@ class KFACEditCallback(CallbackRuns):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start to record the step, if it is due. Lightning calls it before each training step."""
-        collects = self.loop == "train"
+        collects = self.loop != "validation"
         run = self._begin(pl_module) if collects else self.run
         if run is not None:
             run.begin_step(trainer, collects)
@@ -219,8 +219,9 @@ class KFACEditCallback(CallbackRuns):
         if not self._end_collection(pl_module):
             return
         self._is_fitted = True
+        self._take_validated(trainer, pl_module)
         self._outcome.spend(trainer, pl_module, self.factors)
-        if self.loop == "train":
+        if self.loop != "validation":
             if self.run is not None:
                 self._outcome.tell_silent(self.run.windows.silent, self.run.collector.network.frozen, may_fail=True)
             self._outcome.search(trainer, pl_module, self.factors)

@@ -125,11 +125,14 @@ def edited_copy(
 class LaterCopy:
     """Makes the edited copy of one checkpoint, with the factors and the energy of the time at which it was saved.
 
+    A price is measured when training ends, and may be measured with other factors, which are used then.
+
     Args:
         editor: Edits it.
         factors: Factors of its weights.
         reports: Receives what was done, by the path of the copy.
         module: The module that was saved, see :func:`edited_copy`.
+        later: Returns factors to use in the place of those, if there are any.
     """
 
     def __init__(
@@ -138,15 +141,16 @@ class LaterCopy:
         factors: KroneckerFactors,
         reports: dict[str, EditReport],
         module: nn.Module | None = None,
+        later: Callable[[], KroneckerFactors] = KroneckerFactors,
     ) -> None:
-        self._editor, self._module = editor, module
+        self._editor, self._module, self._later = editor, module, later
         self._factors: KroneckerFactors | Path = factors
         self._reports = reports
 
     def __call__(self, checkpoint: CheckpointDict, path: str) -> CheckpointDict | None:
         """Return the copy of a checkpoint, given its path; None, with a warning, if there is none. A collective."""
         try:
-            held = self._factors
+            held = self._later() or self._factors
             factors = KroneckerFactors.load(held) if isinstance(held, Path) else held
             copy, self._reports[path] = edited_copy(checkpoint, self._editor, factors, self._module)
         except ValueError as error:

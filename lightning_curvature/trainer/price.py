@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 
+from lightning_curvature.distributed import Ranks
 from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -37,9 +38,9 @@ class MeasuredPrice:
     """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
 
     The loss may rise above its lowest point on the path of stronger and stronger edits: that of a token by 0.02 nats,
-    that of a classifier by a tenth, at most 0.05. Counted from the unedited model's it would be no limit: it falls where
-    over-fitting and over-confidence go, also where classes are lost. The error of a classifier may rise by half a point,
-    or one standard error, above that of the unedited model. Batches that were trained on tell no
+    that of a classifier by a tenth, at most 0.05. Counted from the unedited model's it would be no limit: it falls
+    where over-fitting and over-confidence go, also where classes are lost. The error of a classifier may rise by half a
+    point, or one standard error, above that of the unedited model. Batches that were trained on tell no
     price: to forget them is what an edit is for.
 
     Attributes:
@@ -65,6 +66,11 @@ class MeasuredPrice:
             own = copy.deepcopy(move_data_to_device(batch, torch.device("cpu")))
             kept.append((own, *indices))
             apply_to_collection(own, torch.Tensor, self._take_room)
+
+    def batches(self, ranks: Ranks) -> list[Arguments]:
+        """Return all that is kept, as much as every process has. A collective."""
+        kept = [self._batches.get(loader, []) for loader in sorted(set().union(*ranks.gather(set(self._batches))))]
+        return [arguments for batches in kept for arguments in batches[: min(ranks.gather(len(batches)))]]
 
     def _take_room(self, tensor: torch.Tensor) -> None:
         self._room -= tensor.nbytes

@@ -46,7 +46,8 @@ class CallbackRuns(CallbackBase):
         """Let this run take the place of the one before; None if layers are lazy still."""
         run = self._prepare(pl_module)
         if self._awaits_batch and run is not None:
-            self.run, self._prepared, self._awaits_batch, self._factors = run, None, False, KroneckerFactors()
+            self.run, self._prepared, self._awaits_batch = run, None, False
+            self._factors = self._validated = KroneckerFactors()
             self._outcome.clear()
         return run
 

@@ -65,19 +65,27 @@ def read_losses(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequen
     step: Any = module.validation_step
     step = step.step if isinstance(step, CollectedStep) else step  # these batches were collected when they came
     num_batches = min(ranks.gather(len(batches)))  # a step may call collectives: all run as many
+    readings = []
 
-    def replay() -> Reading:
-        total = Reading()
-        with random_state_kept([]), evaluating(module), without_trace(trainer, module), uncompiled(object()):
-            for batch, *indices in batches[:num_batches]:
-                # The hooks of a transfer have seen it. A step may change its batch, and gets a copy.
-                moved = move_data_to_device(copy.deepcopy(batch), trainer.strategy.root_device)
-                with trainer.precision_plugin.val_step_context(), _LossReader() as reader:
-                    step(moved, *indices)
-                total = _sum([total, reader.reading._replace(examples=extract_batch_size(moved))])
-        return total
+    def read(moved: Any, *indices: int) -> None:
+        with _LossReader() as reader:
+            step(moved, *indices)
+        readings.append(reader.reading._replace(examples=extract_batch_size(moved)))
 
-    return _sum(ranks.gather(ranks.together(replay)))
+    ranks.together(lambda: run_again(trainer, module, batches[:num_batches], read))
+    return _sum(ranks.gather(_sum(readings)))
+
+
+def run_again(
+    trainer: pl.Trainer, module: pl.LightningModule, batches: Sequence[Arguments], step: Callable[..., Any]
+) -> None:
+    """Run a step on batches of a validation again, uncompiled and in eval mode, and leave the module as it was."""
+    with random_state_kept([]), evaluating(module), without_trace(trainer, module), uncompiled(object()):
+        for batch, *indices in batches:
+            # The hooks of a transfer have seen it. A step may change its batch, and gets a copy.
+            moved = move_data_to_device(copy.deepcopy(batch), trainer.strategy.root_device)
+            with trainer.precision_plugin.val_step_context():
+                step(moved, *indices)
 
 
 def _sum(readings: Sequence[Reading]) -> Reading:

@@ -1,0 +1,53 @@
+"""Factors of validation batches, for edits of what a fine-tune changed.
+
+Curvature protects what it was collected on. The training steps of a fine-tune hold what it is to forget; what it is to
+keep is in the validation.
+"""
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+
+from lightning_curvature.collect.collector import Collector
+from lightning_curvature.collect.passes import check_collected, check_not_empty
+from lightning_curvature.collect.validation_step import collected_from
+from lightning_curvature.editing.weight_editor import WeightEditor
+from lightning_curvature.factors.decomposition import TooFewPositionsError
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.recording.options import CollectorOptions
+from lightning_curvature.trainer.samples import Arguments, run_again
+
+
+def validated_factors(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    batches: Sequence[Arguments],
+    options: CollectorOptions,
+    editor: WeightEditor,
+) -> KroneckerFactors:
+    """Collect over validation steps that run once more. A collective.
+
+    Args:
+        trainer: The Trainer.
+        module: The module; it is left as it was.
+        batches: Arguments of the steps, as many on each process.
+        options: What is collected.
+        editor: Edits with the factors.
+
+    Raises:
+        RuntimeError: If nothing was collected, or not of all layers.
+        ValueError: If a layer rests on too few positions.
+    """
+    collector = Collector(module, options, ranks=editor.ranks)
+    with collected_from(module, collector):
+        editor.ranks.together(lambda: run_again(trainer, module, batches, module.validation_step))
+    check_collected(collector)
+    collector.provenance |= {"loop": "validation", "step": trainer.global_step}
+    factors = collector.finish()
+    check_not_empty(factors)
+    for name in editor.energies(factors):
+        try:
+            editor.check_positions(factors[name])
+        except TooFewPositionsError as error:
+            raise ValueError(f"Layer {name!r}: {error}") from error
+    return factors

@@ -1,0 +1,80 @@
+"""Where updates are edited, factors come from the validation batches that measure the price."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_curvature import CurvatureEditor, KFACEditCallback
+from lightning_curvature.collect.passes import collect
+from tests.support import models
+from tests.trainer.test_price import Text, counting
+
+
+def fit(callback, tmp_path, module=None, validated=64, **options):
+    pl.seed_everything(0)
+    module = module or Text()
+    start = {name: weight.clone() for name, weight in module.state_dict().items()}
+    trainer = models.trainer(tmp_path, callback, max_epochs=2, **options)
+    loaders = [models.loader(counting(validated, 1))] if validated else []
+    trainer.fit(module, models.loader(counting(64, 3, 5)), *loaders)
+    return module, start, trainer
+
+
+def test_an_update_is_edited_with_factors_of_the_validation(tmp_path):
+    module, start, trainer = fit(callback := KFACEditCallback(reference="start"), tmp_path)
+    expected = collect(
+        module, torch.split(counting(64, 1), 32), lambda b: module.model(input_ids=b, labels=b).loss, layers="linear"
+    )
+    assert set(callback.factors) == set(expected)
+    assert callback.factors.provenance["loop"] == "validation"
+    for name, factors in callback.factors.items():
+        torch.testing.assert_close(factors.A, expected[name].A)
+        torch.testing.assert_close(factors.G, expected[name].G, rtol=0.5, atol=1e-4)  # of other random signs
+        assert factors.num_inputs == expected[name].num_inputs
+    copy = torch.load(trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt"))["state_dict"]
+    editor = CurvatureEditor(budget=callback.match.budget, soft=True).based_on(start, callback.match.scale)
+    edited, _ = editor.edit_state_dict(module.state_dict(), callback.factors)
+    assert all(torch.equal(copy[name], tensor) for name, tensor in edited.items())
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_weights_are_edited_with_those_of_training_steps(tmp_path):
+    fit(callback := KFACEditCallback(reference=None), tmp_path)
+    assert "loop" not in callback.factors.provenance
+    fit(callback := KFACEditCallback(reference="start", loop="train"), tmp_path)
+    assert "loop" not in callback.factors.provenance
+    fit(callback := KFACEditCallback(reference="start", budget=1e-3), tmp_path)
+    assert "loop" not in callback.factors.provenance
+    fit(callback := KFACEditCallback(reference="start"), tmp_path, validated=0)
+    assert "loop" not in callback.factors.provenance
+
+
+def test_a_validation_of_too_few_positions_gives_none(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(callback := KFACEditCallback(reference="start"), tmp_path, validated=1)
+    assert "loop" not in callback.factors.provenance
+    assert callback.match is not None
+    assert "validation batches gave none. ValueError: Layer" in caplog.text
+
+
+def test_a_step_without_a_gradient_gives_none(tmp_path, caplog):
+    class Silent(Text):
+        @torch.no_grad()
+        def validation_step(self, batch, batch_idx):
+            return super().validation_step(batch, batch_idx)
+
+    with caplog.at_level("INFO"):
+        fit(callback := KFACEditCallback(reference="start"), tmp_path, Silent())
+    assert "validation batches gave none" in caplog.text
+    assert callback.match.budget > 0
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("loop", ["auto", "validation"])
+def test_another_fit_begins_without_them(loop, tmp_path):
+    callback = KFACEditCallback(reference="start", loop=loop)
+    fit(callback, tmp_path)
+    first = callback.factors
+    fit(callback, tmp_path)
+    assert callback.factors is not first
+    assert callback.factors.provenance["loop"] == "validation"
