@@ -10,7 +10,8 @@ rows are reported:
    the seconds that this takes and, in the row *fine-tuned*, those of the training.
 2. *methods*: factors are those of the model *before* fine-tuning, of all linear layers, over 30,720 tokens of
    WikiText's validation part, without the sequences. Each method is given ever stronger edits, and the strongest whose
-   perplexity on the tuning half is within a limit is reported. *weights* are methods that do not know the start.
+   perplexity on the tuning half is within a limit is reported. *weights* are methods that do not know the start. NPO
+   and gradient ascent are trained, and are shown the sequences of the tuning half, which no other method is.
 3. *prices*: of every edit that was tried, the predicted rise of the loss and the measured one, on the tuning half.
 
 All is measured on the other half of WikiText's test part (*wiki*), on web text that was never trained on (*web*), on
@@ -28,29 +29,26 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from lightning_curvature import CurvatureEditor, KFACEditCallback, KroneckerFactors
-from lightning_curvature.baselines import InterpolationEditor, RandomBasisEditor, SVDEditor
-from lightning_curvature.collect.passes import collect
+from lightning_curvature import CurvatureEditor
+from lightning_curvature.baselines import (
+    GradientAscent,
+    InterpolationEditor,
+    NegativePreference,
+    RandomBasisEditor,
+    SVDEditor,
+)
 from lightning_curvature.factors.basis_cache import bases_in
-from lightning_curvature.text.evaluation import perplexity, strict_rate
-from support.pretrained import BATCH, FineTuned, FineTuneText, Quarters, base_folder
-from support.questions import answered, questions
+from support.fine_tuned import Edit, Subject
 from support.seeds import Row, run_or_write, seeds_parser
 from support.tables import Columns, by_row, summary
 
 DATA = ("smollm2",)
 LIMITS = (1.0, 1.02, 1.05)
 """Perplexities that an edit may leave, as multiples of the fine-tuned model's."""
-WINDOWS, SEQUENCES = 48, 64
-"""Windows of 128 tokens of each text, and sequences of each set, that are measured."""
 COLUMNS: Columns = {
     "wiki": ("wiki", 1, 1),
     "web": ("web", 1, 1),
@@ -62,8 +60,6 @@ COLUMNS: Columns = {
     "seconds": ("seconds", 1, 0),
 }
 """Title, factor and digits of each column."""
-
-Edit = Callable[[Any, KroneckerFactors], AbstractContextManager[Any]]
 
 
 class Method(NamedTuple):
@@ -84,7 +80,7 @@ def _budgets(mildest: float) -> list[float]:
     return [mildest * 3.0**k for k in range(6)]
 
 
-def methods(subject: "Subject") -> dict[str, Method]:
+def methods(subject: Subject) -> dict[str, Method]:
     """Return the methods."""
     base, soft, hard = subject.base, CurvatureEditor(budget=1.0, soft=True), CurvatureEditor(budget=1.0)
     shares, mlps = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), ["*.mlp.*"]
@@ -101,6 +97,8 @@ def methods(subject: "Subject") -> dict[str, Method]:
         "update, SVD": Method(lambda e: SVDEditor(e).based_on(base).applied, (0.95, 0.9, 0.8, 0.6, 0.4)),
         "update, random basis": Method(lambda e: RandomBasisEditor(e).based_on(base).applied, (0.9, 0.7, 0.5, 0.3)),
         "an earlier checkpoint": Method(subject.earlier, (3.0, 2.0, 1.0), is_fine=False),
+        "NPO": Method(partial(subject.unlearned, NegativePreference), (1e-5, 3e-5, 1e-4), is_fine=False),
+        "gradient ascent": Method(partial(subject.unlearned, GradientAscent), (3e-6, 1e-5, 3e-5), is_fine=False),
         "weights, all MLPs": Method(lambda b: CurvatureEditor(budget=b, layers=mlps).applied, _budgets(5e-4)),
         "weights, all MLPs, one energy": Method(
             lambda e: CurvatureEditor(e, layers=mlps).applied, (0.99999, 0.9999, 0.9997, 0.9992, 0.998, 0.99)
@@ -111,107 +109,6 @@ def methods(subject: "Subject") -> dict[str, Method]:
             lambda b: CurvatureEditor(budget=b, layers=["*.29.mlp.down_proj"]).applied, _budgets(2e-3)
         ),
     }
-
-
-class Subject:
-    """A fine-tuned model and what is measured on it.
-
-    Args:
-        args: Arguments of the benchmark.
-        seed: Seed of data and training.
-    """
-
-    def __init__(self, args: argparse.Namespace, seed: int) -> None:
-        self.start_folder = start = base_folder(args.models / "smollm2")
-        self.base = _load(start)
-        self.data = FineTuneText(AutoTokenizer.from_pretrained(start), args.root, seed)
-        self.tokenizer = AutoTokenizer.from_pretrained(start)
-        self.folder = args.models / f"smollm2-{seed}"
-        if not (self.folder / "config.json").exists():
-            _fine_tune(_load(start), self.data, seed, self.folder)
-        self.model = _load(self.folder)
-        self.stream = Path(f"{self.folder}-stream.safetensors")
-        self.start = args.models / "smollm2-start.safetensors"
-        if not self.start.exists():
-            rows = torch.split(self.data.clean[:240], BATCH)
-            collect(self.base, rows, lambda b: self.base(input_ids=b, labels=b).loss, layers="linear").save(self.start)
-        self.factors = KroneckerFactors.load(self.start)
-        self.known = {
-            name: [item for item, right in zip(asked, answered(self.base, self.tokenizer, asked), strict=True) if right]
-            for name, asked in questions().items()
-        }
-
-    def earlier(self, quarter: float) -> Edit:
-        """Return the checkpoint of a quarter of the training in the place of an edit."""
-
-        @contextmanager
-        def applied(model: Any, _: KroneckerFactors) -> Iterator[None]:
-            last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            model.load_state_dict(_load(Path(f"{self.folder}-quarter-{quarter:.0f}")).state_dict())
-            yield
-            model.load_state_dict(last)
-
-        return applied
-
-    def tuning(self) -> float:
-        """Return the perplexity that edits are chosen by."""
-        return perplexity(self.model, self.data.held_out["wiki"]["tuning"][:WINDOWS])
-
-    def measure(self, model: Any) -> dict[str, float]:
-        """Return what is reported of a model."""
-        row = {name: perplexity(model, self.data.held_out[name]["report"][:WINDOWS]) for name in ("wiki", "web")}
-        for name, sequences in self.data.sequences.items():
-            asked = [sequence for sequence in sequences if sequence.half == "validation"][:SEQUENCES]
-            with torch.autocast("cpu", torch.bfloat16):
-                row[f"recited {name}"] = strict_rate(model, asked)
-        for name, known in self.known.items():
-            row[name] = sum(answered(model, self.tokenizer, known)) / len(known)
-        return row
-
-    def after_callback(self, factors: Path | None) -> Row:
-        """Return what the callback makes of the model, the price that it paid, and the seconds that it took.
-
-        Args:
-            factors: Factors that were collected before; None to collect from the validation loop.
-        """
-        module = FineTuned(self.model)
-        given = None if factors is None else str(factors)
-        callback = KFACEditCallback(factors=given, reference=str(self.start_folder))
-        began = time.perf_counter()
-        pl.Trainer(callbacks=[callback], **OPTIONS).validate(module, self.data, verbose=False)
-        seconds = time.perf_counter() - began
-        with callback.editor.applied(module, callback.factors) as report:
-            row = self.measure(self.model)
-        return {**row, "predicted": report.predicted_loss or 0.0, "seconds": seconds, "price": str(callback.match)}
-
-
-def _load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-OPTIONS: dict[str, Any] = {
-    "precision": "bf16-mixed",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-    "enable_progress_bar": False,
-}
-
-
-def _fine_tune(model: Any, data: FineTuneText, seed: int, folder: Path) -> None:
-    """Fine-tune a model, and save it with checkpoints of its quarters and the factors of its steps."""
-    pl.seed_everything(seed, verbose=False)
-    # Its edit is made later, where the time of it is measured.
-    collecting = KFACEditCallback(reference="start", budget=1e-4, save_factors=f"{folder}-stream.safetensors")
-    trainer = pl.Trainer(
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        callbacks=[Quarters(folder), collecting],
-        **OPTIONS,
-    )
-    trainer.fit(FineTuned(model), data)
-    model.save_pretrained(folder)
 
 
 def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:

@@ -232,7 +232,7 @@ def test_no_batch_is_an_error(stage, tmp_path):
 
 
 def test_loop_is_checked():
-    with pytest.raises(ValueError, match=r"loop must be one of \['train', 'validation'\], found 'val'"):
+    with pytest.raises(ValueError, match=r"loop must be one of \['auto', 'train', 'validation'\], found 'val'"):
         KFACEditCallback(loop="val")
 
 
