@@ -78,6 +78,7 @@ def match_energy(
     tolerance: float = 0.001,
     points: Mapping[float, float] | None = None,
     before: float | None = None,
+    found: Callable[[float], str] = "{:.4g} times the metric".format,
 ) -> Match:
     """Find the strongest edit whose cost stays within a limit, by bracketing.
 
@@ -95,6 +96,7 @@ def match_energy(
         tolerance: Relative distance from the limit at which the search may end, always on the allowed side.
         points: Multiples by energy that another search of the same edit has measured.
         before: The metric of the unedited module, if it is known already.
+        found: Says a multiple in a warning.
 
     Returns:
         The energy, what it costs, and all that was measured. Warnings tell if no edit is within the limit (the energy
@@ -121,7 +123,7 @@ def match_energy(
         energy = _next_energy(costs, allowed, tolerance)
     _, chosen = _bracket(costs, allowed)
     match = Match(chosen, multiples[chosen], dict(sorted(multiples.items())))
-    _warn(match, costs, allowed, limit)
+    _warn(match, costs, allowed, limit, found)
     return match
 
 
@@ -181,7 +183,9 @@ def _between(low: tuple[float, float], high: tuple[float, float], wanted: float)
     return min(max(guess, low_energy + margin), high_energy - margin)
 
 
-def _warn(match: Match, costs: Mapping[float, float], allowed: float, limit: float) -> None:
+def _warn(
+    match: Match, costs: Mapping[float, float], allowed: float, limit: float, found: Callable[[float], str]
+) -> None:
     """Warn of a result that needs a look; arguments as in :func:`_next_energy` and :func:`match_energy`."""
     low, _ = _bracket(costs, allowed)
     if stronger := [energy for energy in costs if energy < low and costs[energy] <= allowed]:
@@ -192,13 +196,13 @@ def _warn(match: Match, costs: Mapping[float, float], allowed: float, limit: flo
         )
     if match.energy <= FLOOR:
         warnings.warn(
-            f"Every edit that was tried stays within {limit:g} times the metric: even the energy {match.energy:.3g} "
-            f"makes it {match.value:.4g} times. It hardly depends on these layers; measure on other data.",
+            f"Every edit that was tried stays within {found(limit)}: even the energy {match.energy:.3g} "
+            f"makes it {found(match.value)}. It hardly depends on these layers; measure on other data.",
             stacklevel=3,
         )
     if match.energy == 1.0:
         warnings.warn(
-            f"No edit stays within {limit:g} times the metric: "
-            + ", ".join(f"{value:.4g} times at the energy {energy:.4g}" for energy, value in match.points.items()),
+            f"No edit stays within {found(limit)}: "
+            + ", ".join(f"{found(value)} at the energy {energy:.4g}" for energy, value in match.points.items()),
             stacklevel=3,
         )

@@ -125,6 +125,7 @@ class Probes:
                 target.most,
                 higher_is_better=target.higher_is_better,
                 before=1.0,
+                found=target.found,
             )
 
     def _runner(

@@ -115,7 +115,7 @@ def test_what_cannot_be_met_is_said():
     assert Match(1.0, 1.0, {0.5: 0.8, 0.9: 0.9, 1.0: 1.0}).violations() == []  # an edit that helps costs nothing
     assert Match(1.0, 1.0, {0.5: 0.9, 0.9: 0.8, 1.0: 1.0}).violations(higher_is_better=True) == [(0.5, 0.9)]
     # A step that costs too much by itself is not searched for.
-    with pytest.warns(UserWarning, match=r"No edit stays within 1\.1 times the metric: 1\.5 times at the energy 1"):
+    with pytest.warns(UserWarning, match=r"No edit stays within 1\.1 times the metric: 1\.5 times the metric at the energy 1"):
         nearest, curve = search(lambda e: 1.5, 1.1, before=50.0)
     assert (nearest.energy, nearest.value, curve.calls) == (1.0, 1.5, 1)
     # A metric that hardly depends on the edit is not a licence to remove everything without a word.
@@ -291,3 +291,12 @@ def test_what_is_used_of_a_limit():
     assert target.spent({"a/perplexity": 10.0, "b/accuracy": 0.4}, before) == pytest.approx(target.most)
     assert target.spent({"a/perplexity": math.inf, "b/accuracy": 0.8}, before) > 1e300
     assert str(target) == "target a/perplexity x 1.1, b/accuracy x 0.5"
+
+
+def test_a_warning_speaks_of_several_limits(tmp_path):
+    """Of limits that nothing exceeds it says what share of them is used."""
+    target = {"val/accuracy": 1e-3, "other/accuracy": 1e-3}
+    trainer = models.trainer(tmp_path, KFACEditCallback(target=target), enable_checkpointing=False)
+    pl.seed_everything(0)
+    with pytest.warns(UserWarning, match=r"stays within 100% of what the dearest of them allows: .* makes it \d+% of"):
+        trainer.fit(TwoProbes(lr=0.003), models.loader(models.images(256)))
