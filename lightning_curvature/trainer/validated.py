@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning_curvature.collect.collector import Collector
 from lightning_curvature.collect.passes import check_collected, check_not_empty
 from lightning_curvature.collect.validation_step import collected_from
+from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.decomposition import TooFewPositionsError
 from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -39,11 +40,13 @@ def validated_factors(
         ValueError: If a layer rests on too few positions.
     """
     collector = Collector(module, options, ranks=editor.ranks)
+    windows = WindowedFactors(collector, None, options.settings)
     with collected_from(module, collector):
         editor.ranks.together(lambda: run_again(trainer, module, batches, module.validation_step))
     check_collected(collector)
     collector.provenance |= {"loop": "validation", "step": trainer.global_step}
-    factors = collector.finish()
+    windows.start(complete=True)
+    factors = windows.synchronise()
     check_not_empty(factors)
     for name in editor.energies(factors):
         try:

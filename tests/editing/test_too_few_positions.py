@@ -141,18 +141,21 @@ def test_min_positions_is_checked():
         CurvatureEditor(min_positions=-1)
 
 
-@pytest.mark.parametrize("way", ["edit", "state dict", "file"])
+def written(editor, net, folder):
+    """Return the weights that the edit of a file makes of the two layers."""
+    torch.save(net.state_dict(), folder / "tuned.pt")
+    editor.edit_checkpoint(folder / "tuned.pt", two_layers(), folder / "edited.pt")
+    state = torch.load(folder / "edited.pt")
+    return [state["0.weight"], state["1.weight"]]
+
+
+@pytest.mark.filterwarnings("ignore:Not edited. Layer '0'")
+@pytest.mark.parametrize("way", ["edit", "applied", "state dict", "file"])
 def test_such_a_layer_is_scaled_with_all_updates(way, tmp_path):
     """It is one of the weights that the edit by curvature does not reach."""
     net, start = linears(), linears()
     for parameter in start.parameters():
         parameter.data = parameter.data - 0.1
     before, editor = net[0].weight.clone(), CurvatureEditor(0.7).based_on(start, 0.5)
-    with pytest.warns(UserWarning, match="Not edited: Layer '0'"):
-        if way == "file":
-            torch.save(net.state_dict(), tmp_path / "tuned.pt")
-            editor.edit_checkpoint(tmp_path / "tuned.pt", two_layers(), tmp_path / "edited.pt")
-            weight = torch.load(tmp_path / "edited.pt")["0.weight"]
-        else:
-            weight = edited(way, editor, net, two_layers())[1][0]
-    torch.testing.assert_close(weight, before - 0.05)
+    after = written(editor, net, tmp_path) if way == "file" else edited(way, editor, net, two_layers())[1]
+    torch.testing.assert_close(after[0], before - 0.05)

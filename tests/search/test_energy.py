@@ -115,7 +115,9 @@ def test_what_cannot_be_met_is_said():
     assert Match(1.0, 1.0, {0.5: 0.8, 0.9: 0.9, 1.0: 1.0}).violations() == []  # an edit that helps costs nothing
     assert Match(1.0, 1.0, {0.5: 0.9, 0.9: 0.8, 1.0: 1.0}).violations(higher_is_better=True) == [(0.5, 0.9)]
     # A step that costs too much by itself is not searched for.
-    with pytest.warns(UserWarning, match=r"No edit stays within 1\.1 times the metric: 1\.5 times the metric at the energy 1"):
+    with pytest.warns(
+        UserWarning, match=r"No edit stays within 1\.1 times the metric: 1\.5 times the metric at the energy 1"
+    ):
         nearest, curve = search(lambda e: 1.5, 1.1, before=50.0)
     assert (nearest.energy, nearest.value, curve.calls) == (1.0, 1.5, 1)
     # A metric that hardly depends on the edit is not a licence to remove everything without a word.

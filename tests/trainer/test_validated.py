@@ -6,7 +6,7 @@ import torch
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
 from lightning_curvature.collect.passes import collect
-from tests.support import models
+from tests.support import cells, models, processes
 from tests.trainer.test_price import Text, counting
 
 
@@ -78,3 +78,28 @@ def test_another_fit_begins_without_them(loop, tmp_path):
     fit(callback, tmp_path)
     assert callback.factors is not first
     assert callback.factors.provenance["loop"] == "validation"
+
+
+def together(strategy, folder):
+    size, make, _ = cells.STRATEGIES[strategy]
+    pl.seed_everything(0)
+    callback = KFACEditCallback(cells.LAYERS, fisher="exact", reference="start")
+    callback.editor.min_positions = 0  # the first layer has more inputs than there are images
+    trainer = models.trainer(
+        folder, callback, devices=size, strategy=make(), max_epochs=1, use_distributed_sampler=False
+    )
+    trainer.fit(cells.Net())
+    assert callback.problem is None
+    return {name: (layer.A, layer.G, layer.num_inputs) for name, layer in callback.factors.items()}, callback.match
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_processes_collect_them_together(tmp_path):
+    alone, match = together("one process", tmp_path / "one")
+    for factors, its_match in processes.run(2, together, "DDP, 2 processes", tmp_path / "two"):
+        for name, (A, G, count) in factors.items():
+            torch.testing.assert_close(A, alone[name][0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(G, alone[name][1], rtol=1e-3, atol=1e-5)
+            assert count == alone[name][2] == 48
+        assert its_match.scale == match.scale
+        assert its_match.before == pytest.approx(match.before, abs=0.3)  # halves of other batches
