@@ -4,6 +4,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_curvature.editing.projection import Projection
+from lightning_curvature.editing.report import EditReport
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.layer import LayerFactors
 
@@ -12,7 +13,7 @@ class InterpolationEditor(WeightEditor):
     """Keeps the share ``energy`` of the update of all weights: ``W' = W0 + energy (W - W0)``.
 
     It needs a reference, see :meth:`~lightning_curvature.editing.base.Editor.based_on`. Weights without factors keep
-    the same share, unless energies are given by layer; the factors only say how layers are named.
+    the same share (on the average, if energies are given by layer); the factors only say how layers are named.
 
     Source: Wortsman et al. 2022, arXiv:2109.01903 (WiSE-FT).
 
@@ -27,10 +28,9 @@ class InterpolationEditor(WeightEditor):
     reads_factors = False
     method = "interpolation"
 
-    @property
     @override
-    def share_of_others(self) -> float:
-        return self.scale * (1.0 if isinstance(self.energy, dict) else self.energy)
+    def share_of_others(self, report: EditReport) -> float:
+        return self.scale if report.update_kept is None else report.update_kept
 
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
         """Return the share of an update."""

@@ -34,9 +34,8 @@ class AdapterEditor(LayerEditor, Protocol):
     ranks: Ranks
     skip_faulty: bool
 
-    @property
-    def share_of_others(self) -> float:
-        """Share of their update that weights outside of the edited layers keep."""
+    def share_of_others(self, report: EditReport) -> float:
+        """Return the share of their update that weights outside of the edited layers keep."""
 
 
 class _UpdateOfAdapter:
@@ -148,7 +147,7 @@ def edit_saved_adapters(
     new, report = edit_adapters(editor, adapted, state_dict, factors)
     held = {name: state_dict[f"{name}.weight"] for name in adapted.held if f"{name}.weight" in state_dict}
     tied = tied_names(held, state_dict)
-    others = other_weights(editor.reference, state_dict, tied, report, editor.share_of_others)
+    others = other_weights(editor.reference, state_dict, tied, report, editor.share_of_others(report))
     new |= others
     replaced = {name: state_dict[name] for name in new}
     return with_replaced(state_dict, replaced, new), dataclasses.replace(report, others=len(others))

@@ -49,9 +49,8 @@ class LayerEditor(Protocol):
     def based_on(self, reference: Reference, scale: float = 1.0) -> Self:
         """Return the same editor for the update since a reference."""
 
-    @property
-    def share_of_others(self) -> float:
-        """Share of their update that weights outside of the edited layers keep."""
+    def share_of_others(self, report: EditReport) -> float:
+        """Return the share of their update that weights outside of the edited layers keep."""
 
     def energies(self, factors: KroneckerFactors) -> dict[str, float]:
         """Return the energy of each layer to edit."""
@@ -260,7 +259,7 @@ class FileLayers:
 
     def others(self) -> Iterator[EditedTensor]:
         """Move the other weights that differ from the reference, one after the other; call it after :meth:`edits`."""
-        share = self.editor.share_of_others
+        share = self.editor.share_of_others(self._report())
         if self._start is None or share == 1.0:
             return
         done = set().union(*(self.checkpoint.tied_to(self.names[layer]) for layer in self._edits))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_curvature.editing.projection import (
     share_kept,
 )
 from lightning_curvature.editing.reference import MatchedReference, Reference, ReferenceLike
-from lightning_curvature.editing.report import LayerEdit
+from lightning_curvature.editing.report import EditReport, LayerEdit
 from lightning_curvature.editing.stored_weight import weight_matrix
 from lightning_curvature.factors.decomposition import FaultyLayerError, moderate, scaled
 from lightning_curvature.factors.layer import LayerFactors
@@ -64,13 +65,16 @@ class MatrixEditor(Editor):
         editor.reference = reference if isinstance(reference, Reference) else Reference(reference)
         return editor
 
-    @property
-    def share_of_others(self) -> float:
-        """Share of their update that weights outside of the edited layers keep: the factor of all updates.
+    def share_of_others(self, report: EditReport) -> float:
+        """Return the share of their update that weights outside of the edited layers keep.
 
-        Recitation hardly depends on them, and the loss does; see "A real pretrained model" in ``docs/decisions.md``.
+        It is the geometric mean of the factor of all updates and of what the layers keep; see "What the measured price
+        is counted from" in ``docs/decisions.md``.
+
+        Args:
+            report: The report of the edited layers.
         """
-        return self.scale
+        return math.sqrt(self.scale * (self.scale if report.update_kept is None else report.update_kept))
 
     def prepared(self, parts: Mapping[str, Part]) -> Self:  # noqa: ARG002
         """Return the editor for layers that are edited together.

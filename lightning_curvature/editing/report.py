@@ -97,8 +97,8 @@ class EditReport:
     def update_kept(self) -> float | None:
         """Share of the update that the edited layers keep on the average of their coefficients; None if none has one.
 
-        Other weights that differ from the reference keep the factor of all updates, see
-        :meth:`~lightning_curvature.editing.base.Editor.based_on`.
+        Other weights that differ from the reference keep the geometric mean of this share and of the factor of all
+        updates.
         """
         shares = [(edit.update_kept, edit.total) for edit in self.layers.values() if edit.update_kept is not None]
         return sum(share * total for share, total in shares) / sum(total for _, total in shares) if shares else None
@@ -188,7 +188,7 @@ class EditReport:
         if self.predicted_loss is not None:
             remarks.append(self._loss_remark(self.predicted_loss))
         if self.update_kept is not None:
-            rest = f", and {self.others} other weights that fine-tuning moved are scaled, too" if self.others else ""
+            rest = f", and {self.others} other weights that fine-tuning moved go back, too" if self.others else ""
             remarks.append(f"The layers keep {self.update_kept:.1%} of their update on the average{rest}.")
         if lost := {name: edit.rank_loss for name, edit in self.layers.items() if edit.rank_loss}:
             name = max(lost, key=lost.__getitem__)

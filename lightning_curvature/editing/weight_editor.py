@@ -78,7 +78,7 @@ class WeightEditor(MatrixEditor):
         new, report = editor.edit_layers(weights, factors)
         tied = tied_names(weights, state_dict)
         done = {name: names for name, names in tied.items() if name in report.layers}
-        others = other_weights(editor.reference, state_dict, done, report, editor.share_of_others)
+        others = other_weights(editor.reference, state_dict, done, report, editor.share_of_others(report))
         replaced = {**weights, **{name: state_dict[name] for name in others}}
         report = dataclasses.replace(report.with_tied(tied), others=len(others))
         return with_replaced(state_dict, replaced, {**new, **others}), report
@@ -142,7 +142,9 @@ class WeightEditor(MatrixEditor):
         tensors = named_tensors(module)
         adapters = find_adapters(module, report.layers)
         weights = layer_weights(module, report.layers if adapters is None else adapters.held)
-        return other_weights(self.reference, tensors, tied_names(weights, tensors), report, self.share_of_others)
+        return other_weights(
+            self.reference, tensors, tied_names(weights, tensors), report, self.share_of_others(report)
+        )
 
     def edit_layers(
         self, weights: Mapping[str, Tensor], factors: KroneckerFactors, transposed: Mapping[str, bool] | None = None

@@ -31,7 +31,7 @@ def test_a_reference_edits_the_update(options, saved, capsys):
     run(saved, "--reference", saved / "start.safetensors", "--scale", "0.8", *options)
     shown = capsys.readouterr().out
     assert "Edited updates since 'start.safetensors'" in shown
-    assert "6 other weights that fine-tuning moved are scaled, too" in shown
+    assert "6 other weights that fine-tuning moved go back, too" in shown
     editor = CurvatureEditor(budget=0.01, soft=True) if "--soft" in options else CurvatureEditor(0.7)
     expected, _ = editor.based_on(START, 0.8).edit_state_dict(
         TUNED.state_dict(), KroneckerFactors.load(saved / "factors.safetensors")
