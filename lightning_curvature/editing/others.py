@@ -20,8 +20,8 @@ def other_weights(
 ) -> dict[str, Tensor]:
     """Return new values of the weights outside of the edited layers that differ from the reference, by name.
 
-    Embeddings, norms, biases and layers without factors moved in fine-tuning, too. They keep one share of their update.
-    Of tied tensors one is returned.
+    Embeddings, norms, biases and layers without factors moved in fine-tuning, too. They keep one share of their update;
+    adapters of layers without factors stay. Of tied tensors one is returned.
 
     Args:
         reference: The reference; None for an edit of the weights themselves, which moves nothing else.
@@ -34,13 +34,22 @@ def other_weights(
         return {}
     matched = reference.matched({layer: f"{layer}.weight" for layer in report.layers})
     edited = {name for names in layers.values() for name in names} | {f"{layer}.weight" for layer in layers}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in edited and tensor.is_floating_point()}
+    rest = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in edited and tensor.is_floating_point() and not _is_of_adapter(name)
+    }
     others = {}
     for name, names in tied_names(rest, rest).items():
         read = matched.counterpart(name, rest[name].shape) if name == names[0] else None
         if read is not None and (new := moved(whole(rest[name].detach()), read(), share)) is not None:
             others[name] = spread_like(new, rest[name])
     return others
+
+
+def _is_of_adapter(name: str) -> bool:
+    """Tell whether a tensor is a part of an adapter, whose product is the update."""
+    return any(part.startswith("lora_") for part in name.split("."))
 
 
 def moved(tensor: Tensor, start: Tensor, share: float) -> Tensor | None:

@@ -65,12 +65,13 @@ class Price:
         return max(rises)
 
     def used(self, budget: float, points: Mapping[float, Costs]) -> float:
-        """Return :meth:`excess` as a number to interpolate: also below 0, and before the lowest point of a cost."""
+        """Return :meth:`excess` as a number to interpolate: also below 0."""
         rises = []
         for name, (allowed, from_lowest) in self.allowed.items():
-            lowest = points[lowest_point(points, name)]
-            base = lowest if from_lowest else points[0.0] if self.unedited is None else self.unedited
-            rises.append((points[budget][name] - base[name]) / allowed)
+            lowest = lowest_point(points, name)
+            base = points[lowest] if from_lowest else points[0.0] if self.unedited is None else self.unedited
+            falls_still = from_lowest and budget < lowest
+            rises.append(0.0 if falls_still else (points[budget][name] - base[name]) / allowed)
         return max(rises)
 
 
@@ -231,10 +232,9 @@ def _next(points: Mapping[float, Costs], price: Price, everything: bool) -> floa
         everything: Whether the last edit left nothing that a stronger one could remove.
     """
     within, beyond = _bracket(points, price)
-    if beyond == math.inf:
-        if everything or (within > 0 and price.used(within, points) >= NEAR):
-            return None
-        return within / _factor(points, price, within)
+    is_near = within > 0 and price.used(within, points) >= NEAR
+    if beyond == math.inf and not is_near:
+        return None if everything else within / _factor(points, price, within)
     if within == 0.0:
         smallest = price.start * SMALLEST
         return None if beyond <= smallest else max(beyond / _factor(points, price, beyond), smallest)
@@ -242,9 +242,9 @@ def _next(points: Mapping[float, Costs], price: Price, everything: bool) -> floa
         lowest = lowest_point(points, name)
         if from_lowest and lowest > 0.0 and not any(lowest / STEP <= budget < lowest for budget in points):
             return lowest / STEP
-    low, high = price.used(within, points), price.used(beyond, points)
-    if low >= NEAR or beyond / within <= NARROW:
+    if is_near or beyond / within <= NARROW:
         return None
+    low, high = price.used(within, points), price.used(beyond, points)
     # The cost rises ever faster on a logarithmic scale, so that this lies on the safe side.
     share = (AIM - low) / (high - low) if low < AIM < high < math.inf else 0.5
     return within * math.pow(beyond / within, min(max(share, 0.2), 0.8))

@@ -225,9 +225,7 @@ class Chooser:
 
 def _strong_as(found: CurvatureEditor, editor: CurvatureEditor) -> CurvatureEditor:
     """Return an editor with the strength of another one, which edits the layers by other names."""
-    if found.budget is None:
-        return editor.at(found.energy)
-    strong = editor.within(found.budget)
+    strong = editor.at(found.energy) if found.budget is None else editor.within(found.budget)
     strong.scale = found.scale
     return strong
 

@@ -66,9 +66,9 @@ def _by_budget(
     unedited = measure()
     price = Price(dict.fromkeys(unedited, (math.log(limit), False)), careful_budget(soft=True, of_one_layer=False))
     purchase = spend_on_update(editor, model, factors, measure, price, total, unedited)
-    if not purchase.budget:
+    if not purchase.budget and purchase.scale == 1.0:
         raise ValueError(_NO_EDIT.format(limit))
-    found = editor.within(purchase.budget)
+    found = editor.within(purchase.budget) if purchase.budget else editor.at(1.0)
     found.scale = purchase.scale
     return found, {"budget": purchase.budget, "scale": purchase.scale}
 

@@ -199,4 +199,5 @@ class CallbackArguments(Callback):
     @property
     def _settings(self) -> dict[str, Any]:
         """What a run that goes on with the factors of another one must have in common with it."""
-        return {**self.options.settings, "loop": self.loop, "window": self.window}
+        loop = "validation" if self.loop == "validation" else "train"
+        return {**self.options.settings, "loop": loop, "window": self.window}

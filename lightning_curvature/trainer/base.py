@@ -1,7 +1,6 @@
 """The callback without its life cycle: its results, what it saves beside a checkpoint, and its copies."""
 
 import copy
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -160,9 +159,9 @@ class CallbackBase(CallbackArguments):
             return
         if not (batches := price.batches(self.editor.ranks)):
             return
-        options = dataclasses.replace(self.options, layers=list(run.windows.factors))
+        layers = list(run.windows.factors)
         try:
-            self._validated = validated_factors(trainer, module, batches, options, self.editor)
+            self._validated = validated_factors(trainer, module, batches, self.options, layers, self.editor)
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_info(
                 "The edit uses factors of training steps, which protect what it is to remove, too: validation batches "

@@ -215,7 +215,7 @@ class Outcome:
             rank_zero_info(f"\n{copy}:\n{report}")
             if len(reports) > 1:
                 earlier = listing(path for path, _ in reports[:-1])
-                rank_zero_info(f"Edited likewise, with the factors of their steps: {earlier}.")
+                rank_zero_info(f"Edited likewise: {earlier}.")
         elif self.report is not None:
             rank_zero_info(f"\n{nothing_written}\n{self.report}")
         if self.probe_results:

@@ -94,6 +94,7 @@ class MeasuredPrice:
             purchase = self._find(trainer, module, editor, factors)
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_warn(f"The price of the edit could not be measured: {type(error).__name__}: {error}. {instead}")
+            self.start()
             return None
         if purchase is None:
             reason = "validation_step computed no softmax loss" if self._batches else "there was no validation"

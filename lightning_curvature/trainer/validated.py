@@ -4,12 +4,13 @@ Curvature protects what it was collected on. The training steps of a fine-tune h
 keep is in the validation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import lightning.pytorch as pl
 
+from lightning_curvature._checks import listing
 from lightning_curvature.collect.collector import Collector
-from lightning_curvature.collect.passes import check_collected, check_not_empty
+from lightning_curvature.collect.passes import check_not_empty
 from lightning_curvature.collect.validation_step import collected_from
 from lightning_curvature.collect.windows import WindowedFactors
 from lightning_curvature.editing.weight_editor import WeightEditor
@@ -24,6 +25,7 @@ def validated_factors(
     module: pl.LightningModule,
     batches: Sequence[Arguments],
     options: CollectorOptions,
+    layers: Collection[str],
     editor: WeightEditor,
 ) -> KroneckerFactors:
     """Collect over validation steps that run once more. A collective.
@@ -33,6 +35,7 @@ def validated_factors(
         module: The module; it is left as it was.
         batches: Arguments of the steps, as many on each process.
         options: What is collected.
+        layers: The layers that are needed.
         editor: Edits with the factors.
 
     Raises:
@@ -43,10 +46,14 @@ def validated_factors(
     windows = WindowedFactors(collector, None, options.settings)
     with collected_from(module, collector):
         editor.ranks.together(lambda: run_again(trainer, module, batches, module.validation_step))
-    check_collected(collector)
+    collector.drain()
     collector.provenance |= {"loop": "validation", "step": trainer.global_step}
     windows.start(complete=True)
-    factors = windows.synchronise()
+    collected = windows.synchronise()
+    # All processes have the same factors from here on, and meet the same errors.
+    if silent := sorted(set(layers) - set(collected)):
+        raise RuntimeError(f"Layers {listing(silent, 3)} had no part in a loss of the validation")
+    factors = KroneckerFactors({name: collected[name] for name in layers}, collected.provenance)
     check_not_empty(factors)
     for name in editor.energies(factors):
         try:

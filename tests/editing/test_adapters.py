@@ -335,3 +335,24 @@ def test_several_processes_edit_as_one():
         assert its_report == report
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(state_dict[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["module", "state dict"])
+def test_a_start_that_holds_adapters_leaves_their_edit_alone(way):
+    """The tensors of an adapter are no weights that are scaled on their own: their product is the update."""
+    model, start = adapted(), adapted(3)
+    editor = CurvatureEditor(budget=0.5, soft=True)
+    expected = copy.deepcopy(model)
+    alone = editor.based_on({}, 0.8)
+    alone.reference = None
+    report = alone.edit(expected, factors())
+    assert report.update_kept < 0.75
+    editor = editor.based_on(start, 0.8)
+    if way == "module":
+        editor.edit(model, factors())
+        state = model.state_dict()
+    else:
+        state, _ = editor.edit_state_dict(model.state_dict(), factors(), module=model)
+    for name, tensor in expected.state_dict().items():
+        if is_adapter(name):
+            torch.testing.assert_close(state[name], tensor)

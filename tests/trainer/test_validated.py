@@ -3,6 +3,8 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
 from lightning_curvature.collect.passes import collect
@@ -80,15 +82,30 @@ def test_another_fit_begins_without_them(loop, tmp_path):
     assert callback.factors.provenance["loop"] == "validation"
 
 
-def together(strategy, folder):
+class Expert(cells.Net):
+    """One of its layers runs in the validation of the first process alone."""
+
+    def __init__(self, parallel=()):
+        super().__init__(parallel)
+        self.expert = nn.Linear(4, 4)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.expert(self.net(batch[0])), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        out = self.net(batch[0])
+        return F.cross_entropy(self.expert(out) if self.global_rank == 0 else out, batch[1])
+
+
+def together(strategy, folder, kind=cells.Net, layers=cells.LAYERS):
     size, make, _ = cells.STRATEGIES[strategy]
     pl.seed_everything(0)
-    callback = KFACEditCallback(cells.LAYERS, fisher="exact", reference="start")
+    callback = KFACEditCallback(layers, fisher="exact", reference="start")
     callback.editor.min_positions = 0  # the first layer has more inputs than there are images
     trainer = models.trainer(
         folder, callback, devices=size, strategy=make(), max_epochs=1, use_distributed_sampler=False
     )
-    trainer.fit(cells.Net())
+    trainer.fit(kind())
     assert callback.problem is None
     return {name: (layer.A, layer.G, layer.num_inputs) for name, layer in callback.factors.items()}, callback.match
 
@@ -103,3 +120,28 @@ def test_processes_collect_them_together(tmp_path):
             assert count == alone[name][2] == 48
         assert its_match.scale == match.scale
         assert its_match.before == pytest.approx(match.before, abs=0.3)  # halves of other batches
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_layer_that_only_some_processes_validate_is_collected_there(tmp_path):
+    first, second = processes.run(2, together, "DDP, 2 processes", tmp_path, Expert, ["net.3", "expert"])
+    for factors, match in (first, second):
+        assert {name: count for name, (_, _, count) in factors.items()} == {"net.3": 48, "expert": 24}
+        assert match.budget == first[1].budget
+
+
+def test_a_layer_named_like_a_preset_is_that_layer(tmp_path):
+    class Named(models.Classifier):
+        def __init__(self):
+            super().__init__("mlp")
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(super().forward(x))
+
+    callback = KFACEditCallback(layers="lin*r", reference="start")
+    pl.seed_everything(0)
+    trainer = models.trainer(tmp_path, callback, max_epochs=1)
+    trainer.fit(Named(), models.loader(models.images(64)), models.loader(models.images(64, 1)))
+    assert callback.factors.provenance["loop"] == "validation"
+    assert list(callback.factors) == list(callback.report.layers) == ["linear"]
