@@ -62,6 +62,7 @@ def edit(
         reference: Checkpoint that this one was fine-tuned from: the update since is edited, and the rest stays. The
             factors may be those of either.
         scale: Factor of what is kept of the update, in (0, 1]; below 1 all weights go towards the reference, too.
+            Without it --perplexity finds it for a soft edit.
         layers: fnmatch patterns on the layers of the factor file, or, where there is a model folder, presets (last-mlp,
             mlp, attention, linear); by default all of them.
         score: What decides what is kept: kfac, activations, saliency, or, if the factors have it, ekfac, coupled.
@@ -70,7 +71,8 @@ def edit(
         min_positions: Positions that the factors of a layer must rest on, or it is left as it is; by default as many as
             its live inputs and outputs; 0 edits it whatever they rest on.
         perplexity: Instead of an energy: find the strongest edit that raises the perplexity of --corpus to at most this
-            multiple, 1.1 for example, on one half of its windows; what it costs on the other half is printed.
+            multiple, 1.1 for example, on one half of its windows; what it costs on the other half is printed. Of a soft
+            edit of an update, one strength for all layers is found, as with --budget.
         corpus: Text file, or JSON lines with a field "text", for --perplexity; of several none may exceed it.
         forget: JSON lines with prefix_ids and suffix_ids, such as mine writes: make a bulk step against reciting them
             before the edit.
