@@ -96,7 +96,7 @@ class Target:
     def found(self, value: float) -> str:
         """Say what an edit costs, given what :meth:`spent` returned."""
         if len(self.limits) == 1:
-            return f"{value:.4f} times"
+            return f"{value:.4g} times what it was"
         return f"{math.log(value):.0%} of what the dearest of them allows"
 
     def check(self, files: Iterable[str], loaders: bool) -> None:
