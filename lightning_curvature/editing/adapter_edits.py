@@ -34,9 +34,6 @@ class AdapterEditor(LayerEditor, Protocol):
     ranks: Ranks
     skip_faulty: bool
 
-    def share_of_others(self, report: EditReport) -> float:
-        """Return the share of their update that weights outside of the edited layers keep."""
-
 
 class _UpdateOfAdapter:
     """The work on the adapter of one layer, whose tensors are gathered. A collective if they are sharded."""

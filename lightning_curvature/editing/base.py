@@ -56,8 +56,8 @@ class Editor(ABC):
         Args:
             reference: What the weights were fine-tuned from: a module, a state dict, or the path of a checkpoint; None
                 to leave the editor as it is.
-            scale: Factor of what is kept of the update, in (0, 1]. Below 1 all weights go towards the reference, too,
-                which takes over-fitting away.
+            scale: Factor of what is kept of the update of all weights, in (0, 1]; it takes over-fitting away. Weights
+                without factors go towards the reference, too, less than the others.
 
         Raises:
             ValueError: If the method edits no updates, or the scale lies outside (0, 1].

@@ -59,9 +59,9 @@ def edit(
         budget: Instead of an energy: what the edit is predicted to cost, over all its layers, in nats per position. By
             default 0.02 for a single layer, 0.002 for several, and 0.0003 for a soft edit. An edit costs more than is
             predicted: use --perplexity, or evaluate the edited model.
-        reference: Checkpoint that this one was fine-tuned from: the update since is edited, and the rest stays. The
-            factors may be those of either.
-        scale: Factor of what is kept of the update, in (0, 1]; below 1 all weights go towards the reference, too.
+        reference: Checkpoint that this one was fine-tuned from: the update since is edited. Weights without factors go
+            back towards it, too, less than the others. The factors may be those of either.
+        scale: Factor of what is kept of the update of all weights, in (0, 1].
             Without it --perplexity finds it for a soft edit.
         layers: fnmatch patterns on the layers of the factor file, or, where there is a model folder, presets (last-mlp,
             mlp, attention, linear); by default all of them.
