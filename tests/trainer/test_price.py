@@ -13,7 +13,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_curvature import CurvatureEditor, KFACEditCallback
 from lightning_curvature.collect.validation_step import CollectedStep
+from lightning_curvature.search import price as search_price
 from lightning_curvature.search.price import Price
+from lightning_curvature.trainer import price as trainer_price
 from lightning_curvature.trainer.price import MeasuredPrice
 from tests.support import models
 
@@ -127,6 +129,22 @@ def test_texts_have_a_price_each(tmp_path):
     assert match.budget > 0
     for name in match.before:
         assert match.after[name] <= match.before[name] + 0.0199
+
+
+@pytest.mark.parametrize(("reference", "found_by"), [("start", "spend_on_update"), (None, "spend")])
+def test_the_price_of_a_text_counts_from_its_lowest_loss(reference, found_by, tmp_path, monkeypatch):
+    prices = []
+
+    def noted(*arguments, **options):
+        prices.extend(argument for argument in arguments if isinstance(argument, Price))
+        return getattr(search_price, found_by)(*arguments, **options)
+
+    monkeypatch.setattr(trainer_price, found_by, noted)
+    pl.seed_everything(0)
+    callback = KFACEditCallback(layers="linear", reference=reference, min_positions=0)
+    trainer = models.trainer(tmp_path, callback, max_epochs=1)
+    trainer.fit(Text(), models.loader(counting(64, 0)), models.loader(counting(32, 1)))
+    assert [price.allowed for price in prices] == [{"validation loss": (0.02, True)}]
 
 
 def test_without_a_validation_the_price_is_predicted(tmp_path, caplog):

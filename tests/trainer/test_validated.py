@@ -12,20 +12,22 @@ from tests.support import cells, models, processes
 from tests.trainer.test_price import Text, counting
 
 
-def fit(callback, tmp_path, module=None, validated=64, **options):
+def fit(callback, tmp_path, module=None, validated=64, step=1, **options):
     pl.seed_everything(0)
     module = module or Text()
     start = {name: weight.clone() for name, weight in module.state_dict().items()}
     trainer = models.trainer(tmp_path, callback, max_epochs=2, **options)
-    loaders = [models.loader(counting(validated, 1))] if validated else []
+    loaders = [models.loader(counting(validated, 1, step))] if validated else []
     trainer.fit(module, models.loader(counting(64, 3, 5)), *loaders)
     return module, start, trainer
 
 
 def test_an_update_is_edited_with_factors_of_the_validation(tmp_path):
-    module, start, trainer = fit(callback := KFACEditCallback(reference="start"), tmp_path)
+    """It is validated on text like that which it is trained on, so that a part of its update stays."""
+    module, start, trainer = fit(callback := KFACEditCallback(reference="start"), tmp_path, step=5)
+    assert 0.1 < callback.report.update_kept < 0.9 * callback.match.scale
     expected = collect(
-        module, torch.split(counting(64, 1), 32), lambda b: module.model(input_ids=b, labels=b).loss, layers="linear"
+        module, torch.split(counting(64, 1, 5), 32), lambda b: module.model(input_ids=b, labels=b).loss, layers="linear"
     )
     assert set(callback.factors) == set(expected)
     assert callback.factors.provenance["loop"] == "validation"
@@ -145,3 +147,14 @@ def test_a_layer_named_like_a_preset_is_that_layer(tmp_path):
     trainer.fit(Named(), models.loader(models.images(64)), models.loader(models.images(64, 1)))
     assert callback.factors.provenance["loop"] == "validation"
     assert list(callback.factors) == list(callback.report.layers) == ["linear"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_goes_on_that_collected_from_training_steps_by_name(tmp_path):
+    """During a fit both collect the same."""
+    _, _, trainer = fit(KFACEditCallback(reference="start", loop="train"), tmp_path)
+    path = trainer.checkpoint_callback.best_model_path
+    again = models.trainer(tmp_path, callback := KFACEditCallback(reference="start"), max_epochs=3)
+    loaders = [models.loader(counting(64, 3, 5)), models.loader(counting(64, 1))]
+    again.fit(Text(), *loaders, ckpt_path=path)  # a warning would say that it starts anew
+    assert callback.factors.provenance["loop"] == "validation"
