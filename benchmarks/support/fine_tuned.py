@@ -10,7 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typing_extensions import override
 
 from lightning_curvature import KFACEditCallback, KroneckerFactors
 from lightning_curvature.collect.passes import collect
@@ -21,6 +23,13 @@ from support.seeds import Row
 
 WINDOWS, SEQUENCES = 48, 64
 """Windows of 128 tokens of each text, and sequences of each set, that are measured."""
+OPTIONS: dict[str, Any] = {
+    "precision": "bf16-mixed",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
 Edit = Callable[[Any, KroneckerFactors], AbstractContextManager[Any]]
 
 
@@ -32,15 +41,19 @@ class Subject:
         seed: Seed of data and training.
     """
 
+    name = "smollm2"
+
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         self.start_folder = start = base_folder(args.models / "smollm2")
+        self.reference: str | None = str(start)
         self.base = _load(start)
         self.data = FineTuneText(AutoTokenizer.from_pretrained(start), args.root, seed)
         self.tokenizer = AutoTokenizer.from_pretrained(start)
-        self.folder = args.models / f"smollm2-{seed}"
-        if not (self.folder / "config.json").exists():
-            _fine_tune(_load(start), self.data, seed, self.folder)
-        self.model = _load(self.folder)
+        self.folder = args.models / f"{self.name}-{seed}"
+        if not self.folder.exists():
+            pl.seed_everything(seed, verbose=False)
+            self.fine_tune(_load(start))
+        self.model: Any = self.load(self.folder)
         self.stream = Path(f"{self.folder}-stream.safetensors")
         self.start = args.models / "smollm2-start.safetensors"
         if not self.start.exists():
@@ -51,6 +64,32 @@ class Subject:
             name: [item for item, right in zip(asked, answered(self.base, self.tokenizer, asked), strict=True) if right]
             for name, asked in questions().items()
         }
+
+    def load(self, folder: Path) -> Any:
+        """Return a model that was fine-tuned."""
+        return _load(folder)
+
+    def as_saved(self) -> Any:
+        """Return the model as who loads it gets it."""
+        return self.model
+
+    def fine_tune(self, model: Any) -> None:
+        """Fine-tune the base model, and save it with checkpoints of its quarters and the factors of its steps."""
+        # Its edit is made later, where the time of it is measured.
+        collecting = KFACEditCallback(reference="start", budget=1e-4, save_factors=f"{self.folder}-stream.safetensors")
+        self.fit(FineTuned(model), [collecting])
+        model.save_pretrained(self.folder)
+
+    def fit(self, module: FineTuned, callbacks: list[pl.Callback]) -> None:
+        """Train a module for one pass over the rows."""
+        trainer = pl.Trainer(
+            max_epochs=1,
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            callbacks=[Quarters(self.folder), *callbacks],
+            **OPTIONS,
+        )
+        trainer.fit(module, self.data)
 
     def earlier(self, quarter: float) -> Edit:
         """Return the checkpoint of a quarter of the training in the place of an edit."""
@@ -96,13 +135,44 @@ class Subject:
         """
         module = FineTuned(self.model)
         given = None if factors is None else str(factors)
-        callback = KFACEditCallback(factors=given, reference=str(self.start_folder))
+        callback = KFACEditCallback(factors=given, reference=self.reference)
         began = time.perf_counter()
         pl.Trainer(callbacks=[callback], **OPTIONS).validate(module, self.data, verbose=False)
         seconds = time.perf_counter() - began
         with callback.editor.applied(module, callback.factors) as report:
-            row = self.measure(self.model)
+            row = self.measure(self.as_saved())
         return {**row, "predicted": report.predicted_loss or 0.0, "seconds": seconds, "price": str(callback.match)}
+
+
+class AdaptedSubject(Subject):
+    """The same with a LoRA adapter of rank 16 on all linear layers, trained and edited in the place of the weights."""
+
+    name = "smollm2-lora"
+
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        super().__init__(args, seed)
+        self.reference = None
+
+    @override
+    def load(self, folder: Path) -> Any:
+        return PeftModel.from_pretrained(_load(self.start_folder), str(folder)).eval()
+
+    @override
+    def fine_tune(self, model: Any) -> None:
+        adapted: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        self.fit(FineTuned(adapted, lr=2e-3), [])
+        adapted.save_pretrained(self.folder)
+
+    @override
+    def as_saved(self) -> Any:
+        """Return the model of the base and the saved adapter, and see that the base is what it was."""
+        folder = Path(f"{self.folder}-edited")
+        self.model.save_pretrained(folder)
+        base = self.model.get_base_model().state_dict()
+        for name, weight in self.base.state_dict().items():
+            held = next(base[key] for key in (name, name.replace(".weight", ".base_layer.weight")) if key in base)
+            assert torch.equal(held, weight), f"{name} of the base changed"
+        return self.load(folder)
 
 
 def _load(folder: Path) -> Any:
@@ -113,28 +183,3 @@ def _example_losses(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Return the mean negative log-likelihood of each row of tokens."""
     logits = model(input_ids=ids).logits[:, :-1]
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
-
-
-OPTIONS: dict[str, Any] = {
-    "precision": "bf16-mixed",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-    "enable_progress_bar": False,
-}
-
-
-def _fine_tune(model: Any, data: FineTuneText, seed: int, folder: Path) -> None:
-    """Fine-tune a model, and save it with checkpoints of its quarters and the factors of its steps."""
-    pl.seed_everything(seed, verbose=False)
-    # Its edit is made later, where the time of it is measured.
-    collecting = KFACEditCallback(reference="start", budget=1e-4, save_factors=f"{folder}-stream.safetensors")
-    trainer = pl.Trainer(
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        callbacks=[Quarters(folder), collecting],
-        **OPTIONS,
-    )
-    trainer.fit(FineTuned(model), data)
-    model.save_pretrained(folder)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.report import RUINOUS
 from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -210,6 +211,23 @@ def spend_on_update(
         best, costs = scaled, there
     purchase = spend(best, module, factors, measure, price, costs)
     return dataclasses.replace(purchase, before=unedited, scale=best.scale)
+
+
+def spend_shares(
+    editor: CurvatureEditor, module: nn.Module, factors: KroneckerFactors, used: Callable[[], Costs]
+) -> Purchase:
+    """Find the strongest soft edit of updates within limits, as :func:`spend_on_update` does.
+
+    Args:
+        editor: As :func:`spend_on_update`; the search starts at its budget, if it has one.
+        module: As :func:`spend`.
+        factors: As :func:`spend`.
+        used: Returns the share of each limit that the module as it is uses: 0 before the edit, below 0 if it is better.
+    """
+    unedited = used()
+    start = editor.budget or careful_budget(soft=True, of_one_layer=False)
+    price = Price(dict.fromkeys(unedited, (1.0, False)), start)
+    return spend_on_update(editor, module, factors, used, price, lambda costs: sum(costs.values()), unedited)
 
 
 def _listed(costs: Costs) -> str:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.search.energy import FLOOR, Match, match_energy
-from lightning_curvature.search.price import Price, spend_on_update
+from lightning_curvature.search.price import spend_shares
 
 Multiples = Callable[[], Mapping[Path, float]]
 """Returns the perplexity on each text, as a multiple of what it was."""
@@ -57,15 +56,10 @@ def strongest(
 def _by_budget(
     editor: CurvatureEditor, model: nn.Module, factors: KroneckerFactors, multiples: Multiples, limit: float
 ) -> tuple[CurvatureEditor, dict[str, float]]:
-    def measure() -> dict[str, float]:
-        return {str(corpus): math.log(value) for corpus, value in multiples().items()}
+    def used() -> dict[str, float]:
+        return {str(corpus): math.log(value) / math.log(limit) for corpus, value in multiples().items()}
 
-    def total(costs: Mapping[str, float]) -> float:
-        return sum(costs.values())
-
-    unedited = measure()
-    price = Price(dict.fromkeys(unedited, (math.log(limit), False)), careful_budget(soft=True, of_one_layer=False))
-    purchase = spend_on_update(editor, model, factors, measure, price, total, unedited)
+    purchase = spend_shares(editor, model, factors, used)
     if not purchase.budget and purchase.scale == 1.0:
         raise ValueError(_NO_EDIT.format(limit))
     found = editor.within(purchase.budget) if purchase.budget else editor.at(1.0)

@@ -104,10 +104,10 @@ class CallbackArguments(Callback):
                 ``energy`` is given.
             target: Instead of an energy, what the edit may cost: ``{"clean/perplexity": 1.1}`` is the strongest edit
                 that raises the perplexity of the probe ``clean`` to at most 1.1 times what it was, ``{"val/accuracy":
-                0.99}`` one that keeps 0.99 of an accuracy; of several entries none is exceeded. The energy is searched
-                for at the end of each validation (each epoch where there is none) and of fit, on these probes; look at
-                another one for what the edit costs. Checkpoints that are saved later get the edit of the latest search,
-                and those before the first one have no edited sibling.
+                0.99}`` one that keeps 0.99 of an accuracy; of several entries none is exceeded. The energy, or the
+                budget of a soft edit of updates, is searched for at the end of each validation (each epoch where there
+                is none) and of fit, on these probes; look at another one for what the edit costs. Checkpoints that are
+                saved later get the edit of the latest search, and those before the first one have no edited sibling.
             shard_factors: With several processes, spread the sums of the factors over them: each keeps those of some
                 layers, and receives what the others add in every step. Less memory, more traffic.
             skip_faulty: Leave layers that cannot be edited (NaN, factors of zero) as they are, with a warning, and edit
@@ -158,9 +158,9 @@ class CallbackArguments(Callback):
         self.options = CollectorOptions(
             None, fisher, draws, positions, logits, class_dim, accumulate_on, share, score == "coupled", seed
         )
+        self.target = None if target is None else Target(target)
         self._use_defaults(self.keeps_start or self._reference is not None)
         self.shard_factors = shard_factors
-        self.target = None if target is None else Target(target)
         self.window = None if window is None else check_count(window, "window")
         self.every = check_count(every, "every")
         self.loop = check_option(loop, LOOPS, "loop")
@@ -182,6 +182,8 @@ class CallbackArguments(Callback):
         self.editor.use_soft(updates if self._soft is None else self._soft)
         if self.price is not None:
             self.price.of_updates = updates
+        if self.target is not None:
+            self.target.of_updates = updates
 
     @abstractmethod
     def _start_anew(self, factors: KroneckerFactors) -> None:
@@ -190,8 +192,10 @@ class CallbackArguments(Callback):
     @property
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint; it differs where any setting does."""
-        strength: Any = self.editor.energy if self.target is None else self.target.entry
-        if self.price is not None or self.editor.budget is not None:
+        strength: Any = self.editor.energy
+        if self.target is not None:
+            strength = self.target.entry
+        elif self.price is not None or self.editor.budget is not None:
             strength = "price" if self.price is not None else f"budget {self.editor.budget:g}"
         given = {**self._settings, "layers": self._layers}  # the default is not known before a run
         return self._generate_state_key(name=self.name, energy=strength, **given)

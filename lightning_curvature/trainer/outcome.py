@@ -1,4 +1,4 @@
-"""What a run comes to: the energy of its target, what an edit of its weights does, the probes, and what is shown."""
+"""What a run comes to: the strength that is allowed, what an edit of its weights does, probes, and what is shown."""
 
 import math
 import time
@@ -35,7 +35,7 @@ class Outcome:
     """The results of a callback.
 
     Args:
-        editor: Edits; it gets the energy that a target asks for.
+        editor: Edits; it gets the strength that a target asks for.
         target: What the edit may cost; None if the energy is given.
         probes: Data on which the model is measured.
         prefix: First part of the names under which results of probes are logged.
@@ -43,7 +43,7 @@ class Outcome:
 
     Attributes:
         report: What an edit of the live weights does.
-        match: The energy of the target, or the budget that the price allows, and what it costs.
+        match: The energy or the budget that the target or the price allows, and what it costs.
         probe_results: By ``{prefix}/{probe}/{metric}/before|after``.
         copies: What was done to each edited copy, by its path.
     """
@@ -84,7 +84,7 @@ class Outcome:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether there is a target whose energy was not found yet."""
+        """Whether there is a target and no strength was found for it yet."""
         return self._target is not None and self.match is None
 
     def spend(self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors) -> None:
@@ -96,15 +96,20 @@ class Outcome:
         purchase = self._price.find(trainer, module, self._editor, factors)
         if purchase is None:
             return
+        self._use(purchase)
+        if purchase.budget:
+            rank_zero_info(f"\n{purchase}")
+        else:
+            copies = "the checkpoints" if purchase.scale == 1.0 else f"the updates times {purchase.scale:g}"
+            rank_zero_warn(f"The edited copies are {copies}. {purchase}")
+
+    def _use(self, purchase: Purchase) -> None:
+        """Make an edit that was found the one that is made."""
         self.match, self._editor.scale = purchase, purchase.scale
         if purchase.budget:
             self._editor.use_budget(purchase.budget)
-            rank_zero_info(f"\n{purchase}")
         else:
-            self._editor.budget = None
-            self._editor.energy = 1.0
-            copies = "the checkpoints" if purchase.scale == 1.0 else f"the updates times {purchase.scale:g}"
-            rank_zero_warn(f"The edited copies are {copies}. {purchase}")
+            self._editor.budget, self._editor.energy = None, 1.0
 
     def _use_predicted(self, price: MeasuredPrice) -> None:
         """Make the edit the one that is made where nothing is measured."""
@@ -112,25 +117,45 @@ class Outcome:
         self._editor.scale = 1.0
 
     def search(self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors) -> None:
-        """Find the energy of the target, if there is one."""
+        """Find the energy of the target, or, of a soft edit of updates, its budget, if there is a target."""
         if self._target is None:
             return
-        match = self._probes.match(trainer, module, self._editor.at(1.0), factors, self._target)
+        self._editor.scale = 1.0
+        match = self._probes.match(trainer, module, self._editor, factors, self._target)
         self.match = match
-        if match is not None:
+        if isinstance(match, Purchase):
+            self._use(match)
+            used = ", ".join(f"{share:.0%} of {name}" for name, share in match.after.items())
+            rank_zero_info(
+                f"{self._target}: the update times {match.scale:g}, shrunk for a predicted {match.predicted:.2g} nats; "
+                f"of what the limits allow it uses {used}"
+            )
+        elif match is not None:
             self._editor.energy = match.energy
             rank_zero_info(f"{self._target}: energy {match.energy:.4g}, {self._target.found(match.value)}")
 
     def state(self) -> dict[str, Any]:
-        """Return the energy that was found, as primitives; empty if there is none."""
-        if self._target is None or not isinstance(self.match, Match):
+        """Return the energy or the budget that was found for a target, as primitives; empty if there is none."""
+        if self._target is None or self.match is None:
             return {}
-        return {"match": {"target": self._target.entry, "energy": self.match.energy, "value": self.match.value}}
+        if isinstance(self.match, Purchase):
+            found: dict[str, Any] = {key: getattr(self.match, key) for key in ("budget", "predicted", "scale")}
+            found["after"] = dict(self.match.after)
+        else:
+            found = {"energy": self.match.energy, "value": self.match.value}
+        return {"match": {"target": self._target.entry, **found}}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on with the energy that :meth:`state` returned, if it is that of the same target."""
+        """Go on with the strength that :meth:`state` returned, if it is that of the same target."""
         saved = state.get("match")
-        if saved and self._target is not None and saved["target"] == self._target.entry:
+        if not saved or self._target is None or saved["target"] != self._target.entry:
+            return
+        if "budget" in saved:
+            after, budget = saved["after"], saved["budget"]
+            before = dict.fromkeys(after, 0.0)
+            points = {0.0: before, budget: after}
+            self._use(Purchase(budget, saved["predicted"], before, after, points, scale=saved["scale"]))
+        else:
             self.match = Match(saved["energy"], saved["value"], {saved["energy"]: saved["value"]})
             self._editor.energy = saved["energy"]
 

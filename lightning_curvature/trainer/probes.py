@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import check_option
 from lightning_curvature.distributed import Ranks
+from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import evaluating
 from lightning_curvature.search.energy import Match, match_energy
+from lightning_curvature.search.price import Purchase, spend_shares
 from lightning_curvature.trainer.measuring import check_batch, random_state_kept, run_probes
 from lightning_curvature.trainer.target import Target
 
@@ -95,11 +97,13 @@ class Probes:
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        editor: WeightEditor,
+        editor: CurvatureEditor,
         factors: KroneckerFactors,
         target: "Target",
-    ) -> Match | None:
+    ) -> Match | Purchase | None:
         """Find the strongest edit within a target; None, with a warning, if the metric says nothing yet.
+
+        Of a soft edit of updates it is the factor of all updates, and a budget; otherwise an energy.
 
         Raises:
             ValueError: If no probe has the target's metric.
@@ -117,6 +121,8 @@ class Probes:
                         "keep yet."
                     )
                     return None
+            if target.of_updates and editor.soft:
+                return spend_shares(editor, module, factors, lambda: target.used(run(), before))
             return match_energy(
                 editor,
                 module,

@@ -57,12 +57,16 @@ class Target:
     Raises:
         TypeError: If it is no such dict.
         ValueError: As :class:`Limit`.
+
+    Attributes:
+        of_updates: Whether updates are edited, since a reference or of an adapter, and not weights.
     """
 
     def __init__(self, entry: Mapping[str, float]) -> None:
         if not isinstance(entry, Mapping) or not entry:
             raise TypeError(f"target must be a dict such as {{'clean/perplexity': 1.1}}; found {entry!r}.")
         self.entry = dict(entry)
+        self.of_updates = False
         self.limits = [Limit(name, multiple) for name, multiple in entry.items()]
 
     @property
@@ -77,11 +81,14 @@ class Target:
             results: The metrics by name.
             before: Those of the unedited model.
         """
-        multiples = [results[limit.name] / before[limit.name] for limit in self.limits]
         if len(self.limits) == 1:
-            return multiples[0]
-        used = max(limit.used(multiple) for limit, multiple in zip(self.limits, multiples, strict=True))
-        return math.exp(min(used, 700.0))
+            (name,) = self.entry
+            return results[name] / before[name]
+        return math.exp(min(max(self.used(results, before).values()), 700.0))
+
+    def used(self, results: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+        """Return the share of each limit that is used, by its name; arguments as of :meth:`spent`."""
+        return {limit.name: limit.used(results[limit.name] / before[limit.name]) for limit in self.limits}
 
     @property
     def most(self) -> float:

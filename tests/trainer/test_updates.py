@@ -11,6 +11,7 @@ import torch
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.demos.vit import ViT
 from lightning_curvature.layers.selection import DEEP
+from lightning_curvature.search.energy import Match
 from lightning_curvature.search.price import Purchase
 from tests.layers.test_trained import stand_out
 from tests.support import models
@@ -144,3 +145,76 @@ def test_what_was_measured_counts_and_not_what_is_predicted():
     for after in (1.5, float("nan")):
         ruined = dataclasses.replace(purchase, held_out={"validation loss": (1.0, after)})
         assert "on batches that did not choose it" in ruined.warning
+
+
+class Probed(models.Classifier):
+    """Measured on two data sets."""
+
+    def probe_dataloader(self):
+        return {"val": models.loader(models.images(256, 1)), "other": models.loader(models.images(256, 2))}
+
+
+def probed(tmp_path, **target):
+    pl.seed_everything(0)
+    return tuned(
+        tmp_path, stand_out(Probed(lr=0.003)), target={f"{name}/accuracy": kept for name, kept in target.items()}
+    )
+
+
+@pytest.mark.parametrize("target", [{"val": 0.95}, {"val": 0.95, "other": 0.8}, {"val": 0.8, "other": 0.95}])
+def test_a_target_of_an_update_is_a_budget(target, tmp_path, caplog):
+    """The one strength of a soft edit; none of its limits is exceeded, and one of them is used."""
+    caplog.set_level("INFO")
+    _, _, callback, trainer = probed(tmp_path, **target)
+    assert isinstance(callback.match, Purchase)
+    assert callback.editor.budget == callback.match.budget > 0
+    results = callback.probe_results
+    kept = {
+        name: results[f"curvature/{name}/accuracy/after"] / results[f"curvature/{name}/accuracy/before"]
+        for name in target
+    }
+    assert all(kept[name] >= target[name] for name in target)
+    assert max(callback.match.after.values()) > 0.4
+    found = f"the update times {callback.match.scale:g}, shrunk for a predicted {callback.match.predicted:.2g} nats"
+    assert found in caplog.text
+    path = trainer.checkpoint_callback.best_model_path
+    facts = torch.load(path.replace(".ckpt", "-edited.ckpt"))["lightning_curvature"]
+    assert (facts["method"], facts["reference"]["scale"]) == ("kfac, soft", callback.match.scale)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
+def test_a_resumed_run_goes_on_with_the_budget_of_its_target(tmp_path):
+    _, _, _, trainer = probed(tmp_path / "1", val=0.95)
+    path = trainer.checkpoint_callback.best_model_path
+    again = KFACEditCallback(target={"val/accuracy": 0.95})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_curvature.trainer.outcome.Outcome.search", lambda *_: None)
+        models.trainer(tmp_path / "2", again, max_epochs=7).fit(
+            Probed(lr=0.003), models.loader(models.images(256)), ckpt_path=path
+        )
+    saved = torch.load(path)["callbacks"]
+    (state,) = (state["match"] for key, state in saved.items() if key.startswith("KFACEditCallback"))
+    assert {"budget", "scale", "predicted", "after"} < set(state)
+    assert (again.match.budget, again.match.scale) == (state["budget"], state["scale"])
+    assert (again.editor.budget, again.editor.scale) == (state["budget"] or None, state["scale"])
+
+
+@pytest.mark.parametrize("options", [{"reference": None}, {"soft": False}])
+def test_other_targets_are_energies(options, tmp_path):
+    module = stand_out(Probed(lr=0.003))
+    callback = tuned(tmp_path, module, target={"val/accuracy": 0.95}, **options)[2]
+    assert isinstance(callback.match, Match)
+    assert callback.editor.budget is None
+
+
+def test_each_search_decides_the_factor_of_updates_anew_and_starts_at_the_last_budget(tmp_path, monkeypatch):
+    begun = []
+
+    def match(self, trainer, module, editor, factors, target):
+        begun.append((editor.scale, editor.budget))
+        return Purchase(0.01, 0.01, {}, {}, {}, scale=0.8)
+
+    monkeypatch.setattr("lightning_curvature.trainer.probes.Probes.match", match)
+    callback = probed(tmp_path, val=0.95)[2]
+    assert begun[:2] == [(1.0, None), (1.0, 0.01)]
+    assert callback.editor.scale == 0.8
