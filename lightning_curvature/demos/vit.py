@@ -44,14 +44,23 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer with a class token, for square single-channel images."""
+    """Vision Transformer with a class token, for square images."""
 
     def __init__(
-        self, image_size: int, patch: int, classes: int, width: int, depth: int, heads: int, inner: int, mlp_ratio: int
+        self,
+        image_size: int,
+        patch: int,
+        classes: int,
+        width: int,
+        depth: int,
+        heads: int,
+        inner: int,
+        mlp_ratio: int,
+        channels: int = 1,
     ) -> None:
         super().__init__()
-        self.patch = patch
-        self.embed = nn.Linear(patch * patch, width)
+        self.patch, self.channels = patch, channels
+        self.embed = nn.Linear(channels * patch * patch, width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(0.02 * torch.randn((image_size // patch) ** 2 + 1, width))
         self.blocks = nn.Sequential(*(Block(width, inner, heads, mlp_ratio) for _ in range(depth)))
@@ -59,8 +68,9 @@ class ViT(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify images ``[b, h, w]``."""
-        patches = rearrange(images, "b (h p) (w q) -> b (h w) (p q)", p=self.patch, q=self.patch)
+        """Classify images ``[b, h, w]`` of one channel, or ``[b, c, h, w]``."""
+        images = images.view(len(images), self.channels, *images.shape[-2:])
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         cls = repeat(self.cls, "d -> b 1 d", b=len(images))
         x = torch.cat([cls, self.embed(patches)], 1) + self.position
         logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
@@ -85,6 +95,7 @@ class LitViT(pl.LightningModule):
         lr: Peak learning rate of AdamW, after 5 % of warm-up, decayed by a cosine.
         weight_decay: Decay of all matrices outside attention.
         attention_decay: Decay of attention matrices, as a multiple of ``weight_decay``.
+        channels: Channels of the images.
     """
 
     def __init__(
@@ -100,12 +111,13 @@ class LitViT(pl.LightningModule):
         lr: float = 1e-3,
         weight_decay: float = 1.0,
         attention_decay: float = 6.0,
+        channels: int = 1,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
         self.decays = {"attention": weight_decay * attention_decay, "matrix": weight_decay, "vector": 0.0}
-        self.model = ViT(image_size, patch, classes, width, depth, heads, inner, mlp_ratio)
+        self.model = ViT(image_size, patch, classes, width, depth, heads, inner, mlp_ratio, channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[b, classes]``."""
