@@ -26,7 +26,8 @@ class NoisyLabels(pl.LightningDataModule):
     reported from the *report* half. The model trains on all training examples.
 
     Args:
-        images: Float images ``[n, h, w]`` or ``[n, c, h, w]``; after a seeded shuffle the first ``num_train`` are trained on.
+        images: Float images ``[n, h, w]`` or ``[n, c, h, w]``; after a seeded shuffle the first ``num_train`` are
+            trained on.
         labels: True labels, int64 ``[n]``.
         num_train: Training images.
         noise: Fraction of training labels that is replaced by another class.

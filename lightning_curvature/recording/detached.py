@@ -15,7 +15,7 @@ from lightning_curvature.distributed import whole
 from lightning_curvature.recording.calls import LayerCall
 from lightning_curvature.recording.fisher import backpropagate
 from lightning_curvature.recording.graph import leaves_below
-from lightning_curvature.recording.losses import SoftmaxLoss
+from lightning_curvature.recording.losses import OutputLoss
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class DetachedCopy:
 
     leaf: Tensor
     gradients: list[Tensor]
-    losses: list[SoftmaxLoss]
+    losses: list[OutputLoss]
 
     def is_part_of(self, activation: Tensor) -> bool:
         """Tell whether the copy is a view of the memory of an activation."""
@@ -42,7 +42,7 @@ class DetachedCopy:
         return leaf.numel() > 0 and first <= start and end <= last
 
 
-def detached_leaves(losses: Sequence[SoftmaxLoss], parameters: Collection[int]) -> list[Tensor]:
+def detached_leaves(losses: Sequence[OutputLoss], parameters: Collection[int]) -> list[Tensor]:
     """Return the leaves below the logits of some losses that are no parameters.
 
     Args:
@@ -106,7 +106,7 @@ def hand_on(
     Returns:
         Calls and the gradients at their outputs; a call comes once for each pass that reached it.
     """
-    as_logits = SoftmaxLoss(activation, activation.dim() - 1, activation.new_empty(0))
+    as_logits = OutputLoss(activation, activation.dim() - 1, activation.new_empty(0))
     passes = [backpropagate(as_logits, gradient, calls) for gradient in gradients_at(activation, copies, together)]
     return [
         (call, gradient) for sent in passes for call, gradient in zip(calls, sent, strict=True) if gradient is not None

@@ -10,10 +10,10 @@ from lightning_curvature.distributed import whole
 from lightning_curvature.recording.graph import (
     reaches,
 )
-from lightning_curvature.recording.losses import SoftmaxLoss
+from lightning_curvature.recording.losses import OutputLoss
 
 
-def scales_of(losses: Sequence[Sequence[SoftmaxLoss]], gradients: Sequence[Sequence[Tensor]]) -> list[float | Tensor]:
+def scales_of(losses: Sequence[Sequence[OutputLoss]], gradients: Sequence[Sequence[Tensor]]) -> list[float | Tensor]:
     """Return, for each call of a layer, the factor of the products of the gradients that the training sent there.
 
     Args:
@@ -35,7 +35,7 @@ def scales_of(losses: Sequence[Sequence[SoftmaxLoss]], gradients: Sequence[Seque
     return scales
 
 
-def empirical_unit(losses: Sequence[SoftmaxLoss]) -> Tensor:
+def empirical_unit(losses: Sequence[OutputLoss]) -> Tensor:
     """Return the factor, float64, that makes gradients of the training's backward those of the plain summed loss.
 
     The factor that arrived at the loss (gradient accumulation, loss scaling, a user's own weight) and the reduction's
@@ -59,7 +59,7 @@ _WEIGHED = (
 )
 
 
-def _unit(loss: SoftmaxLoss) -> Tensor:
+def _unit(loss: OutputLoss) -> Tensor:
     parts: list[tuple[Tensor, Tensor]] = []
     for part in (loss, *loss.twins):
         factor, denominator = part.factor, part.denominator
@@ -77,7 +77,7 @@ def _unit(loss: SoftmaxLoss) -> Tensor:
     return 1.0 / sum(rates[1:], rates[0])
 
 
-def check_single_path(losses: Sequence[SoftmaxLoss], goals: set[Node], objective: Tensor | None) -> None:
+def check_single_path(losses: Sequence[OutputLoss], goals: set[Node], objective: Tensor | None) -> None:
     """Raise if the training loss reaches the layers on another path than through the softmax loss."""
     if any(loss.output is None for loss in losses) or objective is None:
         raise RuntimeError("fisher='empirical' reads the training's own loss; it cannot be used with logits='...'.")

@@ -21,6 +21,12 @@ For the sketch, with ``s = sqrt(p)`` (so ``s . s = 1``) and ``v = (diag(s) - p s
 exactly, and the size of ``v`` does not depend on rare events: on a saturated model a sampled label almost always gives
 a gradient near zero and once in a while a huge one. The first three kinds describe the model's own distribution:
 class weights and label smoothing do not enter.
+
+Two losses are sums over single outputs ``z``, whose ``H`` is diagonal. A sigmoid with ``p = sigmoid(z)``, for binary
+and multi-label classification, has ``H = diag(p (1 - p))``: the sketch is ``sqrt(p (1 - p)) * e``, a sampled gradient
+``p - y`` with ``y ~ p``. Half the squared difference to a target, the likelihood of a normal distribution of variance
+1, has ``H = I``: the sketch is ``e``, a sampled gradient a normal number. The exact ones have one pass for each output
+of a position. A generalized Gauss-Newton matrix is the same as the Fisher information here (Martens 2020, JMLR 21:146).
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +36,7 @@ from torch import Tensor
 
 from lightning_curvature.distributed import spread_like, whole
 from lightning_curvature.recording.calls import LayerCall
-from lightning_curvature.recording.losses import SoftmaxLoss
+from lightning_curvature.recording.losses import OutputLoss
 
 FISHER_KINDS = ("sketched", "sampled", "exact", "empirical")
 EXACT_LIMIT = 4096
@@ -40,7 +46,7 @@ Gradients = list[Tensor | None]
 """The gradient at the output of each call; None where the logits do not depend on it."""
 
 
-def count_passes(kind: str, losses: Sequence[SoftmaxLoss], groups: Sequence[Tensor], draws: int) -> int:
+def count_passes(kind: str, losses: Sequence[OutputLoss], groups: Sequence[Tensor], draws: int) -> int:
     """Return the number of backward passes that a batch costs.
 
     Args:
@@ -58,7 +64,7 @@ def count_passes(kind: str, losses: Sequence[SoftmaxLoss], groups: Sequence[Tens
 
 def gradient_passes(
     kind: str,
-    losses: Sequence[SoftmaxLoss],
+    losses: Sequence[OutputLoss],
     calls: Sequence[LayerCall],
     draws: int,
     generator: torch.Generator,
@@ -92,13 +98,16 @@ def gradient_passes(
 
 def fisher_vectors(
     kind: str,
-    loss: SoftmaxLoss,
+    loss: OutputLoss,
     calls: Sequence[LayerCall],
     draws: int,
     generator: torch.Generator,
     groups: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the vectors v, classes last. Logits may be the largest tensor of a step: nothing of their size stays."""
+    if loss.kind != "softmax":
+        yield from _entry_vectors(kind, loss, calls, draws, generator, groups)
+        return
     if kind == "exact":
         p, counted = _probabilities(loss), loss.counted[..., None]
         groups = independent_groups(loss, calls) if groups is None else groups
@@ -112,7 +121,37 @@ def fisher_vectors(
         yield draw(_probabilities(loss), loss.counted[..., None], generator)
 
 
-def _probabilities(loss: SoftmaxLoss) -> Tensor:
+def _entry_vectors(
+    kind: str,
+    loss: OutputLoss,
+    calls: Sequence[LayerCall],
+    draws: int,
+    generator: torch.Generator,
+    groups: Tensor | None,
+) -> Iterator[Tensor]:
+    """Yield the vectors v of a loss that is a sum over single outputs; arguments as of :func:`fisher_vectors`."""
+    logits = whole(loss.logits.detach()).movedim(loss.class_dim, -1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = loss.counted[..., None] if loss.entries is None else loss.entries
+    p = logits.sigmoid()
+    s = ((p * (1 - p)).sqrt() if loss.kind == "binary" else torch.ones_like(logits)) * counted
+    if kind == "exact":
+        groups = independent_groups(loss, calls) if groups is None else groups
+        for group in range(_num_groups(groups)):
+            here = torch.where((groups == group)[..., None], s, 0.0)
+            for entry in torch.eye(s.shape[-1], dtype=s.dtype, device=s.device):
+                yield here * entry
+        return
+    for _ in range(draws):
+        if kind == "sketched":
+            yield with_random_signs(s, generator)
+        elif loss.kind == "binary":
+            yield (p - (torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device) < p).to(p)) * counted
+        else:
+            yield torch.randn(s.shape, generator=generator, dtype=s.dtype, device=s.device) * counted
+
+
+def _probabilities(loss: OutputLoss) -> Tensor:
     """Return the softmax, classes last; zeros where the loss does not count."""
     logits = whole(loss.logits.detach()).movedim(loss.class_dim, -1)
     return logits.softmax(-1, torch.promote_types(logits.dtype, torch.float32)).mul_(loss.counted[..., None])
@@ -163,7 +202,7 @@ def _minus_onehot(p: Tensor, label: int) -> Tensor:
     return moved
 
 
-def independent_groups(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Tensor:
+def independent_groups(loss: OutputLoss, calls: Sequence[LayerCall]) -> Tensor:
     """Number the loss positions; positions with one number belong to examples that do not depend on each other.
 
     Examples lie along the first dimension of the layers' outputs. It is checked that no example depends on another:
@@ -189,7 +228,7 @@ def independent_groups(loss: SoftmaxLoss, calls: Sequence[LayerCall]) -> Tensor:
     return numbers % positions
 
 
-def alone(loss: SoftmaxLoss) -> Tensor:
+def alone(loss: OutputLoss) -> Tensor:
     """Number the loss positions, each as a group of its own: int64, the logits' shape without the classes."""
     return torch.arange(loss.counted.numel(), device=loss.counted.device).view(loss.counted.shape)
 
@@ -198,7 +237,7 @@ def _num_groups(groups: Tensor) -> int:
     return int(groups.max()) + 1 if groups.numel() else 0
 
 
-def _stays_inside(loss: SoftmaxLoss, calls: Sequence[LayerCall], example: Tensor, members: tuple[int, int]) -> bool:
+def _stays_inside(loss: OutputLoss, calls: Sequence[LayerCall], example: Tensor, members: tuple[int, int]) -> bool:
     """Tell whether the gradients of some examples' logits are zero at all others; members share a bit's value."""
     bit, value = members
     generator = torch.Generator(example.device).manual_seed(bit)
@@ -215,12 +254,12 @@ def _stays_inside(loss: SoftmaxLoss, calls: Sequence[LayerCall], example: Tensor
     return True
 
 
-def backpropagate(loss: SoftmaxLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradients:
+def backpropagate(loss: OutputLoss, v: Tensor, calls: Sequence[LayerCall]) -> Gradients:
     """Return the gradients at the outputs of calls, given the gradient ``v`` at the logits; the graph stays."""
     return _backpropagate_all([loss], [v], calls)
 
 
-def _backpropagate_all(losses: Sequence[SoftmaxLoss], seeds: Sequence[Tensor], calls: Sequence[LayerCall]) -> Gradients:
+def _backpropagate_all(losses: Sequence[OutputLoss], seeds: Sequence[Tensor], calls: Sequence[LayerCall]) -> Gradients:
     """Backpropagate a vector from the logits of each loss, all in one pass; see :func:`backpropagate`."""
     # float16 cannot hold the small gradients of a unit loss: the pass is scaled by a power of two, the largest that
     # does not overflow, and divided by it again, which is exact.

@@ -17,8 +17,8 @@ from lightning_curvature.recording import detached, empirical, fisher, objective
 from lightning_curvature.recording.calls import BatchGradients, LayerCall
 from lightning_curvature.recording.detached import DetachedCopy
 from lightning_curvature.recording.graph import node_of, origin_of, reached
-from lightning_curvature.recording.losses import SoftmaxLoss, count_by_layer
-from lightning_curvature.recording.named_logits import find_class_dim, losses_above, with_classes
+from lightning_curvature.recording.losses import OutputLoss, count_by_layer
+from lightning_curvature.recording.named_logits import find_class_dim, hide_a_softmax, losses_above, with_classes
 from lightning_curvature.recording.network import WatchedNetwork
 from lightning_curvature.recording.options import CollectorOptions
 from lightning_curvature.recording.taps import Taps
@@ -57,11 +57,13 @@ class StepGradients:
         self._objectives: list[weakref.ref[Tensor]] = []
         self._calls: list[LayerCall] = []
         self._received: dict[LayerCall, list[Tensor]] = {}  # gradients of the Fisher's own passes
-        self._losses: dict[LayerCall, list[SoftmaxLoss]] = {}  # whose gradients were, or will be, sent to a call
+        self._losses: dict[LayerCall, list[OutputLoss]] = {}  # whose gradients were, or will be, sent to a call
         self._copies: list[DetachedCopy] = []
         self._heads: set[str] = set()
         self._head: tuple[Node, list[int]] | None = None
         self._num_drawn = 0
+        self._has_chosen = False
+        self._of_softmax: bool | None = None  # whether what was taken is of a softmax loss
 
     @property
     def is_empty(self) -> bool:
@@ -93,22 +95,25 @@ class StepGradients:
         losses = objectives.losses_that_reach(self.taps, objective)
         self.taps.losses = [loss for loss in self.taps.losses if loss not in losses]
         if losses:
-            self._take_through(self._parts(losses, objective), objective)
+            losses = self._parts(objectives.of_the_output(losses), objective)
+            self._take_through(losses, objective)
         elif objective is None or not self._hand_on(objective):
             if self._options.is_empirical and objective is not None:
                 empirical.check_unreached({edge.node for edge in self.edges}, objective)
             self.passed_over.append(objectives.why_no_loss(self.taps, self._options.logits))
 
-    def _parts(self, losses: Sequence[SoftmaxLoss], objective: Tensor | None) -> list[SoftmaxLoss]:
+    def _parts(self, losses: Sequence[OutputLoss], objective: Tensor | None) -> list[OutputLoss]:
         """Return the losses of a backward pass as parts of one loss, having checked that they are."""
         for loss in losses:
             loss.check_logits()
         name, class_dim = self._options.logits, self._options.class_dim
         if name is not None:
-            losses = losses_above(losses, self.taps.losses_beside_named, objective) or [
-                with_classes(loss, find_class_dim(loss, name, class_dim, self.taps.other_losses, objective))
-                for loss in losses
-            ]
+            above = objectives.of_the_output(losses_above(losses, self.taps.losses_beside_named, objective))
+            by_hand = all(loss.kind != "softmax" for loss in above) and hide_a_softmax(losses, objective)
+            if by_hand or not above:
+                dims = [find_class_dim(loss, name, class_dim, self.taps.other_losses, objective) for loss in losses]
+                above = [with_classes(loss, dim) for loss, dim in zip(losses, dims, strict=True)]
+            losses = above
         parts = objectives.as_one_loss(losses, self._parameters, named=name is not None)
         if not self._options.is_empirical:
             parts = [objectives.without_ignored(loss, objective) for loss in parts]
@@ -116,9 +121,14 @@ class StepGradients:
             objectives.check_log_probabilities(loss)
         return parts
 
-    def _take_through(self, losses: list[SoftmaxLoss], objective: Tensor | None) -> None:
+    def _take_through(self, losses: list[OutputLoss], objective: Tensor | None) -> None:
         """Take the gradients that go through some losses."""
-        network = self._network
+        network, is_softmax = self._network, losses[0].kind == "softmax"
+        if self._of_softmax is not None and self._of_softmax != is_softmax:
+            self.passed_over.append("A binary or squared loss beside a softmax loss of the same step does not count.")
+            if not is_softmax:
+                return
+            self._forget_taken()
         leaves: list[Tensor] = []
         if network.detaches is not False:
             leaves = detached.detached_leaves(losses, self._parameters)
@@ -132,13 +142,20 @@ class StepGradients:
         if not calls and not leaves:
             self._pass_over(chosen)
             return
+        self._of_softmax = is_softmax
         self._check_head(losses[0])
         if self._options.is_empirical:
             self._expect(losses, calls, leaves, objective)
         else:
             self._backpropagate(losses, calls, leaves)
 
-    def _choose_below(self, losses: Sequence[SoftmaxLoss], calls: Sequence[LayerCall], has_leaves: bool) -> bool:
+    def _forget_taken(self) -> None:
+        """Forget what a pass gave that does not count, and the layers that were chosen by it."""
+        self._received, self._losses, self._copies, self._head = {}, {}, [], None
+        if self._has_chosen:
+            self._network.chosen, self._has_chosen = None, False
+
+    def _choose_below(self, losses: Sequence[OutputLoss], calls: Sequence[LayerCall], has_leaves: bool) -> bool:
         """Choose layers in the first batch; tell whether gradients can be taken now.
 
         Args:
@@ -157,7 +174,7 @@ class StepGradients:
         return {call.edge.node: call for call in self._calls if call.edge is not None}
 
     def _reached_calls(
-        self, losses: Sequence[SoftmaxLoss], objective: Tensor | None, leaves: Sequence[Tensor]
+        self, losses: Sequence[OutputLoss], objective: Tensor | None, leaves: Sequence[Tensor]
     ) -> list[LayerCall]:
         """Return the calls with a graph that the losses reach; where that is not asked for, all that may be."""
         live = [call for call in self._calls if call.edge is not None]
@@ -175,6 +192,7 @@ class StepGradients:
         dead = ({call.name for call in self._calls} | self.taps.without_graph) - live
         try:
             self._network.choose(fired, self._heads, dead)
+            self._has_chosen = True
         except objectives.NothingToCollectError as error:
             if self.taps.transformed:
                 self._pass_over(sorted(self.taps.transformed))
@@ -189,7 +207,7 @@ class StepGradients:
         if reason is not None:
             self.passed_over.append(reason)
 
-    def _check_head(self, loss: SoftmaxLoss) -> None:
+    def _check_head(self, loss: OutputLoss) -> None:
         """Raise if another backward pass of this step went through another output of the model."""
         if self._options.logits is not None:
             return
@@ -203,7 +221,7 @@ class StepGradients:
 
     def _expect(
         self,
-        losses: Sequence[SoftmaxLoss],
+        losses: Sequence[OutputLoss],
         calls: Sequence[LayerCall],
         leaves: Sequence[Tensor],
         objective: Tensor | None,
@@ -220,7 +238,7 @@ class StepGradients:
         self._copies += [DetachedCopy(leaf, [], kept) for leaf in leaves]
 
     def _backpropagate(
-        self, losses: Sequence[SoftmaxLoss], calls: Sequence[LayerCall], leaves: Sequence[Tensor]
+        self, losses: Sequence[OutputLoss], calls: Sequence[LayerCall], leaves: Sequence[Tensor]
     ) -> None:
         """Run the backward passes of the Fisher, and keep what arrives at calls and leaves."""
         kind, draws = self._options.fisher, self._options.draws

@@ -1,5 +1,6 @@
-"""Softmax losses: what one call says about its logits, and which functions are other losses."""
+"""Losses whose curvature is known: what one call says about its logits, and which functions are other losses."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,17 @@ from lightning_curvature.distributed import whole
 
 
 @dataclass(eq=False)
-class SoftmaxLoss:
-    """Logits of one softmax loss, and what the loss does with them.
+class OutputLoss:
+    """Outputs of a model in one loss, and what the loss does with them.
 
     Args:
         logits: As the loss received them, with their graph.
-        class_dim: Dimension of the classes.
+        class_dim: Dimension of the classes, or of outputs that belong to one position.
         counted: Which loss positions count (not ``ignore_index``): bool, the logits' shape without the classes.
+        kind: ``"softmax"`` over the classes; ``"binary"``, a sigmoid of each logit; or ``"squared"``, half the squared
+            difference to a target.
+        entries: Which logits count, bool, their shape with the classes last; None for a softmax, of which a row counts
+            or not.
         denominator: What ``reduction="mean"`` divided by; 1 for sums; None if the loss is not known.
         output: The loss; its graph node identifies it. None for logits named by the user.
         log_probabilities: Whether ``logits`` must be normalised, as ``nll_loss`` wants them.
@@ -33,11 +38,13 @@ class SoftmaxLoss:
     logits: Tensor
     class_dim: int
     counted: Tensor
+    kind: str = "softmax"
+    entries: Tensor | None = None
     denominator: Tensor | None = None
     output: Tensor | None = None
     log_probabilities: bool = False
     arrived: list[Tensor] = field(default_factory=list)
-    twins: "tuple[SoftmaxLoss, ...]" = ()
+    twins: "tuple[OutputLoss, ...]" = ()
     edge: GradientEdge | None = None
     version: int | None = None
 
@@ -51,7 +58,7 @@ class SoftmaxLoss:
         """Raise ``RuntimeError`` if the logits were overwritten after the loss read them."""
         if self.version is not None and self.logits._version != self.version:
             raise RuntimeError(
-                "The logits were changed in place after the loss read them, so their softmax can no longer be "
+                "The logits were changed in place after the loss read them, so its curvature can no longer be "
                 "measured. Change a copy: logits = logits.clone() before the in-place operation."
             )
 
@@ -60,17 +67,31 @@ class SoftmaxLoss:
         """Number of classes."""
         return self.logits.shape[self.class_dim]
 
-    def without_graph(self) -> "SoftmaxLoss":
+    def without_graph(self) -> "OutputLoss":
         """Return what says which loss positions count, and keeps neither logits nor their graph."""
-        return SoftmaxLoss(self.counted.new_empty(0), 0, self.counted)
+        return OutputLoss(self.counted.new_empty(0), 0, self.counted)
+
+    def without_ignored(self, factors: Sequence[Tensor | None]) -> "OutputLoss":
+        """Return the loss without what has a weight of exactly zero.
+
+        Args:
+            factors: Gradients of an objective with respect to this loss and its twins. Those of one number, and of
+                losses that do not tell them, take nothing away.
+        """
+        entries = self.counted if self.entries is None else self.entries.movedim(-1, self.class_dim)
+        known = [whole(factor) for factor in factors if factor is not None and factor.numel() == entries.numel()]
+        if len(known) < 1 + len(self.twins):
+            return self
+        entries = entries & torch.stack([factor.reshape(entries.shape) != 0 for factor in known]).any(0)
+        if self.entries is None:
+            return dataclasses.replace(self, counted=entries)
+        entries = entries.movedim(self.class_dim, -1)
+        return dataclasses.replace(self, counted=entries.any(-1), entries=entries)
 
     @property
     def num_counted(self) -> Tensor:
         """Number of loss positions that count, int64 ``[]``; those do not whose weight arrived, and is zero."""
-        factors = [whole(part.factor) for part in (self, *self.twins) if part.factor is not None]
-        used = [factor.reshape(self.counted.shape) != 0 for factor in factors if factor.numel() == self.counted.numel()]
-        counted = self.counted & torch.stack(used).any(0) if len(used) == 1 + len(self.twins) else self.counted
-        return counted.sum()
+        return self.without_ignored([part.factor for part in (self, *self.twins)]).counted.sum()
 
     @property
     def factor(self) -> Tensor | None:
@@ -80,7 +101,7 @@ class SoftmaxLoss:
 
 @dataclass(eq=False)
 class OtherLoss:
-    """A loss that is no softmax loss.
+    """A loss whose curvature is not known.
 
     Args:
         name: Name of the function.
@@ -91,12 +112,9 @@ class OtherLoss:
     input: Tensor
 
 
-OTHER_LOSSES: dict[Callable[..., Any], str] = {
-    function: function.__name__
-    for function in (
+OTHER_LOSSES = frozenset(
+    (
         F.binary_cross_entropy,
-        F.binary_cross_entropy_with_logits,
-        F.mse_loss,
         F.l1_loss,
         F.smooth_l1_loss,
         F.huber_loss,
@@ -115,11 +133,13 @@ OTHER_LOSSES: dict[Callable[..., Any], str] = {
         F.hinge_embedding_loss,
         *(getattr(F, name) for name in ("linear_cross_entropy",) if hasattr(F, name)),  # fuses a head and its softmax
     )
-}
+)
 
 
 SOFTMAX_LOSSES = (F.cross_entropy, F.nll_loss)
-_SIGNATURES = {function: inspect.signature(function) for function in SOFTMAX_LOSSES}
+ENTRY_LOSSES: dict[Callable[..., Any], str] = {F.binary_cross_entropy_with_logits: "binary", F.mse_loss: "squared"}
+"""Losses that are sums over single outputs; torchvision's ``sigmoid_focal_loss`` calls the first one."""
+_SIGNATURES = {function: inspect.signature(function) for function in (*SOFTMAX_LOSSES, *ENTRY_LOSSES)}
 
 
 class SoftmaxFacts(NamedTuple):
@@ -154,7 +174,7 @@ def softmax_facts(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 
 def read_loss(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> SoftmaxLoss | None:
+) -> OutputLoss | None:
     """Return what one call of a softmax loss says about its logits; None if no gradient passes it (a metric).
 
     Args:
@@ -175,15 +195,82 @@ def read_loss(
         labelled = target != given["ignore_index"]
         denominator = labelled.sum() if weight is None else weight[target[labelled]].sum()
     # The softmax of a log-softmax is the same softmax: the log-probabilities that nll_loss receives serve as logits.
-    return SoftmaxLoss(
+    return OutputLoss(
         logits,
         class_dim,
         counted,
-        denominator,
-        output,
+        denominator=denominator,
+        output=output,
         log_probabilities=function is F.nll_loss,
         edge=get_gradient_edge(output),
         version=logits._version,
+    )
+
+
+class EntryFacts(NamedTuple):
+    """What a call of a loss that is a sum over single outputs compares.
+
+    Args:
+        logits: What the model returned, ``[n]`` as ``[n, 1]``.
+        target: What it is compared with, of the same shape.
+        class_dim: Dimension of the outputs that belong to one position: 1 of images, otherwise the last one.
+        entries: Which outputs count, bool, this dimension last.
+        given: All arguments by name, defaults among them.
+    """
+
+    logits: Tensor
+    target: Tensor
+    class_dim: int
+    entries: Tensor
+    given: dict[str, Any]
+
+
+def entry_facts(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> EntryFacts | None:
+    """Return what one call of a loss of ``ENTRY_LOSSES`` compares; None if that cannot be told.
+
+    It cannot where both sides need a gradient, or one side stands for several outputs of the other (broadcast).
+    """
+    bound = _SIGNATURES[function].bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    logits, target = given["input"], given["target"]
+    if function is F.mse_loss and target.requires_grad and not logits.requires_grad:
+        logits, target = target, logits
+    if target.requires_grad or logits.shape != target.shape:
+        return None
+    weight = torch.ones((), device=logits.device) if given.get("weight") is None else given["weight"]
+    if given.get("pos_weight") is not None:
+        weight = weight * (1 - target + target * given["pos_weight"])
+    entries = (weight != 0).expand(logits.shape)
+    if logits.dim() < 2:
+        logits, target, entries = (part.reshape(-1, 1) for part in (logits, target, entries))
+    class_dim = 1 if logits.dim() > 3 else logits.dim() - 1
+    return EntryFacts(logits, target, class_dim, entries.movedim(class_dim, -1), given)
+
+
+def read_entry_loss(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> OutputLoss | None:
+    """Return what one call of a loss of ``ENTRY_LOSSES`` says about its logits; None if that cannot be told.
+
+    Arguments as of :func:`read_loss`.
+    """
+    facts = entry_facts(function, args, kwargs)
+    if facts is None or not facts.logits.requires_grad:
+        return None
+    count = facts.logits.numel() if _reduction(facts.given) == "mean" else 1
+    # Squares count half: that is the negative log-likelihood of a normal distribution of variance 1.
+    denominator = count / 2 if function is F.mse_loss else float(count)
+    return OutputLoss(
+        facts.logits,
+        facts.class_dim,
+        facts.entries.any(-1),
+        ENTRY_LOSSES[function],
+        facts.entries,
+        torch.tensor(denominator, dtype=torch.float64, device=facts.logits.device),
+        output,
+        edge=get_gradient_edge(output),
+        version=facts.logits._version,
     )
 
 
@@ -202,7 +289,7 @@ def every_position(logits: Tensor, class_dim: int) -> Tensor:
     return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
 
 
-def count_by_layer(losses: Iterable[tuple[str, Sequence[SoftmaxLoss]]]) -> dict[str, Tensor]:
+def count_by_layer(losses: Iterable[tuple[str, Sequence[OutputLoss]]]) -> dict[str, Tensor]:
     """Return the number of loss positions behind each layer's gradients, int64 ``[]``.
 
     A loss counts once for a layer, however many of its calls it reaches. Layers with the same losses get one tensor.
@@ -210,24 +297,25 @@ def count_by_layer(losses: Iterable[tuple[str, Sequence[SoftmaxLoss]]]) -> dict[
     Args:
         losses: For each call, the name of its layer and the losses behind its gradients.
     """
-    by_layer: dict[str, dict[SoftmaxLoss, None]] = {}
+    by_layer: dict[str, dict[OutputLoss, None]] = {}
     for name, behind in losses:
         by_layer.setdefault(name, {}).update(dict.fromkeys(behind))
-    counts: dict[tuple[SoftmaxLoss, ...], Tensor] = {}
+    counts: dict[tuple[OutputLoss, ...], Tensor] = {}
     for met in map(tuple, by_layer.values()):
         if met not in counts:
             counts[met] = sum((loss.num_counted.to(met[0].counted.device) for loss in met[1:]), met[0].num_counted)
     return {name: counts[tuple(met)] for name, met in by_layer.items()}
 
 
-def shapes_of(losses: Sequence[SoftmaxLoss]) -> list[list[int]]:
+def shapes_of(losses: Sequence[OutputLoss]) -> list[list[int]]:
     """Return the shapes of the logits of some losses, for messages."""
     return [list(loss.logits.shape) for loss in losses]
 
 
 SUPPORTED_LOSSES = (
-    "The curvature is defined here for F.cross_entropy, nn.CrossEntropyLoss, and F.nll_loss after log_softmax; a model "
-    "that hides it (a fused or compiled loss, a hand-written focal or margin loss over a softmax) names the submodule "
-    "or method that returns its logits: logits='...', and class_dim= if the classes are not the last of three or more "
+    "The curvature is defined here for F.cross_entropy, nn.CrossEntropyLoss, F.nll_loss after log_softmax, "
+    "F.binary_cross_entropy_with_logits (torchvision's sigmoid_focal_loss, too) and F.mse_loss; a model that hides a "
+    "softmax (a fused or compiled loss, a hand-written focal or margin loss over a softmax) names the submodule or "
+    "method that returns its logits: logits='...', and class_dim= if the classes are not the last of three or more "
     "dimensions."
 )

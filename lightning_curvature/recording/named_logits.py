@@ -22,7 +22,7 @@ from lightning_curvature.recording.graph import (
 from lightning_curvature.recording.losses import (
     SUPPORTED_LOSSES,
     OtherLoss,
-    SoftmaxLoss,
+    OutputLoss,
     every_position,
 )
 
@@ -85,14 +85,12 @@ def logits_seen(root: nn.Module, name: str, see: Callable[[Any], None]) -> Itera
             attributes[attribute] = before
 
 
-def losses_above(
-    named: Sequence[SoftmaxLoss], seen: Sequence[SoftmaxLoss], objective: Tensor | None
-) -> list[SoftmaxLoss]:
-    """Return the softmax losses that a backward pass goes through, and that are computed from named logits.
+def losses_above(named: Sequence[OutputLoss], seen: Sequence[OutputLoss], objective: Tensor | None) -> list[OutputLoss]:
+    """Return the losses that a backward pass goes through, and that are computed from named logits.
 
     Args:
         named: What the submodule or method that the user named returned.
-        seen: The softmax losses of the step.
+        seen: The losses of the step.
         objective: What is backpropagated, or None.
     """
     losses = list(seen)
@@ -103,13 +101,19 @@ def losses_above(
     return [loss for loss in losses if reached(node_of(loss.logits), goals)]
 
 
-def with_classes(loss: SoftmaxLoss, class_dim: int) -> SoftmaxLoss:
+def hide_a_softmax(named: Sequence[OutputLoss], objective: Tensor | None) -> bool:
+    """Tell whether named logits go into a softmax that is computed by hand, or where that cannot be seen."""
+    paths = [[] if objective is None else between(objective.grad_fn, loss.node) for loss in named]
+    return any(softmax_uses(path) or hides_its_operations(path) for path in paths)
+
+
+def with_classes(loss: OutputLoss, class_dim: int) -> OutputLoss:
     """Return named logits with their class dimension set, and every position counted."""
     return dataclasses.replace(loss, class_dim=class_dim, counted=every_position(loss.logits.detach(), class_dim))
 
 
 def find_class_dim(
-    loss: SoftmaxLoss, name: str, class_dim: int | None, other_losses: Sequence[OtherLoss], objective: Tensor | None
+    loss: OutputLoss, name: str, class_dim: int | None, other_losses: Sequence[OtherLoss], objective: Tensor | None
 ) -> int:
     """Return the class dimension of named logits whose softmax is computed by hand, not by a known loss.
 
@@ -141,8 +145,8 @@ def find_class_dim(
     dim = _told_dim(shape, uses, any(reordered for _, reordered in below), name, class_dim)
     if shape[dim] < 2:
         raise RuntimeError(
-            f"logits={name!r} returned {list(shape)}: one class only, whose softmax is always 1. A binary or squared "
-            "loss has no softmax; its curvature is not collected."
+            f"logits={name!r} returned {list(shape)}: one class only, whose softmax is always 1. Of binary and squared "
+            f"losses, these are known. {SUPPORTED_LOSSES}"
         )
     return dim
 

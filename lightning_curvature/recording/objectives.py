@@ -1,4 +1,4 @@
-"""Which softmax losses of a step count, given what is backpropagated, and why none does."""
+"""Which losses of a step count, given what is backpropagated, and why none does."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -16,7 +16,7 @@ from lightning_curvature.recording.graph import (
     origin_of,
     reached,
 )
-from lightning_curvature.recording.losses import SUPPORTED_LOSSES, SoftmaxLoss, shapes_of
+from lightning_curvature.recording.losses import SUPPORTED_LOSSES, OutputLoss, shapes_of
 from lightning_curvature.recording.taps import Taps
 
 
@@ -32,8 +32,16 @@ def frozen_layers_message(names: Collection[str]) -> str:
     )
 
 
-def losses_that_reach(taps: Taps, objective: Tensor | None) -> list[SoftmaxLoss]:
-    """Return the softmax losses of a step through which a backward pass goes.
+def of_the_output(losses: Sequence[OutputLoss]) -> list[OutputLoss]:
+    """Return the losses that say what the model returns: the softmax losses, or, without one, all.
+
+    A squared or binary loss beside a softmax is one more term, of features for example, and is passed over.
+    """
+    return [loss for loss in losses if loss.kind == "softmax"] or list(losses)
+
+
+def losses_that_reach(taps: Taps, objective: Tensor | None) -> list[OutputLoss]:
+    """Return the losses of a step through which a backward pass goes.
 
     Args:
         taps: What the step recorded.
@@ -45,7 +53,7 @@ def losses_that_reach(taps: Taps, objective: Tensor | None) -> list[SoftmaxLoss]
     return [loss for loss in taps.losses if loss.node in met]
 
 
-def without_ignored(loss: SoftmaxLoss, objective: Tensor | None) -> SoftmaxLoss:
+def without_ignored(loss: OutputLoss, objective: Tensor | None) -> OutputLoss:
     """Return a loss without the positions that the training gives a weight of exactly zero.
 
     A loss of one number has no such weights, and without an objective they are not known.
@@ -55,15 +63,7 @@ def without_ignored(loss: SoftmaxLoss, objective: Tensor | None) -> SoftmaxLoss:
     if objective is None or objective.numel() != 1 or len(asked) < len(parts):
         return loss
     edges = [part.edge for part in asked if part.edge is not None]
-    factors = torch.autograd.grad(objective, edges, retain_graph=True, allow_unused=True)
-    used = [
-        factor.reshape(loss.counted.shape) != 0
-        for factor in factors
-        if factor is not None and factor.numel() == loss.counted.numel()
-    ]
-    if len(used) < len(parts):
-        return loss
-    return dataclasses.replace(loss, counted=loss.counted & torch.stack(used).any(0))
+    return loss.without_ignored(torch.autograd.grad(objective, edges, retain_graph=True, allow_unused=True))
 
 
 def why_no_loss(taps: Taps, logits: str | None) -> str:
@@ -76,8 +76,8 @@ def why_no_loss(taps: Taps, logits: str | None) -> str:
     names = sorted({loss.name for loss in taps.other_losses})
     seen = f" It computes {listing(names)}." if names else ""
     if taps.without_gradients:
-        seen += " It computes a cross-entropy without gradients: take torch.no_grad() or detach() away from it."
-    return f"No softmax cross-entropy reaches the training loss.{seen} {SUPPORTED_LOSSES}"
+        seen += " It computes a loss without gradients: take torch.no_grad() or detach() away from it."
+    return f"No loss whose curvature is known reaches the training loss.{seen} {SUPPORTED_LOSSES}"
 
 
 def why_no_gradients(chosen: Collection[str], calls: Sequence[LayerCall], transformed: Collection[str]) -> str | None:
@@ -104,7 +104,7 @@ def why_no_gradients(chosen: Collection[str], calls: Sequence[LayerCall], transf
     return None
 
 
-def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], named: bool = False) -> list[SoftmaxLoss]:
+def as_one_loss(losses: Sequence[OutputLoss], parameters: Collection[int], named: bool = False) -> list[OutputLoss]:
     """Return the parts of one loss: losses on disjoint positions of one head, each softmax once.
 
     A head that is called chunk by chunk, or at each step of a sequence, has one loss for each call. Its outputs are
@@ -124,7 +124,7 @@ def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], name
     origins = [origin_of(node_of(loss.logits), parameters) for loss in losses]
     if not (named or all(origins[0].is_head_of(origin) for origin in origins)):
         raise RuntimeError(several_outputs_message(shapes_of(losses)))
-    merged: list[SoftmaxLoss] = []
+    merged: list[OutputLoss] = []
     for node in dict.fromkeys(origin.node for origin in origins):
         merged += _of_one_call(
             [loss for loss, origin in zip(losses, origins, strict=True) if origin.node is node], node
@@ -132,11 +132,11 @@ def as_one_loss(losses: Sequence[SoftmaxLoss], parameters: Collection[int], name
     return merged
 
 
-def _of_one_call(losses: Sequence[SoftmaxLoss], node: Node) -> list[SoftmaxLoss]:
+def _of_one_call(losses: Sequence[OutputLoss], node: Node) -> list[OutputLoss]:
     """Merge the losses over the same softmax, among losses over the output ``node`` of one call of a head."""
     if len(losses) == 1:
         return list(losses)
-    kept, read = list[SoftmaxLoss](), list[dict[int, Tensor]]()
+    kept, read = list[OutputLoss](), list[dict[int, Tensor]]()
     for loss in losses:
         entries = _entries_read(loss.logits, node)
         for i, earlier in enumerate(kept):
@@ -148,7 +148,7 @@ def _of_one_call(losses: Sequence[SoftmaxLoss], node: Node) -> list[SoftmaxLoss]
                 break
             if any(bool((mine & theirs).any()) for mine, theirs in both):
                 raise RuntimeError(
-                    f"{len(losses)} softmax losses read the same outputs in different ways (logits of shapes "
+                    f"{len(losses)} losses read the same outputs in different ways (outputs of shapes "
                     f"{shapes_of(losses)}), so that their classes are not told apart. Name the submodule or method "
                     "that returns the logits that count: logits='...'; a validation step may also return the loss "
                     "that counts."
@@ -166,9 +166,9 @@ def _entries_read(logits: Tensor, node: Node) -> dict[int, Tensor]:
     return {i: whole(gradient) != 0 for i, gradient in enumerate(gradients) if gradient is not None}
 
 
-def _same_softmax(first: SoftmaxLoss, second: SoftmaxLoss) -> bool:
+def _same_softmax(first: OutputLoss, second: OutputLoss) -> bool:
     """Tell whether two losses that read the same entries read them in the same order."""
-    if first.logits.shape != second.logits.shape or first.class_dim != second.class_dim:
+    if first.logits.shape != second.logits.shape or first.class_dim != second.class_dim or first.kind != second.kind:
         return False
     z1, z2 = whole(first.logits.detach()), whole(second.logits.detach())
     return torch.allclose(z1, z2.to(z1.dtype), rtol=0, atol=0, equal_nan=True)
@@ -177,13 +177,13 @@ def _same_softmax(first: SoftmaxLoss, second: SoftmaxLoss) -> bool:
 def several_outputs_message(shapes: Sequence[Sequence[int]]) -> str:
     """Return the message about losses of different outputs, given the shapes of their logits."""
     return (
-        f"{len(shapes)} softmax losses reach the training loss (logits of shapes {shapes}); the curvature of "
+        f"{len(shapes)} losses reach the training loss (outputs of shapes {shapes}); the curvature of "
         "one model output is meant. Name the submodule or method that returns the logits of one of them: logits='...'; "
         "a validation step may also return the loss that counts."
     )
 
 
-def check_log_probabilities(loss: SoftmaxLoss) -> None:
+def check_log_probabilities(loss: OutputLoss) -> None:
     """Raise ``RuntimeError`` if what ``nll_loss`` received is not normalised."""
     if not loss.log_probabilities:
         return
@@ -195,7 +195,7 @@ def check_log_probabilities(loss: SoftmaxLoss) -> None:
         )
 
 
-def check_reentrant(losses: Sequence[SoftmaxLoss], taps: Taps, called: Collection[str]) -> None:
+def check_reentrant(losses: Sequence[OutputLoss], taps: Taps, called: Collection[str]) -> None:
     """Raise if the logits were computed under reentrant activation checkpointing, in which layers have no graph.
 
     Args:
@@ -214,7 +214,7 @@ def check_reentrant(losses: Sequence[SoftmaxLoss], taps: Taps, called: Collectio
         )
 
 
-def output_heads(losses: Sequence[SoftmaxLoss], calls: Sequence[LayerCall]) -> set[str]:
+def output_heads(losses: Sequence[OutputLoss], calls: Sequence[LayerCall]) -> set[str]:
     """Return the names of layers whose output is the logits, up to views, casts and elementwise operations."""
     nodes = {call.edge.node: call.name for call in calls if call.edge is not None}
     heads = set()

@@ -5,8 +5,9 @@ While it is open it records
 
 - each call of a watched layer: the input, and the place of the output in the autograd graph (a gradient edge, taken
   before a later in-place operation can move it, so that ``relu_`` after a layer does not change what is measured);
-- each softmax cross-entropy: ``F.cross_entropy`` (and ``nn.CrossEntropyLoss``), and ``F.nll_loss`` of log-softmax
-  outputs, seen by a :class:`torch.overrides.TorchFunctionMode`.
+- each loss whose curvature is known: ``F.cross_entropy`` (and ``nn.CrossEntropyLoss``), ``F.nll_loss`` of log-softmax
+  outputs, ``F.binary_cross_entropy_with_logits`` and ``F.mse_loss``, seen by a
+  :class:`torch.overrides.TorchFunctionMode`.
 
 It changes nothing that it sees. Nothing is recorded while a backward pass runs: activation checkpointing calls layers
 again there.
@@ -28,21 +29,23 @@ from lightning_curvature.recording.calls import LayerCall, check_call, is_transf
 from lightning_curvature.recording.compiled import uncompiled
 from lightning_curvature.recording.forwards import check_forward, rows_agree
 from lightning_curvature.recording.losses import (
+    ENTRY_LOSSES,
     OTHER_LOSSES,
     SOFTMAX_LOSSES,
     OtherLoss,
-    SoftmaxLoss,
+    OutputLoss,
     every_position,
+    read_entry_loss,
     read_loss,
 )
 from lightning_curvature.recording.named_logits import logits_seen
 
-_LOSSES = frozenset([*SOFTMAX_LOSSES, *OTHER_LOSSES])
+_LOSSES = frozenset([*SOFTMAX_LOSSES, *ENTRY_LOSSES, *OTHER_LOSSES])
 _passes: list[object] = []  # tokens of the recorders whose own backward pass is running
 
 
 class Taps:
-    """Context manager that records layer calls and softmax losses of whatever runs inside.
+    """Context manager that records layer calls and losses of whatever runs inside.
 
     Args:
         root: The network.
@@ -56,10 +59,10 @@ class Taps:
 
     Attributes:
         calls: Calls of watched layers, in their order.
-        losses: Softmax losses, or the named logits.
-        losses_beside_named: With named logits, the softmax losses that were seen beside them.
-        other_losses: Losses that are no softmax losses.
-        without_gradients: Whether a softmax loss was seen through which no gradient passes.
+        losses: Losses whose curvature is known, or the named logits.
+        losses_beside_named: With named logits, the losses that were seen beside them.
+        other_losses: Losses whose curvature is not known.
+        without_gradients: Whether a loss was seen through which no gradient passes.
         transformed: Names of layers that ran inside a ``torch.func`` transform.
         without_graph: Names of layers that ran where nothing is recorded (no gradients, or a backward pass).
         recording: Whether anything is recorded.
@@ -78,8 +81,8 @@ class Taps:
         unchecked: set[str] | None = None,
     ) -> None:
         self.calls: list[LayerCall] = []
-        self.losses: list[SoftmaxLoss] = []
-        self.losses_beside_named: list[SoftmaxLoss] = []
+        self.losses: list[OutputLoss] = []
+        self.losses_beside_named: list[OutputLoss] = []
         self.without_gradients = False
         self.without_graph: set[str] = set()
         self.transformed: set[str] = set()
@@ -219,9 +222,7 @@ class Taps:
             if self.recording and torch.is_grad_enabled() and logits.requires_grad:
                 # Which dimension holds the classes is told when the loss is known.
                 counted, edge = every_position(logits.detach(), -1), get_gradient_edge(logits)
-                self.losses.append(
-                    SoftmaxLoss(logits, logits.dim() - 1, counted, edge=edge, version=version_of(logits))
-                )
+                self.losses.append(OutputLoss(logits, logits.dim() - 1, counted, edge=edge, version=version_of(logits)))
 
     def see_loss(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -230,12 +231,13 @@ class Taps:
         if not self.recording:
             return
         with self.guarded():
-            if function in OTHER_LOSSES:
+            loss, of_entries = None, function in ENTRY_LOSSES
+            if function not in OTHER_LOSSES:
+                loss = (read_entry_loss if of_entries else read_loss)(function, args, kwargs, output)
+            if function in OTHER_LOSSES or (loss is None and of_entries and output.requires_grad):
                 compared = args[0] if args else next(iter(kwargs.values()))
-                self.other_losses.append(OtherLoss(OTHER_LOSSES[function], compared))
-                return
-            loss = read_loss(function, args, kwargs, output)
-            if loss is None:
+                self.other_losses.append(OtherLoss(function.__name__, compared))
+            elif loss is None:
                 self.without_gradients = True
             elif self._logits is not None:
                 self.losses_beside_named.append(loss)

@@ -127,7 +127,7 @@ def test_random_kinds_have_the_exact_second_moment(kind):
     """Over many draws the mean of v v^T is diag(p) - p p^T, within five standard errors."""
     torch.manual_seed(0)
     logits = torch.tensor([[2.0, 0.0, -1.0], [9.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
-    loss = fisher.SoftmaxLoss(logits, 1, torch.ones(2, dtype=torch.bool))
+    loss = fisher.OutputLoss(logits, 1, torch.ones(2, dtype=torch.bool))
     p = logits.detach().softmax(-1)
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack(list(fisher.fisher_vectors(kind, loss, [], 20_000, generator)))

@@ -199,7 +199,7 @@ def test_nothing_of_the_size_of_the_logits_stays_but_one(kind):
     """Logits of a large vocabulary are the largest tensor of a step: two while vectors are drawn, one from then on."""
     size = 4 * 64 * 2**14
     logits = torch.randn(64, 2**14, requires_grad=True)
-    loss = fisher.SoftmaxLoss(logits, 1, torch.ones(64, dtype=torch.bool))
+    loss = fisher.OutputLoss(logits, 1, torch.ones(64, dtype=torch.bool))
     draws = fisher.fisher_vectors(kind, loss, [], 2, torch.Generator().manual_seed(0))
     assert peak_bytes(lambda: next(draws)) < 2.2 * size
     kept = [value for value in draws.gi_frame.f_locals.values() if isinstance(value, torch.Tensor)]
