@@ -98,6 +98,8 @@ class Taps:
         self._unchecked = set[str]() if unchecked is None else unchecked
         self._stack = ExitStack()
         self._token = object()
+        # Nothing is trained then: a model that was loaded, or frozen, is validated.
+        self._is_frozen = not any(parameter.requires_grad for parameter in root.parameters())
 
     def open(self) -> None:
         """Put the hooks in their places."""
@@ -195,8 +197,8 @@ class Taps:
                     f"Layer {name!r} cannot be collected: {reason}. Its factors would be those of another product; "
                     "leave it out of layers=."
                 )
-        if not output.requires_grad and is_under_lora(self._root, name):
-            output.requires_grad_()  # what is added to it is trained: the gradient is that of the sum
+        if not output.requires_grad and (self._is_frozen or is_under_lora(self._root, name)):
+            output.requires_grad_()  # below an adapter what is added to it is trained: the gradient is that of the sum
         call = LayerCall(
             name=name,
             module=module,

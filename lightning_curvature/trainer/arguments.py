@@ -65,9 +65,10 @@ class CallbackArguments(Callback):
                 end of fit, on batches of the last validation: the strongest edit under which the loss of a token is at
                 most 0.02 nats above that of the unedited model. The loss of a classifier may be a tenth, at most 0.05,
                 above its lowest point on the path of stronger and stronger edits, and its accuracy at most half a point
-                below that of the unedited model.
-                Without a validation that computes a softmax loss the edit is one that is predicted to cost 0.02 nats in
-                a single layer, 0.002 in several, and 0.0003 if it is soft: the more layers, the less is predicted.
+                below that of the unedited model. A squared error may be 4 % above its lowest point.
+                Without a validation that computes such a loss the edit is one that is predicted to cost 0.02 nats in
+                a single layer, 0.002 in several, and 0.0003 if it is soft: the more layers, the less is predicted. For
+                squared errors, whose unit is the user's, these mean little: give a strength.
             fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
             draws: Backward passes per batch of ``"sketched"`` and ``"sampled"``.
             positions: Which positions count: ``"contributing"``, ``"all"``, ``"first"``, or ``"mask:KEY"`` for a mask

@@ -28,6 +28,8 @@ LOSS_RISE_OF_CLASSES, LOSS_SHARE_OF_CLASSES = 0.05, 0.1
 """The same for a classifier, and as a share of the unedited model's loss: the smaller one counts.
 
 An edit takes confidence away before accuracy; a loss of 0.01 that becomes 0.06 is no small rise."""
+LOSS_SHARE_OF_SQUARES = 2 * LOSS_RISE
+"""The same for squared errors, as a share: 0.02 nats of a normal distribution whose variance is the mean error."""
 ERROR_RISE = 0.005
 """How far the error of a classifier may rise above that of the unedited model: half a point of accuracy.
 
@@ -97,7 +99,7 @@ class MeasuredPrice:
             self.start()
             return None
         if purchase is None:
-            reason = "validation_step computed no softmax loss" if self._batches else "there was no validation"
+            reason = "validation_step computed no known loss" if self._batches else "there was no validation"
             rank_zero_info(f"The price of the edit was not measured, since {reason}. {instead}")
         self.start()
         return purchase
@@ -128,6 +130,8 @@ class MeasuredPrice:
                 allowed[f"{name} loss"] = (max(rise, 1e-6), True)
                 chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
                 allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
+            elif reading.squared:
+                allowed[f"{name} loss"] = (max(LOSS_SHARE_OF_SQUARES * reading.loss, 1e-12), True)
         price = Price(allowed, self.predicted)
         if self.of_updates:
             purchase = spend_on_update(editor, module, factors, measure, price, _losses, _costs(first))

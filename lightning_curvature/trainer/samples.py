@@ -15,7 +15,7 @@ from lightning_curvature.collect.validation_step import CollectedStep
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.layers.modules import evaluating
 from lightning_curvature.recording.compiled import uncompiled
-from lightning_curvature.recording.losses import SOFTMAX_LOSSES, softmax_facts
+from lightning_curvature.recording.losses import ENTRY_LOSSES, SOFTMAX_LOSSES, entry_facts, softmax_facts
 from lightning_curvature.trainer.measuring import random_state_kept
 from lightning_curvature.trainer.replay import without_trace
 
@@ -23,18 +23,20 @@ Arguments = tuple[Any, ...]
 
 
 class Reading(NamedTuple):
-    """What the softmax losses of some batches say, summed over loss positions.
+    """What the losses of some batches say, summed over loss positions.
 
     Args:
-        nll: Negative log-likelihoods of the targets, in nats.
-        wrong: Loss positions whose most likely class is another than the target.
+        nll: Negative log-likelihoods of the targets, in nats; half the squared errors.
+        wrong: Loss positions whose most likely class is another than the target; of several labels the wrong share.
         positions: Number of loss positions.
+        squared: Those of squared errors.
         examples: Examples of the batches.
     """
 
     nll: float = 0.0
-    wrong: int = 0
+    wrong: float = 0.0
     positions: int = 0
+    squared: int = 0
     examples: int = 0
 
     @property
@@ -50,7 +52,7 @@ class Reading(NamedTuple):
     @property
     def of_classes(self) -> bool:
         """Whether each example has one loss position, as in classification; a text has many."""
-        return self.positions <= self.examples
+        return self.positions <= self.examples and not self.squared
 
 
 def read_losses(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequence[Arguments], ranks: Ranks) -> Reading:
@@ -93,18 +95,25 @@ def _sum(readings: Sequence[Reading]) -> Reading:
 
 
 class _LossReader(TorchFunctionMode):
-    """Reads each softmax loss that is computed inside."""
+    """Reads each loss that is computed inside, by the function that computes it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reading = Reading()
+        self._readings: dict[bool, Reading] = {}  # by whether it is a softmax
+
+    @property
+    def reading(self) -> Reading:
+        """What the softmax losses say; without one, the others: beside a softmax they are further terms."""
+        return self._readings.get(True) or self._readings.get(False) or Reading()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in SOFTMAX_LOSSES:
-            self.reading = _sum([self.reading, _reading(func, args, kwargs)])
+        is_softmax = func in SOFTMAX_LOSSES
+        if is_softmax or func in ENTRY_LOSSES:
+            reading = (_reading if is_softmax else _entry_reading)(func, args, kwargs)
+            self._readings[is_softmax] = _sum([self._readings.get(is_softmax, Reading()), reading])
         return func(*args, **kwargs)
 
 
@@ -120,3 +129,18 @@ def _reading(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         target = target[facts.counted]
         nll = -log_p.gather(-1, target[:, None]).sum()
     return Reading(float(nll), int((logits.argmax(-1) != target).sum()), len(target))
+
+
+def _entry_reading(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
+    facts = entry_facts(func, args, kwargs)
+    if facts is None:
+        return Reading()
+    logits, target = (part.detach().movedim(facts.class_dim, -1).float() for part in (facts.logits, facts.target))
+    counted = facts.entries.any(-1)
+    positions = int(counted.sum())
+    if ENTRY_LOSSES[func] == "squared":
+        return Reading(float(0.5 * ((logits - target).square() * facts.entries).sum()), 0.0, positions, positions)
+    nll = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * facts.entries
+    wrong = ((logits > 0) != (target > 0.5)) & facts.entries  # a probability
+    shares = wrong.sum(-1) / facts.entries.sum(-1).clamp(min=1)
+    return Reading(float(nll.sum()), float(shares.sum()), positions)

@@ -37,6 +37,23 @@ def test_validate_with_a_plain_trainer_is_a_pass_over_the_frozen_model(fisher, t
     assert "validation_step" not in vars(module)
 
 
+@pytest.mark.parametrize("layers", ["mlp", "linear"])
+def test_a_frozen_module_is_collected_from_like_another(layers, tmp_path):
+    """As one that was loaded to be used is, by peft for example. Nothing about it changes."""
+    module, loader = models.Classifier("vit"), models.loader(models.images(64))
+    factors = []
+    for freeze in (False, True):
+        module.requires_grad_(not freeze)
+        callback = KFACEditCallback(layers=layers, min_positions=0)
+        models.trainer(tmp_path, callback).validate(module, loader, verbose=False)
+        factors.append(callback.factors)
+    assert list(factors[0]) == list(factors[1])
+    for name in factors[0]:
+        torch.testing.assert_close(factors[0][name].G, factors[1][name].G)
+        torch.testing.assert_close(factors[0][name].A, factors[1][name].A)
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
 def test_validate_leaves_module_metrics_and_random_state_alone(tmp_path):
     class Random(models.Validated):
         def validation_step(self, batch, batch_idx):
@@ -181,7 +198,7 @@ def test_a_loss_without_gradients_is_named(tmp_path):
             super().validation_step(batch, batch_idx)
 
     with pytest.raises(
-        RuntimeError, match=r"cross-entropy without gradients: take torch.no_grad\(\) or detach\(\) away"
+        RuntimeError, match=r"loss without gradients: take torch.no_grad\(\) or detach\(\) away"
     ):
         models.trainer(tmp_path, KFACEditCallback()).validate(
             Decorated(), models.loader(models.images(64)), verbose=False
