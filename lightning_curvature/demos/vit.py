@@ -133,7 +133,7 @@ class LitViT(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         """Log loss and accuracy."""
-        images, labels = batch
+        images, labels, *_ = batch
         logits = self(images)
         self.log("val_loss", F.cross_entropy(logits, labels))
         self.log("val_accuracy", (logits.argmax(1) == labels).float().mean())

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 
@@ -86,6 +87,20 @@ def lowest_point(points: Mapping[float, Costs], name: str) -> float:
     return min(points, key=rank)
 
 
+class Candidate(NamedTuple):
+    """An edit of some strength.
+
+    Args:
+        name: What to call it.
+        editor: Its budget does not matter.
+        factors: Factors of the layers that it edits.
+    """
+
+    name: str
+    editor: CurvatureEditor
+    factors: KroneckerFactors
+
+
 @dataclass(frozen=True)
 class Purchase:
     """The strongest edit within a price.
@@ -98,6 +113,7 @@ class Purchase:
         points: All costs that were measured, by budget; 0 is the unedited model.
         held_out: The costs before and after on data that nothing was chosen on, where there are such data.
         scale: Factor of what is kept of an update.
+        edit: What it edits, if that was chosen among several candidates.
     """
 
     budget: float
@@ -107,6 +123,7 @@ class Purchase:
     points: Mapping[float, Costs]
     held_out: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     scale: float = 1.0
+    edit: Candidate | None = None
 
     @property
     def warning(self) -> str | None:
@@ -123,9 +140,12 @@ class Purchase:
         if not self.budget:
             tried = ", ".join(f"{budget:.2g} nats: {_listed(costs)}" for budget, costs in self.points.items() if budget)
             return f"No edit stays within the price. Before: {_listed(self.before)}; predicted to cost {tried}."
+        which = "The strongest edit within the price"
+        if self.edit is not None:
+            which = f"The edit that takes most from training and nothing from validation ({self.edit.name})"
         lines = [
-            f"The strongest edit within the price is predicted to cost {self.predicted:.2g} nats. On what chose it: "
-            f"{_listed(self.before)} before, {_listed(self.after)} after."
+            f"{which} is predicted to cost {self.predicted:.2g} nats. On what chose it: {_listed(self.before)} before, "
+            f"{_listed(self.after)} after."
         ]
         if self.scale != 1.0:
             lines.insert(0, f"The update was scaled by {self.scale:g} first, which has the lowest loss.")

@@ -1,8 +1,9 @@
 """The callback without its life cycle: its results, what it saves beside a checkpoint, and its copies."""
 
 import copy
+import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import layer_weights
 from lightning_curvature.recording.step import Step
 from lightning_curvature.search.energy import Match
-from lightning_curvature.search.price import Purchase
+from lightning_curvature.search.price import Candidate, Purchase
 from lightning_curvature.trainer.arguments import CallbackArguments
 from lightning_curvature.trainer.edited_copy import LaterCopy
 from lightning_curvature.trainer.outcome import Outcome
@@ -26,6 +27,7 @@ from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.problems import Problems
 from lightning_curvature.trainer.run import CollectedRun, no_data_message
+from lightning_curvature.trainer.samples import Arguments
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker, Siblings
 from lightning_curvature.trainer.validated import validated_factors
 
@@ -157,7 +159,7 @@ class CallbackBase(CallbackArguments):
         price, run = self.price, self.run
         if self.loop != "auto" or price is None or not price.of_updates or run is None or run.collector.is_sharded:
             return
-        if not (batches := price.batches(self.editor.ranks)):
+        if not (batches := price.validated.shared(self.editor.ranks)):
             return
         layers = list(run.windows.factors)
         try:
@@ -167,6 +169,41 @@ class CallbackBase(CallbackArguments):
                 "The edit uses factors of training steps, which protect what it is to remove, too: validation batches "
                 f"gave none. {type(error).__name__}: {error}"
             )
+
+    def _spend(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Find the edit that the price allows, and take the factors that it needs. A collective."""
+        self._outcome.spend(trainer, module, self.factors, self._all_layers(trainer, module))
+        match = self._outcome.match
+        if isinstance(match, Purchase) and match.edit is not None:
+            self._validated = match.edit.factors
+
+    def _sample(self, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep a copy of one of the first batches of an epoch, where they tell what to edit."""
+        if self.price is None or self.price.of_updates or not self._chooses_layers or self._problems.given_up:
+            return
+        if batch_idx == 0:
+            self.price.trained.clear()
+        try:
+            self.price.trained.add(module, batch, batch_idx)
+        except Exception as error:  # noqa: BLE001  # of batches that are the user's
+            self._chooses_layers = False
+            rank_zero_info(f"Training batches cannot be copied, so that they do not tell what recites: {error}")
+
+    def _all_layers(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> Callable[[Sequence[Arguments]], Candidate] | None:
+        """Return what makes the soft edit of all linear layers; None where the user has said what to edit."""
+        if not self._chooses_layers or self.run is None or self.run.collector.is_sharded:
+            return None
+
+        def candidate(batches: Sequence[Arguments]) -> Candidate:
+            options = dataclasses.replace(self.options, layers="linear")
+            editor = copy.copy(self.editor)
+            editor.use_soft(True)
+            collected = validated_factors(trainer, module, batches, options, None, editor)
+            return Candidate("all linear layers, soft", editor, collected)
+
+        return candidate
 
     def _running(self) -> CollectedRun:
         if self.run is None:

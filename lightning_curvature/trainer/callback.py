@@ -109,6 +109,7 @@ class KFACEditCallback(CallbackRuns):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start to record the step, if it is due. Lightning calls it before each training step."""
+        self._sample(pl_module, batch, batch_idx)
         collects = self.loop != "validation"
         run = self._begin(pl_module) if collects else self.run
         if run is not None:
@@ -160,7 +161,7 @@ class KFACEditCallback(CallbackRuns):
         if trainer.sanity_checking or self._problems.given_up:
             return
         if self.price is not None:
-            self.price.start()
+            self.price.validated.clear()
         if not self._in_fit and (self._collects_in_validation or self.factors_file is not None):
             self._settle(trainer, pl_module)
             self.probes.check_loaders(trainer, pl_module, self.target)
@@ -181,7 +182,7 @@ class KFACEditCallback(CallbackRuns):
             loop: Any = trainer.fit_loop.epoch_loop.val_loop if self._in_fit else trainer.validate_loop
             in_turn = getattr(loop, "_is_sequential", True)  # otherwise a step is not told the dataloader
             loaders = len(trainer.num_val_batches) if in_turn and trainer.num_val_batches else 1
-            self.price.add(pl_module, batch, batch_idx, dataloader_idx, loaders)
+            self.price.validated.add(pl_module, batch, batch_idx, dataloader_idx, loaders)
 
     @never_ends_a_fit
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -220,7 +221,7 @@ class KFACEditCallback(CallbackRuns):
             return
         self._is_fitted = True
         self._take_validated(trainer, pl_module)
-        self._outcome.spend(trainer, pl_module, self.factors)
+        self._spend(trainer, pl_module)
         if self.loop != "validation":
             if self.run is not None:
                 self._outcome.tell_silent(self.run.windows.silent, self.run.collector.network.frozen, may_fail=True)

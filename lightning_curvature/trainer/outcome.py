@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from lightning_curvature.factors.decomposition import FaultyLayerError
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.memory import edit_seconds
 from lightning_curvature.search.energy import Match
-from lightning_curvature.search.price import Purchase
+from lightning_curvature.search.price import Candidate, Purchase
 from lightning_curvature.trainer.measuring import before_after
 from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
+from lightning_curvature.trainer.samples import Arguments
 from lightning_curvature.trainer.target import Target
 
 _TENTH = 0.1  # share of the training's time above which the time of edits is told
@@ -71,7 +72,8 @@ class Outcome:
         """Start the clock of a run, which has no edited copies yet."""
         self.copies, self._started = {}, time.monotonic()
         if self._price is not None:
-            self._price.start()
+            self._price.validated.clear()
+            self._price.trained.clear()
             self._use_predicted(self._price)
 
     def clear(self) -> None:
@@ -87,13 +89,19 @@ class Outcome:
         """Whether there is a target and no strength was found for it yet."""
         return self._target is not None and self.match is None
 
-    def spend(self, trainer: pl.Trainer, module: pl.LightningModule, factors: KroneckerFactors) -> None:
-        """Find the strongest edit within the price, if one is measured."""
+    def spend(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        factors: KroneckerFactors,
+        others: Callable[[Sequence[Arguments]], Candidate] | None = None,
+    ) -> None:
+        """Find the strongest edit within the price, if one is measured; arguments as of :meth:`.MeasuredPrice.find`."""
         if self._price is None:
             return
         self._price.predicted = careful_budget(self._editor.soft, len(self._editor.energies(factors)) == 1)
         self._use_predicted(self._price)
-        purchase = self._price.find(trainer, module, self._editor, factors)
+        purchase = self._price.find(trainer, module, self._editor, factors, others)
         if purchase is None:
             return
         self._use(purchase)
@@ -106,6 +114,8 @@ class Outcome:
     def _use(self, purchase: Purchase) -> None:
         """Make an edit that was found the one that is made."""
         self.match, self._editor.scale = purchase, purchase.scale
+        if purchase.edit is not None:
+            self._editor.use_soft(purchase.edit.editor.soft)
         if purchase.budget:
             self._editor.use_budget(purchase.budget)
         else:

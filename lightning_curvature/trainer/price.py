@@ -1,27 +1,21 @@
 """The price of an edit where the user names none: it is measured on batches of the validation loop."""
 
-import copy
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import lightning.pytorch as pl
-import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
 
-from lightning_curvature.distributed import Ranks
 from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.search.price import Costs, Price, Purchase, spend, spend_on_update
-from lightning_curvature.trainer.samples import Arguments, Reading, read_losses
+from lightning_curvature.search.gap import choose, table
+from lightning_curvature.search.price import Candidate, Costs, Price, Purchase, spend, spend_on_update
+from lightning_curvature.trainer.samples import Arguments, Reading, Sample
 
-BATCHES, BYTES = 32, 2**28
-"""Batches of each dataloader that are kept, and bytes of all: half of them to choose on, and half to report from."""
+DEFAULT = "default layers"
+"""Name of the edit of the layers that are edited by default."""
 LOSS_RISE = 0.02
 """How far the loss of a token may rise above its lowest point on the path, in nats: a perplexity of 1.02 times."""
 LOSS_RISE_OF_CLASSES, LOSS_SHARE_OF_CLASSES = 0.05, 0.1
@@ -37,9 +31,11 @@ Where batches are few it is one standard error of that error, since less cannot 
 
 
 class MeasuredPrice:
-    """Keeps batches of a validation loop, and finds the strongest edit whose cost on them is within the price.
+    """Keeps batches of a run, and finds the strongest edit whose cost on them is within the price.
 
-    The loss may rise above its lowest point on the path of stronger and stronger edits: that of a token by 0.02 nats,
+    Where the weights of a classifier are edited, and training batches can be validated, it is the edit that closes most
+    of the gap between training and validation, see :mod:`~lightning_curvature.search.gap`. Otherwise a price limits it:
+    the loss may rise above its lowest point on the path of stronger and stronger edits, that of a token by 0.02 nats,
     that of a classifier by a tenth, at most 0.05. Counted from the unedited model's it would be no limit: it falls
     where over-fitting and over-confidence go, also where classes are lost. The error of a classifier may rise by half a
     point, or one standard error, above that of the unedited model. Batches that were trained on tell no
@@ -48,37 +44,21 @@ class MeasuredPrice:
     Attributes:
         of_updates: Whether updates are edited, since a reference or of an adapter, and not weights.
         predicted: Predicted loss of the first edit that is tried, and of the only one where nothing can be measured.
+        validated: Batches of the last validation: half of them to choose on, and half to report from.
+        trained: The first batches of the latest epoch.
     """
 
     def __init__(self) -> None:
         self.of_updates, self.predicted = False, careful_budget(soft=False, of_one_layer=True)
-        self.start()
-
-    def start(self) -> None:
-        """Forget the batches, since a run or a validation begins."""
-        self._batches: dict[int, list[Arguments]] = {}  # by dataloader
-        self._room = BYTES
-
-    def add(self, module: pl.LightningModule, batch: Any, batch_idx: int, loader: int, num_loaders: int) -> None:
-        """Keep a copy of a batch of the validation if there is room, with the other arguments of its step."""
-        kept = self._batches.setdefault(loader, [])
-        if len(kept) < BATCHES and self._room > 0:
-            takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
-            indices = [*([batch_idx] if takes_index else []), *([loader] if num_loaders > 1 else [])]
-            own = copy.deepcopy(move_data_to_device(batch, torch.device("cpu")))
-            kept.append((own, *indices))
-            apply_to_collection(own, torch.Tensor, self._take_room)
-
-    def batches(self, ranks: Ranks) -> list[Arguments]:
-        """Return all that is kept, as much as every process has. A collective."""
-        kept = [self._batches.get(loader, []) for loader in sorted(set().union(*ranks.gather(set(self._batches))))]
-        return [arguments for batches in kept for arguments in batches[: min(ranks.gather(len(batches)))]]
-
-    def _take_room(self, tensor: torch.Tensor) -> None:
-        self._room -= tensor.nbytes
+        self.validated, self.trained = Sample(), Sample()
 
     def find(
-        self, trainer: pl.Trainer, module: pl.LightningModule, editor: CurvatureEditor, factors: KroneckerFactors
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        editor: CurvatureEditor,
+        factors: KroneckerFactors,
+        others: Callable[[Sequence[Arguments]], Candidate] | None = None,
     ) -> Purchase | None:
         """Return the strongest edit within the price; None, which is told, if nothing can be measured. A collective.
 
@@ -87,64 +67,117 @@ class MeasuredPrice:
             module: The module; it is left as it was.
             editor: Edits it; its strength does not matter.
             factors: Its factors.
+            others: Makes another candidate from training batches; None where the user has said what to edit.
         """
         instead = (
             f"The edit is one that is predicted to cost {self.predicted:g} nats. Measure what it does, or say what it "
             "may cost: target=, budget= or energy=."
         )
         try:
-            purchase = self._find(trainer, module, editor, factors)
+            purchase = self._find(trainer, module, editor, factors, others)
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_warn(f"The price of the edit could not be measured: {type(error).__name__}: {error}. {instead}")
-            self.start()
-            return None
-        if purchase is None:
-            reason = "validation_step computed no known loss" if self._batches else "there was no validation"
-            rank_zero_info(f"The price of the edit was not measured, since {reason}. {instead}")
-        self.start()
+            purchase = None
+        else:
+            if purchase is None:
+                reason = "validation_step computed no known loss" if self.validated else "there was no validation"
+                rank_zero_info(f"The price of the edit was not measured, since {reason}. {instead}")
+        self.validated.clear()
+        self.trained.clear()
         return purchase
 
     def _find(
-        self, trainer: pl.Trainer, module: pl.LightningModule, editor: CurvatureEditor, factors: KroneckerFactors
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        editor: CurvatureEditor,
+        factors: KroneckerFactors,
+        others: Callable[[Sequence[Arguments]], Candidate] | None,
     ) -> Purchase | None:
-        def read(part: int) -> dict[str, Reading]:
-            """Return what one half of the batches says, by dataloader; nothing of one without a loss."""
-            readings = {}
-            for loader in sorted(set().union(*editor.ranks.gather(set(self._batches)))):
-                batches = self._batches.get(loader, [])[part::2]
-                reading = read_losses(trainer, module, batches, editor.ranks)
-                if reading.positions:
-                    readings[f"validation {loader}" if len(self._batches) > 1 else "validation"] = reading
-            return readings
-
         def measure(part: int = 0) -> Costs:
-            return _costs(read(part))
+            return _costs(self.validated.read(trainer, module, editor.ranks, part))
 
-        first = read(0)
+        first = self.validated.read(trainer, module, editor.ranks, 0)
         if not first:
             return None
-        allowed = {f"{name} loss": (LOSS_RISE, True) for name in first}
-        for name, reading in first.items():
-            if reading.of_classes:
-                rise = min(LOSS_RISE_OF_CLASSES, LOSS_SHARE_OF_CLASSES * reading.loss)
-                allowed[f"{name} loss"] = (max(rise, 1e-6), True)
-                chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
-                allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
-            elif reading.squared:
-                allowed[f"{name} loss"] = (max(LOSS_SHARE_OF_SQUARES * reading.loss, 1e-12), True)
-        price = Price(allowed, self.predicted)
-        if self.of_updates:
-            purchase = spend_on_update(editor, module, factors, measure, price, _losses, _costs(first))
-        else:
-            purchase = spend(editor, module, factors, measure, price, _costs(first))
+        purchase = None
+        if others is not None and not self.of_updates and all(reading.of_classes for reading in first.values()):
+            purchase = self._close_gap(trainer, module, [Candidate(DEFAULT, editor, factors)], others, first)
+        if purchase is None:
+            purchase = self._spend(module, editor, factors, measure, first)
         held_out = measure(part=1)
         if not held_out or not purchase.budget:
             return purchase
-        bought = editor.within(purchase.budget)
+        bought = (editor if purchase.edit is None else purchase.edit.editor).within(purchase.budget)
         bought.scale = purchase.scale
-        with bought.applied(module, factors):
+        with bought.applied(module, factors if purchase.edit is None else purchase.edit.factors):
             after = measure(part=1)
         return dataclasses.replace(purchase, held_out={name: (held_out[name], after[name]) for name in held_out})
+
+    def _spend(
+        self,
+        module: pl.LightningModule,
+        editor: CurvatureEditor,
+        factors: KroneckerFactors,
+        measure: Callable[[], Costs],
+        first: Mapping[str, Reading],
+    ) -> Purchase:
+        """Return the strongest edit within a price, given what the unedited module says."""
+        price = Price(_allowed(first), self.predicted)
+        if self.of_updates:
+            return spend_on_update(editor, module, factors, measure, price, _losses, _costs(first))
+        return spend(editor, module, factors, measure, price, _costs(first))
+
+    def _close_gap(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        candidates: list[Candidate],
+        others: Callable[[Sequence[Arguments]], Candidate],
+        first: Mapping[str, Reading],
+    ) -> Purchase | None:
+        """Return the edit that closes most of the gap to training batches; None, which is told, if there is none."""
+        ranks = candidates[0].editor.ranks
+
+        def measure() -> Costs:
+            (trained,) = self.trained.read(trainer, module, ranks).values()
+            kept = _costs(self.validated.read(trainer, module, ranks, 0))
+            return {"training error": trained.error, **kept}
+
+        try:
+            batches = self.trained.shared(ranks)
+            if not batches:
+                return None
+            before = measure()
+            candidates.append(others(batches))
+        except Exception as error:  # noqa: BLE001  # of code that is the user's
+            rank_zero_info(
+                "Training batches could not be validated, so that nothing tells which layers recite: "
+                f"{type(error).__name__}: {error}"
+            )
+            return None
+        kept = {name: rise if name.endswith("loss") else 0.0 for name, (rise, _) in _allowed(first).items()}
+        tried, best = choose(candidates, module, measure, before, "training error", kept)
+        rank_zero_info(f"\nWhat edits do, on training and on validation batches:\n{table(tried, before)}")
+        if best is None:
+            return None
+        (candidate, points, predicted), budget = best
+        points = {0.0: before, **dict(sorted(points.items()))}
+        return Purchase(budget, predicted[budget], before, points[budget], points, edit=candidate)
+
+
+def _allowed(readings: Mapping[str, Reading]) -> dict[str, tuple[float, bool]]:
+    """Return how far each cost may rise, and whether above its lowest point, given those of the unedited model."""
+    allowed = {f"{name} loss": (LOSS_RISE, True) for name in readings}
+    for name, reading in readings.items():
+        if reading.of_classes:
+            rise = min(LOSS_RISE_OF_CLASSES, LOSS_SHARE_OF_CLASSES * reading.loss)
+            allowed[f"{name} loss"] = (max(rise, 1e-6), True)
+            chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
+            allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
+        elif reading.squared:
+            allowed[f"{name} loss"] = (max(LOSS_SHARE_OF_SQUARES * reading.loss, 1e-12), True)
+    return allowed
 
 
 def _costs(readings: Mapping[str, Reading]) -> Costs:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch.overrides import TorchFunctionMode
 
 from lightning_curvature.collect.validation_step import CollectedStep
@@ -20,6 +23,8 @@ from lightning_curvature.trainer.measuring import random_state_kept
 from lightning_curvature.trainer.replay import without_trace
 
 Arguments = tuple[Any, ...]
+BATCHES, BYTES = 32, 2**28
+"""Batches of each dataloader that a sample keeps, and bytes of all."""
 
 
 class Reading(NamedTuple):
@@ -53,6 +58,63 @@ class Reading(NamedTuple):
     def of_classes(self) -> bool:
         """Whether each example has one loss position, as in classification; a text has many."""
         return self.positions <= self.examples and not self.squared
+
+
+class Sample:
+    """Copies of batches, on the CPU, to run validation steps on."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the batches."""
+        self._batches: dict[int, list[Arguments]] = {}  # by dataloader
+        self._room = BYTES
+
+    def __bool__(self) -> bool:
+        """Return whether a batch is kept."""
+        return bool(self._batches)
+
+    def add(
+        self, module: pl.LightningModule, batch: Any, batch_idx: int, loader: int = 0, num_loaders: int = 1
+    ) -> None:
+        """Keep a copy of a batch if there is room, with the other arguments of its step."""
+        kept = self._batches.setdefault(loader, [])
+        if len(kept) < BATCHES and self._room > 0:
+            takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
+            indices = [*([batch_idx] if takes_index else []), *([loader] if num_loaders > 1 else [])]
+            own = copy.deepcopy(move_data_to_device(batch, torch.device("cpu")))
+            kept.append((own, *indices))
+            apply_to_collection(own, torch.Tensor, self._take_room)
+
+    def _take_room(self, tensor: torch.Tensor) -> None:
+        self._room -= tensor.nbytes
+
+    def shared(self, ranks: Ranks) -> list[Arguments]:
+        """Return all that is kept, as much as every process has. A collective."""
+        kept = [self._batches.get(loader, []) for loader in self._loaders(ranks)]
+        return [arguments for batches in kept for arguments in batches[: min(ranks.gather(len(batches)))]]
+
+    def read(
+        self, trainer: pl.Trainer, module: pl.LightningModule, ranks: Ranks, half: int | None = None
+    ) -> dict[str, Reading]:
+        """Return what the batches of each dataloader say, without those that have no loss. A collective.
+
+        Args:
+            trainer: The Trainer.
+            module: The module; it is left as it was.
+            ranks: The processes.
+            half: Every second batch: 0 or 1 is the first one. None for all.
+        """
+        readings, taken = {}, slice(None) if half is None else slice(half, None, 2)
+        for loader in self._loaders(ranks):
+            reading = read_losses(trainer, module, self._batches.get(loader, [])[taken], ranks)
+            if reading.positions:
+                readings[f"validation {loader}" if len(self._batches) > 1 else "validation"] = reading
+        return readings
+
+    def _loaders(self, ranks: Ranks) -> list[int]:
+        return sorted(set().union(*ranks.gather(set(self._batches))))
 
 
 def read_losses(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequence[Arguments], ranks: Ranks) -> Reading:

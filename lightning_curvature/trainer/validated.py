@@ -25,7 +25,7 @@ def validated_factors(
     module: pl.LightningModule,
     batches: Sequence[Arguments],
     options: CollectorOptions,
-    layers: Collection[str],
+    layers: Collection[str] | None,
     editor: WeightEditor,
 ) -> KroneckerFactors:
     """Collect over validation steps that run once more. A collective.
@@ -33,9 +33,9 @@ def validated_factors(
     Args:
         trainer: The Trainer.
         module: The module; it is left as it was.
-        batches: Arguments of the steps, as many on each process.
+        batches: Arguments of the steps, as many on each process: batches of the validation, or of the training.
         options: What is collected.
-        layers: The layers that are needed.
+        layers: The layers that are needed; None for all that are chosen, as far as there are factors of them.
         editor: Edits with the factors.
 
     Raises:
@@ -51,10 +51,13 @@ def validated_factors(
     windows.start(complete=True)
     collected = windows.synchronise()
     # All processes have the same factors from here on, and meet the same errors.
-    if silent := sorted(set(layers) - set(collected)):
+    needed = list(collected) if layers is None else layers
+    if silent := sorted(set(needed) - set(collected)):
         raise RuntimeError(f"Layers {listing(silent, 3)} had no part in a loss of the validation")
-    factors = KroneckerFactors({name: collected[name] for name in layers}, collected.provenance)
+    factors = KroneckerFactors({name: collected[name] for name in needed}, collected.provenance)
     check_not_empty(factors)
+    if layers is None:
+        return factors
     for name in editor.energies(factors):
         try:
             editor.check_positions(factors[name])

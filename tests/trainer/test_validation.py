@@ -197,9 +197,7 @@ def test_a_loss_without_gradients_is_named(tmp_path):
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
 
-    with pytest.raises(
-        RuntimeError, match=r"loss without gradients: take torch.no_grad\(\) or detach\(\) away"
-    ):
+    with pytest.raises(RuntimeError, match=r"loss without gradients: take torch.no_grad\(\) or detach\(\) away"):
         models.trainer(tmp_path, KFACEditCallback()).validate(
             Decorated(), models.loader(models.images(64)), verbose=False
         )

@@ -1,0 +1,130 @@
+"""The edit that closes most of the gap between training and validation, at no loss of validation.
+
+A classifier that recites labels is better on its training data than on others. An edit that makes it worse on the
+training data, and no worse on validation data, takes away what was recited. No label has to be known to be wrong. Which
+layers hold it, and how strong the edit must be, differs from model to model: a few candidates are tried, each at a grid
+of budgets, since a cost can rise and fall again on the way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from tabulate import tabulate
+from torch import nn
+
+from lightning_curvature.search.price import Candidate, Costs
+
+FIRST, STEP, MOST = 0.0025, 2.0, 9
+"""The first budget of the grid, in nats; the factor from one to the next; how many there are at most."""
+MILDER = 4
+"""How many budgets below the first one are tried, where that one is too much."""
+FAR = 0.1
+"""A candidate is not made stronger where one of the others is more than this beyond what it may."""
+FINER = (STEP**0.5, STEP**0.25)
+"""Factors by which the best budget of a candidate is made larger in the end, each if the one before it was too much."""
+
+
+class Tried(NamedTuple):
+    """What was measured under the edits of a candidate.
+
+    Args:
+        candidate: The candidate.
+        points: Costs by budget.
+        predicted: Predicted losses by budget.
+    """
+
+    candidate: Candidate
+    points: dict[float, Costs]
+    predicted: dict[float, float]
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    module: nn.Module,
+    measure: Callable[[], Costs],
+    before: Costs,
+    forgotten: str,
+    kept: Mapping[str, float],
+) -> tuple[list[Tried], tuple[Tried, float] | None]:
+    """Find the edit that raises one cost most, while others rise no more than they may.
+
+    Args:
+        candidates: What to try.
+        module: The network; edited only while it is measured.
+        measure: Returns the costs of the module as it is.
+        before: Costs of the unedited module.
+        forgotten: Name of the cost that the edit should raise: the error on training data.
+        kept: How far others may rise at most, by name: error and loss on validation data.
+
+    Returns:
+        All that was measured, and of it a candidate and its budget; None if there is no such edit.
+    """
+    tried = [_try(candidate, module, measure, before, forgotten, kept) for candidate in candidates]
+    best: tuple[Tried, float] | None = None
+    highest = before[forgotten]
+    for of_candidate in tried:
+        budget = _best(of_candidate.points, before, forgotten, kept)
+        if budget is not None and of_candidate.points[budget][forgotten] > highest:
+            best, highest = (of_candidate, budget), of_candidate.points[budget][forgotten]
+    return tried, best
+
+
+def _try(
+    candidate: Candidate,
+    module: nn.Module,
+    measure: Callable[[], Costs],
+    before: Costs,
+    forgotten: str,
+    kept: Mapping[str, float],
+) -> Tried:
+    tried = Tried(candidate, {}, {})
+
+    def at(budget: float) -> bool:
+        """Measure an edit; tell whether a stronger one may do more."""
+        editor = candidate.editor.within(budget)
+        with editor.applied(module, candidate.factors) as report:
+            tried.points[budget] = measure()
+        tried.predicted[budget] = report.predicted_loss or 0.0
+        rises = [tried.points[budget][name] - before[name] - rise for name, rise in kept.items()]
+        return not report.keeps_nothing and max(rises) < FAR
+
+    for step in range(MOST):
+        if not at(FIRST * STEP**step):
+            break
+    for step in range(1, 1 + MILDER):
+        if _best(tried.points, before, forgotten, kept) is not None:
+            break
+        at(FIRST / STEP**step)
+    coarse = _best(tried.points, before, forgotten, kept)
+    for factor in FINER if coarse is not None else ():
+        at(coarse * factor)
+        if _best(tried.points, before, forgotten, kept) != coarse:
+            break
+    return tried
+
+
+def _best(points: Mapping[float, Costs], before: Costs, forgotten: str, kept: Mapping[str, float]) -> float | None:
+    """Return the budget that raises one cost most, among those under which no other rises more than it may."""
+    allowed = [
+        budget
+        for budget, costs in points.items()
+        if all(costs[name] <= before[name] + rise for name, rise in kept.items())
+    ]
+    best = max(allowed, key=lambda budget: (points[budget][forgotten], -budget), default=None)
+    return best if best is not None and points[best][forgotten] > before[forgotten] else None
+
+
+def table(tried: Sequence[Tried], before: Costs) -> str:
+    """Return all that was measured as a table, errors as accuracies."""
+    names = list(before)
+    titles = [name.replace("error", "accuracy") for name in names]
+
+    def cells(costs: Costs) -> list[float]:
+        return [1 - costs[name] if name.endswith("error") else costs[name] for name in names]
+
+    rows = [["none", 0.0, *cells(before)]]
+    for of_candidate in tried:
+        for budget in sorted(of_candidate.points):
+            costs = cells(of_candidate.points[budget])
+            rows.append([of_candidate.candidate.name, of_candidate.predicted[budget], *costs])
+    return tabulate(rows, ["edit", "predicted cost", *titles], floatfmt=".3g")

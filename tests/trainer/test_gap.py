@@ -1,0 +1,177 @@
+"""The callback without arguments on classifiers that recite labels: training batches tell what to edit."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_curvature import KFACEditCallback
+from lightning_curvature.search.gap import table
+from lightning_curvature.trainer.validated import validated_factors
+from tests.support import models
+
+
+def noisy(n, seed):
+    """Images of which a quarter has a wrong label."""
+    images = models.images(n, seed)
+    labels = torch.stack([images[i][1] for i in range(n)])
+    labels[::4] = (labels[::4] + 1) % 4
+    return torch.utils.data.TensorDataset(torch.stack([images[i][0] for i in range(n)]), labels)
+
+
+def fit(module, callback, tmp_path, train=None, epochs=40, **options):
+    trainer = models.trainer(
+        tmp_path, callback, ModelCheckpoint(tmp_path), max_epochs=epochs, check_val_every_n_epoch=epochs, **options
+    )
+    loader = models.loader(noisy(192, 0)) if train is None else train
+    trainer.fit(module, loader, models.loader(models.images(256, 1)))
+    return trainer
+
+
+def reciting(tmp_path, network="mlp", **options):
+    pl.seed_everything(0)
+    module = models.Classifier(network, lr=0.01)
+    callback = KFACEditCallback(**{"min_positions": 0} | options)
+    return module, callback, fit(module, callback, tmp_path)
+
+
+@pytest.mark.parametrize("network", ["mlp", "vit", "cnn"])
+def test_the_edit_takes_from_training_and_nothing_from_validation(network, tmp_path, caplog):
+    caplog.set_level("INFO")
+    _, callback, trainer = reciting(tmp_path, network)
+    match = callback.match
+    assert match.edit is not None
+    assert match.after["training error"] > match.before["training error"]
+    assert match.after["validation error"] <= match.before["validation error"]
+    assert match.after["validation loss"] <= match.before["validation loss"] + 0.05
+    assert set(match.held_out) == {"validation error", "validation loss"}
+    assert "What edits do, on training and on validation batches" in caplog.text
+    assert "takes most from training and nothing from validation" in str(match)
+    assert callback.factors is match.edit.factors
+    path = trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt")
+    edited = torch.load(path)
+    assert set(edited["lightning_curvature"]["layers"]) == set(match.edit.factors)
+    assert edited["lightning_curvature"]["method"] == match.edit.editor.method
+
+
+@pytest.mark.parametrize("wins", ["default layers", "all linear layers, soft"])
+def test_what_is_chosen_is_what_is_saved(wins, tmp_path, monkeypatch):
+    """Its layers, its factors, and whether it is soft; and the next run decides anew."""
+    from lightning_curvature.trainer import price
+
+    choose = price.choose
+
+    def of_one(candidates, *args):
+        return choose([candidate for candidate in candidates if candidate.name == wins], *args)
+
+    monkeypatch.setattr(price, "choose", of_one)
+    module, callback, trainer = reciting(tmp_path / "1", "vit")
+    is_soft = wins.endswith("soft")
+    assert callback.editor.soft == is_soft
+    assert callback.editor.budget == callback.match.budget
+    assert (len(callback.factors) > 1) == is_soft
+    edited = torch.load(trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt"))
+    expected, _ = callback.editor.edit_state_dict(module.state_dict(), callback.factors)
+    assert all(torch.allclose(edited["state_dict"][name], tensor) for name, tensor in expected.items())
+    fit(models.Classifier("vit", lr=0.003), callback, tmp_path / "2", models.loader(models.images(64)), epochs=1)
+    assert list(callback.run.windows.factors) == ["net.blocks.1.fc2"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"layers": "last-mlp"}, {"soft": True}, {"loop": "validation"}, {"budget": 0.01}, {"energy": 0.9}]
+)
+def test_who_says_what_to_edit_gets_that(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_curvature.trainer.price.choose", None)
+    _, callback, _ = reciting(tmp_path, **options)
+    assert list(callback.report.layers) == ["net.3"]
+
+
+class Strict(models.Classifier):
+    """Takes pairs in validation, and triples in training."""
+
+    def validation_step(self, batch, batch_idx):
+        _, _ = batch
+        super().validation_step(batch, batch_idx)
+
+
+class Triples(torch.utils.data.TensorDataset):
+    """With a number for each example."""
+
+    def __init__(self, data):
+        super().__init__(*data.tensors, torch.arange(len(data)))
+
+
+class Uncopied:
+    """Labels that cannot be copied."""
+
+    def __init__(self, pairs):
+        self.labels = torch.stack([label for _, label in pairs])
+
+    def __deepcopy__(self, memo):
+        raise TypeError("not me")
+
+
+class Unwrapping(models.Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0], batch[1].labels), batch_idx)
+
+
+def test_training_batches_that_cannot_be_validated_are_told_and_a_price_is_measured(tmp_path, caplog):
+    caplog.set_level("INFO")
+    pl.seed_everything(0)
+    train = models.loader(Triples(noisy(96, 0)))
+    callback = KFACEditCallback()
+    fit(Strict(lr=0.01), callback, tmp_path, train, epochs=6)
+    assert "Training batches could not be validated" in caplog.text
+    assert callback.match.edit is None
+    assert callback.match.points
+
+
+def test_training_batches_that_cannot_be_copied_do_not_end_anything(tmp_path, caplog):
+    caplog.set_level("INFO")
+    pl.seed_everything(0)
+    train = torch.utils.data.DataLoader(
+        noisy(96, 0), batch_size=32, collate_fn=lambda pairs: (torch.stack([x for x, _ in pairs]), Uncopied(pairs))
+    )
+    callback = KFACEditCallback()
+    fit(Unwrapping(lr=0.01), callback, tmp_path, train, epochs=6)
+    assert "Training batches cannot be copied" in caplog.text
+    assert callback.problem is None
+    assert callback.match.edit is None
+
+
+def test_the_batches_are_the_first_of_the_last_epoch(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lightning_curvature.trainer.samples.BATCHES", 2)
+    monkeypatch.setattr(
+        "lightning_curvature.trainer.base.validated_factors",
+        lambda trainer, module, batches, *rest: (
+            seen.append(batches) or validated_factors(trainer, module, batches, *rest)
+        ),
+    )
+    pl.seed_everything(0)
+    epochs = iter([noisy(96, 5), noisy(96, 0), noisy(96, 7)])
+
+    class Fresh:
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            self.data = next(epochs)
+            return iter(models.loader(self.data))
+
+    train = Fresh()
+    fit(models.Classifier(lr=0.01), KFACEditCallback(min_positions=0), tmp_path, train, epochs=3)
+    ((first, second),) = seen
+    for arguments, batch in zip((first, second), models.loader(train.data), strict=False):
+        assert torch.equal(arguments[0][0], batch[0])
+        assert torch.equal(arguments[0][1], batch[1])
+
+
+def test_the_table_names_what_was_tried(tmp_path):
+    _, callback, _ = reciting(tmp_path)
+    match = callback.match
+    from lightning_curvature.search.gap import Tried
+
+    shown = table([Tried(match.edit, dict(match.points), dict.fromkeys(match.points, 0.0))], match.before)
+    assert match.edit.name in shown
