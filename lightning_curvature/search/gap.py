@@ -1,4 +1,4 @@
-"""The edit that closes most of the gap between training and validation, at no loss of validation.
+"""The edit that closes most of the gap between training and validation, at next to no loss of validation.
 
 A classifier that recites labels is better on its training data than on others. An edit that makes it worse on the
 training data, and no worse on validation data, takes away what was recited. No label has to be known to be wrong. Which
@@ -43,29 +43,29 @@ def choose(
     module: nn.Module,
     measure: Callable[[], Costs],
     before: Costs,
-    forgotten: str,
-    kept: Mapping[str, float],
+    gap: Callable[[Costs], float],
+    allowed: Mapping[str, float],
 ) -> tuple[list[Tried], tuple[Tried, float] | None]:
-    """Find the edit that raises one cost most, while others rise no more than they may.
+    """Find the edit that closes most of a gap, while no cost rises more than it may.
 
     Args:
         candidates: What to try.
         module: The network; edited only while it is measured.
         measure: Returns the costs of the module as it is.
         before: Costs of the unedited module.
-        forgotten: Name of the cost that the edit should raise: the error on training data.
-        kept: How far others may rise at most, by name: error and loss on validation data.
+        gap: Returns how much lower the error is on training data than on validation data, given the costs.
+        allowed: How far each cost on validation data may rise at most, by name.
 
     Returns:
         All that was measured, and of it a candidate and its budget; None if there is no such edit.
     """
-    tried = [_try(candidate, module, measure, before, forgotten, kept) for candidate in candidates]
+    tried = [_try(candidate, module, measure, before, gap, allowed) for candidate in candidates]
     best: tuple[Tried, float] | None = None
-    highest = before[forgotten]
+    smallest = gap(before)
     for of_candidate in tried:
-        budget = _best(of_candidate.points, before, forgotten, kept)
-        if budget is not None and of_candidate.points[budget][forgotten] > highest:
-            best, highest = (of_candidate, budget), of_candidate.points[budget][forgotten]
+        budget = _best(of_candidate.points, before, gap, allowed)
+        if budget is not None and gap(of_candidate.points[budget]) < smallest:
+            best, smallest = (of_candidate, budget), gap(of_candidate.points[budget])
     return tried, best
 
 
@@ -74,8 +74,8 @@ def _try(
     module: nn.Module,
     measure: Callable[[], Costs],
     before: Costs,
-    forgotten: str,
-    kept: Mapping[str, float],
+    gap: Callable[[Costs], float],
+    allowed: Mapping[str, float],
 ) -> Tried:
     tried = Tried(candidate, {}, {})
 
@@ -85,33 +85,31 @@ def _try(
         with editor.applied(module, candidate.factors) as report:
             tried.points[budget] = measure()
         tried.predicted[budget] = report.predicted_loss or 0.0
-        rises = [tried.points[budget][name] - before[name] - rise for name, rise in kept.items()]
+        rises = [tried.points[budget][name] - before[name] - rise for name, rise in allowed.items()]
         return not report.keeps_nothing and max(rises) < FAR
 
     for step in range(MOST):
         if not at(FIRST * STEP**step):
             break
     for step in range(1, 1 + MILDER):
-        if _best(tried.points, before, forgotten, kept) is not None:
+        if _best(tried.points, before, gap, allowed) is not None:
             break
         at(FIRST / STEP**step)
-    coarse = _best(tried.points, before, forgotten, kept)
+    coarse = _best(tried.points, before, gap, allowed)
     for factor in FINER if coarse is not None else ():
         at(coarse * factor)
-        if _best(tried.points, before, forgotten, kept) != coarse:
+        if _best(tried.points, before, gap, allowed) != coarse:
             break
     return tried
 
 
-def _best(points: Mapping[float, Costs], before: Costs, forgotten: str, kept: Mapping[str, float]) -> float | None:
-    """Return the budget that raises one cost most, among those under which no other rises more than it may."""
-    allowed = [
-        budget
-        for budget, costs in points.items()
-        if all(costs[name] <= before[name] + rise for name, rise in kept.items())
-    ]
-    best = max(allowed, key=lambda budget: (points[budget][forgotten], -budget), default=None)
-    return best if best is not None and points[best][forgotten] > before[forgotten] else None
+def _best(
+    points: Mapping[float, Costs], before: Costs, gap: Callable[[Costs], float], allowed: Mapping[str, float]
+) -> float | None:
+    """Return the budget that closes most of the gap, among those under which no cost rises more than it may."""
+    within = [budget for budget, costs in points.items() if all(costs[n] <= before[n] + allowed[n] for n in allowed)]
+    best = min(within, key=lambda budget: (gap(points[budget]), budget), default=None)
+    return best if best is not None and gap(points[best]) < gap(before) else None
 
 
 def table(tried: Sequence[Tried], before: Costs) -> str:

@@ -142,7 +142,7 @@ class Purchase:
             return f"No edit stays within the price. Before: {_listed(self.before)}; predicted to cost {tried}."
         which = "The strongest edit within the price"
         if self.edit is not None:
-            which = f"The edit that takes most from training and nothing from validation ({self.edit.name})"
+            which = f"The edit that closes most of the gap between training and validation ({self.edit.name})"
         lines = [
             f"{which} is predicted to cost {self.predicted:.2g} nats. On what chose it: {_listed(self.before)} before, "
             f"{_listed(self.after)} after."

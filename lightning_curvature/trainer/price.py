@@ -156,8 +156,13 @@ class MeasuredPrice:
                 f"{type(error).__name__}: {error}"
             )
             return None
-        kept = {name: rise if name.endswith("loss") else 0.0 for name, (rise, _) in _allowed(first).items()}
-        tried, best = choose(candidates, module, measure, before, "training error", kept)
+        errors = [f"{name} error" for name in first]
+
+        def gap(costs: Costs) -> float:
+            return sum(costs[name] for name in errors) / len(errors) - costs["training error"]
+
+        allowed = {name: rise for name, (rise, _) in _allowed(first).items()}
+        tried, best = choose(candidates, module, measure, before, gap, allowed)
         rank_zero_info(f"\nWhat edits do, on training and on validation batches:\n{table(tried, before)}")
         if best is None:
             return None

@@ -36,10 +36,14 @@ def measured(module, error):
     }
 
 
+def gap(costs):
+    return costs["validation error"] - costs["training error"]
+
+
 def chosen(error, scale=1.0):
     module, candidates = made(scale)
     measure = measured(module, error)
-    tried, best = choose(candidates, module, measure, measure(), "training error", {"validation error": 0.0})
+    tried, best = choose(candidates, module, measure, measure(), gap, {"validation error": 0.0})
     assert all(removed(layer) == 0 for layer in module)
     return tried, best
 
@@ -86,10 +90,16 @@ def test_a_cost_that_is_no_number_is_not_allowed():
     assert 0.2 < removed_by(best) <= 0.4
 
 
+def test_of_two_edits_the_one_that_is_better_on_validation_is_taken():
+    """What is taken from training data is worth as much as what validation data gain."""
+    _, best = chosen(lambda a, b: -3.0 * b if b < 0.3 else 0.0)
+    assert best[0].candidate.name == "layer 1"
+
+
 def test_the_table_shows_accuracies():
     module, candidates = made()
     measure = measured(module, lambda a, b: a + b)
-    tried, _ = choose(candidates, module, measure, measure(), "training error", {"validation error": 0.0})
+    tried, _ = choose(candidates, module, measure, measure(), gap, {"validation error": 0.0})
     lines = table(tried, measure()).splitlines()
     assert "training accuracy" in lines[0]
     assert lines[2].split() == ["none", "0", "1", "1"]
@@ -100,6 +110,6 @@ def test_a_cost_may_rise_as_far_as_it_is_said():
     module, candidates = made()
     measure = measured(module, lambda a, b: a + b)
     for rise in (0.2, 0.5):
-        _, best = choose(candidates, module, measure, measure(), "training error", {"validation error": rise})
+        _, best = choose(candidates, module, measure, measure(), gap, {"validation error": rise})
         of_candidate, budget = best
         assert 0.5 * rise < of_candidate.points[budget]["validation error"] <= rise

@@ -35,17 +35,19 @@ def reciting(tmp_path, network="mlp", **options):
 
 
 @pytest.mark.parametrize("network", ["mlp", "vit", "cnn"])
-def test_the_edit_takes_from_training_and_nothing_from_validation(network, tmp_path, caplog):
+def test_the_edit_closes_the_gap_and_validation_loses_next_to_nothing(network, tmp_path, caplog):
     caplog.set_level("INFO")
     _, callback, trainer = reciting(tmp_path, network)
     match = callback.match
     assert match.edit is not None
-    assert match.after["training error"] > match.before["training error"]
-    assert match.after["validation error"] <= match.before["validation error"]
+    gaps = [costs["validation error"] - costs["training error"] for costs in (match.before, match.after)]
+    assert gaps[1] < gaps[0]
+    error = match.before["validation error"]
+    assert match.after["validation error"] <= error + max(0.005, (error * (1 - error) / 128) ** 0.5)
     assert match.after["validation loss"] <= match.before["validation loss"] + 0.05
     assert set(match.held_out) == {"validation error", "validation loss"}
     assert "What edits do, on training and on validation batches" in caplog.text
-    assert "takes most from training and nothing from validation" in str(match)
+    assert "closes most of the gap between training and validation" in str(match)
     assert callback.factors is match.edit.factors
     path = trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt")
     edited = torch.load(path)
