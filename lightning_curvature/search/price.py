@@ -113,7 +113,7 @@ class Purchase:
         points: All costs that were measured, by budget; 0 is the unedited model.
         held_out: The costs before and after on data that nothing was chosen on, where there are such data.
         scale: Factor of what is kept of an update.
-        edit: What it edits, if that was chosen among several candidates.
+        name: Of what it edits, if that was chosen among several candidates.
     """
 
     budget: float
@@ -123,7 +123,7 @@ class Purchase:
     points: Mapping[float, Costs]
     held_out: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     scale: float = 1.0
-    edit: Candidate | None = None
+    name: str = ""
 
     @property
     def warning(self) -> str | None:
@@ -141,8 +141,8 @@ class Purchase:
             tried = ", ".join(f"{budget:.2g} nats: {_listed(costs)}" for budget, costs in self.points.items() if budget)
             return f"No edit stays within the price. Before: {_listed(self.before)}; predicted to cost {tried}."
         which = "The strongest edit within the price"
-        if self.edit is not None:
-            which = f"The edit that closes most of the gap between training and validation ({self.edit.name})"
+        if self.name:
+            which = f"The edit that closes most of the gap between training and validation ({self.name})"
         lines = [
             f"{which} is predicted to cost {self.predicted:.2g} nats. On what chose it: {_listed(self.before)} before, "
             f"{_listed(self.after)} after."

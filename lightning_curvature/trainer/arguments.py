@@ -160,6 +160,7 @@ class CallbackArguments(Callback):
             None, fisher, draws, positions, logits, class_dim, accumulate_on, share, score == "coupled", seed
         )
         self.target = None if target is None else Target(target)
+        self._can_sample = True
         self._chooses_layers = self.price is not None and layers is None and soft is None and factors is None
         self._chooses_layers &= loop in ("auto", "train")
         self._use_defaults(self.keeps_start or self._reference is not None)

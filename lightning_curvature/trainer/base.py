@@ -172,21 +172,24 @@ class CallbackBase(CallbackArguments):
 
     def _spend(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Find the edit that the price allows, and take the factors that it needs. A collective."""
-        self._outcome.spend(trainer, module, self.factors, self._all_layers(trainer, module))
-        match = self._outcome.match
-        if isinstance(match, Purchase) and match.edit is not None:
-            self._validated = match.edit.factors
+        factors = self.factors
+        needed = self._outcome.spend(trainer, module, factors, self._all_layers(trainer, module))
+        if needed is not None and needed is not factors:
+            self._validated = needed
 
     def _sample(self, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep a copy of one of the first batches of an epoch, where they tell what to edit."""
         if self.price is None or self.price.of_updates or not self._chooses_layers or self._problems.given_up:
+            return
+        if not self._can_sample:  # on this process: others go on, and learn at the end that there is nothing
             return
         if batch_idx == 0:
             self.price.trained.clear()
         try:
             self.price.trained.add(module, batch, batch_idx)
         except Exception as error:  # noqa: BLE001  # of batches that are the user's
-            self._chooses_layers = False
+            self._can_sample = False
+            self.price.trained.clear()
             rank_zero_info(f"Training batches cannot be copied, so that they do not tell what recites: {error}")
 
     def _all_layers(

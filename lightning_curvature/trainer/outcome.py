@@ -95,27 +95,31 @@ class Outcome:
         module: pl.LightningModule,
         factors: KroneckerFactors,
         others: Callable[[Sequence[Arguments]], Candidate] | None = None,
-    ) -> None:
-        """Find the strongest edit within the price, if one is measured; arguments as of :meth:`.MeasuredPrice.find`."""
+    ) -> KroneckerFactors | None:
+        """Find the strongest edit within the price, if one is measured, and return the factors that it needs.
+
+        Arguments as of :meth:`.MeasuredPrice.find`. None means those that were given.
+        """
         if self._price is None:
-            return
+            return None
         self._price.predicted = careful_budget(self._editor.soft, len(self._editor.energies(factors)) == 1)
         self._use_predicted(self._price)
-        purchase = self._price.find(trainer, module, self._editor, factors, others)
-        if purchase is None:
-            return
+        found = self._price.find(trainer, module, self._editor, factors, others)
+        if found is None:
+            return None
+        purchase = found.purchase
+        self._editor.use_soft(found.candidate.editor.soft)
         self._use(purchase)
         if purchase.budget:
             rank_zero_info(f"\n{purchase}")
         else:
             copies = "the checkpoints" if purchase.scale == 1.0 else f"the updates times {purchase.scale:g}"
             rank_zero_warn(f"The edited copies are {copies}. {purchase}")
+        return found.candidate.factors
 
     def _use(self, purchase: Purchase) -> None:
         """Make an edit that was found the one that is made."""
         self.match, self._editor.scale = purchase, purchase.scale
-        if purchase.edit is not None:
-            self._editor.use_soft(purchase.edit.editor.soft)
         if purchase.budget:
             self._editor.use_budget(purchase.budget)
         else:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -28,6 +29,13 @@ ERROR_RISE = 0.005
 """How far the error of a classifier may rise above that of the unedited model: half a point of accuracy.
 
 Where batches are few it is one standard error of that error, since less cannot be told from chance."""
+
+
+class Found(NamedTuple):
+    """The strongest edit within the price, and what it edits."""
+
+    purchase: Purchase
+    candidate: Candidate
 
 
 class MeasuredPrice:
@@ -59,7 +67,7 @@ class MeasuredPrice:
         editor: CurvatureEditor,
         factors: KroneckerFactors,
         others: Callable[[Sequence[Arguments]], Candidate] | None = None,
-    ) -> Purchase | None:
+    ) -> Found | None:
         """Return the strongest edit within the price; None, which is told, if nothing can be measured. A collective.
 
         Args:
@@ -74,56 +82,58 @@ class MeasuredPrice:
             "may cost: target=, budget= or energy=."
         )
         try:
-            purchase = self._find(trainer, module, editor, factors, others)
+            found = self._find(trainer, module, Candidate(DEFAULT, editor, factors), others)
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_warn(f"The price of the edit could not be measured: {type(error).__name__}: {error}. {instead}")
-            purchase = None
+            found = None
         else:
-            if purchase is None:
+            if found is None:
                 reason = "validation_step computed no known loss" if self.validated else "there was no validation"
                 rank_zero_info(f"The price of the edit was not measured, since {reason}. {instead}")
         self.validated.clear()
         self.trained.clear()
-        return purchase
+        return found
 
     def _find(
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        editor: CurvatureEditor,
-        factors: KroneckerFactors,
+        default: Candidate,
         others: Callable[[Sequence[Arguments]], Candidate] | None,
-    ) -> Purchase | None:
-        def measure(part: int = 0) -> Costs:
-            return _costs(self.validated.read(trainer, module, editor.ranks, part))
+    ) -> Found | None:
+        ranks = default.editor.ranks
 
-        first = self.validated.read(trainer, module, editor.ranks, 0)
+        def measure(part: int = 0) -> Costs:
+            return _costs(self.validated.read(trainer, module, ranks, part))
+
+        first = self.validated.read(trainer, module, ranks, 0)
         if not first:
             return None
-        purchase = None
+        found = None
         if others is not None and not self.of_updates and all(reading.of_classes for reading in first.values()):
-            purchase = self._close_gap(trainer, module, [Candidate(DEFAULT, editor, factors)], others, first)
-        if purchase is None:
-            purchase = self._spend(module, editor, factors, measure, first)
+            found = self._close_gap(trainer, module, default, others, first)
+        if found is None:
+            found = Found(self._spend(module, default, measure, first), default)
+        purchase, (_, editor, factors) = found
         held_out = measure(part=1)
         if not held_out or not purchase.budget:
-            return purchase
-        bought = (editor if purchase.edit is None else purchase.edit.editor).within(purchase.budget)
+            return found
+        bought = editor.within(purchase.budget)
         bought.scale = purchase.scale
-        with bought.applied(module, factors if purchase.edit is None else purchase.edit.factors):
+        with bought.applied(module, factors):
             after = measure(part=1)
-        return dataclasses.replace(purchase, held_out={name: (held_out[name], after[name]) for name in held_out})
+        both = {name: (held_out[name], after[name]) for name in held_out}
+        return found._replace(purchase=dataclasses.replace(purchase, held_out=both))
 
     def _spend(
         self,
         module: pl.LightningModule,
-        editor: CurvatureEditor,
-        factors: KroneckerFactors,
+        default: Candidate,
         measure: Callable[[], Costs],
         first: Mapping[str, Reading],
     ) -> Purchase:
         """Return the strongest edit within a price, given what the unedited module says."""
-        price = Price(_allowed(first), self.predicted)
+        price, (_, editor, factors) = Price(_allowed(first), self.predicted), default
         if self.of_updates:
             return spend_on_update(editor, module, factors, measure, price, _losses, _costs(first))
         return spend(editor, module, factors, measure, price, _costs(first))
@@ -132,12 +142,12 @@ class MeasuredPrice:
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        candidates: list[Candidate],
+        default: Candidate,
         others: Callable[[Sequence[Arguments]], Candidate],
         first: Mapping[str, Reading],
-    ) -> Purchase | None:
+    ) -> Found | None:
         """Return the edit that closes most of the gap to training batches; None, which is told, if there is none."""
-        ranks = candidates[0].editor.ranks
+        ranks = default.editor.ranks
 
         def measure() -> Costs:
             (trained,) = self.trained.read(trainer, module, ranks).values()
@@ -149,7 +159,7 @@ class MeasuredPrice:
             if not batches:
                 return None
             before = measure()
-            candidates.append(others(batches))
+            candidates = [default, others(batches)]
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_info(
                 "Training batches could not be validated, so that nothing tells which layers recite: "
@@ -168,7 +178,9 @@ class MeasuredPrice:
             return None
         (candidate, points, predicted), budget = best
         points = {0.0: before, **dict(sorted(points.items()))}
-        return Purchase(budget, predicted[budget], before, points[budget], points, edit=candidate)
+        return Found(
+            Purchase(budget, predicted[budget], before, points[budget], points, name=candidate.name), candidate
+        )
 
 
 def _allowed(readings: Mapping[str, Reading]) -> dict[str, tuple[float, bool]]:

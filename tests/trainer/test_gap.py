@@ -39,7 +39,7 @@ def test_the_edit_closes_the_gap_and_validation_loses_next_to_nothing(network, t
     caplog.set_level("INFO")
     _, callback, trainer = reciting(tmp_path, network)
     match = callback.match
-    assert match.edit is not None
+    assert match.name in ("default layers", "all linear layers, soft")
     gaps = [costs["validation error"] - costs["training error"] for costs in (match.before, match.after)]
     assert gaps[1] < gaps[0]
     error = match.before["validation error"]
@@ -48,11 +48,10 @@ def test_the_edit_closes_the_gap_and_validation_loses_next_to_nothing(network, t
     assert set(match.held_out) == {"validation error", "validation loss"}
     assert "What edits do, on training and on validation batches" in caplog.text
     assert "closes most of the gap between training and validation" in str(match)
-    assert callback.factors is match.edit.factors
     path = trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt")
     edited = torch.load(path)
-    assert set(edited["lightning_curvature"]["layers"]) == set(match.edit.factors)
-    assert edited["lightning_curvature"]["method"] == match.edit.editor.method
+    assert set(edited["lightning_curvature"]["layers"]) == set(callback.factors)
+    assert edited["lightning_curvature"]["method"] == callback.editor.method
 
 
 @pytest.mark.parametrize("wins", ["default layers", "all linear layers, soft"])
@@ -124,7 +123,7 @@ def test_training_batches_that_cannot_be_validated_are_told_and_a_price_is_measu
     callback = KFACEditCallback()
     fit(Strict(lr=0.01), callback, tmp_path, train, epochs=6)
     assert "Training batches could not be validated" in caplog.text
-    assert callback.match.edit is None
+    assert not callback.match.name
     assert callback.match.points
 
 
@@ -138,7 +137,7 @@ def test_training_batches_that_cannot_be_copied_do_not_end_anything(tmp_path, ca
     fit(Unwrapping(lr=0.01), callback, tmp_path, train, epochs=6)
     assert "Training batches cannot be copied" in caplog.text
     assert callback.problem is None
-    assert callback.match.edit is None
+    assert not callback.match.name
 
 
 class Recording(models.Classifier):
