@@ -18,9 +18,9 @@ from lightning_curvature.recording.calls import BatchGradients, LayerCall
 from lightning_curvature.recording.detached import DetachedCopy
 from lightning_curvature.recording.graph import node_of, origin_of, reached
 from lightning_curvature.recording.losses import OutputLoss, count_by_layer
-from lightning_curvature.recording.named_logits import find_class_dim, hide_a_softmax, losses_above, with_classes
 from lightning_curvature.recording.network import WatchedNetwork
 from lightning_curvature.recording.options import CollectorOptions
+from lightning_curvature.recording.parts import parts_of
 from lightning_curvature.recording.taps import Taps
 
 _GOLDEN = 0x9E3779B1  # spreads the seeds of the backward passes of one step
@@ -95,31 +95,12 @@ class StepGradients:
         losses = objectives.losses_that_reach(self.taps, objective)
         self.taps.losses = [loss for loss in self.taps.losses if loss not in losses]
         if losses:
-            losses = self._parts(objectives.of_the_output(losses), objective)
+            losses = parts_of(objectives.of_the_output(losses), self.taps, self._options, self._parameters, objective)
             self._take_through(losses, objective)
         elif objective is None or not self._hand_on(objective):
             if self._options.is_empirical and objective is not None:
                 empirical.check_unreached({edge.node for edge in self.edges}, objective)
             self.passed_over.append(objectives.why_no_loss(self.taps, self._options.logits))
-
-    def _parts(self, losses: Sequence[OutputLoss], objective: Tensor | None) -> list[OutputLoss]:
-        """Return the losses of a backward pass as parts of one loss, having checked that they are."""
-        for loss in losses:
-            loss.check_logits()
-        name, class_dim = self._options.logits, self._options.class_dim
-        if name is not None:
-            above = objectives.of_the_output(losses_above(losses, self.taps.losses_beside_named, objective))
-            by_hand = all(loss.kind != "softmax" for loss in above) and hide_a_softmax(losses, objective)
-            if by_hand or not above:
-                dims = [find_class_dim(loss, name, class_dim, self.taps.other_losses, objective) for loss in losses]
-                above = [with_classes(loss, dim) for loss, dim in zip(losses, dims, strict=True)]
-            losses = above
-        parts = objectives.as_one_loss(losses, self._parameters, named=name is not None)
-        if not self._options.is_empirical:
-            parts = [objectives.without_ignored(loss, objective) for loss in parts]
-        for loss in parts:
-            objectives.check_log_probabilities(loss)
-        return parts
 
     def _take_through(self, losses: list[OutputLoss], objective: Tensor | None) -> None:
         """Take the gradients that go through some losses."""

@@ -27,15 +27,14 @@ from lightning_curvature.distributed import whole
 from lightning_curvature.layers.modules import is_under_lora
 from lightning_curvature.recording.calls import LayerCall, check_call, is_transformed, version_of
 from lightning_curvature.recording.compiled import uncompiled
+from lightning_curvature.recording.entry_losses import ENTRY_LOSSES, read_entry_loss
 from lightning_curvature.recording.forwards import check_forward, rows_agree
 from lightning_curvature.recording.losses import (
-    ENTRY_LOSSES,
     OTHER_LOSSES,
     SOFTMAX_LOSSES,
     OtherLoss,
     OutputLoss,
     every_position,
-    read_entry_loss,
     read_loss,
 )
 from lightning_curvature.recording.named_logits import logits_seen

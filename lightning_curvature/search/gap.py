@@ -12,7 +12,9 @@ from typing import NamedTuple
 from tabulate import tabulate
 from torch import nn
 
-from lightning_curvature.search.price import Candidate, Costs
+from lightning_curvature.editing.curvature import CurvatureEditor
+from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.search.price import Costs
 
 FIRST, STEP, MOST = 0.0025, 2.0, 9
 """The first budget of the grid, in nats; the factor from one to the next; how many there are at most."""
@@ -22,6 +24,20 @@ FAR = 0.1
 """A candidate is not made stronger where one of the others is more than this beyond what it may."""
 FINER = (STEP**0.5, STEP**0.25)
 """Factors by which the best budget of a candidate is made larger in the end, each if the one before it was too much."""
+
+
+class Candidate(NamedTuple):
+    """An edit of some strength.
+
+    Args:
+        name: What to call it.
+        editor: Its budget does not matter.
+        factors: Factors of the layers that it edits.
+    """
+
+    name: str
+    editor: CurvatureEditor
+    factors: KroneckerFactors
 
 
 class Tried(NamedTuple):

@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import nn
 
@@ -85,20 +84,6 @@ def lowest_point(points: Mapping[float, Costs], name: str) -> float:
         return (math.inf if math.isnan(cost) else cost), budget
 
     return min(points, key=rank)
-
-
-class Candidate(NamedTuple):
-    """An edit of some strength.
-
-    Args:
-        name: What to call it.
-        editor: Its budget does not matter.
-        factors: Factors of the layers that it edits.
-    """
-
-    name: str
-    editor: CurvatureEditor
-    factors: KroneckerFactors
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import layer_weights
 from lightning_curvature.recording.step import Step
 from lightning_curvature.search.energy import Match
-from lightning_curvature.search.price import Candidate, Purchase
+from lightning_curvature.search.gap import Candidate
+from lightning_curvature.search.price import Purchase
 from lightning_curvature.trainer.arguments import CallbackArguments
 from lightning_curvature.trainer.edited_copy import LaterCopy
 from lightning_curvature.trainer.outcome import Outcome

@@ -22,7 +22,8 @@ from lightning_curvature.factors.decomposition import FaultyLayerError
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.memory import edit_seconds
 from lightning_curvature.search.energy import Match
-from lightning_curvature.search.price import Candidate, Purchase
+from lightning_curvature.search.gap import Candidate
+from lightning_curvature.search.price import Purchase
 from lightning_curvature.trainer.measuring import before_after
 from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes

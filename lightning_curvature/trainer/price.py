@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_curvature.editing.budget import careful_budget
 from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.search.gap import choose, table
-from lightning_curvature.search.price import Candidate, Costs, Price, Purchase, spend, spend_on_update
+from lightning_curvature.search.gap import Candidate, choose, table
+from lightning_curvature.search.price import Costs, Price, Purchase, spend, spend_on_update
 from lightning_curvature.trainer.samples import Arguments, Reading, Sample
 
 DEFAULT = "default layers"

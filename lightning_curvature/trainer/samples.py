@@ -18,7 +18,8 @@ from lightning_curvature.collect.validation_step import CollectedStep
 from lightning_curvature.distributed import Ranks
 from lightning_curvature.layers.modules import evaluating
 from lightning_curvature.recording.compiled import uncompiled
-from lightning_curvature.recording.losses import ENTRY_LOSSES, SOFTMAX_LOSSES, entry_facts, softmax_facts
+from lightning_curvature.recording.entry_losses import ENTRY_LOSSES, entry_facts
+from lightning_curvature.recording.losses import SOFTMAX_LOSSES, softmax_facts
 from lightning_curvature.trainer.measuring import random_state_kept
 from lightning_curvature.trainer.replay import without_trace
 

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from lightning_curvature import CurvatureEditor, KroneckerFactors, LayerFactors
-from lightning_curvature.search.gap import FIRST, MILDER, MOST, choose, table
-from lightning_curvature.search.price import Candidate
+from lightning_curvature.search.gap import FIRST, MILDER, MOST, Candidate, choose, table
 
 SIZE = 16
 
