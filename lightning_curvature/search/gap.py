@@ -3,9 +3,13 @@
 A classifier that recites labels is better on its training data than on others. An edit that makes it worse on the
 training data, and no worse on validation data, takes away what was recited. No label has to be known to be wrong. Which
 layers hold it, and how strong the edit must be, differs from model to model: a few candidates are tried, each at a grid
-of budgets, since a cost can rise and fall again on the way.
+of budgets, since a cost can rise and fall again on the way. How far the error on validation data may rise is counted
+from the best edit that was tried: counted from the unedited model, what milder edits gain would be spent.
+
+Source: Breiman et al. 1984, "Classification and Regression Trees" (the one-standard-error rule).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -40,18 +44,53 @@ class Candidate(NamedTuple):
     factors: KroneckerFactors
 
 
-class Tried(NamedTuple):
-    """What was measured under the edits of a candidate.
+class Tried:
+    """A candidate, and what was measured under its edits.
 
     Args:
         candidate: The candidate.
+
+    Attributes:
         points: Costs by budget.
         predicted: Predicted losses by budget.
     """
 
-    candidate: Candidate
-    points: dict[float, Costs]
-    predicted: dict[float, float]
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.points: dict[float, Costs] = {}
+        self.predicted: dict[float, float] = {}
+
+    def measure(self, budget: float, module: nn.Module, measure: Callable[[], Costs]) -> bool:
+        """Measure an edit; tell whether it left something that a stronger one could remove."""
+        with self.candidate.editor.within(budget).applied(module, self.candidate.factors) as report:
+            self.points[budget] = measure()
+        self.predicted[budget] = report.predicted_loss or 0.0
+        return not report.keeps_nothing
+
+
+class _Rule:
+    """Which edit is taken: one that closes a gap, while no cost rises more than it may."""
+
+    def __init__(self, before: Costs, gap: Callable[[Costs], float], allowed: Mapping[str, tuple[float, bool]]) -> None:
+        self._base, self._gap, self._before = dict(before), gap, before
+        self._allowed = {name: rise for name, (rise, _) in allowed.items()}
+        self._from_lowest = [name for name, (_, from_lowest) in allowed.items() if from_lowest]
+
+    def note(self, tried: Tried) -> None:
+        """Take lowest points of costs from what was measured."""
+        for name in self._from_lowest:
+            costs = [costs[name] for costs in tried.points.values()]
+            self._base[name] = min([self._base[name], *(cost for cost in costs if not math.isnan(cost))])
+
+    def excess(self, costs: Costs) -> float:
+        """Return how far a cost is beyond what it may be; at most 0 if none is."""
+        return max(costs[name] - self._base[name] - rise for name, rise in self._allowed.items())
+
+    def best(self, tried: Tried) -> float | None:
+        """Return the budget of a candidate that closes most of the gap; None if none does."""
+        within = [budget for budget, costs in tried.points.items() if self.excess(costs) <= 0]
+        best = min(within, key=lambda budget: (self._gap(tried.points[budget]), budget), default=None)
+        return best if best is not None and self._gap(tried.points[best]) < self._gap(self._before) else None
 
 
 def choose(
@@ -60,7 +99,7 @@ def choose(
     measure: Callable[[], Costs],
     before: Costs,
     gap: Callable[[Costs], float],
-    allowed: Mapping[str, float],
+    allowed: Mapping[str, tuple[float, bool]],
 ) -> tuple[list[Tried], tuple[Tried, float] | None]:
     """Find the edit that closes most of a gap, while no cost rises more than it may.
 
@@ -70,62 +109,32 @@ def choose(
         measure: Returns the costs of the module as it is.
         before: Costs of the unedited module.
         gap: Returns how much lower the error is on training data than on validation data, given the costs.
-        allowed: How far each cost on validation data may rise at most, by name.
+        allowed: How far each cost on validation data may rise, by name, and whether above the lowest that was measured,
+            or above that of the unedited module.
 
     Returns:
         All that was measured, and of it a candidate and its budget; None if there is no such edit.
     """
-    tried = [_try(candidate, module, measure, before, gap, allowed) for candidate in candidates]
-    best: tuple[Tried, float] | None = None
-    smallest = gap(before)
-    for of_candidate in tried:
-        budget = _best(of_candidate.points, before, gap, allowed)
-        if budget is not None and gap(of_candidate.points[budget]) < smallest:
-            best, smallest = (of_candidate, budget), gap(of_candidate.points[budget])
-    return tried, best
-
-
-def _try(
-    candidate: Candidate,
-    module: nn.Module,
-    measure: Callable[[], Costs],
-    before: Costs,
-    gap: Callable[[Costs], float],
-    allowed: Mapping[str, float],
-) -> Tried:
-    tried = Tried(candidate, {}, {})
-
-    def at(budget: float) -> bool:
-        """Measure an edit; tell whether a stronger one may do more."""
-        editor = candidate.editor.within(budget)
-        with editor.applied(module, candidate.factors) as report:
-            tried.points[budget] = measure()
-        tried.predicted[budget] = report.predicted_loss or 0.0
-        rises = [tried.points[budget][name] - before[name] - rise for name, rise in allowed.items()]
-        return not report.keeps_nothing and max(rises) < FAR
-
-    for step in range(MOST):
-        if not at(FIRST * STEP**step):
-            break
-    for step in range(1, 1 + MILDER):
-        if _best(tried.points, before, gap, allowed) is not None:
-            break
-        at(FIRST / STEP**step)
-    coarse = _best(tried.points, before, gap, allowed)
-    for factor in FINER if coarse is not None else ():
-        at(coarse * factor)
-        if _best(tried.points, before, gap, allowed) != coarse:
-            break
-    return tried
-
-
-def _best(
-    points: Mapping[float, Costs], before: Costs, gap: Callable[[Costs], float], allowed: Mapping[str, float]
-) -> float | None:
-    """Return the budget that closes most of the gap, among those under which no cost rises more than it may."""
-    within = [budget for budget, costs in points.items() if all(costs[n] <= before[n] + allowed[n] for n in allowed)]
-    best = min(within, key=lambda budget: (gap(points[budget]), budget), default=None)
-    return best if best is not None and gap(points[best]) < gap(before) else None
+    tried, rule = [Tried(candidate) for candidate in candidates], _Rule(before, gap, allowed)
+    for each in tried:
+        for step in range(MOST):
+            budget = FIRST * STEP**step
+            if not each.measure(budget, module, measure) or not rule.excess(each.points[budget]) < FAR:
+                break
+        rule.note(each)
+    for each in tried:
+        for step in range(1, 1 + MILDER):
+            if rule.best(each) is not None:
+                break
+            each.measure(FIRST / STEP**step, module, measure)
+        if (coarse := rule.best(each)) is not None:
+            for factor in FINER:
+                each.measure(coarse * factor, module, measure)
+                if rule.best(each) != coarse:
+                    break
+        rule.note(each)
+    best = [(each, chosen) for each in tried if (chosen := rule.best(each)) is not None]
+    return tried, min(best, key=lambda found: gap(found[0].points[found[1]]), default=None)
 
 
 def table(tried: Sequence[Tried], before: Costs) -> str:

@@ -171,16 +171,15 @@ class MeasuredPrice:
         def gap(costs: Costs) -> float:
             return sum(costs[name] for name in errors) / len(errors) - costs["training error"]
 
-        allowed = {name: rise for name, (rise, _) in _allowed(first).items()}
+        allowed = {name: (rise, name in errors) for name, (rise, _) in _allowed(first).items()}
         tried, best = choose(candidates, module, measure, before, gap, allowed)
         rank_zero_info(f"\nWhat edits do, on training and on validation batches:\n{table(tried, before)}")
         if best is None:
             return None
-        (candidate, points, predicted), budget = best
-        points = {0.0: before, **dict(sorted(points.items()))}
-        return Found(
-            Purchase(budget, predicted[budget], before, points[budget], points, name=candidate.name), candidate
-        )
+        chosen, budget = best
+        points = {0.0: before, **dict(sorted(chosen.points.items()))}
+        name, predicted = chosen.candidate.name, chosen.predicted[budget]
+        return Found(Purchase(budget, predicted, before, points[budget], points, name=name), chosen.candidate)
 
 
 def _allowed(readings: Mapping[str, Reading]) -> dict[str, tuple[float, bool]]:

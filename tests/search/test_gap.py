@@ -42,7 +42,7 @@ def gap(costs):
 def chosen(error, scale=1.0):
     module, candidates = made(scale)
     measure = measured(module, error)
-    tried, best = choose(candidates, module, measure, measure(), gap, {"validation error": 0.0})
+    tried, best = choose(candidates, module, measure, measure(), gap, {"validation error": (0.0, False)})
     assert all(removed(layer) == 0 for layer in module)
     return tried, best
 
@@ -95,10 +95,25 @@ def test_of_two_edits_the_one_that_is_better_on_validation_is_taken():
     assert best[0].candidate.name == "layer 1"
 
 
+def test_what_milder_edits_gain_is_not_spent():
+    """Counted from the lowest point, also that of another candidate."""
+
+    def error(a, b):
+        return (0.0 if a < 0.3 else 0.15) if a else 0.2 if not b else 0.12
+
+    module, candidates = made()
+    measure = measured(module, error)
+    for from_lowest, candidate in ((True, "layer 0"), (False, "layer 1")):
+        allowed = {"validation error": (0.05, from_lowest)}
+        _, (of_candidate, budget) = choose(candidates, module, measure, measure(), gap, allowed)
+        assert of_candidate.candidate.name == candidate
+        assert (of_candidate.points[budget]["training error"] < 0.3) == from_lowest
+
+
 def test_the_table_shows_accuracies():
     module, candidates = made()
     measure = measured(module, lambda a, b: a + b)
-    tried, _ = choose(candidates, module, measure, measure(), gap, {"validation error": 0.0})
+    tried, _ = choose(candidates, module, measure, measure(), gap, {"validation error": (0.0, False)})
     lines = table(tried, measure()).splitlines()
     assert "training accuracy" in lines[0]
     assert lines[2].split() == ["none", "0", "1", "1"]
@@ -109,6 +124,6 @@ def test_a_cost_may_rise_as_far_as_it_is_said():
     module, candidates = made()
     measure = measured(module, lambda a, b: a + b)
     for rise in (0.2, 0.5):
-        _, best = choose(candidates, module, measure, measure(), gap, {"validation error": rise})
+        _, best = choose(candidates, module, measure, measure(), gap, {"validation error": (rise, False)})
         of_candidate, budget = best
         assert 0.5 * rise < of_candidate.points[budget]["validation error"] <= rise
