@@ -15,7 +15,8 @@ Protocol, for each seed: a small ViT is trained on images of which 10 % carry a 
 Mean and sample standard deviation over seeds.
 
     python benchmarks/bench_label_noise.py digits --out results/digits.json
-    python benchmarks/bench_label_noise.py mnist --root ../shared/data --out results/mnist.json
+    python benchmarks/bench_label_noise.py mnist --root FOLDER --out results/mnist.json
+    python benchmarks/bench_label_noise.py cifar10 --root FOLDER --out results/cifar10.json
 """
 
 import json
@@ -34,16 +35,16 @@ from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
 from lightning_curvature.editing.base import DEFAULT_ENERGY
 from support.environment import environment, parser, quiet
-from support.images import digits, fit, mnist
+from support.images import cifar10, digits, fit, mnist
 from support.tables import Columns, summary
 
 KINDS = [("sketched", 1), ("sketched", 2), ("sampled", 1), ("sampled", 4), ("empirical", 1)]
 LAYERS = {
-    "fc2 of the last block": ["*.1.fc2"],
-    "fc1 of the last block": ["*.1.fc1"],
-    "both of the last block": ["*.1.fc?"],
-    "fc2 of both blocks": ["*.fc2"],
-    "all MLP layers": None,
+    "fc2 of the last block": ["*.{last}.fc2"],
+    "fc1 of the last block": ["*.{last}.fc1"],
+    "both of the last block": ["*.{last}.fc?"],
+    "fc2 of all blocks": ["*.fc2"],
+    "all MLP layers": ["*"],
 }
 COLUMNS: Columns = {
     "energy": ("energy", 1, 2),
@@ -111,8 +112,11 @@ def compare_kinds(frozen: Callable[..., KroneckerFactors], edited: Edited) -> Ro
 def compare_layers(model: LitViT, factors: KroneckerFactors, part: tuple) -> Rows:
     """Return the edit of each choice of layers at the default energy."""
     rows = {}
+    last = len(model.model.blocks) - 1
     for label, patterns in LAYERS.items():
-        with CurvatureEditor(DEFAULT_ENERGY, patterns).applied(model, factors):
+        with CurvatureEditor(DEFAULT_ENERGY, [pattern.format(last=last) for pattern in patterns]).applied(
+            model, factors
+        ):
             rows[label] = evaluate(model, *part)
     return rows
 
@@ -120,8 +124,8 @@ def compare_layers(model: LitViT, factors: KroneckerFactors, part: tuple) -> Row
 def main() -> None:
     """Run the benchmark."""
     arguments = parser(__doc__)
-    arguments.add_argument("data", choices=["digits", "mnist"])
-    arguments.add_argument("--root", type=Path, help="folder that holds MNIST/raw")
+    arguments.add_argument("data", choices=["digits", "mnist", "cifar10"])
+    arguments.add_argument("--root", type=Path, help="folder that holds MNIST/raw, or CIFAR-10")
     arguments.add_argument("--weight-decay", type=float, default=0.5, help="of MNIST's model")
     arguments.add_argument("--attention-decay", type=float, default=5.0, help="of MNIST's model, times --weight-decay")
     arguments.add_argument("--seeds", type=int, default=3)
@@ -133,7 +137,10 @@ def main() -> None:
     runs = []
     for seed in range(args.seeds):
         pl.seed_everything(seed, verbose=False)
-        data, model, epochs = digits(seed) if args.data == "digits" else mnist(seed, args.root, *decays)
+        if args.data == "mnist":
+            data, model, epochs = mnist(seed, args.root, *decays)
+        else:
+            data, model, epochs = digits(seed) if args.data == "digits" else cifar10(seed, args.root)
         runs.append(run(seed, data, model, epochs))
         print(f"seed {seed} done after {time.perf_counter() - started:.0f} s", flush=True)
     for title, beside in TABLES.items():
