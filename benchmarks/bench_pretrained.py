@@ -190,8 +190,9 @@ def tables(_: str, runs: list[Any]) -> str:
     columns = {column: title for column, title in COLUMNS.items() if column in known}
     parts = [
         summary(by_row(runs, "methods"), columns),
-        "Predicted and measured:",
+        "<details><summary>Predicted and measured</summary>",
         summary(by_row(runs, "prices"), prices),
+        "</details>",
     ]
     return "\n\n".join(parts)
 

@@ -18,8 +18,11 @@ def mean(values: Sequence[float], of: int, digits: int) -> str:
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    fewer = f" ({len(values)} of {of} seeds)" if len(values) < of else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}{fewer}"
+    return f"{statistics.mean(values):.{digits}f}{spread}{_fewer(len(values), of)}"
+
+
+def _fewer(count: int, of: int) -> str:
+    return f" ({count} of {of} seeds)" if count < of else ""
 
 
 def summary(runs: Sequence[Mapping[str, Mapping[str, float]]], columns: Columns) -> str:
@@ -33,11 +36,14 @@ def summary(runs: Sequence[Mapping[str, Mapping[str, float]]], columns: Columns)
     body = []
     for name in names:
         rows = [run.get(name, {}) for run in runs]
+        values = {column: [row[column] for row in rows if column in row] for column in columns}
+        counts = {len(numbers) for numbers in values.values() if numbers}
+        of = counts.pop() if len(counts) == 1 else len(runs)  # fewer seeds of a whole row are told once
         cells = [
-            mean([scale * row[column] for row in rows if column in row], len(runs), digits)
+            mean([scale * number for number in values[column]], of, digits)
             for column, (_, scale, digits) in columns.items()
         ]
-        body.append([name, *cells])
+        body.append([name + _fewer(of, len(runs)), *cells])
     return table(body, ["", *(title for title, _, _ in columns.values())])
 
 
