@@ -188,12 +188,10 @@ def tables(_: str, runs: list[Any]) -> str:
     prices = {"predicted": ("predicted, nats", 1, 5), "measured": ("measured, nats", 1, 3)}
     known = {column for run in runs for row in run for column in row}
     columns = {column: title for column, title in COLUMNS.items() if column in known}
-    parts = [
-        summary(by_row(runs, "methods"), columns),
-        "<details><summary>Predicted and measured</summary>",
-        summary(by_row(runs, "prices"), prices),
-        "</details>",
-    ]
+    parts = [summary(by_row(runs, "methods"), columns)]
+    if any(row["table"] == "prices" for run in runs for row in run):
+        priced = summary(by_row(runs, "prices"), prices)
+        parts += ["<details><summary>Predicted and measured</summary>", priced, "</details>"]
     return "\n\n".join(parts)
 
 
