@@ -20,7 +20,7 @@ from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.search.price import Costs
 
-FIRST, STEP, MOST = 0.0025, 2.0, 9
+FIRST, STEP, MOST = 0.0025, 2.0, 12
 """The first budget of the grid, in nats; the factor from one to the next; how many there are at most."""
 MILDER = 4
 """How many budgets below the first one are tried, where that one is too much."""

@@ -42,9 +42,9 @@ def test_the_edit_closes_the_gap_and_validation_loses_next_to_nothing(network, t
     assert match.name in ("default layers", "all linear layers, soft")
     gaps = [costs["validation error"] - costs["training error"] for costs in (match.before, match.after)]
     assert gaps[1] < gaps[0]
-    error = match.before["validation error"]
-    assert match.after["validation error"] <= error + max(0.005, (error * (1 - error) / 128) ** 0.5)
-    assert match.after["validation loss"] <= match.before["validation loss"] + 0.05
+    error = min(costs["validation error"] for costs in match.points.values())
+    assert match.after["validation error"] <= error + max(0.005, (0.25 / 128) ** 0.5)
+    assert match.after["validation loss"] <= 1.1 * match.before["validation loss"]
     assert set(match.held_out) == {"validation error", "validation loss"}
     assert "What edits do, on training and on validation batches" in caplog.text
     assert "closes most of the gap between training and validation" in str(match)
