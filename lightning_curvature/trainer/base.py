@@ -205,6 +205,7 @@ class CallbackBase(CallbackArguments):
             editor = copy.copy(self.editor)
             editor.use_soft(True)
             collected = validated_factors(trainer, module, batches, options, None, editor)
+            self._outcome.check_time(layer.shape for layer in collected.values())
             return Candidate("all linear layers, soft", editor, collected)
 
         return candidate

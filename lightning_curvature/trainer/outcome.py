@@ -224,11 +224,23 @@ class Outcome:
         why = f" (the outputs of {listing(asleep)} needed no gradient: frozen)" if asleep else ""
         rank_zero_warn(f"Chosen layers {listing(silent)} never ran{why}, and stay as they are.")
 
+    def check_time(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Raise ``TimeoutError`` if an edit of such layers takes over a tenth of the training's time. A collective."""
+        seconds, trained = self._edit_seconds(shapes), time.monotonic() - self._started
+        if seconds > _TENTH * max(self._editor.ranks.gather(trained)):
+            raise TimeoutError(
+                f"an edit of all linear layers takes about {seconds:.2g} s, over a tenth of the training's time. "
+                'layers="linear", soft=True makes it nevertheless'
+            )
+
+    @staticmethod
+    def _edit_seconds(shapes: Iterable[tuple[int, int]]) -> float:
+        on_gpu = torch.cuda.is_available()
+        return sum(edit_seconds(*shape, on_gpu) for shape in shapes)
+
     def tell_time(self, num_copies: int, weights: Iterable[torch.Tensor]) -> None:
         """Say how long edits of some weights take that are made now, if that is over a tenth of the training's time."""
-        on_gpu = torch.cuda.is_available()
-        shapes = [(len(weight), math.prod(weight.shape[1:])) for weight in weights]
-        seconds = sum(edit_seconds(*shape, on_gpu) for shape in shapes)
+        seconds = self._edit_seconds((len(weight), math.prod(weight.shape[1:])) for weight in weights)
         trained = time.monotonic() - self._started
         if num_copies * seconds > _TENTH * trained:
             rank_zero_info(

@@ -159,13 +159,17 @@ class MeasuredPrice:
             if not batches:
                 return None
             before = measure()
-            candidates = [default, others(batches)]
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_info(
                 "Training batches could not be validated, so that nothing tells which layers recite: "
                 f"{type(error).__name__}: {error}"
             )
             return None
+        candidates = [default]
+        try:
+            candidates.append(others(batches))
+        except Exception as error:  # noqa: BLE001  # of code that is the user's
+            rank_zero_info(f"Other layers than the default ones are not tried: {type(error).__name__}: {error}")
         errors = [f"{name} error" for name in first]
 
         def gap(costs: Costs) -> float:
