@@ -66,7 +66,8 @@ def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, R
     fit(model, data, epochs, [callback])
     report, all_examples = data.halves()["report"], (data.train, data.val)
     before = {"before": evaluate(model, *report)}
-    curves = energy_curves(model, callback.factors, data)
+    collected = callback.run.windows.factors  # of the default layers, whatever the callback has chosen
+    curves = energy_curves(model, collected, data)
     methods = compare_methods(curves)
 
     def edited(factors, energy, part=report):
@@ -81,7 +82,7 @@ def run(seed: int, data: NoisyLabels, model: LitViT, epochs: int) -> dict[str, R
     freshness = {
         f"{source}, {label} energy": edited(factors, energy, all_examples)
         for label, energy in (("default", DEFAULT_ENERGY), ("chosen", methods["kfac"]["energy"]))
-        for source, factors in (("in fit", callback.factors), ("frozen", still))
+        for source, factors in (("in fit", collected), ("frozen", still))
     }
     with callback.editor.applied(model, callback.factors) as edit:
         kept = [layer.energy_kept for layer in edit.layers.values()]

@@ -85,10 +85,11 @@ def effects(seed: int) -> dict[str, dict[str, float]]:
     }
     model, data, steps = train(seed, list(callbacks.values()))
     rows = {"before": evaluate(model, data.train, data.val)}
-    (name, full), *_ = callbacks["every=1"].factors.items()
+    (name, full), *_ = callbacks["every=1"].run.windows.factors.items()
     for label, callback in callbacks.items():
-        layer = callback.factors[name]
-        with CurvatureEditor(DEFAULT_ENERGY).applied(model, callback.factors) as report:
+        factors = callback.run.windows.factors
+        layer = factors[name]
+        with CurvatureEditor(DEFAULT_ENERGY).applied(model, factors) as report:
             metrics = evaluate(model, data.train, data.val)
         rows[label] = {
             **metrics,
@@ -98,7 +99,7 @@ def effects(seed: int) -> dict[str, dict[str, float]]:
             "distance of G": float((layer.G - full.G).norm() / full.G.norm()),
             "stated error of A": layer.A_error,
             "stated error of G": layer.G_error,
-            "steps old": steps - callback.factors.provenance["step"],
+            "steps old": steps - factors.provenance["step"],
         }
     return rows
 

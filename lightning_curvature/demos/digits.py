@@ -89,13 +89,14 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
     out.mkdir(parents=True, exist_ok=True)
     model, data, callback, trainer = train_digits(out, seed, epochs)
     trained = time.perf_counter()
-    factors = callback.factors
+    # Those of the layers that are edited by default, whatever the callback has chosen in the end.
+    factors = callback.factors if callback.run is None else callback.run.windows.factors
     trainer.save_checkpoint(out / "original.ckpt", weights_only=False)
     factors.save(out / "factors.safetensors")
 
     train, val = data.halves()["report"]
     before = evaluate(model, train, val)
-    with callback.editor.applied(model, factors) as of_callback:
+    with callback.editor.applied(model, callback.factors) as of_callback:
         kept = [layer.energy_kept for layer in of_callback.layers.values()]
         default = {"energy": round(sum(kept) / len(kept), 3), **evaluate(model, train, val)}
     curves = energy_curves(model, factors, data)
