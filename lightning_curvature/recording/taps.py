@@ -5,12 +5,9 @@ While it is open it records
 
 - each call of a watched layer: the input, and the place of the output in the autograd graph (a gradient edge, taken
   before a later in-place operation can move it, so that ``relu_`` after a layer does not change what is measured);
-- each loss whose curvature is known: ``F.cross_entropy`` (and ``nn.CrossEntropyLoss``), ``F.nll_loss`` of log-softmax
-  outputs, ``F.binary_cross_entropy_with_logits`` and ``F.mse_loss``, seen by a
-  :class:`torch.overrides.TorchFunctionMode`.
+- each loss whose curvature is known, seen by a :class:`torch.overrides.TorchFunctionMode`.
 
-It changes nothing that it sees. Nothing is recorded while a backward pass runs: activation checkpointing calls layers
-again there.
+Nothing that is seen changes. While a backward pass runs, in which checkpointing calls layers again, nothing is recorded.
 """
 
 from collections.abc import Callable, Iterator, Mapping
