@@ -7,7 +7,7 @@ While it is open it records
   before a later in-place operation can move it, so that ``relu_`` after a layer does not change what is measured);
 - each loss whose curvature is known, seen by a :class:`torch.overrides.TorchFunctionMode`.
 
-Nothing that is seen changes. While a backward pass runs, in which checkpointing calls layers again, nothing is recorded.
+Nothing that is seen changes. Nothing is recorded in a backward pass, where checkpointing calls layers again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
