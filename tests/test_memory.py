@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_curvature.memory import edit_bytes, free_memory, place_edit
+from lightning_curvature.memory import edit_bytes, free_memory, place_edit, training_seconds
 
 
 def test_a_layer_is_edited_on_the_gpu_if_there_is_room(monkeypatch):
@@ -22,3 +22,8 @@ def test_device_memory_is_asked_of_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
     assert free_memory(torch.device("cuda")) == 9  # what the allocator holds but does not use is free, too
+
+
+def test_a_training_is_guessed_to_take_what_its_products_and_its_steps_take():
+    assert training_seconds(1e10, 0, on_gpu=False) == 3.0
+    assert training_seconds(1e13, 1000, on_gpu=True) == 5.0

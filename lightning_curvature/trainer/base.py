@@ -205,7 +205,7 @@ class CallbackBase(CallbackArguments):
             editor = copy.copy(self.editor)
             editor.use_soft(True)
             collected = validated_factors(trainer, module, batches, options, None, editor)
-            self._outcome.check_time(layer.shape for layer in collected.values())
+            self._outcome.check_time(collected, len(batches), trainer.fit_loop.total_batch_idx + 1)
             return Candidate("all linear layers, soft", editor, collected)
 
         return candidate

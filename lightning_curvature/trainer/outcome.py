@@ -20,7 +20,7 @@ from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.decomposition import FaultyLayerError
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.memory import edit_seconds
+from lightning_curvature.memory import edit_seconds, training_seconds
 from lightning_curvature.search.energy import Match
 from lightning_curvature.search.gap import Candidate
 from lightning_curvature.search.price import Purchase
@@ -224,13 +224,21 @@ class Outcome:
         why = f" (the outputs of {listing(asleep)} needed no gradient: frozen)" if asleep else ""
         rank_zero_warn(f"Chosen layers {listing(silent)} never ran{why}, and stay as they are.")
 
-    def check_time(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Raise ``TimeoutError`` if an edit of such layers takes over a tenth of the training's time. A collective."""
-        seconds, trained = self._edit_seconds(shapes), time.monotonic() - self._started
-        if seconds > _TENTH * max(self._editor.ranks.gather(trained)):
+    def check_time(self, factors: KroneckerFactors, num_batches: int, num_steps: int) -> None:
+        """Raise ``TimeoutError`` if an edit takes over a tenth of the time that the training should have taken.
+
+        Args:
+            factors: Of the layers that it edits.
+            num_batches: Batches behind them on each process.
+            num_steps: Batches that the training took on each process.
+        """
+        seconds = self._edit_seconds(layer.shape for layer in factors.values())
+        products = sum(math.prod(layer.shape) * layer.num_seen for layer in factors.values())
+        per_batch = products / (num_batches * self._editor.ranks.size)
+        if seconds > _TENTH * training_seconds(num_steps * per_batch, num_steps, torch.cuda.is_available()):
             raise TimeoutError(
-                f"an edit of all linear layers takes about {seconds:.2g} s, over a tenth of the training's time. "
-                'layers="linear", soft=True makes it nevertheless'
+                f"an edit of all linear layers takes about {seconds:.2g} s, over a tenth of the training's time, both "
+                'guessed by size. layers="linear", soft=True makes it nevertheless'
             )
 
     @staticmethod
