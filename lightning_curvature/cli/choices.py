@@ -7,6 +7,7 @@ Positions = Literal["contributing", "all", "first"]
 ImagePositions = Literal["all", "first"]
 AccumulateOn = Literal["auto", "model", "cpu"]
 Half = Literal["tuning", "validation"]
+Scope = Literal["layer", "model"]
 Score = Literal["kfac", "ekfac", "coupled", "activations", "saliency"]
 
 LIGHTNING = ("fit", "validate", "test")

@@ -12,7 +12,15 @@ from typing_extensions import Self, override
 
 from lightning_curvature._checks import check_option
 from lightning_curvature.editing.base import DEFAULT_ENERGY
-from lightning_curvature.editing.budget import LossCurve, kept_shares, loss_curve, penalty_of
+from lightning_curvature.editing.budget import (
+    LossCurve,
+    energy_within,
+    kept_shares,
+    loss_curve,
+    penalty_keeping,
+    penalty_of,
+    together,
+)
 from lightning_curvature.editing.cost import pair_losses
 from lightning_curvature.editing.matrix_editor import Part
 from lightning_curvature.editing.projection import Projection, project_on_free_device
@@ -23,6 +31,8 @@ from lightning_curvature.factors.basis import coefficients, project_weight, sele
 from lightning_curvature.factors.decomposition import FaultyLayerError, TooFewPositionsError
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.factors.layer import LayerFactors
+
+SCOPES = ("layer", "model")
 
 
 class _Known(NamedTuple):
@@ -49,15 +59,17 @@ class CurvatureEditor(WeightEditor):
         layers: fnmatch patterns on layer names; None for all layers of the factors.
         score: How directions are ranked, see :mod:`~lightning_curvature.editing.scores`.
         soft: Shrink coefficients of the score ``s`` smoothly, by ``s / (s + t)``, instead of keeping some and dropping
-            others; ``t`` is such that the share ``energy`` of the scores is kept in each layer, or, with a budget, one
-            for all layers.
+            others; ``t`` follows from the energy or the budget.
         skip_faulty: Skip a layer that cannot be edited, with a warning, and edit the others: NaN in its weight or its
             factors, or factors of zero. Not for files, where such a layer is always an error.
         min_positions: Positions that each factor of a layer must rest on; a layer with fewer is skipped, with a
             warning. None for as many as the layer's live inputs and outputs, see
             :meth:`lightning_curvature.LayerFactors.too_few_positions`; 0 to skip no layer.
         budget: Instead of an energy: what the edit is predicted to cost over all its layers, in nats per loss position.
-            One strength for all layers is found that meets it, see :mod:`lightning_curvature.editing.budget`.
+            The strength that meets it is found, see :mod:`lightning_curvature.editing.budget`.
+        scope: What scores are compared with: those of their ``"layer"``, so that each layer keeps the same share of its
+            own, or of the ``"model"``: one threshold, or one ``t``, for all layers that are edited together. By default
+            ``"layer"`` for an energy, as in the paper, and ``"model"`` for a budget.
 
     Raises:
         TypeError: As :class:`lightning_curvature.editing.base.Editor`.
@@ -85,12 +97,16 @@ class CurvatureEditor(WeightEditor):
         skip_faulty: bool = False,
         min_positions: int | None = None,
         budget: float | None = None,
+        scope: str | None = None,
     ) -> None:
         if energy is not None and budget is not None:
             raise ValueError("Give an energy or a budget, not both: each of them says how strong the edit is.")
         super().__init__(DEFAULT_ENERGY if energy is None else energy, layers)
         self.budget = None if budget is None else _check_budget(budget)
         self.penalty: float | None = None
+        self.share: float | None = None
+        self.scope = None if scope is None else check_option(scope, SCOPES, "scope")
+        self._check_scope()
         self.skip_faulty = skip_faulty
         if min_positions is not None and (isinstance(min_positions, bool) or not isinstance(min_positions, int)):
             raise TypeError(f"min_positions must be an integer or None, found {min_positions!r}.")
@@ -108,7 +124,8 @@ class CurvatureEditor(WeightEditor):
         search over energies computes them once.
         """
         editor = super().at(energy)
-        editor.budget = editor.penalty = None
+        editor.budget = editor.penalty = editor.share = None
+        editor._check_scope()
         editor._known = WeakKeyDictionary() if self._known is None else self._known
         return editor
 
@@ -125,16 +142,25 @@ class CurvatureEditor(WeightEditor):
 
     def use_budget(self, budget: float) -> None:
         """Take another budget, in nats per loss position, in the place of an energy or a budget."""
-        self.energy, self.budget, self.penalty = 1.0, _check_budget(budget), None
+        self.energy, self.budget, self.penalty, self.share = 1.0, _check_budget(budget), None, None
+
+    def _check_scope(self) -> None:
+        if self.scope == "model" and isinstance(self.energy, dict):
+            raise ValueError('scope="model" takes one energy for all layers, and no dict: their scores are compared.')
 
     @override
     def energies(self, factors: KroneckerFactors) -> dict[str, float]:
         energies = super().energies(factors)
         return energies if self.budget is None else dict.fromkeys(energies, 1.0)
 
+    @property
+    @override
+    def is_joint(self) -> bool:
+        return self.budget is not None or (self.scope == "model" and self.energy != 1.0)
+
     @override
     def prepared(self, parts: Mapping[str, Part]) -> Self:
-        if self.budget is None:
+        if not self.is_joint:
             return self
         curves, failure = [], None
         for name, part in parts.items():
@@ -151,7 +177,15 @@ class CurvatureEditor(WeightEditor):
                 raise failed
         gathered = [curve for of_rank, _ in outcomes for curve in of_rank]
         editor = copy.copy(self)
-        editor.penalty = penalty_of(gathered, self.budget, self.soft) if gathered else 0.0
+        if not gathered:
+            editor.penalty = 0.0
+        elif self.budget is None:
+            assert isinstance(self.energy, float)  # see _check_scope
+            editor.penalty = penalty_keeping(together(gathered), self.energy, self.soft)
+        elif self.scope == "layer":
+            editor.share = energy_within(gathered, self.budget, self.soft)
+        else:
+            editor.penalty = penalty_of(gathered, self.budget, self.soft)
         return editor
 
     def _curve(self, weight: Tensor, factors: LayerFactors) -> LossCurve:
@@ -202,6 +236,8 @@ class CurvatureEditor(WeightEditor):
     @override
     def facts(self, factors: KroneckerFactors, source: str, report: EditReport | None = None) -> dict[str, Any]:
         facts = super().facts(factors, source, report)
+        if self.scope is not None:
+            facts["scope"] = self.scope
         if self.budget is None:
             return facts
         for layer in facts["layers"].values():

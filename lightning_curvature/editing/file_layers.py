@@ -43,8 +43,11 @@ class LayerEditor(Protocol):
     method: str
     reference: Reference | None
     scale: float
-    budget: float | None
     reads_factors: bool
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether all layers are looked at together before each is edited."""
 
     def based_on(self, reference: Reference, scale: float = 1.0) -> Self:
         """Return the same editor for the update since a reference."""

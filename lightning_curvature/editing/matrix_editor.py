@@ -43,14 +43,22 @@ class MatrixEditor(Editor):
     penalty: float | None = None
     """One strength for all layers, which takes the place of energies; see :mod:`lightning_curvature.editing.budget`."""
 
+    share: float | None = None
+    """Energy of every layer, found so that a budget is met; it takes the place of energies."""
+
     scale = 1.0
     """Factor of what is kept of an update, see :meth:`based_on`."""
 
     budget: float | None = None
-    """What an edit may cost over all its layers, which are then looked at together before each is edited."""
+    """What an edit may cost over all its layers."""
 
     reads_factors = True
     """Whether an edit depends on the spectra of the factors; if not, they only say which layers to edit."""
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether all layers are looked at together before each is edited, see :meth:`prepared`."""
+        return False
 
     @abstractmethod
     def project(self, weight: Tensor, factors: LayerFactors, energy: float) -> Projection:
@@ -113,6 +121,7 @@ class MatrixEditor(Editor):
                 only zeros, or the edited weight is too large for its dtype.
             TooFewPositionsError: A ``FaultyLayerError``; if the factors rest on too few positions.
         """
+        energy = energy if self.share is None else self.share
         stored = weight.detach()
         matrix = weight_matrix(name, stored, factors.shape, transposed)
         first = None if start is None else self._start_matrix(name, start, stored, factors, transposed)

@@ -104,7 +104,7 @@ def edit_checkpoint(
     _warn_if_edited(checkpoint)
     with ExitStack() as stack:
         scratch = stack.enter_context(Scratch(Path(target)))
-        if editor.budget is not None and not BASES.folders:  # each layer is decomposed before any is edited
+        if editor.is_joint and not BASES.folders:  # each layer is decomposed before any is edited
             stack.enter_context(bases_in(scratch.path / "bases"))
         layers, hashes, source_hash = _match_and_hash(editor, checkpoint, streamed, to_hf, scratch.path / "model")
         layers.check_origin(source, hashes, force)

@@ -170,6 +170,7 @@ class Chooser:
         layers: Sequence[str] | None,
         scores: Sequence[str],
         soft: bool,
+        scope: str | None,
         tokens: int,
         context: int | None,
         batch_size: int,
@@ -184,7 +185,7 @@ class Chooser:
         named = {}
         for score in scores:
             for choice in layers or ["*"]:
-                editor = CurvatureEditor(1.0, choice.split(","), score, soft)
+                editor = CurvatureEditor(1.0, choice.split(","), score, soft, scope=scope)
                 editor.energies(self.given)  # a pattern that matches nothing is told before the model is loaded
                 named[editor.method if layers is None else f"{editor.method}: {choice}"] = editor
         asked_layers = {layer for editor in named.values() for layer in editor.energies(self.given)}

@@ -52,6 +52,7 @@ class CallbackArguments(Callback):
         budget: float | None = None,
         reference: str | None = "auto",
         factors: str | None = None,
+        scope: str | None = None,
     ) -> None:
         """Check the arguments.
 
@@ -67,11 +68,12 @@ class CallbackArguments(Callback):
                 most 0.02 nats above that of the unedited model. The loss of a classifier may be a tenth, at most 0.05,
                 above its lowest point on the path of stronger and stronger edits, and its accuracy at most half a point
                 below that of the unedited model. A squared error may be 4 % above its lowest point. Where the weights
-                of a classifier are edited and neither ``layers`` nor ``soft`` is given, the edit is the one that closes
-                most of the gap between training and validation batches (:mod:`lightning_curvature.search.gap`).
-                Without a validation that computes such a loss the edit is one that is predicted to cost 0.02 nats in
-                a single layer, 0.002 in several, and 0.0003 if it is soft: the more layers, the less is predicted. For
-                squared errors, whose unit is the user's, these mean little: give a strength.
+                of a classifier are edited and none of ``layers``, ``soft`` and ``scope`` is given, the edit is the one
+                that closes most of the gap between training and validation batches, see
+                :mod:`lightning_curvature.search.gap`. Without a validation that computes such a loss the edit is one
+                that is predicted to cost 0.02 nats in a single layer, 0.002 in several, and 0.0003 if it is soft: the
+                more layers, the less is predicted. For squared errors, whose unit is the user's, these mean little:
+                give a strength.
             fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
             draws: Backward passes per batch of ``"sketched"`` and ``"sampled"``.
             positions: Which positions count: ``"contributing"``, ``"all"``, ``"first"``, or ``"mask:KEY"`` for a mask
@@ -127,6 +129,8 @@ class CallbackArguments(Callback):
                 need no reference.
             factors: File of factors to edit with, in the place of collecting any: those of the model that a fine-tune
                 starts from, for example. Training does nothing more then.
+            scope: What the score of a direction is compared with: those of its ``"layer"``, or of the ``"model"``; by
+                default of the layer for an energy, and of the model for a budget or a price.
 
         Raises:
             TypeError: If an argument is of the wrong type.
@@ -157,6 +161,7 @@ class CallbackArguments(Callback):
             skip_faulty=skip_faulty,
             min_positions=min_positions,
             budget=budget if self.price is None else self.price.predicted,
+            scope=scope,
         ).based_on(self._reference)
         self._layers, self._soft = layers, False if soft is None and energy is not None else soft
         self.options = CollectorOptions(
@@ -164,7 +169,7 @@ class CallbackArguments(Callback):
         )
         self.target = None if target is None else Target(target)
         self._can_sample = True
-        self._chooses_layers = self.price is not None and layers is None and soft is None and factors is None
+        self._chooses_layers = self.price is not None and (layers, soft, factors, scope) == (None, None, None, None)
         self._chooses_layers &= loop in ("auto", "train")
         self._use_defaults(self.keeps_start or self._reference is not None)
         self.shard_factors = shard_factors

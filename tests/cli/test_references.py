@@ -46,6 +46,24 @@ def test_a_reference_edits_the_update(options, saved, capsys):
     assert "body.0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "editor",
+    [CurvatureEditor(0.9, scope="model"), CurvatureEditor(budget=0.01, scope="layer", soft=True)],
+    ids=["energy", "budget"],
+)
+def test_scores_are_compared_over_the_model_or_within_each_layer(editor, saved, capsys):
+    options = ["--energy", "0.9"] if editor.budget is None else ["--budget", "0.01", "--soft"]
+    run(saved, *options, "--scope", editor.scope)
+    expected, _ = editor.edit_state_dict(TUNED.state_dict(), KroneckerFactors.load(saved / "factors.safetensors"))
+    edited = load_file(saved / "edited.safetensors")
+    assert all(torch.allclose(edited[name], tensor) for name, tensor in expected.items())
+    capsys.readouterr()
+    main(["inspect", str(saved / "edited.safetensors"), "--json"])
+    assert json.loads(capsys.readouterr().out)["edit"]["scope"] == editor.scope
+    with pytest.raises(SystemExit, match="--forget edits each layer by itself: leave --scope out"):
+        run(saved, "--forget", "list.jsonl", "--scope", "model", "--overwrite")
+
+
 def test_the_predicted_loss_is_in_the_plan_and_the_json(saved, capsys):
     run(saved, "--budget", "0.01", "--dry-run", "--json")
     plan = json.loads(capsys.readouterr().out)

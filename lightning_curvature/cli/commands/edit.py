@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_curvature.cli.choices import Half, Score
+from lightning_curvature.cli.choices import Half, Scope, Score
 from lightning_curvature.cli.commands.edit_options import check_options, edit_on_data
 from lightning_curvature.cli.commands.inputs import check_bases
 from lightning_curvature.cli.commands.output import Output
@@ -27,6 +27,7 @@ def edit(
     layers: list[str] | None = None,
     score: Score = "kfac",
     soft: bool = False,
+    scope: Scope | None = None,
     min_positions: int | None = None,
     perplexity: float | None = None,
     corpus: list[Path] | None = None,
@@ -68,6 +69,8 @@ def edit(
         score: What decides what is kept: kfac, activations, saliency, or, if the factors have it, ekfac, coupled.
         soft: Shrink what has a low score instead of dropping it; always where an update is edited, with --reference or
             of an adapter, without an --energy.
+        scope: Compare scores within each layer, or over the layers of the whole model; by default within each layer for
+            an --energy, and over all for a --budget.
         min_positions: Positions that the factors of a layer must rest on, or it is left as it is; by default as many as
             its live inputs and outputs; 0 edits it whatever they rest on.
         perplexity: Instead of an energy: find the strongest edit that raises the perplexity of --corpus to at most this
@@ -102,6 +105,8 @@ def edit(
 
     if budget is not None and (energy, perplexity, forget) != (None, None, None):
         raise ValueError("--budget says how strong the edit is: give no --energy, --perplexity or --forget beside it.")
+    if scope is not None and forget is not None:
+        raise ValueError("--forget edits each layer by itself: leave --scope out.")
     if scale != 1.0 and reference is None:
         raise ValueError("--scale is used by --reference alone, which is not given. Leave it out.")
     options = {"perplexity": perplexity, "corpus": corpus, "forget": forget, "half": half, "strength": strength}
@@ -124,7 +129,7 @@ def edit(
     layers = named_layers(layers, loaded, folder)
     if (energy, budget, perplexity, forget) == (None, None, None, None):
         budget = careful_budget(soft, of_one_layer=len(_make_editor(1.0, layers).energies(loaded)) == 1)
-    editor = _make_editor(energy, layers, score, soft, min_positions, budget)
+    editor = _make_editor(energy, layers, score, soft, min_positions, budget, scope)
     if reference is not None:
         editor = editor.based_on(Reference(reference, allow_globals=allowed), scale)
     with bases_in(bases, write=not dry_run):
@@ -149,7 +154,8 @@ def _make_editor(
     soft: bool = False,
     min_positions: int | None = None,
     budget: float | None = None,
+    scope: Scope | None = None,
 ) -> "CurvatureEditor":
     from lightning_curvature.editing.curvature import CurvatureEditor
 
-    return CurvatureEditor(energy, layers, score, soft, min_positions=min_positions, budget=budget)
+    return CurvatureEditor(energy, layers, score, soft, min_positions=min_positions, budget=budget, scope=scope)

@@ -7,7 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from lightning_curvature._checks import check_energy
-from lightning_curvature.cli.choices import Half, Score
+from lightning_curvature.cli.choices import Half, Scope, Score
 from lightning_curvature.cli.commands.inputs import (
     check_allowed,
     check_bases,
@@ -30,6 +30,7 @@ def sweep(
     layers: list[str] | None = None,
     scores: list[Score] | None = None,
     soft: bool = False,
+    scope: Scope | None = None,
     checkpoint: Path | None = None,
     tokens: int = 20_000,
     context: int | None = None,
@@ -54,6 +55,7 @@ def sweep(
         layers: Choices of layers to compare, each one or several patterns with commas between; by default all layers.
         scores: Scores to compare; by default kfac.
         soft: Shrink what has a low score instead of dropping it.
+        scope: Compare scores within each layer, as by default, or over the layers of the whole model.
         checkpoint: Take the weights from here instead (.ckpt, .pt, .safetensors, or a folder).
         tokens: Tokens of the corpus to read at most.
         context: Tokens of a window of the corpus, those that the tokenizer puts in front among them; by default 128, or
@@ -90,6 +92,7 @@ def sweep(
             layers=layers,
             scores=scores or ["kfac"],
             soft=soft,
+            scope=scope,
             tokens=tokens,
             context=context,
             batch_size=batch_size,
