@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,12 +13,14 @@ from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
 
 
-def digits(seed: int) -> tuple[NoisyLabels, LitViT, int]:
-    """Return the digits demo's data, model and epochs."""
-    return NoisyDigits(seed=seed), build_model(), EPOCHS
+def digits(seed: int, **noise: Any) -> tuple[NoisyLabels, LitViT, int]:
+    """Return the digits demo's data, with other noise if it is given, model and epochs."""
+    return NoisyDigits(seed=seed, **noise), build_model(), EPOCHS
 
 
-def mnist(seed: int, root: Path, decay: float = 0.5, attention: float = 5.0) -> tuple[NoisyLabels, LitViT, int]:
+def mnist(
+    seed: int, root: Path, decay: float = 0.5, attention: float = 5.0, **noise: Any
+) -> tuple[NoisyLabels, LitViT, int]:
     """Return 4000 training and 2000 validation images of MNIST, a model for them, and epochs."""
     from torchvision.datasets import MNIST
 
@@ -26,15 +29,16 @@ def mnist(seed: int, root: Path, decay: float = 0.5, attention: float = 5.0) -> 
     sample = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(seed))[:6000]
     images, labels = data.data[sample].float() / 255 - 0.5, data.targets[sample]
     model = LitViT(image_size=28, patch=7, weight_decay=decay, attention_decay=attention)
-    return NoisyLabels(images, labels, 4000, seed=seed), model, 80
+    return NoisyLabels(images, labels, 4000, seed=seed, **noise), model, 80
 
 
-def cifar10(seed: int, root: Path) -> tuple[NoisyLabels, LitViT, int]:
+def cifar10(seed: int, root: Path, **noise: Any) -> tuple[NoisyLabels, LitViT, int]:
     """Return 8000 training and 2000 validation images of CIFAR-10, an ordinary ViT for them, and epochs.
 
     Args:
         seed: Seed of the choice of images, the split and the noise.
         root: Folder with torchvision's CIFAR-10, or with ``CIFAR10/cifar10_10000.npz``: ``images`` and ``labels``.
+        noise: Other arguments of :class:`NoisyLabels`.
     """
     file = root / "CIFAR10" / "cifar10_10000.npz"
     if file.exists():
@@ -60,7 +64,7 @@ def cifar10(seed: int, root: Path) -> tuple[NoisyLabels, LitViT, int]:
         weight_decay=0.05,
         attention_decay=1.0,
     )
-    return NoisyLabels(pixels, torch.from_numpy(labels)[sample].long(), 8000, seed=seed), model, 40
+    return NoisyLabels(pixels, torch.from_numpy(labels)[sample].long(), 8000, seed=seed, **noise), model, 40
 
 
 def fit(

@@ -48,12 +48,13 @@ class NoisyDigits(NoisyLabels):
         noise: Fraction of training labels that is replaced by another class.
         batch_size: Images per batch.
         seed: Seed of the split and the noise.
+        asymmetric: Each class is replaced by the next one, always.
     """
 
-    def __init__(self, noise: float = 0.1, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(self, noise: float = 0.1, batch_size: int = 64, seed: int = 0, asymmetric: bool = False) -> None:
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32) / 16 - 0.5
-        super().__init__(images, torch.tensor(digits.target), NUM_TRAIN, noise, batch_size, seed)
+        super().__init__(images, torch.tensor(digits.target), NUM_TRAIN, noise, batch_size, seed, asymmetric)
 
 
 def build_model() -> LitViT:

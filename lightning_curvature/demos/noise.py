@@ -10,11 +10,21 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 Loader = DataLoader[tuple[Tensor, ...]]
 
 
-def noise_labels(labels: Tensor, fraction: float, classes: int, generator: torch.Generator) -> Tensor:
-    """Return labels, int64 ``[n]``, of which a random ``fraction`` is replaced by another class, uniformly."""
+def noise_labels(
+    labels: Tensor, fraction: float, classes: int, generator: torch.Generator, asymmetric: bool = False
+) -> Tensor:
+    """Return labels, int64 ``[n]``, of which a random ``fraction`` is replaced by another class.
+
+    Args:
+        labels: True labels, int64 ``[n]``.
+        fraction: Share of them that is replaced.
+        classes: Number of classes.
+        generator: Source of the choice.
+        asymmetric: Replace each class by the next one, always, and not by any other one.
+    """
     noised = labels.clone()
     chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
-    shift = torch.randint(1, classes, chosen.shape, generator=generator)
+    shift: Tensor | int = 1 if asymmetric else torch.randint(1, classes, chosen.shape, generator=generator)
     noised[chosen] = (labels[chosen] + shift) % classes
     return noised
 
@@ -33,17 +43,25 @@ class NoisyLabels(pl.LightningDataModule):
         noise: Fraction of training labels that is replaced by another class.
         batch_size: Images per batch.
         seed: Seed of the split and the noise.
+        asymmetric: Each class is replaced by the next one, always.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, num_train: int, noise: float = 0.1, batch_size: int = 64, seed: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        num_train: int,
+        noise: float = 0.1,
+        batch_size: int = 64,
+        seed: int = 0,
+        asymmetric: bool = False,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(images), generator=generator)
         train, val = order[:num_train], order[num_train:]
         clean = labels[train]
-        noised = noise_labels(clean, noise, int(labels.max()) + 1, generator)
+        noised = noise_labels(clean, noise, int(labels.max()) + 1, generator, asymmetric)
         self.batch_size = batch_size
         self.train = TensorDataset(images[train], noised, clean)
         self.val = TensorDataset(images[val], labels[val])

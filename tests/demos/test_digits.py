@@ -119,3 +119,14 @@ def test_noise_and_halves():
     tuning, report = data.halves().values()
     assert len(tuning[0]) + len(report[0]) == 1297
     assert torch.equal(tuning[1].tensors[0], data.val.tensors[0][::2])
+
+
+def test_asymmetric_noise_names_each_class_as_the_next_one():
+    labels = torch.arange(10).repeat(20)
+    noised = noise_labels(labels, 0.2, 10, torch.Generator().manual_seed(0), asymmetric=True)
+    wrong = noised != labels
+    assert int(wrong.sum()) == 40
+    assert torch.equal(noised[wrong], (labels[wrong] + 1) % 10)
+    data = NoisyDigits(noise=0.2, asymmetric=True)
+    shifts = (data.train.tensors[1] - data.train.tensors[2]) % 10
+    assert shifts.unique().tolist() == [0, 1]
