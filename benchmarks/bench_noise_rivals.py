@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from typing_extensions import override
 
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.demos.label_noise import METRICS, evaluate
@@ -65,9 +66,10 @@ class OtherLoss(pl.Callback):
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace the step of training."""
-        pl_module.training_step = lambda batch, batch_idx: self.loss(pl_module(batch[0]), batch[1])
+        pl_module.training_step = lambda batch, *_: self.loss(pl_module(batch[0]), batch[1])
 
 
 class Watch(pl.Callback):
@@ -76,14 +78,17 @@ class Watch(pl.Callback):
     def __init__(self, val: torch.utils.data.TensorDataset, train: torch.utils.data.TensorDataset) -> None:
         self.val, self.train, self.best, self.accuracy = val, train, None, -1.0
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the average."""
         self.average = AveragedModel(pl_module.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Go on with the average."""
         self.average.update_parameters(pl_module.model)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights if they are the best ones."""
         accuracy = evaluate(pl_module, self.train, self.val)["val_accuracy"]
