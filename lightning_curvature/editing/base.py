@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_curvature._checks import check_energy, did_you_mean, listing
+from lightning_curvature.distributed import Ranks
+from lightning_curvature.editing.batch_norm import Recalibration, estimate
 from lightning_curvature.editing.reference import Reference, ReferenceLike
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.kronecker import KroneckerFactors
@@ -38,6 +40,12 @@ class Editor(ABC):
     reference: Reference | None = None
     """What the weights were fine-tuned from, see :meth:`based_on`; None for an edit of the weights themselves."""
 
+    recalibration: Recalibration | None = None
+    """How statistics of batch norms are estimated anew, see :meth:`recalibrating`; None to leave them as they are."""
+
+    ranks: Ranks = Ranks()
+    """The processes that edit together. With several, every method that edits is a collective."""
+
     def __init__(self, energy: float | Mapping[str, float] = DEFAULT_ENERGY, layers: list[str] | None = None) -> None:
         self.energy = _check_energies(energy)
         if layers is not None and (isinstance(layers, str) or not all(isinstance(entry, str) for entry in layers)):
@@ -65,6 +73,16 @@ class Editor(ABC):
         if reference is not None:
             raise ValueError(f"{self.method} edits weights, and no updates: it takes no reference.")
         return self
+
+    def recalibrating(self, recalibration: Recalibration | None) -> Self:
+        """Return the same editor, which estimates statistics of batch norms anew after each edit of a module.
+
+        Args:
+            recalibration: What to run on the edited module, and for which batch norms; None to leave them as they are.
+        """
+        editor = copy.copy(self)
+        editor.recalibration = recalibration
+        return editor
 
     def edited_others(self, module: nn.Module, report: EditReport) -> dict[str, Tensor]:  # noqa: ARG002
         """Return new values of weights outside of the edited layers, by name; none unless there is a reference."""
@@ -95,6 +113,9 @@ class Editor(ABC):
         others = editor.edited_others(module, report)
         write_weights(layer_weights(module, new), new)
         write_weights(_chosen(module, others), others)
+        if self.recalibration is not None:
+            statistics = estimate(module, self.recalibration, self.ranks)
+            write_weights(_chosen(module, statistics), statistics)
         return report
 
     @contextmanager
@@ -113,6 +134,11 @@ class Editor(ABC):
         try:
             write_weights(layer_weights(module, new), new)
             write_weights(_chosen(module, others), others)
+            if self.recalibration is not None:
+                statistics = estimate(module, self.recalibration, self.ranks)
+                stale = _chosen(module, statistics)
+                other_originals |= {name: tensor.detach().clone() for name, tensor in stale.items()}
+                write_weights(stale, statistics)
             yield report
         finally:
             write_weights(layer_weights(module, originals), originals)

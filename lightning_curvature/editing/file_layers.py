@@ -15,6 +15,7 @@ from typing_extensions import Self
 from lightning_curvature.checkpoints.base import Checkpoint
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.editing.adapters import refuse_adapters
+from lightning_curvature.editing.batch_norm import count_norms
 from lightning_curvature.editing.origin import edited_layers, refuse_other_weights
 from lightning_curvature.editing.others import moved
 from lightning_curvature.editing.reference import MatchedReference, Reference
@@ -277,9 +278,8 @@ class FileLayers:
 
     def _report(self) -> EditReport:
         source = None if self.editor.reference is None else self.editor.reference.name
-        return EditReport(
-            self._edits, self.editor.method, self.factors.provenance, self._skipped, source, self._num_others
-        )
+        facts = self.editor.method, self.factors.provenance, self._skipped, source, self._num_others
+        return EditReport(self._edits, *facts, norms=count_norms(self.checkpoint.shapes()))
 
     def finish(self) -> EditReport:
         """Return the report, after the last edit; warn of the layers that were skipped.

@@ -82,6 +82,8 @@ class EditReport:
         skipped: Why a layer was not edited although it was asked for, by layer.
         reference: What the weights were fine-tuned from, for an edit of the update.
         others: Weights outside of the layers that an edit of the update moved towards the reference.
+        norms: Batch norms that keep running statistics.
+        renewed: Those whose statistics were estimated anew for the edited weights.
         was_measured: Whether the edit was chosen by what it costs, so that the predicted loss warns of nothing.
     """
 
@@ -91,6 +93,8 @@ class EditReport:
     skipped: Mapping[str, str] = field(default_factory=dict)
     reference: str | None = None
     others: int = 0
+    norms: int = 0
+    renewed: int = 0
     was_measured: bool = False
 
     @property
@@ -195,6 +199,13 @@ class EditReport:
             remarks.append(
                 "An edited adapter keeps its rank, which cannot hold all of the edited update: it loses at most "
                 f"{lost[name]:.1%} of its square (layer {name!r})."
+            )
+        if self.renewed:
+            remarks.append(f"Statistics of {self.renewed} batch norms were estimated anew, on training data.")
+        if stale := self.norms - self.renewed:
+            remarks.append(
+                f"{stale} batch norms keep statistics of the unedited weights, which may harm the model. Estimate them "
+                "anew on training data: torch.optim.swa_utils.update_bn(loader, model)."
             )
         if few:
             remarks.append(

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lightning_curvature._checks import did_you_mean
 from lightning_curvature._version import __version__
-from lightning_curvature.distributed import Ranks, spread_like, whole
+from lightning_curvature.distributed import spread_like, whole
 from lightning_curvature.editing import streaming
 from lightning_curvature.editing.adapter_edits import edit_adapters, edit_saved_adapters
 from lightning_curvature.editing.adapters import find_adapters, refuse_adapters
+from lightning_curvature.editing.batch_norm import batch_norms, count_norms
 from lightning_curvature.editing.matrix_editor import MatrixEditor, Part
 from lightning_curvature.editing.others import other_weights
 from lightning_curvature.editing.reference import ReferenceLike
@@ -31,9 +32,6 @@ class WeightEditor(MatrixEditor):
 
     Arguments as :class:`~lightning_curvature.editing.base.Editor`.
     """
-
-    ranks = Ranks()
-    """The processes that edit together. With several, every method that edits is a collective."""
 
     skip_faulty = False
     """Whether a layer that cannot be edited (NaN, zero factors) is left as it is, with a warning."""
@@ -80,7 +78,8 @@ class WeightEditor(MatrixEditor):
         done = {name: names for name, names in tied.items() if name in report.layers}
         others = other_weights(editor.reference, state_dict, done, report, editor.share_of_others(report))
         replaced = {**weights, **{name: state_dict[name] for name in others}}
-        report = dataclasses.replace(report.with_tied(tied), others=len(others))
+        norms = count_norms(state_dict)
+        report = dataclasses.replace(report.with_tied(tied), others=len(others), norms=norms)
         return with_replaced(state_dict, replaced, {**new, **others}), report
 
     def edit_checkpoint(
@@ -122,11 +121,18 @@ class WeightEditor(MatrixEditor):
             "provenance": factors.provenance,
             "layers": layers,
             **skipped,
+            **({} if report is None or not report.renewed else {"batch_norms": report.renewed}),
             **({} if self.reference is None else {"reference": {**self.reference.facts(), "scale": self.scale}}),
         }
 
     def edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         """Return new weights by layer, and a report, computed from the factors alone."""
+        norms = batch_norms(module)
+        renewed = [] if self.recalibration is None else [name for name in norms if name in self.recalibration.norms]
+        new, report = self._edited_weights(module, factors)
+        return new, dataclasses.replace(report, norms=len(norms), renewed=len(renewed))
+
+    def _edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         if (adapters := find_adapters(module, self.energies(factors))) is not None:
             new, report = edit_adapters(self, adapters, named_tensors(module), factors)
             return {name.removesuffix(".weight"): tensor for name, tensor in new.items()}, report

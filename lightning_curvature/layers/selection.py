@@ -14,7 +14,7 @@ preset        layers
 "mlp"         in a transformer the MLP layers of its blocks; in a network without attention every hidden linear layer,
               or, if it has none (a CNN whose only linear layer is its head), the convolutions
 "attention"   the linear layers of attention modules
-"linear"      every ``nn.Linear`` and ``Conv1D``
+"linear"      every ``nn.Linear``, ``Conv1D`` and ``nn.Conv2d`` of one group
 ============  ===========================================================================================
 
 The role of a layer is read off the modules around it, see :mod:`lightning_curvature.layers.roles`. The linear layers of
@@ -198,7 +198,7 @@ def _presets(
         else:
             hidden = frozenset(name for name in hidden if roles[name] == MLP) or hidden
     mlp = [hidden, frozenset[str]() if mixers else convolutions]
-    return {"last-mlp": mlp, "mlp": mlp, "attention": [attention], "linear": [frozenset(roles)]}
+    return {"last-mlp": mlp, "mlp": mlp, "attention": [attention], "linear": [frozenset(roles) | convolutions]}
 
 
 def _tied(modules: Mapping[str, nn.Module]) -> set[str]:

@@ -122,6 +122,11 @@ class Purchase:
         return None
 
     def __str__(self) -> str:
+        if not self.budget and self.name:
+            return (
+                "No edit closes the gap between training and validation without harm. Before: "
+                f"{_listed(self.before)}. Try other layers (layers=), or name a strength (budget=, energy=)."
+            )
         if not self.budget:
             tried = ", ".join(f"{budget:.2g} nats: {_listed(costs)}" for budget, costs in self.points.items() if budget)
             return f"No edit stays within the price. Before: {_listed(self.before)}; predicted to cost {tried}."

@@ -53,6 +53,7 @@ class CallbackArguments(Callback):
         reference: str | None = "auto",
         factors: str | None = None,
         scope: str | None = None,
+        recalibrate: bool = True,
     ) -> None:
         """Check the arguments.
 
@@ -131,6 +132,9 @@ class CallbackArguments(Callback):
                 starts from, for example. Training does nothing more then.
             scope: What the score of a direction is compared with: those of its ``"layer"``, or of the ``"model"``; by
                 default of the layer for an energy, and of the model for a budget or a price.
+            recalibrate: Estimate the statistics of batch norms anew for the edited weights, on the first 32 batches of
+                the last epoch of training, of which copies are kept; no label is used. Without it they stay those of
+                the unedited weights, which harms convolutional networks.
 
         Raises:
             TypeError: If an argument is of the wrong type.
@@ -168,7 +172,7 @@ class CallbackArguments(Callback):
             None, fisher, draws, positions, logits, class_dim, accumulate_on, share, score == "coupled", seed
         )
         self.target = None if target is None else Target(target)
-        self._can_sample = True
+        self.recalibrate = recalibrate
         self._chooses_layers = self.price is not None and (layers, soft, factors, scope) == (None, None, None, None)
         self._chooses_layers &= loop in ("auto", "train")
         self._use_defaults(self.keeps_start or self._reference is not None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_curvature.distributed import Ranks
+from lightning_curvature.editing.batch_norm import Recalibration
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.layers.modules import layer_weights
@@ -30,6 +31,7 @@ from lightning_curvature.trainer.problems import Problems
 from lightning_curvature.trainer.run import CollectedRun, no_data_message
 from lightning_curvature.trainer.samples import Arguments
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker, Siblings
+from lightning_curvature.trainer.training_batches import TrainingBatches
 from lightning_curvature.trainer.validated import validated_factors
 
 
@@ -55,6 +57,7 @@ class CallbackBase(CallbackArguments):
         self._siblings: Siblings | None = None
         self._module: pl.LightningModule | None = None
         self._validation_hooks, self._inference_mode_kept = ExitStack(), ExitStack()
+        self._training = TrainingBatches()
 
     @property
     def factors(self) -> KroneckerFactors:
@@ -174,24 +177,17 @@ class CallbackBase(CallbackArguments):
     def _spend(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Find the edit that the price allows, and take the factors that it needs. A collective."""
         factors = self.factors
-        needed = self._outcome.spend(trainer, module, factors, self._all_layers(trainer, module))
+        self.editor.recalibration = self._training.recalibration(trainer, module, self.editor.ranks)
+        sample, others = self._training.sample, self._all_layers(trainer, module)
+        needed = self._outcome.spend(trainer, module, factors, sample, others)
         if needed is not None and needed is not factors:
             self._validated = needed
 
-    def _sample(self, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep a copy of one of the first batches of an epoch, where they tell what to edit."""
-        if self.price is None or self.price.of_updates or not self._chooses_layers or self._problems.given_up:
-            return
-        if not self._can_sample:  # on this process: others go on, and learn at the end that there is nothing
-            return
-        if batch_idx == 0:
-            self.price.trained.clear()
-        try:
-            self.price.trained.add(module, batch, batch_idx)
-        except Exception as error:  # noqa: BLE001  # of batches that are the user's
-            self._can_sample = False
-            self.price.trained.clear()
-            rank_zero_info(f"Training batches cannot be copied, so that they do not tell what recites: {error}")
+    def _keep_batch(self, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep a copy of a training batch, where there is use for it."""
+        if not self._problems.given_up:
+            recites = self.price is not None and not self.price.of_updates and self._chooses_layers
+            self._training.add(module, batch, batch_idx, recites, self.recalibrate)
 
     def _all_layers(
         self, trainer: pl.Trainer, module: pl.LightningModule
@@ -270,14 +266,18 @@ class CallbackBase(CallbackArguments):
             return None
         # A price is measured when training ends, before its copies are made.
         editor = self.editor if self.price is not None else copy.copy(self.editor)
-        return LaterCopy(editor, factors, self._outcome.copies, self._module, lambda: self._validated)
+        return LaterCopy(editor, factors, self._outcome.copies, self._module, self._later)
+
+    def _later(self) -> tuple[KroneckerFactors, Recalibration | None]:
+        """Return what is known when training has ended, see :class:`LaterCopy`."""
+        return self._validated, self.editor.recalibration
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""
         other = object.__new__(type(self))
         vars(other).update(vars(self))
         other.editor = copy.copy(self.editor)
-        other.editor.ranks = Ranks()
+        other.editor.ranks, other.editor.recalibration = Ranks(), None
         if self.price is not None:
             other.price = MeasuredPrice()
             other.price.of_updates, other.price.predicted = self.price.of_updates, self.price.predicted

@@ -61,7 +61,8 @@ class KFACEditCallback(CallbackRuns):
         self._in_fit, self._module, self._problems = in_fit, pl_module, Problems()
         self._siblings = Siblings.of(trainer.strategy)
         self._siblings.watch(self.name, self, in_fit=self._in_fit)
-        self.editor.ranks = self._siblings.ranks
+        self.editor.ranks, self.editor.recalibration = self._siblings.ranks, None
+        self._training.clear()
         self._outcome.start()
         if in_fit:
             self._start, self._is_fitted = None, False
@@ -109,7 +110,7 @@ class KFACEditCallback(CallbackRuns):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start to record the step, if it is due. Lightning calls it before each training step."""
-        self._sample(pl_module, batch, batch_idx)
+        self._keep_batch(pl_module, batch, batch_idx)
         collects = self.loop != "validation"
         run = self._begin(pl_module) if collects else self.run
         if run is not None:
@@ -202,7 +203,7 @@ class KFACEditCallback(CallbackRuns):
             return
         if self._have_factors():
             if not self._in_fit:
-                self._outcome.spend(trainer, pl_module, self.factors)
+                self._outcome.spend(trainer, pl_module, self.factors, self._training.sample)
             self._outcome.search(trainer, pl_module, self.factors)
             if results := self._outcome.measure(trainer, pl_module, self.factors, may_fail=self._in_fit):
                 pl_module.log_dict(results)
@@ -235,6 +236,7 @@ class KFACEditCallback(CallbackRuns):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Edit the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
         self._make_copies()
+        self._training.clear()
         if self._is_fitted and not (self._awaits_batch or self._problems.given_up):
             self._outcome.show(
                 f"No checkpoint was edited. An edit of the weights at step {trainer.global_step} would do:",

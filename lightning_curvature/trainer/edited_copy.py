@@ -1,10 +1,13 @@
 """The edited copy of a checkpoint: which weights it belongs to, and when there is none."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -12,10 +15,12 @@ from lightning_curvature.checkpoints.facts import ENTRY
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.distributed import Ranks, whole
 from lightning_curvature.editing.adapters import find_adapters
+from lightning_curvature.editing.batch_norm import Recalibration, estimate
 from lightning_curvature.editing.reference import BASE
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
+from lightning_curvature.layers.ties import named_tensors
 from lightning_curvature.storage.hashes import content_hash, tensor_hashes
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker
 from lightning_curvature.trainer.weight_watch import weight_hashes
@@ -112,6 +117,10 @@ def edited_copy(
     # The edit goes by the module's names, and reaches whatever shares memory with a weight.
     renamed = {f"{name}.weight": weight for name, weight in layers.items()}
     edited, report = editor.edit_state_dict({**weights, **renamed}, factors, module=module)
+    if editor.recalibration is not None and module is not None:
+        statistics = _statistics(edited, module, editor.recalibration, ranks)
+        report = dataclasses.replace(report, renewed=len(statistics) // 2)
+        edited |= {key: value for key, value in statistics.items() if key in edited}
     state_dict = {key: edited.get(key, value) for key, value in checkpoint["state_dict"].items()}
     if any(hasattr(weight, "full_tensor") for weight in weights.values()):
         hashes = weight_hashes(weights)
@@ -120,6 +129,30 @@ def edited_copy(
     edited_by = editor if adapted is None else editor.based_on(BASE, editor.scale)
     facts = edited_by.facts(factors, content_hash(hashes), report)
     return {**checkpoint, "state_dict": state_dict, ENTRY: facts}, report
+
+
+def _statistics(
+    weights: Mapping[str, Tensor], module: nn.Module, recalibration: Recalibration, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Return the statistics of a module's batch norms for other weights than it has. A collective.
+
+    Args:
+        weights: The weights by name, on the first process at least.
+        module: The module; it is left as it was.
+        recalibration: How they are estimated.
+        ranks: The processes.
+    """
+    live = named_tensors(module)
+    if any(hasattr(tensor, "full_tensor") for tensor in live.values()):
+        return {}
+    known = ranks.first(lambda: [name for name in live if name in weights])
+    with torch.no_grad(), ExitStack() as stack:
+        for name in known:
+            other = ranks.send(weights.get(name), 0)
+            if not torch.equal(other.to(live[name].device), live[name]):
+                stack.callback(live[name].copy_, live[name].clone())
+                live[name].copy_(other)
+        return estimate(module, recalibration, ranks)
 
 
 class LaterCopy:
@@ -132,7 +165,8 @@ class LaterCopy:
         factors: Factors of its weights.
         reports: Receives what was done, by the path of the copy.
         module: The module that was saved, see :func:`edited_copy`.
-        later: Returns factors to use in the place of those, if there are any.
+        later: Returns what is known when training has ended: factors to use in the place of those, if there are any,
+            and how statistics of batch norms are estimated anew.
     """
 
     def __init__(
@@ -141,7 +175,7 @@ class LaterCopy:
         factors: KroneckerFactors,
         reports: dict[str, EditReport],
         module: nn.Module | None = None,
-        later: Callable[[], KroneckerFactors] = KroneckerFactors,
+        later: Callable[[], tuple[KroneckerFactors, Recalibration | None]] = lambda: (KroneckerFactors(), None),
     ) -> None:
         self._editor, self._module, self._later = editor, module, later
         self._factors: KroneckerFactors | Path = factors
@@ -150,9 +184,12 @@ class LaterCopy:
     def __call__(self, checkpoint: CheckpointDict, path: str) -> CheckpointDict | None:
         """Return the copy of a checkpoint, given its path; None, with a warning, if there is none. A collective."""
         try:
-            held = self._later() or self._factors
+            validated, recalibration = self._later()
+            held = validated or self._factors
             factors = KroneckerFactors.load(held) if isinstance(held, Path) else held
-            copy, self._reports[path] = edited_copy(checkpoint, self._editor, factors, self._module)
+            copy, self._reports[path] = edited_copy(
+                checkpoint, self._editor.recalibrating(recalibration), factors, self._module
+            )
         except ValueError as error:
             rank_zero_warn(f"The checkpoint of step {checkpoint['global_step']} has no edited copy: {error}")
             return None

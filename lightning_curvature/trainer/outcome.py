@@ -27,7 +27,7 @@ from lightning_curvature.search.price import Purchase
 from lightning_curvature.trainer.measuring import before_after
 from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
-from lightning_curvature.trainer.samples import Arguments
+from lightning_curvature.trainer.samples import Arguments, Sample
 from lightning_curvature.trainer.target import Target
 
 _TENTH = 0.1  # share of the training's time above which the time of edits is told
@@ -74,7 +74,6 @@ class Outcome:
         self.copies, self._started = {}, time.monotonic()
         if self._price is not None:
             self._price.validated.clear()
-            self._price.trained.clear()
             self._use_predicted(self._price)
 
     def clear(self) -> None:
@@ -95,6 +94,7 @@ class Outcome:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         factors: KroneckerFactors,
+        trained: Sample,
         others: Callable[[Sequence[Arguments]], Candidate] | None = None,
     ) -> KroneckerFactors | None:
         """Find the strongest edit within the price, if one is measured, and return the factors that it needs.
@@ -105,7 +105,7 @@ class Outcome:
             return None
         self._price.predicted = careful_budget(self._editor.soft, len(self._editor.energies(factors)) == 1)
         self._use_predicted(self._price)
-        found = self._price.find(trainer, module, self._editor, factors, others)
+        found = self._price.find(trainer, module, self._editor, factors, trained, others)
         if found is None:
             return None
         purchase = found.purchase

@@ -53,12 +53,11 @@ class MeasuredPrice:
         of_updates: Whether updates are edited, since a reference or of an adapter, and not weights.
         predicted: Predicted loss of the first edit that is tried, and of the only one where nothing can be measured.
         validated: Batches of the last validation: half of them to choose on, and half to report from.
-        trained: The first batches of the latest epoch.
     """
 
     def __init__(self) -> None:
         self.of_updates, self.predicted = False, careful_budget(soft=False, of_one_layer=True)
-        self.validated, self.trained = Sample(), Sample()
+        self.validated = Sample()
 
     def find(
         self,
@@ -66,6 +65,7 @@ class MeasuredPrice:
         module: pl.LightningModule,
         editor: CurvatureEditor,
         factors: KroneckerFactors,
+        trained: Sample,
         others: Callable[[Sequence[Arguments]], Candidate] | None = None,
     ) -> Found | None:
         """Return the strongest edit within the price; None, which is told, if nothing can be measured. A collective.
@@ -75,6 +75,7 @@ class MeasuredPrice:
             module: The module; it is left as it was.
             editor: Edits it; its strength does not matter.
             factors: Its factors.
+            trained: Training batches.
             others: Makes another candidate from training batches; None where the user has said what to edit.
         """
         instead = (
@@ -82,7 +83,7 @@ class MeasuredPrice:
             "may cost: target=, budget= or energy=."
         )
         try:
-            found = self._find(trainer, module, Candidate(DEFAULT, editor, factors), others)
+            found = self._find(trainer, module, Candidate(DEFAULT, editor, factors), trained, others)
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_warn(f"The price of the edit could not be measured: {type(error).__name__}: {error}. {instead}")
             found = None
@@ -91,7 +92,6 @@ class MeasuredPrice:
                 reason = "validation_step computed no known loss" if self.validated else "there was no validation"
                 rank_zero_info(f"The price of the edit was not measured, since {reason}. {instead}")
         self.validated.clear()
-        self.trained.clear()
         return found
 
     def _find(
@@ -99,6 +99,7 @@ class MeasuredPrice:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         default: Candidate,
+        trained: Sample,
         others: Callable[[Sequence[Arguments]], Candidate] | None,
     ) -> Found | None:
         ranks = default.editor.ranks
@@ -111,7 +112,7 @@ class MeasuredPrice:
             return None
         found = None
         if others is not None and not self.of_updates and all(reading.of_classes for reading in first.values()):
-            found = self._close_gap(trainer, module, default, others, first)
+            found = self._close_gap(trainer, module, default, trained, others, first)
         if found is None:
             found = Found(self._spend(module, default, measure, first), default)
         purchase, (_, editor, factors) = found
@@ -143,22 +144,27 @@ class MeasuredPrice:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         default: Candidate,
+        trained: Sample,
         others: Callable[[Sequence[Arguments]], Candidate],
         first: Mapping[str, Reading],
     ) -> Found | None:
-        """Return the edit that closes most of the gap to training batches; None, which is told, if there is none."""
-        ranks = default.editor.ranks
+        """Return the edit that closes most of the gap to training batches, if any does.
+
+        None, which is told, if training batches cannot be measured.
+        """
+        ranks, readings = default.editor.ranks, dict(first)
 
         def measure() -> Costs:
-            (trained,) = self.trained.read(trainer, module, ranks).values()
+            (readings["training"],) = trained.read(trainer, module, ranks).values()
             kept = _costs(self.validated.read(trainer, module, ranks, 0))
-            return {"training error": trained.error, **kept}
+            return {"training error": readings["training"].error, **kept}
 
         try:
-            batches = self.trained.shared(ranks)
+            batches = trained.shared(ranks)
             if not batches:
                 return None
             before = measure()
+            chance = math.hypot(*(_chance(reading) for reading in readings.values()))
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_info(
                 "Training batches could not be validated, so that nothing tells which layers recite: "
@@ -181,8 +187,10 @@ class MeasuredPrice:
         allowed |= {f"{name} loss": (LOSS_SHARE_OF_CLASSES * reading.loss, False) for name, reading in first.items()}
         tried, best = choose(candidates, module, measure, before, gap, allowed)
         rank_zero_info(f"\nWhat edits do, on training and on validation batches:\n{table(tried, before)}")
+        if best is None and gap(before) <= chance:
+            return None  # nothing is recited, as far as these batches tell
         if best is None:
-            return None
+            return Found(Purchase(0.0, 0.0, before, before, {0.0: before}, name=candidates[0].name), default)
         chosen, budget = best
         points = {0.0: before, **dict(sorted(chosen.points.items()))}
         name, predicted = chosen.candidate.name, chosen.predicted[budget]
@@ -196,11 +204,15 @@ def _allowed(readings: Mapping[str, Reading]) -> dict[str, tuple[float, bool]]:
         if reading.of_classes:
             rise = min(LOSS_RISE_OF_CLASSES, LOSS_SHARE_OF_CLASSES * reading.loss)
             allowed[f"{name} loss"] = (max(rise, 1e-6), True)
-            chance = math.sqrt(reading.error * (1 - reading.error) / reading.positions)
-            allowed[f"{name} error"] = (max(ERROR_RISE, chance), False)
+            allowed[f"{name} error"] = (max(ERROR_RISE, _chance(reading)), False)
         elif reading.squared:
             allowed[f"{name} loss"] = (max(LOSS_SHARE_OF_SQUARES * reading.loss, 1e-12), True)
     return allowed
+
+
+def _chance(reading: Reading) -> float:
+    """Return the standard error of an error."""
+    return math.sqrt(reading.error * (1 - reading.error) / reading.positions)
 
 
 def _costs(readings: Mapping[str, Reading]) -> Costs:

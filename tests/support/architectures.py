@@ -81,6 +81,7 @@ def check(case, net, order):
         assert resolve(net, "last-mlp", order, head) == sorted(case.names("last"))
     tied = {"lm_head"} if architecture_ties(net) else set()
     linear = {name for name in mlp | attention | rest | {head} - {""} if is_matmul(net.get_submodule(name))} - tied
+    linear |= {name for name, part in net.named_modules() if isinstance(part, nn.Conv2d) and part.groups == 1}
     assert set(choose_layers(net, "linear").modules) == linear | uncalled
     if linear - {head}:
         assert set(resolve(net, "linear", order, head)) == linear - {head}

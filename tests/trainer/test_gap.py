@@ -54,8 +54,8 @@ def test_the_edit_closes_the_gap_and_validation_loses_next_to_nothing(network, t
     assert edited["lightning_curvature"]["method"] == callback.editor.method
 
 
-@pytest.mark.parametrize("wins", ["default layers", "all linear layers, soft"])
-def test_what_is_chosen_is_what_is_saved(wins, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("wins", "network"), [("default layers", "mlp"), ("all linear layers, soft", "vit")])
+def test_what_is_chosen_is_what_is_saved(wins, network, tmp_path, monkeypatch):
     """Its layers, its factors, and whether it is soft; and the next run decides anew."""
     from lightning_curvature.trainer import price
 
@@ -65,7 +65,7 @@ def test_what_is_chosen_is_what_is_saved(wins, tmp_path, monkeypatch):
         return choose([candidate for candidate in candidates if candidate.name == wins], *args)
 
     monkeypatch.setattr(price, "choose", of_one)
-    module, callback, trainer = reciting(tmp_path / "1", "vit")
+    module, callback, trainer = reciting(tmp_path / "1", network)
     is_soft = wins.endswith("soft")
     assert callback.editor.soft == is_soft
     assert callback.editor.budget == callback.match.budget
@@ -73,8 +73,8 @@ def test_what_is_chosen_is_what_is_saved(wins, tmp_path, monkeypatch):
     edited = torch.load(trainer.checkpoint_callback.best_model_path.replace(".ckpt", "-edited.ckpt"))
     expected, _ = callback.editor.edit_state_dict(module.state_dict(), callback.factors)
     assert all(torch.allclose(edited["state_dict"][name], tensor) for name, tensor in expected.items())
-    fit(models.Classifier("vit", lr=0.003), callback, tmp_path / "2", models.loader(models.images(64)), epochs=1)
-    assert list(callback.run.windows.factors) == ["net.blocks.1.fc2"]
+    fit(models.Classifier(network, lr=0.003), callback, tmp_path / "2", models.loader(models.images(64)), epochs=1)
+    assert list(callback.run.windows.factors) == [{"mlp": "net.3", "vit": "net.blocks.1.fc2"}[network]]
 
 
 @pytest.mark.parametrize(
