@@ -201,11 +201,11 @@ class EditReport:
                 f"{lost[name]:.1%} of its square (layer {name!r})."
             )
         if self.renewed:
-            remarks.append(f"Statistics of {self.renewed} batch norms were estimated anew, on training data.")
+            remarks.append(f"Statistics of {_norms(self.renewed)} were estimated anew, on training data.")
         if stale := self.norms - self.renewed:
             remarks.append(
-                f"{stale} batch norms keep statistics of the unedited weights, which may harm the model. Estimate them "
-                "anew on training data: torch.optim.swa_utils.update_bn(loader, model)."
+                f"{_norms(stale)} {'keep' if stale > 1 else 'keeps'} statistics of the unedited weights, which may harm "
+                "the model. Estimate them anew on training data: torch.optim.swa_utils.update_bn(loader, model)."
             )
         if few:
             remarks.append(
@@ -229,3 +229,7 @@ class EditReport:
         pair = self.layers[name].costliest
         of_pair = "" if pair is None else f", of them {pair.nats:.2g} for the pair ({pair.row}, {pair.column}) alone"
         return f"{remark} Most of it in layer {name!r}: {costs[name]:.2g}{of_pair}."
+
+
+def _norms(count: int) -> str:
+    return f"{count} batch norm{'s' * (count > 1)}"

@@ -71,9 +71,9 @@ class TrainingBatches:
             estimate(module, found, ranks)
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_warn(
-                f"Statistics of {len(norms)} batch norms stay those of the unedited weights, since training batches "
-                f"could not be validated: {type(error).__name__}: {error}. Estimate them anew on training data: "
-                "torch.optim.swa_utils.update_bn(loader, model)."
+                f"The statistics of batch norms ({len(norms)}) stay those of the unedited weights, since training "
+                f"batches could not be validated: {type(error).__name__}: {error}. Estimate them anew on training "
+                "data: torch.optim.swa_utils.update_bn(loader, model)."
             )
             return None
         return found

@@ -300,6 +300,7 @@ class Seen(models.Classifier):
         batch.pop()
 
 
+@pytest.mark.filterwarnings("ignore:The edited copies are the checkpoints")
 def test_a_step_sees_its_batch_again_as_it_was(tmp_path):
     Seen.seen = ()
     callback = KFACEditCallback()
