@@ -1,7 +1,7 @@
 """Wrong labels: the edit of the callback without arguments, and what people do against label noise instead.
 
-Protocol, for each seed: a small ViT is trained with ``Trainer(callbacks=[KFACEditCallback()])`` on images some of whose
-labels are wrong. Of the same training are
+Protocol, for each seed: a small ViT, or a small ResNet with batch norms, is trained with
+``Trainer(callbacks=[KFACEditCallback()])`` on images some of whose labels are wrong. Of the same training are
 
 - *edited*: what the callback leaves;
 - *early stopping*: the weights of the epoch of highest validation accuracy;
@@ -13,6 +13,7 @@ one half; all numbers are from the other half. ``seconds`` are those of training
 
     python benchmarks/bench_noise_rivals.py digits --out results/rivals-digits.json
     python benchmarks/bench_noise_rivals.py mnist --root FOLDER --out results/rivals-mnist.json
+    python benchmarks/bench_noise_rivals.py mnist --root FOLDER --network resnet --out results/rivals-mnist-resnet.json
     python benchmarks/bench_noise_rivals.py digits --noise 0.2 --asymmetric --same-training
 """
 
@@ -37,10 +38,12 @@ from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
 from support.environment import environment, parser, quiet
 from support.images import cifar10, digits, fit, mnist
+from support.resnet import LitResNet
 from support.tables import Columns, summary
 
 COLUMNS: Columns = {**{metric: (metric, 100, 1) for metric in METRICS}, "seconds": ("seconds", 1, 0)}
 GCE = 0.7
+RESNET_EPOCHS = 40
 DECAYS = 4.0
 
 Row = dict[str, float]
@@ -81,7 +84,7 @@ class Watch(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the average."""
-        self.average = AveragedModel(pl_module.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        self.average = AveragedModel(pl_module.model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -135,6 +138,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("data", choices=["digits", "mnist", "cifar10"])
     arguments.add_argument("--root", type=Path, help="folder that holds MNIST/raw, or CIFAR-10")
+    arguments.add_argument("--network", choices=["vit", "resnet"], default="vit")
     arguments.add_argument("--noise", type=float, default=0.1, help="share of the training labels that are wrong")
     arguments.add_argument("--asymmetric", action="store_true", help="name each class as the next one")
     arguments.add_argument("--same-training", action="store_true", help="leave out what needs a training of its own")
@@ -148,15 +152,25 @@ def main() -> None:
         "mnist": lambda seed: mnist(seed, args.root, **noise),
         "cifar10": lambda seed: cifar10(seed, args.root, **noise),
     }
+
+    def make(seed: int) -> tuple[NoisyLabels, LitViT, int]:
+        data, model, epochs = made[args.data](seed)
+        if args.network == "resnet":
+            model = LitResNet(channels=3 if args.data == "cifar10" else 1, stride=1 if args.data == "digits" else 2)
+            epochs = RESNET_EPOCHS
+        return data, model, epochs
+
     runs = []
     for seed in range(args.seeds):
-        runs.append(run(partial(made[args.data], seed), seed, args.same_training))
+        runs.append(run(partial(make, seed), seed, args.same_training))
         kind = "asymmetric" if args.asymmetric else "symmetric"
-        print(f"\n{args.data}, {100 * args.noise:g} % {kind} noise, {len(runs)} of {args.seeds} seeds\n")
+        print(
+            f"\n{args.data}, {args.network}, {100 * args.noise:g} % {kind} noise, {len(runs)} of {args.seeds} seeds\n"
+        )
         print(summary(runs, COLUMNS), flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"environment": environment(), "noise": noise, "runs": runs}
+            facts = {"environment": environment(), "network": args.network, "noise": noise, "runs": runs}
             args.out.write_text(json.dumps(facts, indent=1))
 
 

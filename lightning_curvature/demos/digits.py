@@ -21,6 +21,7 @@ from lightning_curvature.demos.fitting import fit
 from lightning_curvature.demos.label_noise import (
     MEMORIZED_LIMIT,
     balanced_subnet,
+    changed_answers,
     compare_methods,
     energy_curves,
     evaluate,
@@ -33,6 +34,9 @@ from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.report import plots
 from lightning_curvature.report.page import write_page
+from lightning_curvature.search.energy import Match
+from lightning_curvature.search.gap import curves
+from lightning_curvature.search.price import Purchase
 from lightning_curvature.trainer.callback import KFACEditCallback
 
 log = logging.getLogger(__name__)
@@ -100,6 +104,8 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
     with callback.editor.applied(model, callback.factors) as of_callback:
         kept = [layer.energy_kept for layer in of_callback.layers.values()]
         default = {"energy": round(sum(kept) / len(kept), 3), **evaluate(model, train, val)}
+        changed = predict(model, train).argmax(1)
+    unchanged = predict(model, train).argmax(1)
     curves = energy_curves(model, factors, data)
     methods = compare_methods(curves)
     methods["bsn"] = balanced_subnet(model, factors, data)
@@ -116,6 +122,9 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
         "default": default,
         "methods": methods,
         "curves": curves,
+        "choice": _choice(callback.match),
+        "changed": changed_answers(train, unchanged, changed),
+        "moved": {name: dataclasses.asdict(layer) for name, layer in of_callback.layers.items()},
         "layers": {name: dataclasses.asdict(layer) for name, layer in edit.layers.items()},
         "counts": {"noised": int(wrong.sum()), "clean": int((~wrong).sum()), "val": len(val)},
         "settings": {"seed": seed, "epochs": epochs, "layers": list(factors), "energy": energy},
@@ -126,10 +135,18 @@ def run_digits(out: Path, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]
     analyses = analyse_images(model, factors, train)
     analyses.save(out)
     draw_energies(out, factors, report)
-    draw_images(out, train, predict(model, train).argmax(1), predict(edited, train).argmax(1), analyses.directions)
+    draw_images(out, train, unchanged, predict(edited, train).argmax(1), analyses.directions)
     write_page(out)
     log.info("\n%s", edit)
     return report
+
+
+def _choice(match: Match | Purchase | None) -> dict[str, Any]:
+    """Return what the callback has measured to choose its edit, and which one it is."""
+    if not isinstance(match, Purchase):
+        return {}
+    rows = [{"edit": name, **row} for name, row in curves(match.tried)]
+    return {"rows": rows, "name": match.name, "budget": match.budget, "text": str(match)}
 
 
 def draw_energies(out: Path, factors: KroneckerFactors, report: Mapping[str, Any]) -> None:

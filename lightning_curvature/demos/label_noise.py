@@ -55,6 +55,34 @@ def evaluate(model: nn.Module, train: TensorDataset, val: TensorDataset) -> Metr
     return rates
 
 
+def changed_answers(train: TensorDataset, before: Tensor, after: Tensor) -> dict[str, dict[str, int]]:
+    """Return by true class how answers on training images have changed.
+
+    Args:
+        train: Images, noised labels, clean labels.
+        before: Predictions before the edit, ``[n]``.
+        after: Predictions after the edit, ``[n]``.
+
+    Returns:
+        By class: images with a ``wrong`` label, of them ``recited`` before and ``still`` after, and ``recovered``:
+        right after and not before; images with a ``right`` label, and of them ``lost``: right before and not after.
+    """
+    _, noised, clean = train.tensors
+    rows = {}
+    for label in sorted(set(clean.tolist())):
+        wrong, right = ((clean == label) & is_so for is_so in (noised != clean, noised == clean))
+        of_class = {
+            "wrong": wrong,
+            "recited": wrong & (before == noised),
+            "still": wrong & (after == noised),
+            "recovered": wrong & (after == clean) & (before != clean),
+            "right": right,
+            "lost": right & (before == clean) & (after != clean),
+        }
+        rows[str(label)] = {name: int(chosen.sum()) for name, chosen in of_class.items()}
+    return rows
+
+
 def energy_curves(model: nn.Module, factors: KroneckerFactors, data: NoisyLabels) -> dict[str, Curve]:
     """Evaluate every method at every energy, on both halves of the data.
 

@@ -85,9 +85,9 @@ def _by_batch(norms: dict[str, _BatchNorm], sums: dict[str, Tensor]) -> Iterator
         def add(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
             module.training = True  # whatever mode the step has put it into
             x = args[0].detach()
-            rows = x.movedim(1, -1).flatten(0, -2).double()
-            count = torch.full_like(rows[0], len(rows))
-            sums[name] += torch.stack([count, rows.sum(0), rows.square().sum(0)]).cpu()
+            variance, mean = torch.var_mean(x.float(), [dim for dim in range(x.dim()) if dim != 1], correction=0)
+            count, mean = x.numel() // len(mean), mean.double()
+            sums[name] += count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()]).cpu()
 
         handles.append(norm.register_forward_pre_hook(add))
     try:

@@ -204,8 +204,8 @@ class EditReport:
             remarks.append(f"Statistics of {_norms(self.renewed)} were estimated anew, on training data.")
         if stale := self.norms - self.renewed:
             remarks.append(
-                f"{_norms(stale)} {'keep' if stale > 1 else 'keeps'} statistics of the unedited weights, which may harm "
-                "the model. Estimate them anew on training data: torch.optim.swa_utils.update_bn(loader, model)."
+                f"{_norms(stale)} {'keep' if stale > 1 else 'keeps'} statistics of the unedited weights, which may "
+                "harm the model. Estimate them anew on training data: torch.optim.swa_utils.update_bn(loader, model)."
             )
         if few:
             remarks.append(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_curvature.baselines.methods import METHOD_LABELS
-from lightning_curvature.report import plots
+from lightning_curvature.report import edit_plots, plots
 from lightning_curvature.report.blocks import Block, details, paragraph, picture, png, table
 from lightning_curvature.report.run import Report, RunFolder
 
@@ -83,7 +83,35 @@ def edited_layers(report: Report) -> Iterator[Block]:
         "Kept: coefficients of the weight in the curvature basis. Relative change: ||W' - W|| / ||W||. "
         "Predicted loss: how much the loss rises, in nats per loss position, to second order.",
     )
-    yield picture(plots.layer_map(edits), "How much of each edited layer is kept, and how far it moves.")
+    yield picture(edit_plots.layer_map(edits), "How much of each edited layer is kept, and how far it moves.")
+
+
+def choice(report: Report) -> Iterator[Block]:
+    """Yield what the callback has measured to choose its edit, and how far each layer moves under it."""
+    found = report.get("choice")
+    if not found or not found["rows"]:
+        return
+    yield paragraph(found["text"])
+    figure = edit_plots.choice_curves(found["rows"], found["name"], found["budget"])
+    yield picture(figure, "Each point is one edit, measured on training and on validation batches; no label is known.")
+    if report.get("moved"):
+        yield picture(edit_plots.layer_map(report["moved"]), "How far each layer moves under the edit of the callback.")
+
+
+def changed(report: Report) -> Iterator[Block]:
+    """Yield by class how answers on training images have changed under the edit of the callback."""
+    rows = report.get("changed")
+    if not rows:
+        return
+    total = {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}
+    yield paragraph(
+        f"Of {total['wrong']} images with a wrong label the model repeats {total['recited']} before and "
+        f"{total['still']} after the edit of the callback; {total['recovered']} get their true label. Of "
+        f"{total['right']} images with a right label {total['lost']} are lost."
+    )
+    headers = ["true class", "wrong label", "repeated before", "after", "recovered", "right label", "lost"]
+    body = [[name, *(str(count) for count in row.values())] for name, row in {**rows, "all": total}.items()]
+    yield table(headers, body, "Training images whose answer changed, by class.", [len(body) - 1])
 
 
 def energy_curve(report: Report) -> Iterator[Block]:

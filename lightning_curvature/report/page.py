@@ -10,7 +10,7 @@ from lightning_curvature._version import __version__
 from lightning_curvature.factors.kronecker import KroneckerFactors
 from lightning_curvature.report.blocks import Block, details, paragraph, table
 from lightning_curvature.report.curvature_sections import bands, detection, directions, spectra
-from lightning_curvature.report.edit_sections import edited_layers, energy_curve, examples, outcome
+from lightning_curvature.report.edit_sections import changed, choice, edited_layers, energy_curve, examples, outcome
 from lightning_curvature.report.run import RunFolder, read_run
 from lightning_curvature.storage.atomic import replacing
 
@@ -35,6 +35,8 @@ def write_page(folder: Path) -> Path:
     run = read_run(folder)
     sections = [
         ("outcome", "What the edit did", outcome(run.report)),
+        ("choice", "How the callback chose its edit", choice(run.report)),
+        ("changed", "Answers that changed", changed(run.report)),
         ("layers", "What was edited", edited_layers(run.report)),
         ("energy", "Energy", energy_curve(run.report)),
         ("examples", "Examples, before and after", examples(run)),

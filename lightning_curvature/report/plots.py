@@ -235,26 +235,6 @@ def noised_examples(
     return figure
 
 
-def layer_map(edits: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw, for each edited layer, the share of its coefficients that is kept and its relative change.
-
-    Args:
-        edits: By layer, the fields of :class:`lightning_curvature.editing.report.LayerEdit`.
-    """
-    names = list(edits)
-    figure = Figure(figsize=(10.0, 1.0 + 0.28 * len(names)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.barh(names, [100 * edit["kept"] / edit["total"] for edit in edits.values()], color=BLUE)
-    left.set(xlabel="coefficients kept, %")
-    right.barh(names, [edit["relative_change"] for edit in edits.values()], color=MEMORIZED)
-    right.set(xlabel="relative change of the weight", xlim=(0, 1.0))
-    left.invert_yaxis()
-    for axes in (left, right):
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25, axis="x")
-    return figure
-
-
 def direction_images(
     images: Tensor, rows: Mapping[str, Sequence[int]], wrong: Sequence[bool], count: int = 12
 ) -> Figure:

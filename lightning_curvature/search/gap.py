@@ -123,10 +123,11 @@ def choose(
                 break
         rule.note(each)
     for each in tried:
+        mildest = min(FIRST, each.predicted[FIRST]) or FIRST  # all that there is may cost less than the first budget
         for step in range(1, 1 + MILDER):
             if rule.best(each) is not None:
                 break
-            each.measure(FIRST / STEP**step, module, measure)
+            each.measure(mildest / STEP**step, module, measure)
         if (coarse := rule.best(each)) is not None:
             for factor in FINER:
                 each.measure(coarse * factor, module, measure)
@@ -135,6 +136,11 @@ def choose(
         rule.note(each)
     best = [(each, chosen) for each in tried if (chosen := rule.best(each)) is not None]
     return tried, min(best, key=lambda found: gap(found[0].points[found[1]]), default=None)
+
+
+def curves(tried: Mapping[str, Mapping[float, Costs]]) -> list[tuple[str, dict[str, float]]]:
+    """Return all that was measured as rows: the name of the candidate, and its budget beside the costs."""
+    return [(name, {"budget": budget, **costs}) for name, points in tried.items() for budget, costs in points.items()]
 
 
 def table(tried: Sequence[Tried], before: Costs) -> str:

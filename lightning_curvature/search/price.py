@@ -99,6 +99,7 @@ class Purchase:
         held_out: The costs before and after on data that nothing was chosen on, where there are such data.
         scale: Factor of what is kept of an update.
         name: Of what it edits, if that was chosen among several candidates.
+        tried: Where it was: by candidate, all costs that were measured, by budget; 0 is the unedited model.
     """
 
     budget: float
@@ -109,6 +110,7 @@ class Purchase:
     held_out: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     scale: float = 1.0
     name: str = ""
+    tried: Mapping[str, Mapping[float, Costs]] = field(default_factory=dict)
 
     @property
     def warning(self) -> str | None:

@@ -23,6 +23,7 @@ from lightning_curvature.search.energy import Match
 from lightning_curvature.search.gap import Candidate
 from lightning_curvature.search.price import Purchase
 from lightning_curvature.trainer.arguments import CallbackArguments
+from lightning_curvature.trainer.durations import check_time
 from lightning_curvature.trainer.edited_copy import LaterCopy
 from lightning_curvature.trainer.outcome import Outcome
 from lightning_curvature.trainer.price import MeasuredPrice
@@ -201,7 +202,7 @@ class CallbackBase(CallbackArguments):
             editor = copy.copy(self.editor)
             editor.use_soft(True)
             collected = validated_factors(trainer, module, batches, options, None, editor)
-            self._outcome.check_time(collected, len(batches), trainer.fit_loop.total_batch_idx + 1)
+            check_time(collected, len(batches) * editor.ranks.size, trainer.fit_loop.total_batch_idx + 1)
             return Candidate("all linear layers, soft", editor, collected)
 
         return candidate

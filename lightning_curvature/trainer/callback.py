@@ -228,8 +228,7 @@ class KFACEditCallback(CallbackRuns):
                 self._outcome.tell_silent(self.run.windows.silent, self.run.collector.network.frozen, may_fail=True)
             self._outcome.search(trainer, pl_module, self.factors)
             results = self._outcome.measure(trainer, pl_module, self.factors, may_fail=True)
-            for logger in trainer.loggers:
-                logger.log_metrics(results, trainer.global_step)
+            self._outcome.log(trainer.loggers, trainer.global_step, results)
         self._outcome.edit_live(pl_module, self.factors)
 
     @never_ends_a_fit

@@ -1,6 +1,5 @@
 """What a run comes to: the strength that is allowed, what an edit of its weights does, probes, and what is shown."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature._checks import listing
@@ -20,17 +20,15 @@ from lightning_curvature.editing.curvature import CurvatureEditor
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.factors.decomposition import FaultyLayerError
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.memory import edit_seconds, training_seconds
 from lightning_curvature.search.energy import Match
-from lightning_curvature.search.gap import Candidate
+from lightning_curvature.search.gap import Candidate, curves
 from lightning_curvature.search.price import Purchase
+from lightning_curvature.trainer.durations import tell_time
 from lightning_curvature.trainer.measuring import before_after
 from lightning_curvature.trainer.price import MeasuredPrice
 from lightning_curvature.trainer.probes import Probes
 from lightning_curvature.trainer.samples import Arguments, Sample
 from lightning_curvature.trainer.target import Target
-
-_TENTH = 0.1  # share of the training's time above which the time of edits is told
 
 
 class Outcome:
@@ -196,6 +194,17 @@ class Outcome:
         self.probe_results = {f"{self._prefix}/{name}": value for name, value in results.items()}
         return self.probe_results
 
+    def log(self, loggers: Iterable[Logger], step: int, results: Mapping[str, float]) -> None:
+        """Log results, and after them, a step for each edit, what was measured where the edit was chosen."""
+        tried = self.match.tried if isinstance(self.match, Purchase) else {}
+        rows = [
+            {f"{self._prefix}/choice/{name}/{cost}": value for cost, value in row.items()}
+            for name, row in curves(tried)
+        ]
+        for logger in loggers:
+            for number, row in enumerate([results, *rows]):
+                logger.log_metrics(dict(row), step + number)
+
     def edit_live(self, module: pl.LightningModule, factors: KroneckerFactors) -> None:
         """Work out what an edit of the live weights does; they stay as they are."""
         if self.is_undecided:
@@ -224,38 +233,9 @@ class Outcome:
         why = f" (the outputs of {listing(asleep)} needed no gradient: frozen)" if asleep else ""
         rank_zero_warn(f"Chosen layers {listing(silent)} never ran{why}, and stay as they are.")
 
-    def check_time(self, factors: KroneckerFactors, num_batches: int, num_steps: int) -> None:
-        """Raise ``TimeoutError`` if an edit takes over a tenth of the time that the training should have taken.
-
-        Args:
-            factors: Of the layers that it edits.
-            num_batches: Batches behind them on each process.
-            num_steps: Batches that the training took on each process.
-        """
-        seconds = self._edit_seconds(layer.shape for layer in factors.values())
-        products = sum(math.prod(layer.shape) * layer.num_seen for layer in factors.values())
-        per_batch = products / (num_batches * self._editor.ranks.size)
-        if seconds > _TENTH * training_seconds(num_steps * per_batch, num_steps, torch.cuda.is_available()):
-            raise TimeoutError(
-                f"an edit of all linear layers takes about {seconds:.2g} s, over a tenth of the training's time, both "
-                'guessed by size. layers="linear", soft=True makes it nevertheless'
-            )
-
-    @staticmethod
-    def _edit_seconds(shapes: Iterable[tuple[int, int]]) -> float:
-        on_gpu = torch.cuda.is_available()
-        return sum(edit_seconds(*shape, on_gpu) for shape in shapes)
-
     def tell_time(self, num_copies: int, weights: Iterable[torch.Tensor]) -> None:
         """Say how long edits of some weights take that are made now, if that is over a tenth of the training's time."""
-        seconds = self._edit_seconds((len(weight), math.prod(weight.shape[1:])) for weight in weights)
-        trained = time.monotonic() - self._started
-        if num_copies * seconds > _TENTH * trained:
-            rank_zero_info(
-                f"KFACEditCallback edits {num_copies} checkpoint{'s' * (num_copies > 1)} now, at about {seconds:.2g} s "
-                f"each by the size of the layers; training took {trained:.0f} s. Keep fewer checkpoints, or edit fewer "
-                "or smaller layers, if that is too long."
-            )
+        tell_time(num_copies, weights, time.monotonic() - self._started)
 
     def show(self, nothing_written: str, factors: KroneckerFactors, path: str | None) -> None:
         """Show what was edited in which file, and what the probes say; save the factors. A collective.

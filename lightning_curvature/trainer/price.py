@@ -187,14 +187,15 @@ class MeasuredPrice:
         allowed |= {f"{name} loss": (LOSS_SHARE_OF_CLASSES * reading.loss, False) for name, reading in first.items()}
         tried, best = choose(candidates, module, measure, before, gap, allowed)
         rank_zero_info(f"\nWhat edits do, on training and on validation batches:\n{table(tried, before)}")
+        curves = {each.candidate.name: {0.0: before, **dict(sorted(each.points.items()))} for each in tried}
         if best is None and gap(before) <= chance:
             return None  # nothing is recited, as far as these batches tell
         if best is None:
-            return Found(Purchase(0.0, 0.0, before, before, {0.0: before}, name=candidates[0].name), default)
+            return Found(Purchase(0.0, 0.0, before, before, {0.0: before}, name=DEFAULT, tried=curves), default)
         chosen, budget = best
-        points = {0.0: before, **dict(sorted(chosen.points.items()))}
         name, predicted = chosen.candidate.name, chosen.predicted[budget]
-        return Found(Purchase(budget, predicted, before, points[budget], points, name=name), chosen.candidate)
+        after, points = chosen.points[budget], curves[name]
+        return Found(Purchase(budget, predicted, before, after, points, name=name, tried=curves), chosen.candidate)
 
 
 def _allowed(readings: Mapping[str, Reading]) -> dict[str, tuple[float, bool]]:

@@ -170,7 +170,7 @@ def test_the_batches_are_the_first_of_the_last_epoch(tmp_path, monkeypatch):
 def test_layers_that_take_too_long_are_not_tried(tmp_path, caplog, monkeypatch):
     """The default layers still are, at the strength that closes the gap."""
     caplog.set_level("INFO")
-    monkeypatch.setattr("lightning_curvature.trainer.outcome.edit_seconds", lambda *shape: 1e6)
+    monkeypatch.setattr("lightning_curvature.trainer.durations.edit_seconds", lambda *shape: 1e6)
     _, callback, _ = reciting(tmp_path)
     assert "Other layers than the default ones are not tried: TimeoutError: an edit of all linear layers" in caplog.text
     assert callback.match.name == "default layers"

@@ -58,7 +58,7 @@ def test_factors_of_checkpoints_that_wait_are_not_all_held(tmp_path, monkeypatch
 
 
 def test_what_edits_take_is_told_where_it_is_more_than_a_tenth(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("lightning_curvature.trainer.outcome.edit_seconds", lambda *shape: 40.0)
+    monkeypatch.setattr("lightning_curvature.trainer.durations.edit_seconds", lambda *shape: 40.0)
     with caplog.at_level("INFO"):
         fit(tmp_path, Plain(), KFACEditCallback(), ModelCheckpoint(tmp_path / "c", filename="x"))
     assert "edits 1 checkpoint now, at about 40 s each by the size of the layers; training took" in caplog.text
