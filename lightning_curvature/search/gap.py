@@ -53,18 +53,22 @@ class Tried:
     Attributes:
         points: Costs by budget.
         predicted: Predicted losses by budget.
+        all_of_it: Predicted loss of an edit that leaves nothing; infinite until one did.
     """
 
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
         self.points: dict[float, Costs] = {}
         self.predicted: dict[float, float] = {}
+        self.all_of_it = math.inf
 
     def measure(self, budget: float, module: nn.Module, measure: Callable[[], Costs]) -> bool:
         """Measure an edit; tell whether it left something that a stronger one could remove."""
         with self.candidate.editor.within(budget).applied(module, self.candidate.factors) as report:
             self.points[budget] = measure()
         self.predicted[budget] = report.predicted_loss or 0.0
+        if report.keeps_nothing:
+            self.all_of_it = self.predicted[budget]
         return not report.keeps_nothing
 
 
@@ -123,7 +127,7 @@ def choose(
                 break
         rule.note(each)
     for each in tried:
-        mildest = min(FIRST, each.predicted[FIRST]) or FIRST  # all that there is may cost less than the first budget
+        mildest = min(FIRST, each.all_of_it) or FIRST
         for step in range(1, 1 + MILDER):
             if rule.best(each) is not None:
                 break

@@ -78,12 +78,8 @@ class Price:
 
 def lowest_point(points: Mapping[float, Costs], name: str) -> float:
     """Return the budget at which a cost is lowest; the smallest of several."""
-
-    def rank(budget: float) -> tuple[float, float]:
-        cost = points[budget][name]
-        return (math.inf if math.isnan(cost) else cost), budget
-
-    return min(points, key=rank)
+    costs = {budget: math.inf if math.isnan(of_edit[name]) else of_edit[name] for budget, of_edit in points.items()}
+    return min(points, key=lambda budget: (costs[budget], budget))
 
 
 @dataclass(frozen=True)

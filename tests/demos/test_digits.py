@@ -73,7 +73,7 @@ def test_the_edited_checkpoint_says_what_was_edited(run):
 
 
 def test_the_page_of_the_digits_demo(run):
-    browser.check(run[0] / "report.html", pictures=8)
+    browser.check(run[0] / "report.html", pictures=10)
 
 
 def test_nothing_memorized_is_nothing_to_analyse(caplog):
@@ -83,6 +83,28 @@ def test_nothing_memorized_is_nothing_to_analyse(caplog):
     with caplog.at_level("INFO"):
         assert analyse_images(build_model(), KroneckerFactors(), right) == Analyses()
     assert "No wrong label was memorized" in caplog.text
+
+
+def test_the_report_says_how_the_edit_was_chosen_and_which_answers_changed(run):
+    report = json.loads((run[0] / "report.json").read_text())
+    choice = report["choice"]
+    assert {row["edit"] for row in choice["rows"]} == {"default layers", "all linear layers, soft"}
+    assert choice["name"] in {row["edit"] for row in choice["rows"]}
+    assert report["moved"]
+    rows = report["changed"].values()
+    total = {name: sum(row[name] for row in rows) for name in ("wrong", "recited", "still", "right", "lost")}
+    assert total["wrong"] == report["counts"]["noised"]
+    assert total["right"] == report["counts"]["clean"]
+    assert total["recited"] / total["wrong"] == pytest.approx(report["before"]["memorized"])
+    assert total["still"] / total["wrong"] == pytest.approx(report["default"]["memorized"])
+
+
+def test_changed_answers_by_class():
+    clean, noised = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1, 1, 0, 1, 1])
+    before, after = torch.tensor([1, 1, 0, 1, 0]), torch.tensor([0, 1, 1, 1, 1])
+    rows = label_noise.changed_answers(TensorDataset(torch.zeros(5), noised, clean), before, after)
+    assert rows["0"] == {"wrong": 2, "recited": 2, "still": 1, "recovered": 1, "right": 1, "lost": 1}
+    assert rows["1"] == {"wrong": 0, "recited": 0, "still": 0, "recovered": 0, "right": 2, "lost": 0}
 
 
 def test_evaluate_against_a_loop():

@@ -114,3 +114,23 @@ def test_analyses_survive_the_file(tmp_path):
     analyses.save(tmp_path)
     assert Analyses.load(tmp_path) == analyses
     assert json.loads((tmp_path / "analysis.json").read_text())["bands"][0]["layer"] == "fc"
+
+
+def test_how_an_edit_was_chosen_and_what_it_changed(tmp_path):
+    rows = [
+        {"edit": "default layers", "budget": budget, "training error": budget, "validation error": 0.3}
+        for budget in (0.0, 0.01)
+    ]
+    counts = {"wrong": 5, "recited": 4, "still": 1, "recovered": 3, "right": 50, "lost": 2}
+    report = {
+        "before": {"mae": 0.25},
+        "after": {"mae": 0.5},
+        "choice": {"rows": rows, "name": "default layers", "budget": 0.01, "text": "The edit that closes the gap."},
+        "changed": {"0": counts, "1": counts},
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    page = write_page(tmp_path).read_text()
+    assert "The edit that closes the gap." in page
+    assert page.count("<img ") == 1
+    assert "Of 10 images with a wrong label the model repeats 8 before and 2 after" in page
+    assert "6 get their true label. Of 100 images with a right label 4 are lost." in page

@@ -3,7 +3,7 @@ import torch
 
 from lightning_curvature import LayerFactors
 from lightning_curvature.factors.basis import select_staircase
-from lightning_curvature.report import plots
+from lightning_curvature.report import edit_plots, plots
 
 
 @pytest.fixture
@@ -39,3 +39,18 @@ def test_noised_examples_show_only_noised_ones(tmp_path):
     assert titles == ["true 1, given 2\nsays 2 → 1", "true 2, given 0\nsays 0 → 0", "true 3, given 1\nsays 1 → 2"]
     plots.save(figure, tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_choice_curves_mark_the_edit_that_was_chosen():
+    rows = [
+        {"edit": name, "budget": budget, "training error": error, "validation error": 0.3, "validation loss": 1.0}
+        for name in ("one", "other")
+        for budget, error in ((0.0, 0.0), (0.01, 0.1), (0.02, 0.2))
+    ]
+    one, other = edit_plots.choice_curves(rows, "other", 0.02).axes
+    assert [axes.get_title() for axes in (one, other)] == ["one", "other"]
+    assert list(one.lines[0].get_xdata()) == [0.01, 0.02]
+    assert list(one.lines[0].get_ydata()) == [90.0, 80.0]
+    assert len(one.lines) == 4  # two rates, each with what it was
+    assert other.get_legend().get_texts()[-1].get_text() == "chosen: 0.02"
+    assert len(edit_plots.choice_curves(rows, "other", 0.0).axes[1].lines) == 4

@@ -76,6 +76,9 @@ def test_the_grid_becomes_milder_where_it_begins_with_too_much():
     _, best = chosen(lambda a, b: 0.0 if a < 0.95 and not b else 1.0, scale=0.003)
     assert 0 < removed_by(best) < 0.95
     assert best[1] < FIRST
+    tried, _ = chosen(lambda a, b: 1.0 if a or b else 0.0, scale=1e-4)
+    assert len(tried[0].points) == 1 + MILDER
+    assert sorted(tried[0].points)[-2] < tried[0].all_of_it / 1.9  # no budget that removes all again
 
 
 def test_a_candidate_is_not_driven_far_beyond_what_is_allowed():

@@ -1,9 +1,13 @@
 """The callback without arguments on classifiers that recite labels: training batches tell what to edit."""
 
+import csv
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.trainer.validated import validated_factors
@@ -52,6 +56,36 @@ def test_the_edit_closes_the_gap_and_validation_loses_next_to_nothing(network, t
     edited = torch.load(path)
     assert set(edited["lightning_curvature"]["layers"]) == set(callback.factors)
     assert edited["lightning_curvature"]["method"] == callback.editor.method
+
+
+def test_what_was_tried_is_logged_after_the_results(tmp_path):
+    """A step for each edit, after the last one of training: some loggers take no earlier ones."""
+    logger = CSVLogger(tmp_path, name="csv")
+    pl.seed_everything(0)
+    callback = KFACEditCallback(min_positions=0)
+    trainer = fit(models.Classifier(lr=0.01), callback, tmp_path / "run", logger=logger)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tried = callback.match.tried
+    assert set(tried) == {"default layers", "all linear layers, soft"}
+    for name, points in tried.items():
+        logged = [row for row in rows if row.get(f"curvature/choice/{name}/budget")]
+        assert [float(row[f"curvature/choice/{name}/budget"]) for row in logged] == pytest.approx(list(points))
+        for row, costs in zip(logged, points.values(), strict=True):
+            assert int(row["step"]) > trainer.global_step
+            for cost, value in costs.items():
+                assert float(row[f"curvature/choice/{name}/{cost}"]) == pytest.approx(value)
+
+
+def test_no_edit_where_none_closes_the_gap(tmp_path, monkeypatch):
+    """Spending a price would cost accuracy, and remove nothing."""
+    monkeypatch.setattr("lightning_curvature.trainer.price.choose", lambda *args: ([], None))
+    with pytest.warns(UserWarning, match="The edited copies are the checkpoints. No edit closes the gap between"):
+        _, callback, trainer = reciting(tmp_path)
+    path = trainer.checkpoint_callback.best_model_path
+    before, after = (torch.load(name)["state_dict"] for name in (path, path.replace(".ckpt", "-edited.ckpt")))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert callback.match.budget == 0.0
 
 
 @pytest.mark.parametrize(("wins", "network"), [("default layers", "mlp"), ("all linear layers, soft", "vit")])
