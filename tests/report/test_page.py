@@ -119,7 +119,7 @@ def test_analyses_survive_the_file(tmp_path):
 def test_how_an_edit_was_chosen_and_what_it_changed(tmp_path):
     rows = [
         {"edit": "default layers", "budget": budget, "training error": budget, "validation error": 0.3}
-        for budget in (0.0, 0.01)
+        for budget in (0.0, 0.01, 0.02)
     ]
     counts = {"wrong": 5, "recited": 4, "still": 1, "recovered": 3, "right": 50, "lost": 2}
     report = {
