@@ -64,7 +64,7 @@ def cifar10(seed: int, root: Path, **noise: Any) -> tuple[NoisyLabels, LitViT, i
         weight_decay=0.05,
         attention_decay=1.0,
     )
-    return NoisyLabels(pixels, torch.from_numpy(labels)[sample].long(), 8000, seed=seed, **noise), model, 40
+    return NoisyLabels(pixels, torch.from_numpy(labels)[sample].long(), 8000, seed=seed, **noise), model, 30
 
 
 def fit(

@@ -87,7 +87,7 @@ def rank_layers(
         positions: As in :func:`flat_shares_by_layer`.
 
     Returns:
-        By layer, the best first: the area under the ROC curve. At 0.5 the share says nothing; the further from 0.5, on
+        By layer, the best first, the area under the ROC curve. At 0.5 the share says nothing; the further from 0.5, on
         either side, the better the layer. Examples of which a layer read only zeros do not count; a layer that has
         none left on one side gets 0.5.
 

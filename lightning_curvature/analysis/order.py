@@ -39,7 +39,7 @@ class CurvatureOrder:
         Args:
             score: One of ``predicted``.
             measured: ``"ggn"`` or ``"hessian"``.
-            start: Where the part starts, as :attr:`place`.
+            start: Where the part starts, as ``place``.
             end: Where it ends.
         """
         chosen = [index for index, place in enumerate(self.place) if start <= place <= end]

@@ -60,7 +60,9 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
         if not action.help:  # the list of commands
             return ""
         note = "required" if action.required else f"default: {action.default}"
-        hides_default = action.default in (None, False, argparse.SUPPRESS) or dataclasses.is_dataclass(action.default)
+        hides_default = any(
+            action.default is value for value in (None, False, argparse.SUPPRESS)
+        ) or dataclasses.is_dataclass(action.default)
         return f"{action.help}{f' ({note})' if action.required or not hides_default else ''}"
 
 
@@ -82,11 +84,11 @@ def make_parser() -> ArgumentParser:
         words = name.split()
         group = demo_commands if words[0] == "demo" else subcommands
         doc = parse(function.__doc__ or "")
-        group.add_subcommand(words[-1], _command_parser(function), help=doc.short_description)
+        group.add_subcommand(words[-1], command_parser(function), help=doc.short_description)
     return parser
 
 
-def _command_parser(function: Callable[..., Output]) -> ArgumentParser:
+def command_parser(function: Callable[..., Output]) -> ArgumentParser:
     """Return the parser of a command.
 
     Each parameter of the function is an option, with hyphens for underscores (those in ``POSITIONAL`` are arguments).

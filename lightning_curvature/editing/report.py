@@ -120,7 +120,7 @@ class EditReport:
 
     @property
     def warning(self) -> str | None:
-        """What a user must not overlook: that the model is likely to be gone; None if nothing says so."""
+        """What a user must not overlook, that the model is likely to be gone; None if nothing says so."""
         limit = RUINOUS if len(self.layers) == 1 else RUINOUS_OF_SEVERAL
         limit = RUINOUS_OF_SOFT if self.method.endswith("soft") else limit
         if self.was_measured or self.predicted_loss is None or self.predicted_loss < limit:

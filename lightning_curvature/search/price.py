@@ -110,7 +110,7 @@ class Purchase:
 
     @property
     def warning(self) -> str | None:
-        """What a user must not overlook: that other batches say that the model is gone; None if they do not."""
+        """What a user must not overlook, that other batches say that the model is gone; None if they do not."""
         for name, (before, after) in self.held_out.items():
             if name.endswith("loss") and not after - before < RUINOUS:
                 return (

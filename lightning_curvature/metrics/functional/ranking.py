@@ -53,10 +53,10 @@ def _ranking_overlap_update(logits: Tensor, baseline: Tensor, k: int) -> tuple[T
 def ranking_overlap(logits: Tensor, baseline: Tensor, k: int = 10) -> Tensor:
     r"""Return the mean nDCG@k of next-token rankings against those of a baseline model.
 
-    The baseline's ``k`` best tokens have relevance :math:`k, k - 1, \dots, 1`, all others 0. With the relevances
+    The baseline's ``k`` best tokens have relevance :math:`k, k - 1, \ldots, 1`, all others 0. With the relevances
     :math:`r_i` of the edited model's ``k`` best tokens, best first,
 
-    .. math:: \mathrm{nDCG} = \sum_{i=1}^k \frac{r_i}{\log_2(i + 1)} \Big/ \sum_{i=1}^k \frac{k + 1 - i}{\log_2(i + 1)}
+    .. math:: \mathrm{nDCG} = \frac{\sum_{i=1}^k r_i / \log_2(i + 1)}{\sum_{i=1}^k (k + 1 - i) / \log_2(i + 1)}
 
     Equal logits rank in the order of :meth:`torch.Tensor.topk`, so stored ids should come from logits of the same
     dtype and from the same ``k``. Source: arXiv:2510.24256, appendix C.
