@@ -5,7 +5,7 @@ Protocol, for each seed: a small ViT, or a small ResNet with batch norms, is tra
 
 - *edited*: what the callback leaves;
 - *early stopping*: the weights of the epoch of highest validation accuracy;
-- *averaging*: the exponential moving average of the weights, decay 0.999 a step.
+- *averaging*: the exponential moving average of the weights, decay 0.99 a step.
 
 Each of the others is a training of its own: *label smoothing* (0.1), *GCE* (generalized cross-entropy, q = 0.7; Zhang
 and Sabuncu 2018), and *decay* (four times the weight decay). Validation images that choose an epoch, or the edit, are
@@ -84,7 +84,7 @@ class Watch(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the average."""
-        self.average = AveragedModel(pl_module.model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+        self.average = AveragedModel(pl_module.model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -11,8 +11,8 @@ _FOLDER = Path(tempfile.gettempdir()) / "lightning_curvature-inventories"
 def local_inventories() -> dict[str, tuple[str, str]]:
     """Write an inventory of each library for Sphinx, and return them for ``intersphinx_mapping``.
 
-    ``inventories.txt`` has a line ``[library] address`` for each, and below it lines ``name role page``; a page that ends
-    with ``$`` is followed by the name.
+    ``inventories.txt`` has a line ``[library] address`` for each, and below it lines ``name role page``; a page that
+    ends with ``$`` is followed by the name.
     """
     libraries: dict[str, tuple[str, list[str]]] = {}
     for line in _FILE.read_text(encoding="utf-8").splitlines():

@@ -1,7 +1,7 @@
 """References to our own names: the public place of a public one, and plain code for what is internal.
 
-Autodoc writes a class by the module that defines it, and docstrings name helpers that have no page. Both are looked up among the
-names that exist: what does not exist stays an error of the build.
+Autodoc writes a class by the module that defines it, and docstrings name helpers that have no page. Both are looked up
+among the names that exist: what does not exist stays an error of the build.
 """
 
 import sys

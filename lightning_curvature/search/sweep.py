@@ -50,8 +50,8 @@ def sweep(
         data: Names the data that ``measure`` uses, a hash of files for example; a sweep goes on only with the same.
 
     Returns:
-        A row for each edit, with ``edit`` (name of the editor), ``energy``, ``of`` (hash of weights, factors, editor and
-        ``data``), and the metrics. The first row is the unedited model.
+        A row for each edit, with ``edit`` (name of the editor), ``energy``, ``of`` (hash of weights, factors, editor
+        and ``data``), and the metrics. The first row is the unedited model.
 
     Raises:
         ValueError: If there is nothing to try, an editor or an energy cannot be used, or the file holds a sweep of

@@ -41,8 +41,8 @@ class Found(NamedTuple):
 class MeasuredPrice:
     """Keeps batches of a run, and finds the strongest edit whose cost on them is within the price.
 
-    Where the weights of a classifier are edited, and training batches can be validated, it is the edit that closes most
-    of the gap between training and validation, see :mod:`~lightning_curvature.search.gap`. Otherwise a price limits it:
+    Where weights are edited, and training batches can be validated, it is the edit that closes most of the gap between
+    training and validation, see :mod:`~lightning_curvature.search.gap`. Otherwise a price alone limits it:
     the loss may rise above its lowest point on the path of stronger and stronger edits, that of a token by 0.02 nats,
     that of a classifier by a tenth, at most 0.05. Counted from the unedited model's it would be no limit: it falls
     where over-fitting and over-confidence go, also where classes are lost. The error of a classifier may rise by half a
@@ -111,7 +111,7 @@ class MeasuredPrice:
         if not first:
             return None
         found = None
-        if others is not None and not self.of_updates and all(reading.of_classes for reading in first.values()):
+        if others is not None and not self.of_updates:
             found = self._close_gap(trainer, module, default, trained, others, first)
         if found is None:
             found = Found(self._spend(module, default, measure, first), default)
@@ -150,43 +150,43 @@ class MeasuredPrice:
     ) -> Found | None:
         """Return the edit that closes most of the gap to training batches, if any does.
 
-        None, which is told, if training batches cannot be measured.
+        The gap is one of accuracy, or, unless every loss is one of classes, of the loss. None, which is told, if
+        training batches cannot be measured; or if there is no gap.
         """
         ranks, readings = default.editor.ranks, dict(first)
+        of_classes = all(reading.of_classes for reading in first.values())
+        quantity = "error" if of_classes else "loss"
 
         def measure() -> Costs:
-            # Every second batch: this accuracy moves by far more than that on validation batches.
+            # Every second batch: these move by far more than those of validation.
             (readings["training"],) = trained.read(trainer, module, ranks, 0).values()
             kept = _costs(self.validated.read(trainer, module, ranks, 0))
-            return {"training error": readings["training"].error, **kept}
+            return {f"training {quantity}": getattr(readings["training"], quantity), **kept}
 
         try:
             batches = trained.shared(ranks)
             if not batches:
                 return None
             before = measure()
-            chance = math.hypot(*(_chance(reading) for reading in readings.values()))
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_info(
                 "Training batches could not be validated, so that nothing tells which layers recite: "
                 f"{type(error).__name__}: {error}"
             )
             return None
+        chance = math.hypot(*(_chance(reading) for reading in readings.values())) if of_classes else math.inf
         candidates = [default]
         try:
-            candidates.append(others(batches))
+            # Curvature protects what it comes from; a text holds what is to be forgotten, and a label is one of many.
+            candidates.append(others(batches if of_classes else self.validated.shared(ranks)))
         except Exception as error:  # noqa: BLE001  # of code that is the user's
             rank_zero_info(f"Other layers than the default ones are not tried: {type(error).__name__}: {error}")
-        errors = [f"{name} error" for name in first]
 
         def gap(costs: Costs) -> float:
-            return sum(costs[name] for name in errors) / len(errors) - costs["training error"]
+            kept = [costs[f"{name} {quantity}"] for name in first]
+            return sum(kept) / len(kept) - costs[f"training {quantity}"]
 
-        priced = _allowed(first)
-        allowed = {name: (priced[name][0], True) for name in errors}
-        # Accuracy and loss disagree on over-confident models: the loss may not rise by a tenth.
-        allowed |= {f"{name} loss": (LOSS_SHARE_OF_CLASSES * reading.loss, False) for name, reading in first.items()}
-        tried, best = choose(candidates, module, measure, before, gap, allowed)
+        tried, best = choose(candidates, module, measure, before, gap, _allowed_of_gap(first, of_classes))
         rank_zero_info(f"\nWhat edits do, on training and on validation batches:\n{table(tried, before)}")
         curves = {each.candidate.name: {0.0: before, **dict(sorted(each.points.items()))} for each in tried}
         if best is None and gap(before) <= chance:
@@ -197,6 +197,18 @@ class MeasuredPrice:
         name, predicted = chosen.candidate.name, chosen.predicted[budget]
         after, points = chosen.points[budget], curves[name]
         return Found(Purchase(budget, predicted, before, after, points, name=name, tried=curves), chosen.candidate)
+
+
+def _allowed_of_gap(readings: Mapping[str, Reading], of_classes: bool) -> dict[str, tuple[float, bool]]:
+    """Return how far each cost may rise while the gap is closed, see :func:`_allowed`."""
+    priced = _allowed(readings)
+    if not of_classes:
+        return priced
+    allowed = {f"{name} error": (priced[f"{name} error"][0], True) for name in readings}
+    # Accuracy and loss disagree on over-confident models: the loss may not rise by a tenth.
+    return allowed | {
+        f"{name} loss": (LOSS_SHARE_OF_CLASSES * reading.loss, False) for name, reading in readings.items()
+    }
 
 
 def _allowed(readings: Mapping[str, Reading]) -> dict[str, tuple[float, bool]]:
