@@ -13,9 +13,9 @@ from lightning_curvature.cli.parser import COMMANDS, command_parser
 PAGE = Path(__file__).parents[1] / "commands.md"
 HEAD = """# Command line
 
-`lightning-curvature COMMAND --help` prints what stands here. Every command takes `--json` (print JSON, for programs) and
-`--debug` (show where an error comes from). Exit codes: 0 on success, 1 if the command fails, 2 if the command line is
-wrong, 130 if it is interrupted. `fit`, `validate` and `test` take the arguments of LightningCLI, see
+`lightning-curvature COMMAND --help` prints what stands here. Every command takes `--json` (print JSON, for programs)
+and `--debug` (show where an error comes from). Exit codes: 0 on success, 1 if the command fails, 2 if the command line
+is wrong, 130 if it is interrupted. `fit`, `validate` and `test` take the arguments of LightningCLI, see
 [configurations](tutorial.md#configurations).
 
 <!-- written by docs/_sphinx/commands.py -->

@@ -132,8 +132,8 @@ class Purchase:
         if self.name:
             which = f"The edit that closes most of the gap between training and validation ({self.name})"
         lines = [
-            f"{which} is predicted to cost {self.predicted:.2g} nats. On what chose it: {_listed(self.before)} before, "
-            f"{_listed(self.after)} after."
+            f"{which} is predicted to cost {self.predicted:.2g} nats.",
+            f"On what chose it: {_listed(self.before)} before, {_listed(self.after)} after.",
         ]
         if self.scale != 1.0:
             lines.insert(0, f"The update was scaled by {self.scale:g} first, which has the lowest loss.")

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_curvature import KFACEditCallback
 from lightning_curvature.trainer.validated import validated_factors
 from tests.support import models
+from tests.trainer.test_price import Text, counting
 
 
 def noisy(n, seed):
@@ -209,3 +210,25 @@ def test_layers_that_take_too_long_are_not_tried(tmp_path, caplog, monkeypatch):
     assert "Other layers than the default ones are not tried: TimeoutError: an edit of all linear layers" in caplog.text
     assert callback.match.name == "default layers"
     assert list(callback.report.layers) == ["net.3"]
+
+
+def test_of_a_text_the_gap_is_one_of_the_loss(tmp_path, caplog):
+    """A language model that recites: random rows come again and again, beside a language that can be learned."""
+    caplog.set_level("INFO")
+    pl.seed_everything(0)
+    recited = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(9)).repeat(4, 1)
+    module, callback = Text(), KFACEditCallback(min_positions=0, reference=None)
+    module.model.train()
+    rows = torch.cat([counting(32, 0), recited])[torch.randperm(64)]
+    trainer = models.trainer(tmp_path, callback, max_epochs=40, check_val_every_n_epoch=40)
+    trainer.fit(module, models.loader(rows, 16), models.loader(counting(64, 1), 16))
+    match = callback.match
+    assert set(match.before) == {"training loss", "validation loss"}
+    assert set(match.tried) == {"default layers", "all linear layers, soft"}
+    gaps = [costs["validation loss"] - costs["training loss"] for costs in (match.before, match.after)]
+    assert gaps[1] < gaps[0]
+    lowest = min(costs["validation loss"] for costs in match.points.values())
+    assert match.after["validation loss"] <= lowest + 0.02
+    assert "What edits do, on training and on validation batches" in caplog.text
+    if match.name.endswith("soft"):  # a text holds what is to be forgotten: its curvature would protect that
+        assert callback.factors.provenance["loop"] == "validation"
