@@ -48,3 +48,4 @@ html_static_path = ["_static"]
 html_copy_source = False
 html_theme_options = {"top_of_page_buttons": []}
 pygments_style = "friendly"
+smartquotes = False  # two hyphens are an option
