@@ -1,9 +1,9 @@
 """The edit that closes most of the gap between training and validation, at next to no loss of validation.
 
-A classifier that recites labels is better on its training data than on others. An edit that makes it worse on the
-training data, and no worse on validation data, takes away what was recited. No label has to be known to be wrong. Which
-layers hold it, and how strong the edit must be, differs from model to model: a few candidates are tried, each at a grid
-of budgets, since a cost can rise and fall again on the way. How far the error on validation data may rise is counted
+A model that recites is better on its training data than on others. An edit that makes it worse on the training data,
+and no worse on validation data, takes away what was recited. No label has to be known to be wrong. Which layers hold
+it, and how strong the edit must be, differs from model to model: a few candidates are tried, each at a grid of budgets,
+since a cost can rise and fall again on the way. How far the error on validation data may rise is counted
 from the best edit that was tried: counted from the unedited model, what milder edits gain would be spent.
 
 Source: Breiman et al. 1984, "Classification and Regression Trees" (the one-standard-error rule).

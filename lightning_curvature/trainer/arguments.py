@@ -60,17 +60,17 @@ class CallbackArguments(Callback):
         Args:
             layers: What to edit: presets ``"last-mlp"``, ``"mlp"``, ``"attention"``, ``"linear"``, fnmatch patterns on
                 module names, or a list of them. By default ``"linear"`` where updates are edited (see
-                ``reference``), ``"mlp"`` in other networks of more than six blocks, and otherwise ``"last-mlp"``; for a
-                classifier all linear layers are tried beside them, see ``energy``. With ``factors``: patterns that
+                ``reference``), ``"mlp"`` in other networks of more than six blocks, and otherwise ``"last-mlp"``; of
+                weights all linear layers are tried beside them, see ``energy``. With ``factors``: patterns that
                 choose layers of that file, by their names in the module; by default all.
             energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
                 Without ``energy``, ``budget`` and ``target`` the strength follows from a price that is measured at the
                 end of fit, on batches of the last validation: the strongest edit under which the loss of a token is at
                 most 0.02 nats above that of the unedited model. The loss of a classifier may be a tenth, at most 0.05,
                 above its lowest point on the path of stronger and stronger edits, and its accuracy at most half a point
-                below that of the unedited model. A squared error may be 4 % above its lowest point. Where the weights
-                of a classifier are edited and none of ``layers``, ``soft`` and ``scope`` is given, the edit is the one
-                that closes most of the gap between training and validation batches, see
+                below that of the unedited model. A squared error may be 4 % above its lowest point. Where weights
+                are edited, no update, and none of ``layers``, ``soft`` and ``scope`` is given, the edit is the one that
+                closes most of the gap between training and validation batches within such limits, see
                 :mod:`lightning_curvature.search.gap`. Without a validation that computes such a loss the edit is one
                 that is predicted to cost 0.02 nats in a single layer, 0.002 in several, and 0.0003 if it is soft: the
                 more layers, the less is predicted. For squared errors, whose unit is the user's, these mean little:
