@@ -111,10 +111,18 @@ class Editor(ABC):
         editor = self.based_on(reference)
         new, report = editor.edited_weights(module, factors)
         others = editor.edited_others(module, report)
+        if self.recalibration is not None:  # the user's code runs then, and may fail
+            originals = {name: weight.detach().clone() for name, weight in layer_weights(module, new).items()}
+            other_originals = {name: tensor.detach().clone() for name, tensor in _chosen(module, others).items()}
         write_weights(layer_weights(module, new), new)
         write_weights(_chosen(module, others), others)
-        if self.recalibration is not None:
-            statistics = estimate(module, self.recalibration, self.ranks)
+        if self.recalibration is not None and not report.changes_nothing:
+            try:
+                statistics = estimate(module, self.recalibration, self.ranks)
+            except Exception:
+                write_weights(layer_weights(module, originals), originals)
+                write_weights(_chosen(module, other_originals), other_originals)
+                raise
             write_weights(_chosen(module, statistics), statistics)
         return report
 
@@ -134,7 +142,7 @@ class Editor(ABC):
         try:
             write_weights(layer_weights(module, new), new)
             write_weights(_chosen(module, others), others)
-            if self.recalibration is not None:
+            if self.recalibration is not None and not report.changes_nothing:
                 statistics = estimate(module, self.recalibration, self.ranks)
                 stale = _chosen(module, statistics)
                 other_originals |= {name: tensor.detach().clone() for name, tensor in stale.items()}

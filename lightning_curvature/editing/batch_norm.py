@@ -46,7 +46,8 @@ def count_norms(names: Collection[str]) -> int:
 def estimate(module: nn.Module, recalibration: Recalibration, ranks: Ranks) -> dict[str, Tensor]:
     """Return statistics of batch norms for the weights that a module has now, by name of the buffer. A collective.
 
-    Mean and variance are those of all positions of all data. The module is what it was afterwards.
+    Mean and variance are those of all positions of all data; a batch norm that does not run, or meets an infinite
+    value, is left out. The module is what it was afterwards.
 
     Args:
         module: The network.
@@ -60,10 +61,10 @@ def estimate(module: nn.Module, recalibration: Recalibration, ranks: Ranks) -> d
     buffers: dict[str, Tensor] = {}
     for name, of_process in sums.items():
         counts, first, second = ranks.sum(of_process)
-        if not bool(counts.all()):  # it never ran
-            continue
         mean = first / counts
         variance = (second / counts - mean.square()).clamp(min=0.0) * counts / (counts - 1).clamp(min=1)
+        if not bool(torch.isfinite(mean + variance).all()):  # it never ran, or met an infinite value
+            continue
         for key, value in (("running_mean", mean), ("running_var", variance)):
             buffers[f"{name}.{key}"] = value.to(getattr(norms[name], key))
     return buffers
@@ -82,14 +83,17 @@ def _by_batch(norms: dict[str, _BatchNorm], sums: dict[str, Tensor]) -> Iterator
     handles = []
     for name, norm in norms.items():
 
-        def add(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+        def add(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            if not x.numel():
+                return
             module.training = True  # whatever mode the step has put it into
-            x = args[0].detach()
-            variance, mean = torch.var_mean(x.float(), [dim for dim in range(x.dim()) if dim != 1], correction=0)
-            count, mean = x.numel() // len(mean), mean.double()
-            sums[name] += count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()]).cpu()
+            both = torch.var_mean(x.float(), [dim for dim in range(x.dim()) if dim != 1], correction=0)
+            variance, mean = (part.cpu().double() for part in both)
+            count = x.numel() // len(mean)
+            sums[name] += count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
 
-        handles.append(norm.register_forward_pre_hook(add))
+        handles.append(norm.register_forward_pre_hook(add, with_kwargs=True))
     try:
         yield
     finally:

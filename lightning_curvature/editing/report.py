@@ -113,6 +113,11 @@ class EditReport:
         return not any(edit.kept for edit in self.layers.values())
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether all weights are what they were."""
+        return not (self.others or any(edit.changed for edit in self.layers.values()))
+
+    @property
     def predicted_loss(self) -> float | None:
         """Predicted rise of the loss by all layers, in nats per loss position; None if that of a layer is not known."""
         costs = [edit.predicted_loss for edit in self.layers.values() if edit.predicted_loss is not None]
@@ -202,7 +207,7 @@ class EditReport:
             )
         if self.renewed:
             remarks.append(f"Statistics of {_norms(self.renewed)} were estimated anew, on training data.")
-        if stale := self.norms - self.renewed:
+        if (stale := self.norms - self.renewed) and not self.changes_nothing:
             remarks.append(
                 f"{_norms(stale)} {'keep' if stale > 1 else 'keeps'} statistics of the unedited weights, which may "
                 "harm the model. Estimate them anew on training data: torch.optim.swa_utils.update_bn(loader, model)."

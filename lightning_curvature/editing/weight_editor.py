@@ -130,7 +130,7 @@ class WeightEditor(MatrixEditor):
         norms = batch_norms(module)
         renewed = [] if self.recalibration is None else [name for name in norms if name in self.recalibration.norms]
         new, report = self._edited_weights(module, factors)
-        return new, dataclasses.replace(report, norms=len(norms), renewed=len(renewed))
+        return new, dataclasses.replace(report, norms=len(norms), renewed=0 if report.changes_nothing else len(renewed))
 
     def _edited_weights(self, module: nn.Module, factors: KroneckerFactors) -> tuple[dict[str, Tensor], EditReport]:
         if (adapters := find_adapters(module, self.energies(factors))) is not None:

@@ -88,11 +88,13 @@ class _Rule:
 
     def excess(self, costs: Costs) -> float:
         """Return how far a cost is beyond what it may be; at most 0 if none is."""
-        return max(costs[name] - self._base[name] - rise for name, rise in self._allowed.items())
+        rises = [costs[name] - self._base[name] - rise for name, rise in self._allowed.items()]
+        return max(rise if math.isfinite(rise) else math.inf for rise in rises)
 
     def best(self, tried: Tried) -> float | None:
         """Return the budget of a candidate that closes most of the gap; None if none does."""
-        within = [budget for budget, costs in tried.points.items() if self.excess(costs) <= 0]
+        points = tried.points.items()
+        within = [budget for budget, costs in points if self.excess(costs) <= 0 and math.isfinite(self._gap(costs))]
         best = min(within, key=lambda budget: (self._gap(tried.points[budget]), budget), default=None)
         return best if best is not None and self._gap(tried.points[best]) < self._gap(self._before) else None
 

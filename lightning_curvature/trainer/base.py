@@ -59,6 +59,7 @@ class CallbackBase(CallbackArguments):
         self._module: pl.LightningModule | None = None
         self._validation_hooks, self._inference_mode_kept = ExitStack(), ExitStack()
         self._training = TrainingBatches()
+        self._recalibration: Recalibration | None = None
 
     @property
     def factors(self) -> KroneckerFactors:
@@ -178,7 +179,8 @@ class CallbackBase(CallbackArguments):
     def _spend(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Find the edit that the price allows, and take the factors that it needs. A collective."""
         factors = self.factors
-        self.editor.recalibration = self._training.recalibration(trainer, module, self.editor.ranks)
+        self._recalibration = self._training.recalibration(trainer, module, self.editor.ranks)
+        self.editor.recalibration = self._recalibration
         sample, others = self._training.sample, self._all_layers(trainer, module)
         needed = self._outcome.spend(trainer, module, factors, sample, others)
         if needed is not None and needed is not factors:
@@ -271,7 +273,7 @@ class CallbackBase(CallbackArguments):
 
     def _later(self) -> tuple[KroneckerFactors, Recalibration | None]:
         """Return what is known when training has ended, see :class:`LaterCopy`."""
-        return self._validated, self.editor.recalibration
+        return self._validated, self._recalibration
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback holds: its settings and its results, nothing of a run that goes on."""

@@ -61,8 +61,10 @@ class KFACEditCallback(CallbackRuns):
         self._in_fit, self._module, self._problems = in_fit, pl_module, Problems()
         self._siblings = Siblings.of(trainer.strategy)
         self._siblings.watch(self.name, self, in_fit=self._in_fit)
-        self.editor.ranks, self.editor.recalibration = self._siblings.ranks, None
         self._training.clear()
+        if in_fit or self._run_of_module() is None:
+            self._recalibration = None
+        self.editor.ranks, self.editor.recalibration = self._siblings.ranks, self._recalibration
         self._outcome.start()
         if in_fit:
             self._start, self._is_fitted = None, False
@@ -223,9 +225,9 @@ class KFACEditCallback(CallbackRuns):
         self._is_fitted = True
         self._take_validated(trainer, pl_module)
         self._spend(trainer, pl_module)
-        if self.loop != "validation":
-            if self.run is not None:
-                self._outcome.tell_silent(self.run.windows.silent, self.run.collector.network.frozen, may_fail=True)
+        if self.loop != "validation" and self.run is not None:
+            self._outcome.tell_silent(self.run.windows.silent, self.run.collector.network.frozen, may_fail=True)
+        if self.loop != "validation" or self._recalibration is not None:
             self._outcome.search(trainer, pl_module, self.factors)
             results = self._outcome.measure(trainer, pl_module, self.factors, may_fail=True)
             self._outcome.log(trainer.loggers, trainer.global_step, results)
@@ -235,7 +237,6 @@ class KFACEditCallback(CallbackRuns):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Edit the checkpoints that are there, and show what was done. Lightning calls it last in a fit."""
         self._make_copies()
-        self._training.clear()
         if self._is_fitted and not (self._awaits_batch or self._problems.given_up):
             self._outcome.show(
                 f"No checkpoint was edited. An edit of the weights at step {trainer.global_step} would do:",
@@ -267,5 +268,7 @@ class KFACEditCallback(CallbackRuns):
             stack.callback(self._validation_hooks.close)
             stack.callback(self._inference_mode_kept.close)
         self._in_fit = False
+        self._training.clear()
+        self.editor.recalibration = None  # it runs this module, and the editor may be used for others
         if self._siblings is not None:
             self._siblings.waits = False

@@ -15,12 +15,12 @@ from lightning_curvature.checkpoints.facts import ENTRY
 from lightning_curvature.checkpoints.names import match_layers
 from lightning_curvature.distributed import Ranks, whole
 from lightning_curvature.editing.adapters import find_adapters
-from lightning_curvature.editing.batch_norm import Recalibration, estimate
+from lightning_curvature.editing.batch_norm import Recalibration, batch_norms, estimate
 from lightning_curvature.editing.reference import BASE
 from lightning_curvature.editing.report import EditReport
 from lightning_curvature.editing.weight_editor import WeightEditor
 from lightning_curvature.factors.kronecker import KroneckerFactors
-from lightning_curvature.layers.ties import named_tensors
+from lightning_curvature.layers.ties import named_tensors, tied_names
 from lightning_curvature.storage.hashes import content_hash, tensor_hashes
 from lightning_curvature.trainer.siblings import CheckpointDict, CopyMaker
 from lightning_curvature.trainer.weight_watch import weight_hashes
@@ -117,10 +117,12 @@ def edited_copy(
     # The edit goes by the module's names, and reaches whatever shares memory with a weight.
     renamed = {f"{name}.weight": weight for name, weight in layers.items()}
     edited, report = editor.edit_state_dict({**weights, **renamed}, factors, module=module)
-    if editor.recalibration is not None and module is not None:
+    if editor.recalibration is not None and module is not None and not report.changes_nothing:
         statistics = _statistics(edited, module, editor.recalibration, ranks)
-        report = dataclasses.replace(report, renewed=len(statistics) // 2)
-        edited |= {key: value for key, value in statistics.items() if key in edited}
+        report = dataclasses.replace(report, norms=len(batch_norms(module)), renewed=len(statistics) // 2)
+        live = named_tensors(module)
+        tied = tied_names({name: live[name] for name in statistics}, live)  # a module may have two names
+        edited |= {key: value for name, value in statistics.items() for key in tied[name] if key in edited}
     state_dict = {key: edited.get(key, value) for key, value in checkpoint["state_dict"].items()}
     if any(hasattr(weight, "full_tensor") for weight in weights.values()):
         hashes = weight_hashes(weights)

@@ -148,7 +148,7 @@ def run_again(
     with random_state_kept([]), evaluating(module), without_trace(trainer, module), uncompiled(object()):
         for batch, *indices in batches:
             # The hooks of a transfer have seen it. A step may change its batch, and gets a copy.
-            moved = move_data_to_device(copy.deepcopy(batch), trainer.strategy.root_device)
+            moved = move_data_to_device(copy.deepcopy(batch), module.device)  # after a run that is the CPU
             with trainer.precision_plugin.val_step_context():
                 step(moved, *indices)
 

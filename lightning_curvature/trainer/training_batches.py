@@ -1,5 +1,6 @@
 """The training batches that a run keeps: they tell what is recited, and renew the statistics of batch norms."""
 
+from inspect import Parameter, signature
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,14 +41,18 @@ class TrainingBatches:
         """
         if not self._can_copy:  # on this process: others go on, and learn at the end that there is nothing
             return
-        if batch_idx == 0:
+        if batch_idx == 0 or not self.sample:
             self.sample.clear()
-            norms = batch_norms(module) if recalibrate else {}
-            self._norms = {name for name, norm in norms.items() if norm.training}  # others are frozen
+            self._norms = set(batch_norms(module)) if recalibrate else set()
+        if self._norms:  # those that are frozen when steps begin, or after the first one, stay
+            modules = dict(module.named_modules())
+            self._norms = {name for name in self._norms if modules[name].training}
         if not recites and not self._norms:
             return
+        needed = signature(module.validation_step).parameters.get("dataloader_idx")
+        is_needed = needed is not None and needed.default is Parameter.empty
         try:
-            self.sample.add(module, batch, batch_idx)
+            self.sample.add(module, batch, batch_idx, num_loaders=2 if is_needed else 1)
         except Exception as error:  # noqa: BLE001  # of batches that are the user's
             self._can_copy = False
             self.sample.clear()
@@ -58,6 +63,8 @@ class TrainingBatches:
 
         None, if there are no batch norms, or, which is told, if training batches cannot be validated.
         """
+        if any(hasattr(weight, "full_tensor") for weight in module.parameters()):
+            return None  # copies of sharded modules keep their statistics, so nothing is measured with others
         norms = set.intersection(*map(set, ranks.gather(self._norms)))
         batches = self.sample.shared(ranks) if norms else []
         if not batches:
@@ -66,14 +73,15 @@ class TrainingBatches:
         def run() -> None:
             ranks.together(lambda: run_again(trainer, module, batches, module.validation_step))
 
-        found = Recalibration(run, norms)
+        found, problem = {}, "none of them runs in validation_step"
         try:
-            estimate(module, found, ranks)
+            found = estimate(module, Recalibration(run, norms), ranks)
         except Exception as error:  # noqa: BLE001  # of code that is the user's
+            problem = f"training batches could not be validated: {type(error).__name__}: {error}"
+        if not found:
             rank_zero_warn(
-                f"The statistics of batch norms ({len(norms)}) stay those of the unedited weights, since training "
-                f"batches could not be validated: {type(error).__name__}: {error}. Estimate them anew on training "
-                "data: torch.optim.swa_utils.update_bn(loader, model)."
+                f"The statistics of batch norms ({len(norms)}) stay those of the unedited weights, since {problem}. "
+                "Estimate them anew on training data: torch.optim.swa_utils.update_bn(loader, model)."
             )
             return None
-        return found
+        return Recalibration(run, {name.rpartition(".")[0] for name in found})

@@ -4,9 +4,11 @@ Curvature protects what it was collected on. The training steps of a fine-tune h
 keep is in the validation.
 """
 
+import math
 from collections.abc import Collection, Sequence
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from lightning_curvature._checks import listing
 from lightning_curvature.collect.collector import Collector
@@ -35,7 +37,7 @@ def validated_factors(
         module: The module; it is left as it was.
         batches: Arguments of the steps, as many on each process: batches of the validation, or of the training.
         options: What is collected.
-        layers: The layers that are needed; None for all that are chosen, as far as there are factors of them.
+        layers: The layers that are needed; None for all that are chosen, without dead ones, which cannot be edited.
         editor: Edits with the factors.
 
     Raises:
@@ -54,6 +56,8 @@ def validated_factors(
     needed = list(collected) if layers is None else layers
     if silent := sorted(set(needed) - set(collected)):
         raise RuntimeError(f"Layers {listing(silent, 3)} had no part in a loss of the validation")
+    if layers is None:
+        needed = [name for name in needed if all(_is_sound(side) for side in (collected[name].A, collected[name].G))]
     factors = KroneckerFactors({name: collected[name] for name in needed}, collected.provenance)
     check_not_empty(factors)
     if layers is None:
@@ -64,3 +68,9 @@ def validated_factors(
         except TooFewPositionsError as error:
             raise ValueError(f"Layer {name!r}: {error}") from error
     return factors
+
+
+def _is_sound(factor: Tensor) -> bool:
+    """Tell whether a factor is finite and not zero."""
+    trace = float(factor.diagonal().sum())
+    return math.isfinite(trace) and trace > 0.0

@@ -139,3 +139,41 @@ def test_processes_add_up_what_each_has_seen():
     for found in processes.run(2, of_a_part):
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value)
+
+
+class ByKeyword(nn.Module):
+    """Calls its batch norm by keyword, at times with nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(input=x) if len(x) else x
+
+
+def test_empty_inputs_keywords_and_infinite_values():
+    module, x = ByKeyword().eval(), torch.randn(20, 3)
+    found = estimate(module, Recalibration(lambda: [module(x), module(x[:0])], {"norm"}), Ranks())
+    torch.testing.assert_close(found["norm.running_mean"], x.mean(0))
+    x[0, 0] = torch.inf
+    assert not estimate(module, Recalibration(lambda: module(x), {"norm"}), Ranks())
+
+
+def test_an_edit_that_changes_nothing_renews_nothing():
+    module, x = net(), data()
+    editor, factors = edited(module, x)
+    before = copy.deepcopy(module.state_dict())
+    report = editor.at(1.0).recalibrating(recalibration(module, x)).edit(module, factors)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert report.renewed == 0
+    assert "batch norms" not in str(report)
+
+
+def test_an_edit_whose_data_fail_leaves_the_module_as_it_was():
+    module, x = net(), data()
+    editor, factors = edited(module, x)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match="no data"):
+        editor.recalibrating(Recalibration(fails, set(batch_norms(module)))).edit(module, factors)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -69,6 +70,22 @@ def test_no_edit_is_taken_where_each_costs_something():
     tried, best = chosen(lambda a, b: 0.0 if a == b == 0 else 0.01)
     assert best is None
     assert min(tried[0].points) == FIRST / 2**MILDER
+
+
+@pytest.mark.parametrize("cost", [float("nan"), float("inf")])
+def test_edits_whose_costs_are_no_numbers_are_not_taken(cost):
+    """Neither on validation data nor on training data."""
+    _, best = chosen(lambda a, b: cost if a > 0.2 else 0.0 if not b else 1.0)
+    assert 0 < removed_by(best) <= 0.2
+    module, candidates = made()
+    plain = measured(module, lambda a, b: 0.0 if not b else 1.0)
+
+    def measure():
+        costs = plain()
+        return costs | ({"training error": cost} if costs["training error"] > 0.2 else {})
+
+    _, best = choose(candidates, module, measure, plain(), gap, {"validation error": (0.0, False)})
+    assert 0 < removed_by(best) <= 0.2
 
 
 def test_the_grid_becomes_milder_where_it_begins_with_too_much():

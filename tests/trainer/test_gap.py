@@ -202,6 +202,27 @@ def test_the_batches_are_the_first_of_the_last_epoch(tmp_path, monkeypatch):
         assert torch.equal(kept[1], batch[1])
 
 
+class Dead(models.Classifier):
+    """A hidden layer reads zeros alone."""
+
+    def __init__(self):
+        super().__init__(lr=0.01)
+        self.dead = torch.nn.Linear(4, 4)
+        self.more = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.net(x) + self.more(torch.relu(self.dead(torch.zeros(len(x), 4))))
+
+
+def test_a_dead_layer_is_left_out_of_the_candidate(tmp_path):
+    pl.seed_everything(0)
+    callback = KFACEditCallback(min_positions=0, layers=None)
+    fit(Dead(), callback, tmp_path)
+    assert set(callback.match.tried) == {"default layers", "all linear layers, soft"}
+    if callback.match.name.endswith("soft"):
+        assert "dead" not in callback.factors
+
+
 def test_layers_that_take_too_long_are_not_tried(tmp_path, caplog, monkeypatch):
     """The default layers still are, at the strength that closes the gap."""
     caplog.set_level("INFO")
