@@ -132,7 +132,7 @@ def test_lazy_layers(loop, tmp_path):
     module, callback = Plain(lazy), KFACEditCallback(loop=loop)
     trainer = fit(tmp_path, module, callback, validation=loader(32), max_epochs=2, num_sanity_val_steps=0)
     assert trainer.global_step == 16
-    assert list(callback.factors) == ["net.2"]
+    assert list(callback.run.windows.factors) == ["net.2"]
     assert (tmp_path / "lightning_logs").exists() or saved(tmp_path)
 
 
