@@ -190,7 +190,10 @@ def test_a_step_that_needs_the_number_of_a_loader_gets_one(tmp_path):
     assert callback.report.renewed == 1
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`",
+    "ignore:You're resuming from a checkpoint that ended before the epoch",
+)
 def test_a_run_that_goes_on_in_the_middle_of_an_epoch_renews_too(tmp_path):
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
