@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_curvature._groups import grouped
 from lightning_curvature.collect.moments import packed_size
 from lightning_curvature.memory import free_memory, size
 
@@ -50,15 +51,16 @@ class MemoryPlan:
         }
 
     def __str__(self) -> str:
-        width = max(map(len, self.layers), default=0)
-        rows = [
-            f"  {name:<{width}}  {d_out} x {d_in}  {size(sum(self._bytes[name]))}"
-            for name, (d_out, d_in) in self.layers.items()
-        ]
+        lines = grouped(self.layers)
+        width, rows = max(map(len, lines), default=0), []
+        for title, names in lines.items():
+            shape = " x ".join(map(str, self.layers[names[0]]))
+            taken = size(sum(sum(self._bytes[name]) for name in names))
+            rows.append(f"  {title:<{width}}  {f'{len(names)} x ' if len(names) > 1 else ''}{shape}  {taken}")
         table = "\n".join(rows)
         sums, factors = (sum(part) for part in zip(*self._bytes.values(), strict=True))
         return (
-            f"Memory of the K-FAC factors of {len(rows)} layer{'s' * (len(rows) != 1)}, on {self.device} "
+            f"Memory of the K-FAC factors of {len(self.layers)} layer{'s' * (len(self.layers) != 1)}, on {self.device} "
             f"(A: [d_in, d_in], G: [d_out, d_out]):\n{table}\n  together {size(self.num_bytes)}: "
             f"{size(sums)} of sums (upper blocks, twice float32), {size(factors)} of finished factors (float32)\n"
             "Layers that read the same tensor have one A, and need less."

@@ -1,14 +1,14 @@
 """The report of an edit."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tabulate import tabulate
-
 from lightning_curvature._checks import listing
+from lightning_curvature._groups import MANY
 from lightning_curvature.editing.cost import PairCost
+from lightning_curvature.editing.report_table import edit_table
 
 RUINOUS = 0.35
 """Rise of a loss, in nats, at which a model is on its way out: 1.4 times the perplexity.
@@ -18,6 +18,10 @@ RUINOUS_OF_SEVERAL, RUINOUS_OF_SOFT = 0.1, 0.03
 """The same as predicted for several layers, and for a soft edit, of which predictions are lower still.
 
 Source: ``docs/decisions.md``, "What is edited where nobody says it"."""
+
+
+SHOWN = 5
+"""Of many layers so many are named in a remark."""
 
 
 @dataclass(frozen=True)
@@ -150,41 +154,11 @@ class EditReport:
         return dataclasses.replace(self, layers=layers)
 
     def __str__(self) -> str:
-        headers = [
-            "layer",
-            "energy",
-            "reached",
-            "kept",
-            "of",
-            "share",
-            "changed",
-            "||W'-W||/||W||",
-            "cost (nats)",
-            "positions",
-            "not counted",
-        ]
-        rows = [
-            [
-                name,
-                "" if edit.energy is None else f"{edit.energy:.3g}",
-                f"{edit.energy_kept:.4f}",
-                edit.kept,
-                edit.total,
-                f"{edit.kept / edit.total:.1%}",
-                f"{edit.changed / edit.total:.1%}",
-                f"{edit.relative_change:.3f}",
-                "" if edit.predicted_loss is None else f"{edit.predicted_loss:.2g}",
-                edit.num_inputs,
-                f"{edit.dropped:.1%}",
-            ]
-            for name, edit in self.layers.items()
-        ]
         source = ", ".join(f"{key}={value}" for key, value in self.provenance.items())
         title = f"Edited layers (method {self.method}; {source})" if source else f"Edited layers (method {self.method})"
         if self.reference is not None:
             title = title.replace("Edited layers", f"Edited updates since {self.reference!r}", 1)
-        table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * (len(headers) - 1)))
-        return "\n".join([title, table, *self._remarks()])
+        return "\n".join([title, edit_table(self.layers), *self._remarks()])
 
     def _remarks(self) -> list[str]:
         """Return sentences on what the table does not show."""
@@ -214,7 +188,7 @@ class EditReport:
             )
         if few:
             remarks.append(
-                f"Factors that rest on fewer positions than the larger side of the weight: {', '.join(few)}. Their "
+                f"Factors that rest on fewer positions than the larger side of the weight: {_some(few)}. Their "
                 "spectrum looks steeper than it is, and the edit removes more than it should: collect more positions."
             )
         for name, edit in self.layers.items():
@@ -230,10 +204,19 @@ class EditReport:
         costs = {name: edit.predicted_loss for name, edit in self.layers.items() if edit.predicted_loss}
         if not costs:
             return remark
-        name = max(costs, key=costs.__getitem__)
+        name, *others = sorted(costs, key=lambda layer: -costs[layer])
         pair = self.layers[name].costliest
         of_pair = "" if pair is None else f", of them {pair.nats:.2g} for the pair ({pair.row}, {pair.column}) alone"
-        return f"{remark} Most of it in layer {name!r}: {costs[name]:.2g}{of_pair}."
+        remark = f"{remark} Most of it in layer {name!r}: {costs[name]:.2g}{of_pair}."
+        if len(self.layers) <= MANY:
+            return remark
+        return f"{remark} Then in {', '.join(f'{layer!r} ({costs[layer]:.2g})' for layer in others[:SHOWN])}."
+
+
+def _some(entries: Sequence[str]) -> str:
+    """Return the first of some entries, and how many there are beside."""
+    rest = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
+    return ", ".join(entries[:SHOWN]) + rest
 
 
 def _norms(count: int) -> str:
