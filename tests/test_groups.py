@@ -33,12 +33,12 @@ def test_the_plan_of_many_layers():
     plan = MemoryPlan({name: (1536, 576) if "down" not in name else (576, 1536) for name in NAMES}, torch.device("cpu"))
     lines = str(plan).splitlines()
     assert lines[0].startswith("Memory of the K-FAC factors of 90 layers")
-    assert [line.split("  ")[1:3] for line in lines[1:4]] == [
-        ["model.layers.{0..29}.mlp.gate_proj", "30 x 1536 x 576"],
-        ["model.layers.{0..29}.mlp.up_proj  ".strip(), ""],
-        ["model.layers.{0..29}.mlp.down_proj", "30 x 576 x 1536"],
-    ] or len(lines) == 6
-    assert sum(line.startswith("  model") for line in lines) == 3
+    assert [line.split()[:6] for line in lines[1:4]] == [
+        ["model.layers.{0..29}.mlp.gate_proj", "30", "x", "1536", "x", "576"],
+        ["model.layers.{0..29}.mlp.up_proj", "30", "x", "1536", "x", "576"],
+        ["model.layers.{0..29}.mlp.down_proj", "30", "x", "576", "x", "1536"],
+    ]
+    assert len(lines) == 6
     single = MemoryPlan({NAMES[0]: (1536, 576)}, torch.device("cpu"))
     assert plan.num_bytes == 90 * single.num_bytes
 
