@@ -59,22 +59,27 @@ class CallbackArguments(Callback):
 
         Args:
             layers: What to edit: presets ``"last-mlp"``, ``"mlp"``, ``"attention"``, ``"linear"``, fnmatch patterns on
-                module names, or a list of them. By default ``"linear"`` where updates are edited (see
-                ``reference``), ``"mlp"`` in other networks of more than six blocks, and otherwise ``"last-mlp"``; of
-                weights all linear layers are tried beside them, see ``energy``. With ``factors``: patterns that
-                choose layers of that file, by their names in the module; by default all.
+                module names, or a list of them. Default for a fine-tuned model (see ``reference``): ``"linear"``, all
+                linear layers and convolutions. Default otherwise: ``"mlp"`` with more than six blocks, else
+                ``"last-mlp"``; the callback then tries ``"linear"``, too, and takes the better edit, see ``energy``.
+                With ``factors``: patterns that choose layers of that file, by their names in the module; by default
+                all.
             energy: Share of the curvature mass that the edit keeps, in (0, 1], or a dict of layer patterns to shares.
-                Without ``energy``, ``budget`` and ``target`` the strength follows from a price that is measured at the
-                end of fit, on batches of the last validation: the strongest edit under which the loss of a token is at
-                most 0.02 nats above that of the unedited model. The loss of a classifier may be a tenth, at most 0.05,
-                above its lowest point on the path of stronger and stronger edits, and its accuracy at most half a point
-                below that of the unedited model. A squared error may be 4 % above its lowest point. Where weights
-                are edited, no update, and none of ``layers``, ``soft`` and ``scope`` is given, the edit is the one that
-                closes most of the gap between training and validation batches within such limits, see
-                :mod:`lightning_curvature.search.gap`. Without a validation that computes such a loss the edit is one
-                that is predicted to cost 0.02 nats in a single layer, 0.002 in several, and 0.0003 if it is soft: the
-                more layers, the less is predicted. For squared errors, whose unit is the user's, these mean little:
-                give a strength.
+                Without ``energy``, ``budget`` and ``target`` the callback measures edits at the end of fit, on batches
+                of the last validation, and takes the strongest one within a price:
+
+                - the loss of a token may be 0.02 nats above the lowest loss among the edits tried;
+                - the loss of a classifier may be a tenth of the unedited model's, and at most 0.05, above its lowest
+                  value, and its error half a point (or one standard error, if that is larger) above the unedited
+                  model's;
+                - half of a squared error may be 4 % above its lowest value;
+                - without a validation that computes such a loss the edit has a fixed predicted cost: 0.02 nats for one
+                  layer, 0.002 for several, 0.0003 if it is soft, since predictions are too low for several layers. For
+                  squared errors, whose unit is the user's, these mean little: give a strength.
+
+                A model that was not fine-tuned gets the edit that closes most of the gap between training and
+                validation batches, within limits of :mod:`lightning_curvature.search.gap`, unless ``layers``, ``soft``,
+                ``scope`` or ``factors`` is given, or ``loop`` is ``"validation"``.
             fisher: ``"sketched"``, ``"sampled"``, ``"exact"`` or ``"empirical"``.
             draws: Backward passes per batch of ``"sketched"`` and ``"sampled"``.
             positions: Which positions count: ``"contributing"``, ``"all"``, ``"first"``, or ``"mask:KEY"`` for a mask
@@ -130,11 +135,12 @@ class CallbackArguments(Callback):
                 need no reference.
             factors: File of factors to edit with, in the place of collecting any: those of the model that a fine-tune
                 starts from, for example. Training does nothing more then.
-            scope: What the score of a direction is compared with: those of its ``"layer"``, or of the ``"model"``; by
-                default of the layer for an energy, and of the model for a budget or a price.
-            recalibrate: Estimate the statistics of batch norms anew for the edited weights, on the first 32 batches of
-                the last epoch of training, of which copies are kept; no label is used. Without it they stay those of
-                the unedited weights, which harms convolutional networks.
+            scope: Which weights compete with each other. ``"layer"``: each layer keeps the same share of its own
+                curvature mass. ``"model"``: one threshold for all layers. Default: ``"layer"`` with ``energy``, and
+                ``"model"`` with ``budget`` or without a strength.
+            recalibrate: Estimate mean and variance of batch norms again after the edit, on up to 32 training batches
+                from the start of the last epoch, of which copies are kept on the CPU; no labels. Frozen batch norms
+                are left alone. Without it the old statistics stay, which usually harms networks with batch norms.
 
         Raises:
             TypeError: If an argument is of the wrong type.
