@@ -97,7 +97,8 @@ def test_what_is_chosen_is_what_is_saved(wins, network, tmp_path, monkeypatch):
     choose = price.choose
 
     def of_one(candidates, *args):
-        return choose([candidate for candidate in candidates if candidate.name == wins], *args)
+        (tried,), best = choose([candidate for candidate in candidates if candidate.name == wins], *args)
+        return [tried], best or (tried, min(tried.points))  # whatever rounding has made of the network
 
     monkeypatch.setattr(price, "choose", of_one)
     module, callback, trainer = reciting(tmp_path / "1", network)
