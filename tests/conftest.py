@@ -1,6 +1,11 @@
 """What tests of several folders read."""
 
+import os
+
 import pytest
+
+# Sums of one thread are the same on every machine. Set before torch is imported, and for programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 pytest.register_assert_rewrite("tests.support", "tests.reference")  # their assertions say what they compare
 
