@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from lightning_curvature.analysis.style import BLUE, GREEN, GREY, MEMORIZED, ORANGE
 
@@ -32,6 +33,7 @@ def choice_curves(rows: Sequence[Mapping[str, Any]], name: str, budget: float) -
         if edit == name and budget:
             axes.axvline(budget, color="black", linewidth=1.0, linestyle="--", label=f"chosen: {budget:.2g}")
         axes.set(xscale="log", xlabel="predicted cost, nats", title=edit)
+        axes.xaxis.set_minor_formatter(NullFormatter())  # which would overlap where there is one decade alone
         axes.grid(alpha=0.25)
     grid[0].set(ylabel="accuracy, % (dotted: before the edit)")
     grid[-1].legend(loc="lower left", fontsize=8)
