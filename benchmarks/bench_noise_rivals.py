@@ -3,7 +3,8 @@
 Protocol, for each seed: a small ViT, or a small ResNet with batch norms, is trained with
 ``Trainer(callbacks=[KFACEditCallback()])`` on images some of whose labels are wrong. Of the same training are
 
-- *edited*: what the callback leaves;
+- *edited*: the edited copy that the callback leaves; of a ResNet also the same edit with the statistics of its batch
+  norms as they were;
 - *early stopping*: the weights of the epoch of highest validation accuracy;
 - *averaging*: the exponential moving average of the weights, decay 0.99 a step.
 
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -36,6 +38,7 @@ from lightning_curvature import KFACEditCallback
 from lightning_curvature.demos.label_noise import METRICS, evaluate
 from lightning_curvature.demos.noise import NoisyLabels
 from lightning_curvature.demos.vit import LitViT
+from lightning_curvature.editing.batch_norm import batch_norms
 from support.environment import environment, parser, quiet
 from support.images import cifar10, digits, fit, mnist
 from support.resnet import LitResNet
@@ -116,10 +119,17 @@ def run(make: Callable[[], tuple[NoisyLabels, LitViT, int]], seed: int, same_tra
     data, model, epochs = make()
     (train, val), (choose_train, choose_val) = (data.halves()[half] for half in ("report", "tuning"))
     callback, watch = Timed(), Watch(choose_val, choose_train)
-    fit(model, data, epochs, [callback, watch])
+    trainer = fit(model, data, epochs, [callback, watch])
     rows = {"before": evaluate(model, train, val)}
-    with callback.editor.applied(model, callback.factors):
-        rows["edited"] = {**evaluate(model, train, val), "seconds": callback.seconds}
+    with TemporaryDirectory() as folder:  # what a user gets: the edited copy of a checkpoint
+        trainer.save_checkpoint(Path(folder) / "last.ckpt", weights_only=True)
+        edited = torch.load(Path(folder) / "last-edited.ckpt", weights_only=True)["state_dict"]
+    copied = copy.deepcopy(model.model)
+    copied.load_state_dict({name.removeprefix("model."): value for name, value in edited.items()})
+    rows["edited"] = {**evaluate(copied, train, val), "seconds": callback.seconds}
+    if batch_norms(model):
+        with callback.editor.applied(model, callback.factors):  # outside of a run nothing renews them
+            rows["edited, statistics of batch norms as they were"] = evaluate(model, train, val)
     rows["early stopping"] = evaluate(watch.best, train, val)
     rows["averaging"] = evaluate(watch.average.module, train, val)
     for name, loss in {} if same_training else LOSSES.items():
